@@ -1,0 +1,1 @@
+"""Conversion of pretrained PyTorch ViT weights into checkpoint directories, without PyTorch."""

@@ -1,0 +1,1 @@
+"""Labelled images: sources of encoded records, exact preprocessing, and fixed-shape batches."""

@@ -1,0 +1,19 @@
+"""What a user did wrong is told in one line; a traceback is kept for mistakes of ours."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class InputError(ValueError):
+    """Bad input: the message is one line that names the file or field, what is wrong and the mend."""
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn an `InputError` into `error: ...` on standard error and exit status 2."""
+    try:
+        yield
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
