@@ -1,0 +1,22 @@
+"""The packaged digits ViT on scikit-learn's handwritten digits: the offline default.
+
+    python evaluate.py
+
+Expected: the table that README.md shows.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.checkpoint = "packaged:digits"  # a checkpoint directory, a train_sam.py working directory, or packaged:NAME
+    config.dataset = "digits:test"  # folder:PATH, tfds:NAME/SPLIT[@DATA_DIR] or digits:train|test
+    config.schedules = "dense,tome_r6,s2dfe_r8,s2winc5_r8"  # names or explicit forms, separated by commas
+    config.batch_size = 32  # images, over all devices
+    config.dtype = "float32"  # float32, tf32 or bfloat16
+    config.limit = config_dict.placeholder(int)  # evaluate the first N images only
+    config.save_logits = False  # write logits_<schedule>.npz
+    config.throughput_blocks = 5  # timed blocks a schedule; 0 leaves images/s out
+    config.workers = config_dict.placeholder(int)  # decoding threads; by default as many as cores
+    return config

@@ -1,0 +1,1 @@
+"""Accuracy, throughput and reports: many schedules in one pass over the data."""

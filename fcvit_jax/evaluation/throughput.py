@@ -1,0 +1,56 @@
+"""Images a second of the model alone: compiled, warm, without decoding and transfer."""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+
+from fcvit_jax.data.batches import Batch
+from fcvit_jax.evaluation.accuracy import CompiledStep
+
+
+class Rate(NamedTuple):
+    """images_per_second: the median over the blocks; spread: (fastest - slowest) / median."""
+
+    images_per_second: float
+    spread: float
+
+
+def measure_throughput(
+    steps: Mapping[str, CompiledStep],
+    params: Any,
+    batch: Batch,
+    blocks: int = 5,
+    block_seconds: float = 0.2,
+    on_block: Callable[[], None] | None = None,
+) -> dict[str, Rate]:
+    """Time every schedule on one batch that lies on the device.
+
+    Blocks of the schedules alternate, so that whatever else the machine does falls on all of them alike. A block is as
+    many calls as fill `block_seconds`, at least one. on_block: called after each block of each schedule.
+    """
+
+    def seconds(step: CompiledStep, calls: int) -> float:
+        totals = jax.device_put(step.start(), step.call.input_shardings[0][1])
+        started = time.perf_counter()
+        for _ in range(calls):
+            totals, _ = step.call(params, totals, batch.images, batch.labels, batch.mask)
+        jax.block_until_ready(totals)
+        return time.perf_counter() - started
+
+    calls = {}
+    for name, step in steps.items():
+        seconds(step, 1)
+        calls[name] = max(1, round(block_seconds / seconds(step, 1)))
+    rates: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(blocks):
+        for name, step in steps.items():
+            rates[name].append(len(batch.mask) * calls[name] / seconds(step, calls[name]))
+            if on_block:
+                on_block()
+    return {
+        name: Rate(median := statistics.median(values), (max(values) - min(values)) / median)
+        for name, values in rates.items()
+    }

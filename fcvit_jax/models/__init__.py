@@ -1,0 +1,1 @@
+"""Schedules, merging, the Vision Transformer, its named configurations and its cost."""

@@ -1,0 +1,228 @@
+"""Merge schedules: which layers stay dense, merge inside windows, or merge globally.
+
+Pure Python and hashable, so that a schedule is a static argument of a jitted function: every token count is known before
+anything is traced. DFE (dense first layers) and LGTM (local, then global merging) follow arXiv 2303.02331; a global stage
+alone is Token Merging, arXiv 2210.09461.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+from fcvit_jax.errors import InputError
+
+
+@dataclass(frozen=True)
+class Dense:
+    """`layers` layers that merge nothing."""
+
+    layers: int
+
+    def __str__(self) -> str:
+        return f"dense:{self.layers}"
+
+
+@dataclass(frozen=True)
+class Local:
+    """`layers` layers, each merging `ceil(r / windows)` tokens inside every one of `windows` (rows, columns) windows."""
+
+    layers: int
+    r: int
+    windows: tuple[int, int] = (2, 2)
+
+    def __str__(self) -> str:
+        return f"local:{self.layers}:r{self.r}:w{self.windows[0]}x{self.windows[1]}"
+
+
+@dataclass(frozen=True)
+class Global:
+    """`layers` layers, each merging `r` tokens of the whole sequence."""
+
+    layers: int
+    r: int
+
+    def __str__(self) -> str:
+        return f"global:{self.layers}:r{self.r}"
+
+
+Stage = Dense | Local | Global
+
+
+class Geometry(Protocol):
+    """What a schedule needs to know of a model; `ViTConfig` is one."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def grid(self) -> tuple[int, int]: ...
+    @property
+    def num_prefix_tokens(self) -> int: ...
+
+
+class Layer(NamedTuple):
+    """One layer of a schedule on a given model, with every number resolved.
+
+    tokens_in, tokens_out: length of the sequence, prefix tokens included, before and after merging.
+    removed: tokens merged away in every window (in the whole sequence if `windows` is None).
+    windows: how many windows the patch tokens are matched in; None for global matching.
+    regroup: (cells, windows), both (rows, columns), where this layer has to reorder the patch tokens first: from row-major
+        cells to window by window. None where they lie in order already.
+    """
+
+    tokens_in: int
+    tokens_out: int
+    removed: int = 0
+    windows: int | None = None
+    regroup: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+
+@dataclass(frozen=True)
+class MergeSchedule:
+    """Stages that together cover all layers of a model.
+
+    Raises InputError (a ValueError) for a stage with negative numbers and for a Local stage behind a Global one, which
+    has lost the order of the grid.
+    """
+
+    stages: tuple[Stage, ...]
+
+    def __post_init__(self) -> None:
+        merged_globally = False
+        for stage in self.stages:
+            if stage.layers < 0 or (not isinstance(stage, Dense) and stage.r < 0):
+                raise InputError(f"stage {stage}: the number of layers and r must not be negative")
+            if isinstance(stage, Local):
+                if min(stage.windows) < 1:
+                    raise InputError(f"stage {stage}: there must be at least one window a side")
+                if merged_globally:
+                    raise InputError(f"schedule {self}: the stage {stage} cannot follow a global stage")
+            merged_globally |= isinstance(stage, Global) and stage.layers > 0 and stage.r > 0
+
+    def __str__(self) -> str:
+        return ",".join(map(str, self.stages))
+
+    @property
+    def depth(self) -> int:
+        """The number of layers that the stages cover."""
+        return sum(stage.layers for stage in self.stages)
+
+    @classmethod
+    def dense(cls, depth: int) -> "MergeSchedule":
+        """The schedule that merges nothing."""
+        return cls((Dense(depth),))
+
+    @classmethod
+    def parse(cls, text: str, depth: int) -> "MergeSchedule":
+        """Read a name (`dense`, `tome_r13`, `s2dfe_r18`, `s2winc7_r16`) or an explicit form, for a model of `depth` layers.
+
+        The explicit form is what `str` gives: `dense:2,local:5:r16:w2x2,global:5:r16`. Raises InputError for text that is
+        neither, and where the stages do not add up to the depth.
+        """
+        text = text.strip()
+        schedule = cls(_named_stages(text, depth) if ":" not in text else tuple(map(_parse_stage, text.split(","))))
+        if schedule.depth != depth:
+            raise InputError(f"schedule {text!r} covers {schedule.depth} layers, the model has {depth}")
+        return schedule
+
+    def plan(self, config: Geometry) -> tuple[Layer, ...]:
+        """Resolve the schedule on a model, layer by layer.
+
+        Raises InputError where the stages do not add up to the depth or the grid does not divide by the windows.
+        """
+        if self.depth != config.depth:
+            raise InputError(f"schedule {self} covers {self.depth} layers, the model has {config.depth}")
+        return tuple(self._layers(config))
+
+    def tokens(self, config: Geometry) -> tuple[int, ...]:
+        """The number of tokens, prefix tokens included, that leave each layer."""
+        return tuple(layer.tokens_out for layer in self.plan(config))
+
+    def _layers(self, config: Geometry) -> Iterator[Layer]:
+        prefix = config.num_prefix_tokens
+        # The order the patch tokens lie in: `cells` (rows, columns), row-major, each cell the same number of tokens.
+        cells = config.grid
+        patches = math.prod(cells)
+        for stage in self.stages:
+            if isinstance(stage, Local) and (cells[0] % stage.windows[0] or cells[1] % stage.windows[1]):
+                raise InputError(
+                    f"schedule {self}: a {cells[0]}x{cells[1]} grid does not divide into "
+                    f"{stage.windows[0]}x{stage.windows[1]} windows"
+                )
+            for _ in range(stage.layers):
+                before = prefix + patches
+                match stage:
+                    case Dense():
+                        yield Layer(before, before)
+                    case Local(r=r, windows=windows):
+                        count = math.prod(windows)
+                        removed = min(math.ceil(r / count), patches // count // 2)
+                        regroup = (cells, windows) if removed and cells != windows else None
+                        if removed:
+                            cells = windows
+                        patches -= removed * count
+                        yield Layer(before, prefix + patches, removed, count, regroup)
+                    case Global(r=r):
+                        removed = min(r, patches // 2)
+                        patches -= removed
+                        yield Layer(before, prefix + patches, removed)
+
+
+def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
+    """Read a comma-separated list of schedules into {text as given: schedule}, in order.
+
+    An explicit form holds commas of its own: it ends where its layers reach the depth.
+    """
+    schedules: dict[str, MergeSchedule] = {}
+    pending: list[str] = []
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        pending.append(part)
+        if ":" in part and sum(_parse_stage(stage).layers for stage in pending) < depth:
+            continue
+        name = ",".join(pending)
+        schedules[name] = MergeSchedule.parse(name, depth)
+        pending = []
+    if pending:
+        MergeSchedule.parse(",".join(pending), depth)  # raises: its layers do not reach the depth
+    if not schedules:
+        raise InputError("no schedule given: name at least one, such as dense,tome_r13")
+    return schedules
+
+
+_FORMS = "dense, tome_r13, s2dfe_r18, s2winc7_r16 or dense:2,local:5:r16:w2x2,global:5:r16"
+_STAGES = {
+    re.compile(r"dense:(\d+)"): Dense,
+    re.compile(r"local:(\d+):r(\d+):w(\d+)x(\d+)"): lambda layers, r, *windows: Local(layers, r, windows),
+    re.compile(r"global:(\d+):r(\d+)"): Global,
+}
+# The paper's legend counts differently in its two families: s2dfe leaves two layers dense, s2winc7 merges from the second
+# layer on. The multiply-accumulates of its figure admit no other reading.
+_NAMES = {
+    re.compile(r"dense"): lambda depth: (Dense(depth),),
+    re.compile(r"tome_r(\d+)"): lambda depth, r: (Global(depth, r),),
+    re.compile(r"s(\d+)dfe_r(\d+)"): lambda depth, s, r: (Dense(s), Global(depth - s, r)),
+    re.compile(r"s(\d+)winc(\d+)_r(\d+)"): lambda depth, s, c, r: (
+        Dense(s - 1),
+        Local(c - s + 1, r),
+        Global(depth - c, r),
+    ),
+}
+
+
+def _parse_stage(text: str) -> Stage:
+    for pattern, stage in _STAGES.items():
+        if found := pattern.fullmatch(text.strip()):
+            return stage(*map(int, found.groups()))
+    raise InputError(f"{text!r} is not a stage of a schedule: write dense:2, local:5:r16:w2x2 or global:5:r16")
+
+
+def _named_stages(text: str, depth: int) -> tuple[Stage, ...]:
+    for pattern, make in _NAMES.items():
+        if found := pattern.fullmatch(text):
+            stages = make(depth, *map(int, found.groups()))
+            if min(stage.layers for stage in stages) < 0:
+                wants = ", ".join(f"{stage.layers} {type(stage).__name__.lower()}" for stage in stages)
+                raise InputError(f"schedule {text!r} does not fit a model of {depth} layers: it asks for {wants} layers")
+            return tuple(stage for stage in stages if stage.layers)
+    raise InputError(f"{text!r} is not a schedule: write {_FORMS}")

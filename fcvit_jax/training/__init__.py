@@ -1,0 +1,1 @@
+"""Fine-tuning: the gradient, the optimizer, the step."""
