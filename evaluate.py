@@ -12,7 +12,6 @@ import os
 from pathlib import Path
 
 import jax
-import numpy as np
 from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
@@ -146,7 +145,8 @@ def check_classes(source: Source, checkpoint: Checkpoint) -> None:
     if not classes:
         raise InputError(f"{checkpoint.path} has no head: it gives features, not classes")
     if len(source.class_names) != classes:
-        raise InputError(f"{source.spec} has {len(source.class_names)} classes, the head of {checkpoint.path} {classes}")
+        there = len(source.class_names)
+        raise InputError(f"{source.spec} has {there} classes, the head of {checkpoint.path} has {classes}")
     if names and list(source.class_names) != names:
         ours, theirs = next(pair for pair in zip(names, source.class_names, strict=True) if pair[0] != pair[1])
         raise InputError(

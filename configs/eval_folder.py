@@ -1,6 +1,6 @@
 """Any checkpoint on a folder of images, one folder a class.
 
-    python evaluate.py --config=configs/eval_folder.py --config.checkpoint=DIR --config.dataset=folder:PATH --workdir=W
+python evaluate.py --config=configs/eval_folder.py --config.checkpoint=DIR --config.dataset=folder:PATH --workdir=W
 """
 
 from ml_collections import ConfigDict

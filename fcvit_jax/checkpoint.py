@@ -1,6 +1,6 @@
 """The checkpoint directory: parameters (Orbax) beside `meta.json`, which says how to build and feed the model.
 
-    DIR/meta.json   configuration, preprocessing, class names, provenance, library versions
+    DIR/meta.json   configuration, preprocessing, class names, provenance, library versions, sizes of the files
     DIR/params/     the parameter tree of `ViT(config)`, float32
 
 A directory is written under another name beside its place and renamed at the end: it is whole or not there.
@@ -57,12 +57,14 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         found = meta.get("format") if isinstance(meta, dict) else None
         raise InputError(
-            f"{directory / 'meta.json'}: format is {found}, this version reads {FORMAT}: update fcvit_jax or convert again"
+            f"{directory / 'meta.json'}: format {found} is not {FORMAT}, which this version reads: convert again"
         )
     if missing := [name for name in ("config", "preprocess") if not isinstance(meta.get(name), dict)]:
         raise InputError(f"{directory / 'meta.json'} lacks {missing[0]!r}: convert the weights again")
     config = ViTConfig.from_dict(meta["config"])
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if meta.get("files") != _sizes(directory / "params"):
+        raise InputError(f"{directory / 'params'} is damaged or incomplete (a broken copy?): copy or convert it again")
     params = _restore(directory / "params", abstract_params(config, sharding))
     return Checkpoint(directory, config, params, Preprocess.from_dict(meta["preprocess"]), meta)
 
@@ -96,6 +98,7 @@ def save_checkpoint(
 
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((staging / "params").absolute(), jax.tree.map(jnp.asarray, dict(params)))
+        meta["files"] = _sizes(staging / "params")
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path
 
@@ -139,7 +142,9 @@ def _locate(path: str | Path) -> Path:
         return directory
     directory = Path(path).expanduser()
     if directory.is_file():
-        raise InputError(f"{directory} is a file, not a checkpoint directory: python -m fcvit_jax.convert {directory} OUT")
+        raise InputError(
+            f"{directory} is a file, not a checkpoint directory: python -m fcvit_jax.convert {directory} OUT"
+        )
     if not directory.is_dir():
         raise InputError(f"{directory}: there is no such checkpoint directory")
     for candidate in (directory, directory / "checkpoint"):
@@ -151,11 +156,15 @@ def _locate(path: str | Path) -> Path:
     )
 
 
+def _sizes(folder: Path) -> dict[str, int]:
+    """Every file below a folder and its size in bytes."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+
+
 def _restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    if not path.is_dir():
-        raise InputError(f"{path} is missing: the checkpoint is incomplete, convert the weights again")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             params = checkpointer.restore(path.absolute(), abstract)

@@ -76,7 +76,7 @@ def convert(source: str, out: str, args: argparse.Namespace) -> None:
 
 
 def inspect(source: str, args: argparse.Namespace) -> None:
-    """Print what a file holds and which layout and geometry it is taken for; write nothing."""
+    """Print what a file holds, and which layout and geometry it is taken for; write nothing."""
     weights = read_weights(source)
     count = sum(math.prod(array.shape) for array in weights.arrays.values())
     dtypes = Counter(array.dtype.name for array in weights.arrays.values())
@@ -127,7 +127,7 @@ def _preprocess(weights: WeightFile, args: argparse.Namespace, config: ViTConfig
         )
     if known.image_size != config.image_size:
         raise InputError(
-            f"{args.model} is evaluated at {known.image_size[0]} pixels ({known}): for another size pass --preprocess too"
+            f"{args.model} is evaluated at {known.image_size[0]} pixels ({known}): another size needs --preprocess too"
         )
     return known
 
@@ -141,22 +141,22 @@ def _class_names(path: str | None, num_classes: int) -> tuple[str, ...] | None:
         raise InputError(f"--class_names {path} cannot be read as text: {error}") from None
     if len(names) != num_classes or len(set(names)) != num_classes:
         raise InputError(
-            f"--class_names {path} has {len(set(names))} different names, one a line; the head has {num_classes} classes"
+            f"--class_names {path} has {len(set(names))} different names, one a line; the head has {num_classes}"
         )
     return names
 
 
 def _describe(config: ViTConfig) -> str:
-    (height, width), heads = config.image_size, config.num_heads
+    height, width = config.image_size
     return (
-        f"ViT {config.embed_dim} wide, {config.depth} layers, {heads} heads, patch {config.patch_size} at {height}x{width} "
-        f"({config.num_tokens} tokens), {config.num_classes} classes, {config.pool} pooling, "
+        f"ViT {config.embed_dim} wide, {config.depth} layers, {config.num_heads} heads, patch {config.patch_size} at "
+        f"{height}x{width} ({config.num_tokens} tokens), {config.num_classes} classes, {config.pool} pooling, "
         f"{flops.gmacs(config):.2f} GMACs"
     )
 
 
 def _size(text: str) -> tuple[int, int]:
-    """"224" or "384x512" (height x width)."""
+    """ "224" or "384x512" (height x width)."""
     sides = [int(side) for side in text.split("x")]
     if len(sides) > 2 or min(sides) < 1:
         raise ValueError
@@ -178,7 +178,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("src", metavar="SRC", help="weights in timm's layout: .safetensors, .pth, .pt or .bin")
     parser.add_argument("out", metavar="OUT", nargs="?", help="checkpoint directory to write; it must not exist")
     parser.add_argument("--inspect", action="store_true", help="print what SRC holds, and write nothing")
-    parser.add_argument("--model", metavar="NAME", help="timm's name, such as vit_small_patch16_224.augreg_in21k_ft_in1k")
+    parser.add_argument(
+        "--model", metavar="NAME", help="timm's name, such as vit_small_patch16_224.augreg_in21k_ft_in1k"
+    )
     parser.add_argument(
         "--preprocess",
         metavar="PRESET",
@@ -186,7 +188,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--num_classes", metavar="N", type=_count, help="what the head must have; 0 leaves it out")
     parser.add_argument("--image_size", metavar="N", type=_size, help="pixels, N or HxW; by default the weights' own")
-    parser.add_argument("--num_heads", metavar="N", type=_count, help="needed where no --model is given and heads are odd")
+    parser.add_argument(
+        "--num_heads", metavar="N", type=_count, help="needed where no --model is given and heads are odd"
+    )
     parser.add_argument("--class_names", metavar="FILE", help="text file with one class a line, in the head's order")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
     return parser

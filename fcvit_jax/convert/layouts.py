@@ -1,7 +1,7 @@
 """Key layouts of published ViT weights, and the strict translation of a file into a configuration and a parameter tree.
 
-A layout is one table: source key -> (path in the parameter tree, transform). Every source key is used or on the drop list,
-every leaf of the tree is filled once, every shape is checked. What shapes cannot tell is asked for, never guessed.
+A layout is one table: source key -> (path in the parameter tree, transform). Every source key is used or dropped for a
+reason, every leaf of the tree is filled once, every shape is checked. What shapes do not tell is asked for.
 """
 
 import math
@@ -90,7 +90,9 @@ def detect_layout(arrays: Arrays) -> str:
     needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
     if missing := [key for key in needed if key not in arrays]:
         first = ", ".join(list(arrays)[:3])
-        raise InputError(f"unknown layout (first keys: {first}); the nearest is timm's ViT, which has {missing[0]!r} too")
+        raise InputError(
+            f"unknown layout (first keys: {first}); the nearest is timm's ViT, which has {missing[0]!r} too"
+        )
     return "timm"
 
 
@@ -109,15 +111,24 @@ def infer_config(
     Raises InputError where the file contradicts what is asked, or something has to be asked for.
     """
     width, _, patch, _ = _shape(arrays, "patch_embed.proj.weight", 4)
-    prefix = [_shape(arrays, f"{name}_token", 3)[1] if f"{name}_token" in arrays else 0 for name in ("cls", "dist", "reg")]
+    prefix = [
+        _shape(arrays, f"{name}_token", 3)[1] if f"{name}_token" in arrays else 0 for name in ("cls", "dist", "reg")
+    ]
     entries = _shape(arrays, "pos_embed", 3)[1]
-    no_embed_class = not _is_square(entries - sum(prefix)) and _is_square(entries)
-    patches = entries - (0 if no_embed_class else sum(prefix))
-    side = math.isqrt(max(patches, 0))
-    native = (side * patch, side * patch)
-    if not _is_square(patches) and (image_size is None or math.prod(image_size) != patches * patch * patch):
-        raise InputError(f"pos_embed has {entries} entries, no square grid: pass --image_size HEIGHTxWIDTH of the weights")
+    asked = math.prod(image_size) // patch**2 if image_size else 0
+    # Entries for the prefix tokens or not: whichever leaves what was asked for, or a square grid.
+    for taken in (sum(prefix), 0):
+        patches = entries - taken
+        if patches == asked or _is_square(patches):
+            break
+    else:
+        raise InputError(
+            f"pos_embed has {entries} entries, no square grid: pass --image_size HEIGHTxWIDTH of the weights"
+        )
+    no_embed_class = taken == 0 and sum(prefix) > 0
+    native = (math.isqrt(patches) * patch,) * 2
     fc_norm = "fc_norm.weight" in arrays
+    pool = "dist_avg" if prefix[1] else "avg" if fc_norm or not prefix[0] else "token"
     found = {
         "patch_size": patch,
         "embed_dim": width,
@@ -134,9 +145,11 @@ def infer_config(
     scaled = any(re.match(r"blocks\.0\.(ls1\.gamma|gamma_1)$", key) for key in arrays)
     if model is None:
         if found["pre_norm"]:
-            raise InputError("a model with norm_pre (CLIP): the kind of GELU cannot be told from the file; pass --model")
+            raise InputError(
+                "a model with norm_pre (CLIP): the kind of GELU cannot be told from the file; pass --model"
+            )
         heads = num_heads or _usual_heads(width)
-        config = ViTConfig(image_size=native, num_heads=heads, layer_scale=1e-5 if scaled else None, **found)
+        config = ViTConfig(native, num_heads=heads, layer_scale=1e-5 if scaled else None, pool=pool, **found)
     else:
         config = zoo.get(model).config
         odd = {name: value for name, value in found.items() if getattr(config, name) != value}
@@ -145,18 +158,15 @@ def infer_config(
         if odd:
             name, value = next(iter(odd.items()))
             raise InputError(f"not a {model}: {name} is {value} in the file, {getattr(config, name)} in that model")
-    pool = "avg" if fc_norm or not config.class_token else config.pool
     classes = _check_head(arrays, num_classes)
-    if "head_dist.weight" in arrays:
-        pool = "dist_avg"
     return replace(config, image_size=image_size or native, num_classes=classes, pool=pool, fc_norm=fc_norm)
 
 
 def convert_arrays(arrays: Arrays, config: ViTConfig) -> Converted:
     """Translate a file in timm's layout into the parameter tree of a configuration, strictly.
 
-    Raises InputError naming the first key that is unknown, has another shape, holds no finite numbers, fills a leaf twice,
-    or the first leaf that nothing fills.
+    Raises InputError naming the first key that is unknown, has another shape, holds no finite numbers or fills a leaf
+    twice, or the first leaves that nothing fills.
     """
     leaves = {
         "/".join(str(part.key) for part in path): leaf.shape
@@ -209,7 +219,7 @@ def _transform(key: str, array: np.ndarray, kind: str, config: ViTConfig) -> tup
         prefix = 0 if config.no_embed_class else config.num_prefix_tokens
         patches = value.shape[1] - prefix
         if patches != config.num_patches and _is_square(patches):
-            old = (math.isqrt(patches),) * 2
+            old = (math.isqrt(patches), math.isqrt(patches))
             remark = (
                 f"the position embedding is {old[0]}x{old[1]}, the model's grid {config.grid[0]}x{config.grid[1]}: "
                 f"resampled (bicubic, antialiased, as timm). Weights lose accuracy away from their own size, "
@@ -223,7 +233,9 @@ def _check_head(arrays: Arrays, asked: int | None) -> int:
     """The number of classes of the head in the file, if it is what was asked for."""
     if "head.weight" not in arrays:
         if asked:
-            raise InputError(f"the file has no head, you asked for {asked} classes: pass --num_classes 0 for the backbone")
+            raise InputError(
+                f"the file has no head, you asked for {asked} classes: pass --num_classes 0 for the backbone"
+            )
         return 0
     there = _shape(arrays, "head.weight", 2)[0]
     if asked is None or asked == there:
@@ -231,14 +243,18 @@ def _check_head(arrays: Arrays, asked: int | None) -> int:
     if asked == 0:
         return 0
     kind = {21843: " (ImageNet-21k)", 1000: " (ImageNet-1k)"}.get(there, "")
-    raise InputError(f"the head has {there} classes{kind}, you asked for {asked}: leave --num_classes out, or 0 drops it")
+    raise InputError(
+        f"the head has {there} classes{kind}, you asked for {asked}: leave --num_classes out, or 0 drops it"
+    )
 
 
 def _usual_heads(width: int) -> int:
     """Heads are 64 wide in the usual ViTs; packed projections do not tell, so that other widths are asked for."""
     if any(config.embed_dim == width == 64 * config.num_heads for config in zoo.ARCHITECTURES.values()):
         return width // 64
-    raise InputError(f"the number of heads of a {width}-wide model cannot be told from the file: pass --model or --num_heads")
+    raise InputError(
+        f"the number of heads of a {width}-wide model cannot be told from the file: pass --model or --num_heads"
+    )
 
 
 def _shape(arrays: Arrays, key: str, rank: int) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +12,9 @@ import numpy as np
 from fcvit_jax.data.preprocess import Preprocess, decode
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
+
+Row = tuple[np.ndarray, int, str]  # uint8 [height, width, 3], label, name
+Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # uint8 [height, width, 3] -> the same
 
 LOOKAHEAD = 2  # batches that are being decoded while another one is in use
 
@@ -34,7 +37,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int | None = None,
-) -> Iterator[Batch]:
+) -> Generator[Batch, None, None]:
     """Every record once and in order, in batches of one shape: the last is padded, and its padding masked.
 
     Batch k holds the records `k * batch_size` to `(k + 1) * batch_size`; of its rows, this process yields its share, so
@@ -63,18 +66,63 @@ def eval_batches(
     rows = batch_size // process_count
     first = [k * batch_size + process_index * rows for k in range(math.ceil(count / batch_size))]
     shares = [range(start, max(start, min(start + rows, count))) for start in first]
-    return _decode_ahead(source, preprocess, shares, rows, workers)
+
+    def load(index: int) -> Row:
+        return _load(source, preprocess, index)
+
+    return _decode_ahead(load, preprocess.image_size, shares, rows, workers)
+
+
+def train_batches(
+    source: Source,
+    preprocess: Preprocess,
+    batch_size: int,
+    steps: range,
+    seed: int,
+    augment: Augment | None = None,
+    workers: int | None = None,
+) -> Generator[Batch, None, None]:
+    """Batches of the given steps: each epoch a new permutation, the records left over at its end in none of its batches.
+
+    What step k sees depends on k and the seed alone, not on where `steps` starts, so that a run may be resumed; what
+    an image becomes depends on the seed, its epoch and its index, not on the order of the threads.
+
+    Raises:
+      InputError: the data set is smaller than a batch; later, for an image that cannot be decoded.
+    """
+    an_epoch = len(source) // batch_size
+    if an_epoch < 1:
+        raise InputError(f"batch_size: {batch_size} is more than the {len(source)} images of {source.spec}")
+
+    def share(step: int) -> list[tuple[int, int]]:
+        epoch, place = divmod(step, an_epoch)
+        order = np.random.default_rng((seed, epoch)).permutation(len(source))
+        return [(epoch, int(index)) for index in order[place * batch_size : (place + 1) * batch_size]]
+
+    def load(item: tuple[int, int]) -> Row:
+        epoch, index = item
+        pixels, label, name = _load(source, preprocess, index)
+        return augment(pixels, np.random.default_rng((seed, epoch, index))) if augment else pixels, label, name
+
+    return _decode_ahead(load, preprocess.image_size, map(share, steps), batch_size, workers)
+
+
+def _load(source: Source, preprocess: Preprocess, index: int) -> Row:
+    record = source[index]
+    return preprocess(decode(record.image, record.name)), record.label, record.name
 
 
 def _decode_ahead(
-    source: Source, preprocess: Preprocess, shares: list[range], rows: int, workers: int | None
-) -> Iterator[Batch]:
-    def load(index: int) -> tuple[np.ndarray, int, str]:
-        record = source[index]
-        return preprocess(decode(record.image, record.name)), record.label, record.name
+    load: Callable[[Any], Row],
+    image_size: tuple[int, int],
+    shares: Iterable[Sequence[Any]],
+    rows: int,
+    workers: int | None,
+) -> Generator[Batch, None, None]:
+    """One batch a share, each of its items loaded by a thread; what is left of `rows` is padding."""
 
     def assemble(futures: list[Future]) -> Batch:
-        images = np.zeros((rows, *preprocess.image_size, 3), np.uint8)
+        images = np.zeros((rows, *image_size, 3), np.uint8)
         labels = np.zeros(rows, np.int32)
         names = [""] * rows
         for row, future in enumerate(futures):
@@ -85,7 +133,7 @@ def _decode_ahead(
     try:
         pending: deque[list[Future]] = deque()
         for share in shares:
-            pending.append([pool.submit(load, index) for index in share])
+            pending.append([pool.submit(load, item) for item in share])
             if len(pending) > LOOKAHEAD:
                 yield assemble(pending.popleft())
         while pending:
@@ -94,7 +142,9 @@ def _decode_ahead(
         pool.shutdown(cancel_futures=True)
 
 
-def device_batches(batches: Iterable[Batch], sharding: jax.sharding.Sharding, depth: int = 2) -> Iterator[Batch]:
+def device_batches(
+    batches: Iterable[Batch], sharding: jax.sharding.Sharding, depth: int = 2
+) -> Generator[Batch, None, None]:
     """The batches with images, labels and mask as global arrays, sharded; transfers run `depth` batches ahead.
 
     Each process passes its own rows. The names stay with their process.

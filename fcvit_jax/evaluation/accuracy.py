@@ -132,7 +132,9 @@ def evaluate(
     for name, total in totals.items():
         correct, correct5, seen, broken = map(int, np.asarray(total))
         if broken:
-            raise InputError(f"schedule {name}: the logits of {broken} of {seen} images are not finite; try another dtype")
+            raise InputError(
+                f"schedule {name}: the logits of {broken} of {seen} images are not finite; try another dtype"
+            )
         if not seen:
             raise InputError("no image was evaluated: the data set is empty")
         results[name] = Accuracy(correct, correct5, seen)

@@ -53,8 +53,8 @@ def format_table(rows: Sequence[Row]) -> str:
     lines += [
         "",
         f"{first['checkpoint']} on {first['dataset']}; pixels: {first['preprocess']}",
-        f"{first['dtype']}, batch {first['batch_size']}, {first['num_devices']} x {first['device']}. Top-1, top-5: share of "
-        "images; change: points against dense; tokens: left after the last layer.",
+        f"{first['dtype']}, batch {first['batch_size']}, {first['num_devices']} x {first['device']}",
+        "change: points of top-1 against dense; tokens: left after the last layer; GMACs: 1e9 multiply-accumulates.",
     ]
     if first["images_per_second"]:
         lines.append("images/s: the model alone, compiled and warm, the median of blocks; no decoding, no transfer.")

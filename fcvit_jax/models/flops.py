@@ -1,7 +1,7 @@
 """Multiply-accumulates of a ViT under a schedule, counted analytically.
 
-What the papers print as "GFLOPS" is multiply-accumulates / 1e9 of the matrix products alone: patch embedding, projections,
-attention, MLP and head. Norms, softmax, activations and the matching itself (below 0.3 % of a layer) are left out.
+What the papers print as "GFLOPS" is multiply-accumulates / 1e9 of the matrix products alone: patch embedding,
+projections, attention, MLP and head. Norms, softmax, activations and the matching itself are left out.
 """
 
 from fcvit_jax.models.schedule import MergeSchedule

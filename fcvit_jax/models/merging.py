@@ -37,7 +37,8 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     matching and not in that of windows.
     """
     metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-    if layer.windows is None:
+    windows = layer.windows
+    if windows is None:
         return _match_alternating(metric, layer.removed, prefix)
     batch, tokens, width = metric.shape
     patches = tokens - prefix
@@ -47,13 +48,13 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
         metric = metric[:, order]
     else:
         metric = metric[:, prefix:]
-    length = patches // layer.windows
-    found = _match_alternating(metric.reshape(batch * layer.windows, length, width), layer.removed, 0)
+    length = patches // windows
+    found = _match_alternating(metric.reshape(batch * windows, length, width), layer.removed, 0)
 
     def across_windows(positions: jax.Array, stride: int) -> jax.Array:
         """From positions inside a window, [b * windows, _], to positions among all patch tokens, [b, windows * _]."""
-        start = stride * np.arange(layer.windows, dtype=np.int32)[None, :, None]
-        return (positions.reshape(batch, layer.windows, -1) + start).reshape(batch, -1)
+        start = stride * np.arange(windows, dtype=np.int32)[None, :, None]
+        return (positions.reshape(batch, windows, -1) + start).reshape(batch, -1)
 
     order = jnp.asarray(order)
     keep = order[across_windows(found.keep, length)]

@@ -1,8 +1,8 @@
 """Merge schedules: which layers stay dense, merge inside windows, or merge globally.
 
-Pure Python and hashable, so that a schedule is a static argument of a jitted function: every token count is known before
-anything is traced. DFE (dense first layers) and LGTM (local, then global merging) follow arXiv 2303.02331; a global stage
-alone is Token Merging, arXiv 2210.09461.
+Pure Python and hashable, so that a schedule is a static argument of a jitted function: every token count is known
+before anything is traced. DFE (dense first layers) and LGTM (local, then global merging) follow arXiv 2303.02331; a
+global stage alone is Token Merging, arXiv 2210.09461.
 """
 
 import math
@@ -26,7 +26,7 @@ class Dense:
 
 @dataclass(frozen=True)
 class Local:
-    """`layers` layers, each merging `ceil(r / windows)` tokens inside every one of `windows` (rows, columns) windows."""
+    """`layers` layers, each merging `ceil(r / windows)` tokens inside each of `windows` (rows, columns) windows."""
 
     layers: int
     r: int
@@ -67,8 +67,8 @@ class Layer(NamedTuple):
     tokens_in, tokens_out: length of the sequence, prefix tokens included, before and after merging.
     removed: tokens merged away in every window (in the whole sequence if `windows` is None).
     windows: how many windows the patch tokens are matched in; None for global matching.
-    regroup: (cells, windows), both (rows, columns), where this layer has to reorder the patch tokens first: from row-major
-        cells to window by window. None where they lie in order already.
+    regroup: (cells, windows), both (rows, columns), where this layer has to reorder the patch tokens first: from
+        row-major cells to window by window. None where they lie in order already.
     """
 
     tokens_in: int
@@ -115,10 +115,10 @@ class MergeSchedule:
 
     @classmethod
     def parse(cls, text: str, depth: int) -> "MergeSchedule":
-        """Read a name (`dense`, `tome_r13`, `s2dfe_r18`, `s2winc7_r16`) or an explicit form, for a model of `depth` layers.
+        """Read a name (`dense`, `tome_r13`, `s2dfe_r18`, `s2winc7_r16`) or an explicit form, for `depth` layers.
 
-        The explicit form is what `str` gives: `dense:2,local:5:r16:w2x2,global:5:r16`. Raises InputError for text that is
-        neither, and where the stages do not add up to the depth.
+        The explicit form is what `str` gives: `dense:2,local:5:r16:w2x2,global:5:r16`. Raises InputError for text that
+        is neither, and where the stages do not add up to the depth.
         """
         text = text.strip()
         schedule = cls(_named_stages(text, depth) if ":" not in text else tuple(map(_parse_stage, text.split(","))))
@@ -196,8 +196,8 @@ _STAGES = {
     re.compile(r"local:(\d+):r(\d+):w(\d+)x(\d+)"): lambda layers, r, *windows: Local(layers, r, windows),
     re.compile(r"global:(\d+):r(\d+)"): Global,
 }
-# The paper's legend counts differently in its two families: s2dfe leaves two layers dense, s2winc7 merges from the second
-# layer on. The multiply-accumulates of its figure admit no other reading.
+# The paper's legend counts differently in its two families: s2dfe leaves two layers dense, s2winc7 merges from the
+# second layer on. The multiply-accumulates of its figure admit no other reading.
 _NAMES = {
     re.compile(r"dense"): lambda depth: (Dense(depth),),
     re.compile(r"tome_r(\d+)"): lambda depth, r: (Global(depth, r),),
@@ -223,6 +223,8 @@ def _named_stages(text: str, depth: int) -> tuple[Stage, ...]:
             stages = make(depth, *map(int, found.groups()))
             if min(stage.layers for stage in stages) < 0:
                 wants = ", ".join(f"{stage.layers} {type(stage).__name__.lower()}" for stage in stages)
-                raise InputError(f"schedule {text!r} does not fit a model of {depth} layers: it asks for {wants} layers")
+                raise InputError(
+                    f"schedule {text!r} does not fit a model of {depth} layers: it asks for {wants} layers"
+                )
             return tuple(stage for stage in stages if stage.layers)
     raise InputError(f"{text!r} is not a schedule: write {_FORMS}")

@@ -25,7 +25,7 @@ from fcvit_jax.models.schedule import Layer, MergeSchedule
 class ViTConfig:
     """The architecture of a ViT, as stored in a checkpoint. Raises InputError where the fields contradict each other.
 
-    Sequence: [class token][distillation token][registers][patches, row-major]; all before the patches are prefix tokens.
+    Sequence: [class token][distillation token][registers][patches, row-major]; prefix tokens are those before patches.
     """
 
     image_size: tuple[int, int] = (224, 224)  # (height, width) in pixels
@@ -61,7 +61,7 @@ class ViTConfig:
         for name, choices in (("gelu", tuple(_GELU)), ("pool", ("token", "avg", "dist_avg"))):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if self.pool == "token" and not self.class_token or self.pool == "dist_avg" and not self.dist_token:
+        if (self.pool == "token" and not self.class_token) or (self.pool == "dist_avg" and not self.dist_token):
             raise InputError(f"pool {self.pool!r} needs a {'class' if self.pool == 'token' else 'distillation'} token")
 
     @property
@@ -96,8 +96,16 @@ class ViTConfig:
 
 
 _POSITIVE = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_dim")
+
+
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    # By erf, as PyTorch; `jax.nn.gelu` goes by erfc, a sixteen times longer polynomial. In float32: 1 + erf cancels.
+    half = x.astype(jnp.float32) * 0.5
+    return (half * (1.0 + jax.lax.erf(half * math.sqrt(2)))).astype(x.dtype)
+
+
 _GELU: dict[str, Callable[[jax.Array], jax.Array]] = {
-    "exact": partial(nn.gelu, approximate=False),
+    "exact": _exact_gelu,
     "tanh": partial(nn.gelu, approximate=True),
     "quick": lambda x: x * nn.sigmoid(jnp.asarray(1.702, x.dtype) * x),
 }
@@ -117,7 +125,7 @@ class ViT(nn.Module):
     - "layers": per layer {"tokens": [b, n_l, d], "size": float32 [b, n_l], "source": int32 [b, p]}, after that layer;
       "size" is how many patches a token stands for (1 for prefix tokens), "source" the index of each patch's token;
     - "tokens": [b, n_L, d], the final sequence, normed unless the norm follows the pooling; "size", "source" of it;
-    - "pooled": [b, d] (for `dist_avg` [b, 2, d]), what the head sees; "head_logits": with `dist_avg`, float32 [b, 2, c].
+    - "pooled": [b, d] (`dist_avg`: [b, 2, d]), what the head sees; "head_logits": `dist_avg` only, float32 [b, 2, c].
 
     Under jit, what is not used of `out` is not computed. Parameters are float32; `dtype` is that of the computation.
     With `train=True`, dropout and stochastic depth (rising linearly over the layers) need `rngs={"dropout": key}`.

@@ -291,8 +291,19 @@ def tiff_with_two_compressions() -> bytes:
     return data.replace(entry, struct.pack("<HHI", 259, 3, 2))
 
 
+def tiff_with_exif_beyond_its_end() -> bytes:
+    data = encoded(noise(16, 16), "TIFF", description="a tag to overwrite")
+    start = data.index(struct.pack("<HH", 270, 2))
+    return data[:start] + struct.pack("<HHII", 34665, 4, 1, len(data) - 1) + data[start + 12 :]
+
+
 @pytest.mark.parametrize(
-    ("make", "remark"), [(palette_with_transparency, "Transparency"), (tiff_with_two_compressions, "too many entries")]
+    ("make", "remark"),
+    [
+        (palette_with_transparency, "Transparency"),
+        (tiff_with_two_compressions, "too many entries"),  # told on opening
+        (tiff_with_exif_beyond_its_end, "Corrupt EXIF"),  # told on loading
+    ],
 )
 def test_odd_files_decode_without_a_word(make, remark, capfd):
     data = make()

@@ -1,0 +1,102 @@
+import pytest
+
+from fcvit_jax.errors import InputError
+from fcvit_jax.models.schedule import Dense, Global, Layer, Local, MergeSchedule, parse_schedules
+from fcvit_jax.models.vit import ViTConfig
+
+VIT_S = ViTConfig(embed_dim=384, num_heads=6, mlp_dim=1536)
+SMALL = ViTConfig(image_size=(64, 96), patch_size=8, embed_dim=8, depth=4, num_heads=2, mlp_dim=16)  # 8x12 patches
+
+
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [
+        ("dense", (Dense(12),)),
+        ("tome_r13", (Global(12, 13),)),
+        ("s2dfe_r18", (Dense(2), Global(10, 18))),
+        ("s2winc7_r16", (Dense(1), Local(6, 16), Global(5, 16))),
+        ("s1winc3_r8", (Local(3, 8), Global(9, 8))),
+        ("s2winc12_r4", (Dense(1), Local(11, 4))),
+        ("dense:2,local:5:r16:w2x7,global:5:r16", (Dense(2), Local(5, 16, (2, 7)), Global(5, 16))),
+    ],
+)
+def test_parse_gives_the_stages_and_str_parses_back(text, stages):
+    schedule = MergeSchedule.parse(text, 12)
+    assert schedule == MergeSchedule(stages)
+    assert MergeSchedule.parse(str(schedule), 12) == schedule
+    assert hash(schedule) == hash(MergeSchedule(stages))
+
+
+def test_tokens_leaving_each_layer_of_vit_s():
+    tokens = lambda text: MergeSchedule.parse(text, 12).tokens(VIT_S)  # noqa: E731
+    assert tokens("dense") == (197,) * 12
+    assert tokens("tome_r16") == (*(197 - 16 * layer for layer in range(1, 12)), 11)  # 21 - 16 caps at 21 // 2
+    assert tokens("s2dfe_r18")[:4] == (197, 197, 179, 161)
+    # The paper's plotted schedule: 25 tokens a window after the local stage, 21 tokens at the end.
+    assert tokens("s2winc7_r16")[6] == 1 + 4 * 25
+    assert tokens("s2winc7_r16")[-1] == 21
+    assert tokens("s2winc7_r5") == (197, *(197 - 8 * layer for layer in range(1, 7)), *range(144, 123, -5))
+
+
+def test_windows_regroup_once_and_finer_windows_become_coarser():
+    plan = MergeSchedule((Local(1, 8, (4, 4)), Dense(1), Local(2, 8, (2, 2)))).plan(SMALL)
+    assert plan == (
+        Layer(97, 81, 1, 16, ((8, 12), (4, 4))),
+        Layer(81, 81),
+        Layer(81, 73, 2, 4, ((4, 4), (2, 2))),
+        Layer(73, 65, 2, 4, None),
+    )
+
+
+def test_local_rate_is_capped_at_half_a_window():
+    assert MergeSchedule((Local(4, 1000, (2, 2)),)).tokens(SMALL) == (49, 25, 13, 9)
+
+
+@pytest.mark.parametrize(
+    ("text", "numbers"),
+    [
+        ("dense:3", ("3 layers", "12")),
+        ("s14dfe_r2", ("12 layers", "-2 global")),
+        ("s2winc13_r2", ("12 layers", "-1 global")),
+        ("s9winc7_r2", ("-1 local",)),
+        ("s0winc7_r2", ("-1 dense",)),
+        ("global:2:r4,local:10:r4:w2x2", ("local:10:r4:w2x2", "global")),
+        ("tome_13", ("tome_r13",)),
+        ("local:12:r4", ("local:5:r16:w2x2",)),
+        ("local:12:r4:w0x2", ("at least one window",)),
+        ("", ("not a schedule",)),
+    ],
+)
+def test_what_does_not_fit_is_told_with_its_numbers(text, numbers):
+    with pytest.raises(ValueError, match=r"schedule|stage") as caught:
+        MergeSchedule.parse(text, 12)
+    assert isinstance(caught.value, InputError)
+    assert "\n" not in str(caught.value)
+    for number in numbers:
+        assert number in str(caught.value)
+
+
+def test_grid_and_depth_of_the_model_are_checked():
+    with pytest.raises(InputError, match="8x12 grid does not divide into 3x2 windows"):
+        MergeSchedule((Local(4, 4, (3, 2)),)).plan(SMALL)
+    with pytest.raises(InputError, match="2x2 grid does not divide into 4x4 windows"):
+        MergeSchedule((Local(2, 4, (2, 2)), Local(2, 4, (4, 4)))).plan(SMALL)
+    with pytest.raises(InputError, match="covers 12 layers, the model has 4"):
+        MergeSchedule.dense(12).plan(SMALL)
+    with pytest.raises(InputError, match="negative"):
+        MergeSchedule((Dense(-1), Dense(5)))
+
+
+def test_a_list_of_schedules_may_mix_names_and_explicit_forms():
+    text = "dense, tome_r2,dense:1,global:3:r2,dense:4,s2winc3_r4"
+    assert parse_schedules(text, 4) == {
+        "dense": MergeSchedule.dense(4),
+        "tome_r2": MergeSchedule((Global(4, 2),)),
+        "dense:1,global:3:r2": MergeSchedule((Dense(1), Global(3, 2))),
+        "dense:4": MergeSchedule.dense(4),
+        "s2winc3_r4": MergeSchedule((Dense(1), Local(2, 4), Global(1, 4))),
+    }
+    with pytest.raises(InputError, match="covers 1 layers, the model has 4"):
+        parse_schedules("tome_r2,dense:1", 4)
+    with pytest.raises(InputError, match="no schedule"):
+        parse_schedules(" , ", 4)

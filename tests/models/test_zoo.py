@@ -1,0 +1,89 @@
+import pytest
+
+from fcvit_jax.errors import InputError
+from fcvit_jax.models import zoo
+
+
+def test_names_the_issue_of_families_and_sizes():
+    for name in (
+        *(
+            f"vit_{size}_patch16_{pixels}"
+            for size in ("tiny", "small", "base", "large", "huge")
+            for pixels in (224, 384)
+        ),
+        *(f"deit_{size}_patch16_224" for size in ("tiny", "small", "base")),
+        *(f"deit_{size}_distilled_patch16_224" for size in ("tiny", "small", "base")),
+        *(f"deit3_{size}_patch16_224" for size in ("small", "medium", "base", "large")),
+        "deit3_huge_patch14_224",
+        *(f"vit_{size}_patch14{kind}_dinov2" for size in ("small", "base", "large") for kind in ("", "_reg4")),
+        "vit_base_patch8_224",
+        "vit_base_patch32_384",
+        "vit_huge_patch14_224",
+    ):
+        assert zoo.get(name).config.depth in (12, 24, 32)
+
+
+def test_an_architecture_alone_has_no_preprocessing():
+    assert zoo.get("vit_small_patch16_224").preprocess is None
+    model = zoo.get("vit_small_patch16_224.augreg_in21k_ft_in1k")
+    assert str(model.preprocess) == "bicubic 248->224 center, mean .5 std .5"
+    assert model.top1 == 0.81402
+    assert model.source is not None
+    assert model.source.endswith("--imagenet2012-steps_20k-lr_0.03-res_224.npz")
+
+
+def test_an_unknown_name_offers_the_nearest():
+    with pytest.raises(
+        InputError, match="unknown model 'vit_smal_patch16_224'; the nearest names are vit_small_patch16"
+    ):
+        zoo.get("vit_smal_patch16_224")
+    with pytest.raises(InputError, match=r"deit_small_patch16_224\.fb_in1k"):
+        zoo.get("deit_small_patch16_224.fb")
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_every_name_agrees_with_timm():
+    timm = pytest.importorskip("timm")
+    torch = pytest.importorskip("torch")
+    from timm.models import get_pretrained_cfg
+
+    there, missing = set(timm.list_models()), []
+    for name, config in zoo.ARCHITECTURES.items():
+        if name not in there:
+            missing.append(name)
+            continue
+        with torch.device("meta"):
+            model = timm.create_model(name, pretrained=False)
+        block = model.blocks[0]
+        assert config.image_size == model.patch_embed.img_size, name
+        assert (config.patch_size, config.patch_size) == model.patch_embed.patch_size
+        assert config.embed_dim == model.embed_dim
+        assert config.depth == len(model.blocks)
+        assert config.num_heads == block.attn.num_heads
+        assert config.mlp_dim == block.mlp.fc1.out_features
+        assert config.norm_eps == block.norm1.eps
+        assert config.num_prefix_tokens == model.num_prefix_tokens
+        assert config.num_registers == (0 if model.reg_token is None else model.reg_token.shape[1])
+        assert config.no_embed_class == (model.pos_embed.shape[1] == config.num_patches)
+        assert config.qkv_bias == (block.attn.qkv.bias is not None)
+        assert config.patch_bias == (model.patch_embed.proj.bias is not None)
+        assert config.pre_norm == isinstance(model.norm_pre, torch.nn.LayerNorm)
+        assert (config.layer_scale is None) == isinstance(block.ls1, torch.nn.Identity), name
+        assert (config.gelu == "quick") == (type(block.mlp.act).__name__ == "QuickGELU"), name
+        assert config.dist_token == hasattr(model, "head_dist")
+    assert len(missing) < len(zoo.ARCHITECTURES) / 2
+    assert not [name for name in missing if name.startswith(("deit", "vit_base_patch16")) or "dinov2" in name]
+
+    for name in zoo.names():
+        if "." not in name:
+            continue
+        known, model = get_pretrained_cfg(name), zoo.get(name)
+        assert known is not None, name
+        assert model.preprocess is not None
+        assert model.preprocess.image_size == known.input_size[1:]
+        assert model.preprocess.crop_pct == known.crop_pct, name
+        assert model.preprocess.crop_mode == known.crop_mode
+        assert model.preprocess.interpolation == known.interpolation
+        assert model.preprocess.mean == pytest.approx(known.mean)
+        assert model.preprocess.std == pytest.approx(known.std)
+        assert model.source == (known.url or f"hf-hub:{known.hf_hub_id}"), name
