@@ -10,65 +10,95 @@ Writes results.jsonl, results.csv and pareto.png into the working directory, and
 import contextlib
 import os
 from pathlib import Path
+from typing import Any
 
 import jax
-from absl import app, flags
-from ml_collections import ConfigDict, config_flags
+from absl import app, flags, logging
+from ml_collections import config_flags
 from tqdm import tqdm
 
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
-from fcvit_jax.data.batches import device_batches, eval_batches
+from fcvit_jax.data.batches import Batch, device_batches, eval_batches
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError, one_line_errors
-from fcvit_jax.evaluation.accuracy import CompiledStep, compile_step, evaluate
+from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep, compile_step, evaluate
 from fcvit_jax.evaluation.logits import LogitsWriter
 from fcvit_jax.evaluation.report import format_table, write_report
-from fcvit_jax.evaluation.throughput import measure_throughput
+from fcvit_jax.evaluation.throughput import Rate, measure_throughput
 from fcvit_jax.models import flops
-from fcvit_jax.models.schedule import parse_schedules
+from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", str(Path(__file__).parent / "configs" / "eval_digits.py"), "The experiment.", lock_config=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", "workdir/evaluate", "Where the results are written.")
+_WORKDIR = flags.DEFINE_string("workdir", "workdir/evaluate", "Where the results are written; earlier ones go.")
 
 
 def main(argv: list[str]) -> None:
     if argv[1:]:
         raise app.UsageError(f"unknown argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
     with one_line_errors():
-        rows = run(_CONFIG.value, Path(_WORKDIR.value))
+        workdir = Path(_WORKDIR.value)
+        rows = run(_CONFIG.value, workdir)
         if jax.process_index() == 0:
+            write_report(rows, workdir)
             print(format_table(rows))
-            print(f"written: results.jsonl, results.csv, pareto.png in {_WORKDIR.value}")
+            print(f"written: results.jsonl, results.csv and pareto.png in {workdir}")
 
 
-def run(config: ConfigDict, workdir: Path) -> list[dict]:
-    """Load, evaluate, time, and write; returns the result rows."""
+def run(config: Any, workdir: Path) -> list[dict[str, Any]]:
+    """Check everything that can be checked beforehand, then compile, evaluate and time; returns the result rows."""
     for field in ("checkpoint", "dataset"):
         if not config[field]:
             raise InputError(f"config.{field} is empty: pass --config.{field}=...")
     mesh = parallel.data_mesh()
     parallel.check_batch_size(config.batch_size, mesh)
+    source = open_source(config.dataset)
     checkpoint = load_checkpoint(config.checkpoint, parallel.replicated(mesh))
+    check_classes(source, checkpoint)
     schedules = parse_schedules(config.schedules, checkpoint.config.depth)
     for schedule in schedules.values():
         schedule.plan(checkpoint.config)
-    source = open_source(config.dataset)
-    check_classes(source, checkpoint)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
 
-    num_images = min(len(source), config.limit or len(source))
-    show = {"disable": None if jax.process_index() == 0 else True, "leave": False}
-    steps: dict[str, CompiledStep] = {}
-    for name, schedule in tqdm(schedules.items(), "compiling", unit="schedule", **show):
-        model = ViT(checkpoint.config, schedule)
-        steps[name] = compile_step(
-            model, checkpoint.preprocess, checkpoint.params, config.batch_size, mesh, config.dtype
+    steps = {
+        name: compile_step(
+            ViT(checkpoint.config, schedule),
+            checkpoint.preprocess,
+            checkpoint.params,
+            config.batch_size,
+            mesh,
+            config.dtype,
         )
+        for name, schedule in progress(schedules.items(), desc="compiling", unit="schedule")
+    }
+    accuracies, batch = count(config, source, checkpoint, steps, mesh, workdir)
+    rates = {}
+    if config.throughput_blocks > 0:
+        with progress(desc="timing", total=config.throughput_blocks * len(steps), unit="block") as bar:
+            rates = measure_throughput(steps, checkpoint.params, batch, config.throughput_blocks, on_block=bar.update)
+    return [
+        result_row(config, checkpoint, name, schedule, accuracies[name], steps[name], rates)
+        for name, schedule in schedules.items()
+    ]
 
+
+def count(
+    config: Any,
+    source: Source,
+    checkpoint: Checkpoint,
+    steps: dict[str, CompiledStep],
+    mesh: jax.sharding.Mesh,
+    workdir: Path,
+) -> tuple[dict[str, Accuracy], Batch]:
+    """The pass over the data; returns the accuracies and the first batch, which stays on the device to be timed."""
     host = eval_batches(
         source,
         checkpoint.preprocess,
@@ -78,30 +108,49 @@ def run(config: ConfigDict, workdir: Path) -> list[dict]:
         process_count=jax.process_count(),
         workers=config.workers,
     )
+    num_images = min(len(source), config.limit or len(source))
+    first: list[Batch] = []
     with contextlib.ExitStack() as stack:
-        bar = stack.enter_context(tqdm(desc="evaluating", total=num_images, unit="img", **show))
-        save = None
+        batches = stack.enter_context(contextlib.closing(device_batches(host, parallel.batched(mesh))))
+        writer = None
         if config.save_logits:
-            classes = checkpoint.config.num_classes
-            save = stack.enter_context(LogitsWriter(workdir, steps, num_images, classes))
-        first = None
+            writer = stack.enter_context(LogitsWriter(workdir, steps, num_images, checkpoint.config.num_classes))
+        bar = stack.enter_context(progress(desc="evaluating", total=num_images, unit="img"))
 
-        def on_batch(batch, logits):
-            nonlocal first
-            first = first or batch
+        def on_batch(batch: Batch, logits: Any) -> None:
+            if not first:
+                first.append(batch)
+            if writer:
+                writer.add(batch, logits)
             bar.update(min(config.batch_size, num_images - bar.n))
-            if save:
-                save.add(batch, logits)
 
-        stack.enter_context(contextlib.closing(host))
-        accuracies = evaluate(steps, checkpoint.params, device_batches(host, parallel.batched(mesh)), on_batch)
+        return evaluate(steps, checkpoint.params, batches, on_batch), first[0]
 
-    rates = {}
-    if config.throughput_blocks:
-        with tqdm(desc="timing", total=config.throughput_blocks * len(steps), unit="block", **show) as bar:
-            rates = measure_throughput(steps, checkpoint.params, first, config.throughput_blocks, on_block=bar.update)
 
-    conditions = {
+def result_row(
+    config: Any,
+    checkpoint: Checkpoint,
+    name: str,
+    schedule: MergeSchedule,
+    accuracy: Accuracy,
+    step: CompiledStep,
+    rates: dict[str, Rate],
+) -> dict[str, Any]:
+    """One schedule's result with all its conditions."""
+    rate, dense = rates.get(name), rates.get("dense")
+    return {
+        "schedule": name,
+        "stages": str(schedule),
+        "top1": accuracy.top1,
+        "top5": accuracy.top5,
+        "correct": accuracy.correct,
+        "num_images": accuracy.num_images,
+        "gmacs": flops.gmacs(checkpoint.config, schedule),
+        "tokens_out": schedule.tokens(checkpoint.config)[-1],
+        "images_per_second": rate.images_per_second if rate else None,
+        "images_per_second_spread": rate.spread if rate else None,
+        "speedup": rate.images_per_second / dense.images_per_second if rate and dense else None,
+        "compile_seconds": step.compile_seconds,
         "checkpoint": config.checkpoint,
         "weights_sha256": checkpoint.meta["provenance"].get("sha256"),
         "dataset": config.dataset,
@@ -113,30 +162,6 @@ def run(config: ConfigDict, workdir: Path) -> list[dict]:
         "num_devices": jax.device_count(),
         "versions": versions(),
     }
-    dense_rate = rates["dense"].images_per_second if "dense" in rates else None
-    rows = []
-    for name, schedule in schedules.items():
-        rate = rates.get(name)
-        rows.append(
-            {
-                "schedule": name,
-                "stages": str(schedule),
-                "top1": accuracies[name].top1,
-                "top5": accuracies[name].top5,
-                "correct": accuracies[name].correct,
-                "num_images": accuracies[name].num_images,
-                "gmacs": flops.gmacs(checkpoint.config, schedule),
-                "tokens_out": schedule.tokens(checkpoint.config)[-1],
-                "images_per_second": rate and rate.images_per_second,
-                "images_per_second_spread": rate and rate.spread,
-                "speedup": rate.images_per_second / dense_rate if rate and dense_rate else None,
-                "compile_seconds": steps[name].compile_seconds,
-                **conditions,
-            }
-        )
-    if jax.process_index() == 0:
-        write_report(rows, workdir)
-    return rows
 
 
 def check_classes(source: Source, checkpoint: Checkpoint) -> None:
@@ -144,19 +169,23 @@ def check_classes(source: Source, checkpoint: Checkpoint) -> None:
     classes, names = checkpoint.config.num_classes, checkpoint.meta["class_names"]
     if not classes:
         raise InputError(f"{checkpoint.path} has no head: it gives features, not classes")
-    if len(source.class_names) != classes:
-        there = len(source.class_names)
+    if (there := len(source.class_names)) != classes:
         raise InputError(f"{source.spec} has {there} classes, the head of {checkpoint.path} has {classes}")
     if names and list(source.class_names) != names:
         ours, theirs = next(pair for pair in zip(names, source.class_names, strict=True) if pair[0] != pair[1])
         raise InputError(
-            f"{source.spec}: class {theirs!r} stands where {checkpoint.path} has {ours!r}: its labels mean other classes"
+            f"{source.spec} has class {theirs!r} where {checkpoint.path} has {ours!r}: its labels mean other classes"
         )
 
 
 def device_name() -> str:
     device = jax.devices()[0]
     return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+
+
+def progress(*args: Any, **kwargs: Any) -> tqdm:
+    """A progress bar on the terminal of the first process."""
+    return tqdm(*args, **kwargs, leave=False, disable=None if jax.process_index() == 0 else True)
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ import contextlib
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import config_flags
 from tqdm import tqdm
 
 from fcvit_jax import parallel
@@ -46,7 +47,7 @@ def main(argv: list[str]) -> None:
         print(f"test top-1 {top1:.2%}; written: {_WORKDIR.value}/checkpoint, {_WORKDIR.value}/metrics.jsonl")
 
 
-def train(config: ConfigDict, workdir: Path) -> float:
+def train(config: Any, workdir: Path) -> float:
     """Train, evaluate, and write the checkpoint; returns the test top-1 of the dense model, a fraction."""
     target = check_target(workdir / "checkpoint", overwrite=False)
     train_set, test_set = open_source(config.train), open_source(config.test)

@@ -1,1 +1,24 @@
-"""fcvit_jax: Vision Transformers made cheaper at inference without training, in JAX and Flax."""
+"""fcvit_jax: Vision Transformers made cheaper at inference without training, in JAX and Flax.
+
+import fcvit_jax as fc
+
+checkpoint = fc.load_checkpoint("packaged:digits")
+schedule = fc.MergeSchedule.parse("s2winc5_r8", checkpoint.config.depth)
+model = fc.ViT(checkpoint.config, schedule=schedule)
+logits, out = model.apply({"params": checkpoint.params}, images)
+"""
+
+from fcvit_jax.checkpoint import Checkpoint as Checkpoint
+from fcvit_jax.checkpoint import load_checkpoint as load_checkpoint
+from fcvit_jax.checkpoint import save_checkpoint as save_checkpoint
+from fcvit_jax.data.preprocess import Preprocess as Preprocess
+from fcvit_jax.errors import InputError as InputError
+from fcvit_jax.models import flops as flops
+from fcvit_jax.models import zoo as zoo
+from fcvit_jax.models.merging import unmerge_tokens as unmerge_tokens
+from fcvit_jax.models.schedule import Dense as Dense
+from fcvit_jax.models.schedule import Global as Global
+from fcvit_jax.models.schedule import Local as Local
+from fcvit_jax.models.schedule import MergeSchedule as MergeSchedule
+from fcvit_jax.models.vit import ViT as ViT
+from fcvit_jax.models.vit import ViTConfig as ViTConfig

@@ -126,7 +126,7 @@ def infer_config(
             f"pos_embed has {entries} entries, no square grid: pass --image_size HEIGHTxWIDTH of the weights"
         )
     no_embed_class = taken == 0 and sum(prefix) > 0
-    native = (math.isqrt(patches) * patch,) * 2
+    side = math.isqrt(patches) * patch
     fc_norm = "fc_norm.weight" in arrays
     pool = "dist_avg" if prefix[1] else "avg" if fc_norm or not prefix[0] else "token"
     found = {
@@ -149,7 +149,7 @@ def infer_config(
                 "a model with norm_pre (CLIP): the kind of GELU cannot be told from the file; pass --model"
             )
         heads = num_heads or _usual_heads(width)
-        config = ViTConfig(native, num_heads=heads, layer_scale=1e-5 if scaled else None, pool=pool, **found)
+        config = ViTConfig((side, side), num_heads=heads, layer_scale=1e-5 if scaled else None, pool=pool, **found)
     else:
         config = zoo.get(model).config
         odd = {name: value for name, value in found.items() if getattr(config, name) != value}
@@ -159,7 +159,7 @@ def infer_config(
             name, value = next(iter(odd.items()))
             raise InputError(f"not a {model}: {name} is {value} in the file, {getattr(config, name)} in that model")
     classes = _check_head(arrays, num_classes)
-    return replace(config, image_size=image_size or native, num_classes=classes, pool=pool, fc_norm=fc_norm)
+    return replace(config, image_size=image_size or (side, side), num_classes=classes, pool=pool, fc_norm=fc_norm)
 
 
 def convert_arrays(arrays: Arrays, config: ViTConfig) -> Converted:

@@ -1,5 +1,6 @@
 """Records to batches of one fixed shape, decoded by threads ahead of their use, and on to the devices."""
 
+import functools
 import math
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -82,7 +83,7 @@ def train_batches(
     augment: Augment | None = None,
     workers: int | None = None,
 ) -> Generator[Batch, None, None]:
-    """Batches of the given steps: each epoch a new permutation, the records left over at its end in none of its batches.
+    """Batches of the given steps: each epoch a new permutation, what does not fill a batch at its end left out.
 
     What step k sees depends on k and the seed alone, not on where `steps` starts, so that a run may be resumed; what
     an image becomes depends on the seed, its epoch and its index, not on the order of the threads.
@@ -94,10 +95,13 @@ def train_batches(
     if an_epoch < 1:
         raise InputError(f"batch_size: {batch_size} is more than the {len(source)} images of {source.spec}")
 
+    @functools.lru_cache(maxsize=2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(len(source))
+
     def share(step: int) -> list[tuple[int, int]]:
         epoch, place = divmod(step, an_epoch)
-        order = np.random.default_rng((seed, epoch)).permutation(len(source))
-        return [(epoch, int(index)) for index in order[place * batch_size : (place + 1) * batch_size]]
+        return [(epoch, int(index)) for index in order(epoch)[place * batch_size : (place + 1) * batch_size]]
 
     def load(item: tuple[int, int]) -> Row:
         epoch, index = item

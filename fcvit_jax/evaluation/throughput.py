@@ -24,7 +24,7 @@ def measure_throughput(
     batch: Batch,
     blocks: int = 5,
     block_seconds: float = 0.2,
-    on_block: Callable[[], None] | None = None,
+    on_block: Callable[[], object] | None = None,
 ) -> dict[str, Rate]:
     """Time every schedule on one batch that lies on the device.
 

@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
-from fcvit_jax.data.batches import LOOKAHEAD, Batch, device_batches, eval_batches
+from fcvit_jax.data.batches import LOOKAHEAD, Batch, device_batches, eval_batches, train_batches
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Record, Source, open_source
 from fcvit_jax.errors import InputError
@@ -191,3 +191,26 @@ def test_digits_and_photos_go_through_the_same_path(clothing_test):
     (batch,) = eval_batches(photos, Preprocess((32, 32)), 6, limit=6)
     image = Image.open(clothing_test / photos[5].name).convert("RGB")
     np.testing.assert_array_equal(batch.images[5], Preprocess((32, 32))(image))
+
+
+def test_training_batches_depend_on_step_and_seed_alone():
+    source = source_of(13)
+    steps = lambda *span, seed=3, workers=2: [  # noqa: E731
+        (batch.names, np.asarray(batch.images))
+        for batch in train_batches(source, SMALL, 4, range(*span), seed, jitter, workers)
+    ]
+    whole = steps(9)
+    assert [names for names, _ in whole[5:]] == [names for names, _ in steps(5, 9)]
+    for (_, images), (_, again) in zip(whole, steps(9, workers=1), strict=True):
+        np.testing.assert_array_equal(images, again)
+    assert [names for names, _ in whole] != [names for names, _ in steps(9, seed=4)]
+    # Three batches an epoch: twelve different records, one left out; another order and other pixels in the next.
+    first, second = ([name for names, _ in whole[start : start + 3] for name in names] for start in (0, 3))
+    assert len({*first}) == len({*second}) == 12
+    assert first != second
+    with pytest.raises(InputError, match="more than the 13 images"):
+        train_batches(source, SMALL, 14, range(1), 0)
+
+
+def jitter(pixels, rng):
+    return (pixels + rng.integers(0, 50)).astype(np.uint8)

@@ -97,7 +97,7 @@ def test_logits_that_are_not_finite_stop_the_evaluation(params):
 def test_one_compile_a_schedule_and_none_for_later_batches(params):
     compilations = []
 
-    def listen(event, duration, **kwargs):
+    def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
             compilations.append(kwargs.get("fun_name", event))
 

@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +30,7 @@ def test_gmacs_of_the_papers_schedules(model, schedule, published):
 
 
 def xla_macs(function, *arguments):
-    analysis = jax.jit(function).lower(*arguments).compile().cost_analysis()
+    analysis: Any = jax.jit(function).lower(*arguments).compile().cost_analysis()
     return analysis["flops"] / 2
 
 

@@ -146,9 +146,9 @@ def test_stochastic_depth_drops_whole_branches_of_single_images():
 def test_jit_prunes_what_is_not_used():
     model = ViT(TINY, MergeSchedule.parse("tome_r5", 4))
     arguments = {"params": random_params(TINY)}, images(TINY)
-    cost = lambda f: jax.jit(f).lower(*arguments).compile().as_text().count("scatter")  # noqa: E731
-    assert cost(lambda *a: model.apply(*a)[0]) == 0
-    assert cost(lambda *a: model.apply(*a)[1]["source"]) > 0
+    program = lambda f: str(jax.jit(f).lower(*arguments).compile().as_text())  # noqa: E731
+    assert "scatter" not in program(lambda *a: model.apply(*a)[0])
+    assert "scatter" in program(lambda *a: model.apply(*a)[1]["source"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,196 @@
+import json
+import os
+import zipfile
+
+import numpy as np
+import pytest
+from ml_dtypes import bfloat16
+
+import fcvit_jax as fc
+from fcvit_jax.convert.__main__ import main
+
+NUMBERS = np.random.default_rng(0)
+SHAPES = {
+    "cls_token": (1, 1, 128),
+    "pos_embed": (1, 17, 128),
+    "patch_embed.proj.weight": (128, 3, 8, 8),
+    "patch_embed.proj.bias": (128,),
+    **{
+        f"blocks.0.{name}": shape
+        for name, shape in {
+            "norm1.weight": (128,),
+            "norm1.bias": (128,),
+            "attn.qkv.weight": (384, 128),
+            "attn.qkv.bias": (384,),
+            "attn.proj.weight": (128, 128),
+            "attn.proj.bias": (128,),
+            "norm2.weight": (128,),
+            "norm2.bias": (128,),
+            "mlp.fc1.weight": (256, 128),
+            "mlp.fc1.bias": (256,),
+            "mlp.fc2.weight": (128, 256),
+            "mlp.fc2.bias": (128,),
+        }.items()
+    },
+    "norm.weight": (128,),
+    "norm.bias": (128,),
+    "head.weight": (5, 128),
+    "head.bias": (5,),
+}
+
+
+def safetensors_bytes(arrays):
+    header, data = {}, b""
+    for name, array in arrays.items():
+        kind = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}[array.dtype.name]
+        span = [len(data), len(data) + array.nbytes]
+        header[name] = {"dtype": kind, "shape": list(array.shape), "data_offsets": span}
+        data += array.tobytes()
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data
+
+
+@pytest.fixture
+def weights(tmp_path):
+    arrays = {name: NUMBERS.standard_normal(shape).astype(bfloat16) for name, shape in SHAPES.items()}
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(safetensors_bytes(arrays))
+    return path
+
+
+def error(capsys, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        main([str(argument) for argument in arguments])
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("error: ")
+    assert printed.count("\n") == 1
+    return printed
+
+
+GIVEN = ("--num_heads", "2", "--preprocess", "timm/deit")
+
+
+def test_a_file_becomes_a_checkpoint(weights, tmp_path, capsys):
+    names = tmp_path / "names.txt"
+    names.write_text("ant\nbee\ncat\ndog\nelk\n")
+    out = tmp_path / "checkpoint"
+    main([str(weights), str(out), *GIVEN, "--num_classes", "5", "--class_names", str(names)])
+    assert "128 wide, 1 layers, 2 heads, patch 8 at 32x32 (17 tokens), 5 classes" in capsys.readouterr().out
+    loaded = fc.load_checkpoint(out)
+    assert loaded.config.grid == (4, 4)
+    assert loaded.preprocess.image_size == (32, 32)
+    assert loaded.meta["class_names"] == ["ant", "bee", "cat", "dog", "elk"]
+    assert loaded.meta["provenance"]["source"] == "model.safetensors"
+    assert len(loaded.meta["provenance"]["sha256"]) == 64
+    logits, _ = fc.ViT(loaded.config).apply({"params": loaded.params}, np.zeros((1, 32, 32, 3), np.float32))
+    assert np.isfinite(logits).all()
+
+
+def test_another_size_warns_and_the_head_may_stay_behind(weights, tmp_path, capsys):
+    main([str(weights), str(tmp_path / "out"), *GIVEN, "--image_size", "48x64", "--num_classes", "0"])
+    printed = capsys.readouterr().out
+    assert "warning: the position embedding is 4x4, the model's grid 6x8" in printed
+    assert "dropped: head.weight (the head was not asked for)" in printed
+    assert fc.load_checkpoint(tmp_path / "out").config.num_classes == 0
+
+
+def test_overwriting_is_asked_for(weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    main([str(weights), str(out), *GIVEN])
+    assert "pass --overwrite" in error(capsys, weights, out, *GIVEN)
+    main([str(weights), str(out), *GIVEN, "--overwrite", "--image_size", "64"])
+    assert fc.load_checkpoint(out).config.grid == (8, 8)
+
+
+def test_inspect_tells_and_writes_nothing(weights, tmp_path, capsys):
+    main(["--inspect", str(weights), "--num_heads", "2"])
+    printed = capsys.readouterr().out
+    assert "safetensors, sha256" in printed
+    assert "20 tensors" in printed
+    assert "20 bfloat16" in printed
+    assert "blocks.0.attn.qkv.weight  384x128" in printed
+    assert "layout: timm" in printed
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_pth_of_torch_converts_to_the_same(weights, tmp_path):
+    torch = pytest.importorskip("torch")
+    arrays = {name: torch.randn(shape, generator=torch.Generator().manual_seed(0)) for name, shape in SHAPES.items()}
+    torch.save({"model": arrays, "epoch": 3}, tmp_path / "model.pth")
+    main([str(tmp_path / "model.pth"), str(tmp_path / "out"), *GIVEN])
+    loaded = fc.load_checkpoint(tmp_path / "out")
+    kernel = loaded.params["blocks_0"]["attn"]["qkv"]["kernel"]
+    np.testing.assert_array_equal(kernel, arrays["blocks.0.attn.qkv.weight"].numpy().T)
+    assert loaded.meta["provenance"]["wrapper"] == "model"
+
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+def bad_files(folder):
+    import pickle
+
+    good = safetensors_bytes({"cls_token": np.zeros((1, 1, 8), np.float32)})
+    (folder / "truncated.safetensors").write_bytes(good[:-3])
+    (folder / "page.pth").write_text("<!DOCTYPE html><html>Sign in</html>")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    (folder / "pointer.safetensors").write_text(pointer)
+    with zipfile.ZipFile(folder / "evil.pth", "w") as archive:
+        archive.writestr("archive/data.pkl", pickle.dumps(Evil(folder / "executed")))
+        archive.writestr("archive/version", "3")
+    (folder / "other.safetensors").write_bytes(safetensors_bytes({"conv1.weight": np.zeros((3, 3), np.float32)}))
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("missing.pth", "missing.pth"),
+        ("truncated.safetensors", "truncated.safetensors"),
+        ("page.pth", "web page"),
+        ("pointer.safetensors", "git lfs pull"),
+        ("evil.pth", "posix.system"),
+        ("other.safetensors", "unknown layout"),
+    ],
+)
+@pytest.mark.parametrize("inspect", [False, True])
+def test_a_bad_file_is_one_line_and_leaves_nothing(name, says, inspect, tmp_path, capsys):
+    bad_files(tmp_path)
+    before = sorted(os.listdir(tmp_path))
+    arguments = ["--inspect", tmp_path / name] if inspect else [tmp_path / name, tmp_path / "out", *GIVEN]
+    assert says in error(capsys, *arguments)
+    assert sorted(os.listdir(tmp_path)) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--num_classes", "10", *GIVEN), "the head has 5 classes, you asked for 10"),
+        (("--model", "vit_smal_patch16_224"), "the nearest names are vit_small_patch16_224"),
+        (("--model", "deit_small_patch16_224.fb_in1k"), "not a deit_small_patch16_224.fb_in1k: patch_size is 8"),
+        (("--num_heads", "2"), "the normalisation cannot be told from the file"),
+        (("--preprocess", "timm/deit"), "pass --model or --num_heads"),
+        (("--num_heads", "2", "--preprocess", "timm/dait"), "did you mean timm/deit"),
+        (("--num_heads", "3", "--preprocess", "timm/deit"), "128 does not divide into 3 heads"),
+        (("--image_size", "36", *GIVEN), "36x36 does not divide into patches of 8"),
+        (("--class_names", "/nowhere.txt", *GIVEN), "--class_names /nowhere.txt cannot be read"),
+    ],
+)
+def test_bad_requests_are_one_line_and_leave_nothing(arguments, says, weights, tmp_path, capsys):
+    assert says in error(capsys, weights, tmp_path / "out", *arguments)
+    assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_class_names_must_fit_the_head(weights, tmp_path, capsys):
+    (tmp_path / "names.txt").write_text("ant\nbee\nbee\n")
+    said = error(capsys, weights, tmp_path / "out", *GIVEN, "--class_names", tmp_path / "names.txt")
+    assert "has 2 different names, one a line; the head has 5" in said
+
+
+def test_out_is_needed(weights, capsys):
+    assert "OUT is missing" in error(capsys, weights)
