@@ -18,20 +18,20 @@ def get_config() -> ConfigDict:
     config.model.image_size = (32, 32)
     config.model.patch_size = 4
     config.model.embed_dim = 64
-    config.model.depth = 8
+    config.model.depth = 6
     config.model.num_heads = 4
     config.model.mlp_dim = 256
-    config.drop_path = 0.1
+    config.drop_path = 0.05
 
     config.augment = ConfigDict()  # fields of RandomAffine
     config.augment.degrees = 12.0
     config.augment.shift = 0.06
     config.augment.scale = (0.88, 1.12)
 
-    config.batch_size = 128
-    config.epochs = 100
-    config.warmup_epochs = 10
-    config.learning_rate = 2e-3
+    config.batch_size = 64
+    config.epochs = 50
+    config.warmup_epochs = 5
+    config.learning_rate = 3e-3
     config.weight_decay = 0.05
     config.clip_norm = 1.0
     config.label_smoothing = 0.1

@@ -98,6 +98,7 @@ def save_checkpoint(
 
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((staging / "params").absolute(), jax.tree.map(jnp.asarray, dict(params)))
+        (staging / "params" / "commit_success.txt").unlink(missing_ok=True)  # names the place it was staged at
         meta["files"] = _sizes(staging / "params")
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path

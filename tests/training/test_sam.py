@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +15,7 @@ CURVATURE = {"a": jnp.asarray([3.0, 0.5]), "b": jnp.asarray([[0.01]])}
 
 
 def quadratic(w):
-    return 0.5 * sum(jnp.sum(CURVATURE[name] * w[name] ** 2) for name in w), "aux"
+    return 0.5 * jnp.stack([jnp.sum(CURVATURE[name] * w[name] ** 2) for name in w]).sum(), "aux"
 
 
 def test_closed_form_on_leaves_of_different_scale():
@@ -63,7 +65,8 @@ def test_five_adamw_steps_equal_optax():
     def loss_fn(params):
         return jnp.mean((jnp.tanh(inputs @ params["hidden"]) @ params["out"] - targets) ** 2), None
 
-    params, optimizer = start, optax.adamw(1e-2)
+    params: Any = start
+    optimizer = optax.adamw(1e-2)
     state = optimizer.init(params)
     for _ in range(5):
         _, grads, _ = sam_value_and_grad(loss_fn, 0.1)(params)
@@ -72,7 +75,8 @@ def test_five_adamw_steps_equal_optax():
 
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
     oracle = optax.contrib.sam(optax.adamw(1e-2), ascent, opaque_mode=True)
-    expected, state = start, oracle.init(start)
+    expected: Any = start
+    state = oracle.init(start)
     gradient = jax.grad(lambda params: loss_fn(params)[0])
     for _ in range(5):
         updates, state = oracle.update(gradient(expected), state, expected, grad_fn=lambda params, _: gradient(params))
@@ -88,6 +92,6 @@ def test_only_kernels_decay():
     assert mask["mlp"] == {"kernel": True, "bias": False}
     assert not any(jax.tree.leaves([mask["norm"], mask["embed"]]))
     optimizer = adamw(1e-1, steps=10, warmup_steps=0, weight_decay=0.5, clip_norm=1.0)
-    updates, _ = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)
+    updates: Any = optimizer.update(jax.tree.map(jnp.zeros_like, params), optimizer.init(params), params)[0]
     np.testing.assert_allclose(updates["mlp"]["kernel"], -0.05, rtol=1e-5)
     assert all((leaf == 0).all() for leaf in jax.tree.leaves([updates["norm"], updates["embed"]]))

@@ -1,0 +1,39 @@
+"""Element types: NumPy's names, the tags of safetensors and the storage classes of torch."""
+
+import ml_dtypes
+import numpy as np
+
+# NumPy's name, the name in a safetensors header, the name of the storage class in a torch pickle
+_TABLE = (
+    ("float64", "F64", "DoubleStorage"),
+    ("float32", "F32", "FloatStorage"),
+    ("float16", "F16", "HalfStorage"),
+    ("bfloat16", "BF16", "BFloat16Storage"),
+    ("float8_e4m3fn", "F8_E4M3", None),
+    ("float8_e4m3fnuz", "F8_E4M3FNUZ", None),
+    ("float8_e5m2", "F8_E5M2", None),
+    ("float8_e5m2fnuz", "F8_E5M2FNUZ", None),
+    ("float8_e8m0fnu", "F8_E8M0", None),
+    ("complex128", None, "ComplexDoubleStorage"),
+    ("complex64", "C64", "ComplexFloatStorage"),
+    ("int64", "I64", "LongStorage"),
+    ("int32", "I32", "IntStorage"),
+    ("int16", "I16", "ShortStorage"),
+    ("int8", "I8", "CharStorage"),
+    ("uint64", "U64", None),
+    ("uint32", "U32", None),
+    ("uint16", "U16", None),
+    ("uint8", "U8", "ByteStorage"),
+    ("bool", "BOOL", "BoolStorage"),
+)
+DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name, _, _ in _TABLE}
+SAFETENSORS_DTYPES = {tag: name for name, tag, _ in _TABLE if tag}
+STORAGE_DTYPES = {storage: name for name, _, storage in _TABLE if storage} | {
+    "UntypedStorage": "uint8",  # bytes: the tensor says what they are
+    "TypedStorage": "uint8",
+}
+
+
+def are_sizes(*values: object) -> bool:
+    """Whether values that a file gives may be counts, offsets or lengths."""
+    return all(type(value) is int and 0 <= value < 2**62 for value in values)

@@ -1,0 +1,176 @@
+"""The main job as a user runs it: the scripts as processes, on the packaged digits and on real photos."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import evaluate
+from configs import eval_digits
+from fcvit_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+
+
+def run(*arguments, cwd=ROOT, env=None):
+    command = [sys.executable, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=os.environ | (env or {}), timeout=900)
+
+
+def run_evaluate(*arguments, **fields):
+    return run("evaluate.py", *arguments, *(f"--config.{name}={value}" for name, value in fields.items()))
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "results.jsonl").read_text().splitlines()]
+
+
+def test_the_embedded_default(tmp_path):
+    done = run(ROOT / "evaluate.py", "--workdir=out", cwd=tmp_path)  # from anywhere
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:6]] == ["dense", "tome_r6", "s2dfe_r8", "s2winc5_r8"]
+    results = rows(tmp_path / "out")
+    dense = results[0]
+    assert dense["top1"] >= 0.95
+    assert dense["num_images"] == 360
+    for row in results:
+        assert row["correct"] == round(row["top1"] * 360)
+        assert row["images_per_second"] > 0
+        assert row["speedup"] == row["images_per_second"] / dense["images_per_second"]
+        assert row["preprocess"] == "bicubic 32->32 center, mean .5 std .5"
+        assert row["versions"]["jax"]
+    assert [row["tokens_out"] for row in results] == [65, 29, 33, 25]
+    assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 5
+    # What the packaged checkpoint says of itself is what it does.
+    meta = json.loads((ROOT / "fcvit_jax" / "pretrained" / "digits" / "meta.json").read_text())
+    assert meta["provenance"]["test"] == {"dataset": "digits:test", "correct": dense["correct"], "num_images": 360}
+    size = sum(path.stat().st_size for path in (ROOT / "fcvit_jax" / "pretrained" / "digits").rglob("*"))
+    assert size < 3_000_000
+
+
+def test_the_packaged_checkpoint_travels_in_the_wheel(tmp_path):
+    pytest.importorskip("hatchling")
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    packaged = ROOT / "fcvit_jax" / "pretrained"
+    assert {path.relative_to(ROOT).as_posix() for path in packaged.rglob("*") if path.is_file()} <= names
+
+
+@pytest.fixture(scope="module")
+def clothing(tmp_path_factory):
+    from conftest import shared
+
+    out = tmp_path_factory.mktemp("clothing") / "checkpoint"
+    weights = shared("weights/clothing_vits14.safetensors")
+    given = ("--model", "vit_small_patch14_dinov2", "--preprocess", "deit/official", "--num_classes", 10)
+    done = run("-m", "fcvit_jax.convert", weights, out, *given, "--image_size", 224)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+def test_real_photos_under_five_schedules(clothing, clothing_test, tmp_path):
+    """What timm (dense), the official Token Merging code and an independent float64 program count on these weights."""
+    done = run_evaluate(
+        "--config=configs/eval_folder.py",
+        f"--workdir={tmp_path}",
+        checkpoint=clothing,
+        dataset=f"folder:{clothing_test}",
+        schedules="dense,tome_r8,s2dfe_r16,s2winc7_r8,s2winc7_r16",
+        throughput_blocks=0,
+        save_logits=True,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = {row["schedule"]: row["correct"] for row in rows(tmp_path)}
+    assert counts == {"dense": 307, "tome_r8": 309, "s2dfe_r16": 307, "s2winc7_r8": 308, "s2winc7_r16": 303}
+    for schedule, correct in counts.items():
+        saved = np.load(tmp_path / f"logits_{schedule}.npz")
+        assert (saved["logits"].argmax(1) == saved["labels"]).sum() == correct
+        assert len(set(saved["names"])) == 372
+
+
+def images(folder, *classes):
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        Image.new("RGB", (40, 40), (90, 120, 200)).save(folder / name / "one.png")
+    return folder
+
+
+def test_training_ends_in_a_checkpoint_that_evaluates(tmp_path):
+    done = run(
+        "train_sam.py", f"--workdir={tmp_path}", "--config.epochs=1", "--config.warmup_epochs=0",
+        "--config.model.depth=2", "--config.model.embed_dim=16", "--config.model.mlp_dim=32",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (line,) = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert line["step"] == 22
+    assert line["loss"] < 3
+    done = run_evaluate(f"--workdir={tmp_path / 'eval'}", checkpoint=tmp_path, schedules="dense,tome_r20", limit=100)
+    assert done.returncode == 0, done.stderr
+    assert [row["num_images"] for row in rows(tmp_path / "eval")] == [100, 100]
+    done = run("train_sam.py", f"--workdir={tmp_path}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "exists already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        ({"checkpoint": "nowhere"}, "nowhere: there is no such checkpoint directory"),
+        ({"checkpoint": "tests"}, "tests has no meta.json"),
+        ({"dataset": "folder:nowhere"}, "there is no folder 'nowhere'"),
+        ({"dataset": "imagenet"}, "is of no known form"),
+        ({"dataset": "folder:{tmp}/two"}, "has 2 classes, the head of"),
+        ({"dataset": "folder:{tmp}/ten"}, "has class 'a' where"),
+        ({"dataset": "folder:{tmp}/broken"}, "image 0/broken.jpg cannot be decoded"),
+        ({"dataset": "folder:{tmp}/empty"}, "no class folders"),
+        ({"schedules": "s2winc7_r8"}, "does not fit a model of 6 layers"),
+        ({"schedules": "local:6:r4:w3x3"}, "8x8 grid does not divide into 3x3 windows"),
+        ({"schedules": "tome"}, "'tome' is not a schedule"),
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"limit": -1}, "limit: -1 is not positive"),
+        ({"dtype": "float8"}, "dtype is 'float8'"),
+        ({"workers": 0}, "workers: 0 is not positive"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(fields, says, tmp_path):
+    images(tmp_path / "two", "a", "b")
+    images(tmp_path / "ten", *"abcdefghij")
+    images(tmp_path / "broken", *map(str, range(10)))
+    (tmp_path / "broken" / "0" / "broken.jpg").write_bytes(b"\xff\xd8 not a picture")
+    (tmp_path / "empty").mkdir()
+    config = eval_digits.get_config()
+    for name, value in fields.items():
+        config[name] = value.format(tmp=tmp_path) if isinstance(value, str) else value
+    with pytest.raises(InputError) as caught:
+        evaluate.run(config, tmp_path / "out")
+    assert says in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.glob("out/*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--config.checkpoint=nowhere"], "error: nowhere: there is no such checkpoint directory"),
+        (["--config=nowhere.py"], "nowhere.py"),
+        (["--config.schedule=dense"], 'Did you mean "schedules"'),
+        (["tests"], "unknown argument 'tests'"),
+        (["--config.batch_size=many"], "many"),
+    ],
+)
+def test_the_script_stops_without_a_traceback(arguments, says, tmp_path):
+    done = run("evaluate.py", f"--workdir={tmp_path / 'out'}", *arguments)
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
