@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 from absl import app, flags, logging
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from fcvit_jax import parallel
@@ -26,13 +25,12 @@ from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep, compile_step, 
 from fcvit_jax.evaluation.logits import LogitsWriter
 from fcvit_jax.evaluation.report import format_table, write_report
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
+from fcvit_jax.flags import define_config, parse_flags
 from fcvit_jax.models import flops
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", str(Path(__file__).parent / "configs" / "eval_digits.py"), "The experiment.", lock_config=True
-)
+_CONFIG = define_config(Path(__file__).parent / "configs" / "eval_digits.py")
 _WORKDIR = flags.DEFINE_string("workdir", "workdir/evaluate", "Where the results are written; earlier ones go.")
 
 
@@ -190,4 +188,4 @@ def progress(*args: Any, **kwargs: Any) -> tqdm:
 
 if __name__ == "__main__":
     jax.config.config_with_absl()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import app, flags, logging
-from ml_collections import config_flags
 from tqdm import tqdm
 
 from fcvit_jax import parallel
@@ -27,13 +26,12 @@ from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError, one_line_errors
 from fcvit_jax.evaluation.accuracy import compile_step, evaluate
+from fcvit_jax.flags import define_config, parse_flags
 from fcvit_jax.models.vit import ViT, ViTConfig
 from fcvit_jax.training.optimizer import adamw
 from fcvit_jax.training.step import init_state, train_step
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", str(Path(__file__).parent / "configs" / "digits_sam.py"), "The experiment.", lock_config=True
-)
+_CONFIG = define_config(Path(__file__).parent / "configs" / "digits_sam.py")
 _WORKDIR = flags.DEFINE_string("workdir", "workdir/train_sam", "Where the metrics and the checkpoint are written.")
 
 
@@ -111,4 +109,4 @@ def train(config: Any, workdir: Path) -> float:
 
 if __name__ == "__main__":
     jax.config.config_with_absl()
-    app.run(main)
+    app.run(main, flags_parser=parse_flags)

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     config = ConfigDict()
     config.checkpoint = "packaged:digits"  # a checkpoint directory, a train_sam.py working directory, or packaged:NAME
     config.dataset = "digits:test"  # folder:PATH, tfds:NAME/SPLIT[@DATA_DIR] or digits:train|test
-    config.schedules = "dense,tome_r6,s2dfe_r8,s2winc5_r8"  # names or explicit forms, separated by commas
+    config.schedules = "dense,tome_r12,s2dfe_r15,s2winc5_r16"  # names or explicit forms, separated by commas
     config.batch_size = 32  # images, over all devices
     config.dtype = "float32"  # float32, tf32 or bfloat16
     config.limit = config_dict.placeholder(int)  # evaluate the first N images only

@@ -166,16 +166,26 @@ def _sizes(folder: Path) -> dict[str, int]:
 def _restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
-    try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            params = checkpointer.restore(path.absolute(), abstract)
-    except (ValueError, KeyError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} does not hold the parameters of its meta.json, or is damaged: {reason}") from error
-    for (name, wanted), found in zip(jax.tree.leaves_with_path(abstract), jax.tree.leaves(params), strict=True):
-        if wanted.shape != found.shape:
-            raise InputError(f"{path}: {jax.tree_util.keystr(name)} is {found.shape}, meta.json wants {wanted.shape}")
-    return params
+    with ocp.StandardCheckpointer() as checkpointer:
+        # Compared beforehand: a restore that fails half-way complains from threads of its own.
+        there = _shapes(checkpointer.metadata(path.absolute()).item_metadata.tree)
+        wanted = _shapes(abstract)
+        if odd := sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)):
+            name = odd[0]
+            raise InputError(
+                f"{path}: {name} is {there.get(name)}, its meta.json wants {wanted.get(name)}: convert again"
+            )
+        try:
+            return checkpointer.restore(path.absolute(), abstract)
+        except (ValueError, KeyError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise InputError(f"{path} is damaged: copy or convert it again ({reason})") from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf, array or metadata, by its path."""
+    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
+    return {"/".join(str(part.key) for part in path): tuple(leaf.shape) for path, leaf in leaves}
 
 
 @contextlib.contextmanager

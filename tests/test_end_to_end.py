@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import evaluate
-from configs import eval_digits
+from configs import digits_sam, eval_digits
 from fcvit_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +35,12 @@ def test_the_embedded_default(tmp_path):
     done = run(ROOT / "evaluate.py", "--workdir=out", cwd=tmp_path)  # from anywhere
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
-    assert [line.split()[0] for line in done.stdout.splitlines()[2:6]] == ["dense", "tome_r6", "s2dfe_r8", "s2winc5_r8"]
+    assert [line.split()[0] for line in done.stdout.splitlines()[2:6]] == [
+        "dense",
+        "tome_r12",
+        "s2dfe_r15",
+        "s2winc5_r16",
+    ]
     results = rows(tmp_path / "out")
     dense = results[0]
     assert dense["top1"] >= 0.95
@@ -46,7 +51,7 @@ def test_the_embedded_default(tmp_path):
         assert row["speedup"] == row["images_per_second"] / dense["images_per_second"]
         assert row["preprocess"] == "bicubic 32->32 center, mean .5 std .5"
         assert row["versions"]["jax"]
-    assert [row["tokens_out"] for row in results] == [65, 29, 33, 25]
+    assert [row["tokens_out"] for row in results] == [65, 5, 11, 5]
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 5
     # What the packaged checkpoint says of itself is what it does.
@@ -54,6 +59,7 @@ def test_the_embedded_default(tmp_path):
     assert meta["provenance"]["test"] == {"dataset": "digits:test", "correct": dense["correct"], "num_images": 360}
     size = sum(path.stat().st_size for path in (ROOT / "fcvit_jax" / "pretrained" / "digits").rglob("*"))
     assert size < 3_000_000
+    assert meta["provenance"]["train_config"] == json.loads(digits_sam.get_config().to_json())
 
 
 def test_the_packaged_checkpoint_travels_in_the_wheel(tmp_path):
@@ -163,7 +169,7 @@ def test_bad_input_is_one_line_and_writes_nothing(fields, says, tmp_path):
     [
         (["--config.checkpoint=nowhere"], "error: nowhere: there is no such checkpoint directory"),
         (["--config=nowhere.py"], "nowhere.py"),
-        (["--config.schedule=dense"], 'Did you mean "schedules"'),
+        (["--config.schedule=dense"], "no field 'schedule'; did you mean 'schedules'?"),
         (["tests"], "unknown argument 'tests'"),
         (["--config.batch_size=many"], "many"),
     ],

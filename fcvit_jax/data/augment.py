@@ -28,7 +28,7 @@ class RandomAffine:
         shrink = 1 / rng.uniform(*self.scale)
         # PIL wants the inverse map, from a pixel of the result to its source: rotate and scale about the centre.
         cos, sin = math.cos(angle) * shrink, math.sin(angle) * shrink
-        x, y = (width - 1) / 2, (height - 1) / 2
+        x, y = width / 2, height / 2  # PIL takes pixel i from i + 0.5
         matrix = (
             cos, sin, x - cos * (x + across) - sin * (y + down),
             -sin, cos, y + sin * (x + across) - cos * (y + down),

@@ -27,9 +27,8 @@ def test_a_quarter_turn_about_the_centre():
 
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     turned = RandomAffine(degrees=90)(pixels, Quarter())  # pyright: ignore[reportArgumentType]
-    inner = np.s_[1:-1, 1:-1]
-    same = [np.array_equal(turned[inner], np.rot90(pixels, k)[inner]) for k in (1, -1)]
-    assert sum(same) == 1
+    inner = np.s_[1:-1, 1:-1]  # clockwise, but for rounding
+    np.testing.assert_allclose(turned[inner].astype(int), np.rot90(pixels, -1)[inner].astype(int), atol=1)
 
 
 def test_the_same_seed_draws_the_same():
