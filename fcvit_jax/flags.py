@@ -38,5 +38,7 @@ def _one_line() -> Iterator[None]:
             text = f"no field {hint[2]!r}; did you mean {hint[1]!r}?"
         elif isinstance(error, AttributeError):
             text = f"no field {text!r}"
+        elif isinstance(error, OSError):
+            text = text.rpartition("path]: ")[2]
         print(f"error: --config: {text}", file=sys.stderr)
         raise SystemExit(2) from None

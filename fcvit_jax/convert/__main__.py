@@ -90,7 +90,10 @@ def inspect(source: str, args: argparse.Namespace) -> None:
     for key, array in weights.arrays.items():
         print(f"  {key:<{width}}  {'x'.join(map(str, array.shape)) or 'scalar'}")
     print(f"layout: {_named(source, layouts.detect_layout, weights.arrays)}")
-    print(_describe(_infer(weights, args)))
+    try:
+        print(f"model: {_describe(_infer(weights, args))}")
+    except InputError as error:
+        print(f"model: {str(error).removeprefix(f'{weights.path}: ')}")
 
 
 def _infer(weights: WeightFile, args: argparse.Namespace) -> ViTConfig:

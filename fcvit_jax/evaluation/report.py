@@ -37,7 +37,7 @@ def format_table(rows: Sequence[Row]) -> str:
                 f"{row['top5']:.2%}",
                 f"{100 * (row['top1'] - dense['top1']):+.2f}" if dense else "-",
                 f"{row['num_images']:,}",
-                f"{row['gmacs']:.3g}" if row["gmacs"] < 1 else f"{row['gmacs']:.2f}",
+                f"{row['gmacs']:#.3g}" if row["gmacs"] < 1 else f"{row['gmacs']:.2f}",
                 str(row["tokens_out"]),
                 f"{rate:.4g}" if rate else "-",
                 f"{speedup:.2f}x" if speedup else "-",
@@ -58,6 +58,8 @@ def format_table(rows: Sequence[Row]) -> str:
     ]
     if first["images_per_second"]:
         lines.append("images/s: the model alone, compiled and warm, the median of blocks; no decoding, no transfer.")
+        if (spread := max(row["images_per_second_spread"] for row in rows)) > 0.25:
+            lines.append(f"note: blocks differed by up to {spread:.0%}: was the machine busy with something else?")
     return "\n".join(lines)
 
 
@@ -92,6 +94,7 @@ def plot_pareto(rows: Sequence[Row]) -> bytes:
             axes.axhline(100 * dense["top1"] - 1, color="grey", linestyle=":", linewidth=1, label="dense - 1 point")
         axes.set_xlabel(label)
         axes.set_ylabel("top-1 (%)")
+        axes.margins(0.1)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)
     first = rows[0]

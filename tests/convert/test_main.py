@@ -112,6 +112,9 @@ def test_inspect_tells_and_writes_nothing(weights, tmp_path, capsys):
     assert "20 bfloat16" in printed
     assert re.search(r"blocks.0.attn.qkv.weight +384x128\n", printed)
     assert "layout: timm" in printed
+    assert "model: ViT 128 wide, 1 layers, 2 heads" in printed
+    main(["--inspect", str(weights)])
+    assert "model: the number of heads of a 128-wide model cannot be told" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 

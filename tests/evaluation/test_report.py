@@ -17,6 +17,7 @@ def row(schedule, top1, gmacs, rate, speedup):
         "gmacs": gmacs,
         "tokens_out": 7,
         "images_per_second": rate,
+        "images_per_second_spread": 0.1,
         "speedup": speedup,
         "checkpoint": "C",
         "dataset": "D",
@@ -44,6 +45,11 @@ def test_table():
     assert len({len(line) for line in lines[:6]}) == 1
     assert "P" in lines[7]
     assert "no decoding" in lines[-1]
+
+
+def test_a_noisy_timing_is_told():
+    noisy = [*ROWS[:-1], {**ROWS[-1], "images_per_second_spread": 0.4}]
+    assert "differed by up to 40%" in format_table(noisy).splitlines()[-1]
 
 
 def test_without_dense_and_without_timing():
