@@ -13,39 +13,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from absl import app, flags, logging
 from tqdm import tqdm
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
+from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions, writable_directory
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
 from fcvit_jax.data.sources import Source, open_source
-from fcvit_jax.errors import InputError, one_line_errors
+from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep, compile_step, evaluate
 from fcvit_jax.evaluation.logits import LogitsWriter
 from fcvit_jax.evaluation.report import format_table, write_report
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
-from fcvit_jax.flags import define_config, parse_flags
+from fcvit_jax.flags import run_script
 from fcvit_jax.models import flops
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT
 
-_CONFIG = define_config(Path(__file__).parent / "configs" / "eval_digits.py")
-_WORKDIR = flags.DEFINE_string("workdir", "workdir/evaluate", "Where the results are written; earlier ones go.")
 
-
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unknown argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    with one_line_errors():
-        workdir = Path(_WORKDIR.value)
-        rows = run(_CONFIG.value, workdir)
-        if jax.process_index() == 0:
-            write_report(rows, workdir)
-            print(format_table(rows))
-            print(f"written: results.jsonl, results.csv and pareto.png in {workdir}")
+def main(config: Any, workdir: Path) -> None:
+    rows = run(config, workdir)
+    if jax.process_index() == 0:
+        write_report(rows, workdir)
+        print(format_table(rows))
+        print(f"written: results.jsonl, results.csv and pareto.png in {workdir}")
 
 
 def run(config: Any, workdir: Path) -> list[dict[str, Any]]:
@@ -61,10 +51,9 @@ def run(config: Any, workdir: Path) -> list[dict[str, Any]]:
     schedules = parse_schedules(config.schedules, checkpoint.config.depth)
     for schedule in schedules.values():
         schedule.plan(checkpoint.config)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"--workdir={workdir} cannot be made: {error.strerror}") from None
+    writable_directory(workdir)
+    for stale in workdir.glob("logits_*.npz"):  # of an earlier run, and perhaps of other schedules
+        stale.unlink()
 
     steps = {
         name: compile_step(
@@ -187,5 +176,4 @@ def progress(*args: Any, **kwargs: Any) -> tqdm:
 
 
 if __name__ == "__main__":
-    jax.config.config_with_absl()
-    app.run(main, flags_parser=parse_flags)
+    run_script(main, config=Path(__file__).parent / "configs" / "eval_digits.py", workdir="workdir/evaluate")

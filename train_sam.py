@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
 from tqdm import tqdm
 
 from fcvit_jax import parallel
@@ -24,30 +23,26 @@ from fcvit_jax.data.augment import RandomAffine
 from fcvit_jax.data.batches import device_batches, eval_batches, train_batches
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
-from fcvit_jax.errors import InputError, one_line_errors
+from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import compile_step, evaluate
-from fcvit_jax.flags import define_config, parse_flags
+from fcvit_jax.flags import run_script
 from fcvit_jax.models.vit import ViT, ViTConfig
 from fcvit_jax.training.optimizer import adamw
 from fcvit_jax.training.step import init_state, train_step
 
-_CONFIG = define_config(Path(__file__).parent / "configs" / "digits_sam.py")
-_WORKDIR = flags.DEFINE_string("workdir", "workdir/train_sam", "Where the metrics and the checkpoint are written.")
 
-
-def main(argv: list[str]) -> None:
-    if argv[1:]:
-        raise app.UsageError(f"unknown argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
-    if not flags.FLAGS["verbosity"].present:
-        logging.set_verbosity(logging.WARNING)
-    with one_line_errors():
-        top1 = train(_CONFIG.value, Path(_WORKDIR.value))
-        print(f"test top-1 {top1:.2%}; written: {_WORKDIR.value}/checkpoint, {_WORKDIR.value}/metrics.jsonl")
+def main(config: Any, workdir: Path) -> None:
+    top1 = train(config, workdir)
+    print(f"test top-1 {top1:.2%}; written: {workdir}/checkpoint, {workdir}/metrics.jsonl")
 
 
 def train(config: Any, workdir: Path) -> float:
     """Train, evaluate, and write the checkpoint; returns the test top-1 of the dense model, a fraction."""
     target = check_target(workdir / "checkpoint", overwrite=False)
+    if not 0 <= config.warmup_epochs < config.epochs:
+        raise InputError(f"config.warmup_epochs is {config.warmup_epochs}: it must be 0 or more, and below epochs")
+    if config.rho < 0:
+        raise InputError(f"config.rho is {config.rho}: a radius is 0 or more")
     train_set, test_set = open_source(config.train), open_source(config.test)
     if train_set.class_names != test_set.class_names:
         raise InputError(f"{config.train} and {config.test} have different classes")
@@ -58,6 +53,8 @@ def train(config: Any, workdir: Path) -> float:
     preprocess = preset(config.preprocess, model_config.image_size)
     model = ViT(model_config, drop_path=config.drop_path)
     an_epoch = len(train_set) // config.batch_size
+    if not an_epoch:
+        raise InputError(f"config.batch_size is {config.batch_size}: {config.train} has {len(train_set)} images")
     steps = an_epoch * config.epochs
     optimizer = adamw(
         config.learning_rate, steps, an_epoch * config.warmup_epochs, config.weight_decay, config.clip_norm
@@ -67,7 +64,6 @@ def train(config: Any, workdir: Path) -> float:
         partial(train_step, model, preprocess, optimizer, config.rho, config.label_smoothing), donate_argnums=0
     )
 
-    workdir.mkdir(parents=True, exist_ok=True)
     rows = parallel.batched(mesh)
     augment = RandomAffine(**config.augment)
     batches = train_batches(train_set, preprocess, config.batch_size, range(steps), config.seed, augment)
@@ -108,5 +104,4 @@ def train(config: Any, workdir: Path) -> float:
 
 
 if __name__ == "__main__":
-    jax.config.config_with_absl()
-    app.run(main, flags_parser=parse_flags)
+    run_script(main, config=Path(__file__).parent / "configs" / "digits_sam.py", workdir="workdir/train_sam")

@@ -1,12 +1,13 @@
 """The checkpoint directory: parameters (Orbax) beside `meta.json`, which says how to build and feed the model.
 
-    DIR/meta.json   configuration, preprocessing, class names, provenance, library versions, sizes of the files
+    DIR/meta.json   configuration, preprocessing, class names, provenance, library versions, sha256 of the files
     DIR/params/     the parameter tree of `ViT(config)`, float32
 
 A directory is written under another name beside its place and renamed at the end: it is whole or not there.
 """
 
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -59,14 +60,21 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
         raise InputError(
             f"{directory / 'meta.json'}: format {found} is not {FORMAT}, which this version reads: convert again"
         )
-    if missing := [name for name in ("config", "preprocess") if not isinstance(meta.get(name), dict)]:
+    if missing := [
+        name for name in ("config", "preprocess", "provenance", "files") if type(meta.get(name)) is not dict
+    ]:
         raise InputError(f"{directory / 'meta.json'} lacks {missing[0]!r}: convert the weights again")
-    config = ViTConfig.from_dict(meta["config"])
+    try:
+        config, preprocess = ViTConfig.from_dict(meta["config"]), Preprocess.from_dict(meta["preprocess"])
+        _check_fit(config, preprocess, meta.get("class_names"))
+    except InputError as error:
+        raise InputError(f"{directory / 'meta.json'}: {error}") from error
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    if meta.get("files") != _sizes(directory / "params"):
-        raise InputError(f"{directory / 'params'} is damaged or incomplete (a broken copy?): copy or convert it again")
-    params = _restore(directory / "params", abstract_params(config, sharding))
-    return Checkpoint(directory, config, params, Preprocess.from_dict(meta["preprocess"]), meta)
+    for name, sha256 in meta["files"].items():
+        if _sha256(directory / "params" / name) != sha256:
+            raise InputError(f"{directory / 'params' / name} is missing or damaged (a broken copy?): copy it again")
+    params = _restore(directory / "params", config, sharding)
+    return Checkpoint(directory, config, params, preprocess, meta)
 
 
 def save_checkpoint(
@@ -81,10 +89,12 @@ def save_checkpoint(
 ) -> Path:
     """Write a checkpoint directory, atomically.
 
-    provenance: JSON-able facts on where the parameters come from. Raises InputError where `path` exists; with
-    `overwrite`, where it exists and is not a checkpoint.
+    provenance: JSON-able facts on where the parameters come from. Raises InputError where `path` exists (with
+    `overwrite`: exists and is not a checkpoint) or cannot be written, and where the parts do not fit each other.
     """
     path = check_target(path, overwrite)
+    _check_fit(config, preprocess, class_names)
+    _check_shapes("params", _shapes(params), config)
     meta = {
         "format": FORMAT,
         "config": config.to_dict(),
@@ -99,21 +109,32 @@ def save_checkpoint(
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save((staging / "params").absolute(), jax.tree.map(jnp.asarray, dict(params)))
         (staging / "params" / "commit_success.txt").unlink(missing_ok=True)  # names the place it was staged at
-        meta["files"] = _sizes(staging / "params")
+        files = sorted(file for file in (staging / "params").rglob("*") if file.is_file())
+        meta["files"] = {file.relative_to(staging / "params").as_posix(): _sha256(file) for file in files}
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path
 
 
 def check_target(path: str | Path, overwrite: bool) -> Path:
     """The path, if a checkpoint may be written there; otherwise InputError. To be called before any long work."""
-    path = Path(path).expanduser()
-    if path.is_dir() and not any(path.iterdir()):
-        return path
-    if path.exists() and not overwrite:
+    path = Path(path).expanduser().resolve()
+    empty = path.is_dir() and not any(path.iterdir())
+    if path.exists() and not empty and not overwrite:
         raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace a checkpoint")
-    if path.exists() and not (path / "meta.json").is_file():
+    if path.exists() and not empty and not (path / "meta.json").is_file():
         raise InputError(f"{path} exists and is not a checkpoint: it is not overwritten; choose another name")
+    writable_directory(path.parent)
     return path
+
+
+def writable_directory(path: Path) -> Path:
+    """Make a directory and try to write into it, before any long work. Raises InputError where that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
 
 
 def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
@@ -157,29 +178,37 @@ def _locate(path: str | Path) -> Path:
     )
 
 
-def _sizes(folder: Path) -> dict[str, int]:
-    """Every file below a folder and its size in bytes."""
-    files = (path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in sorted(files)}
+def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any) -> None:
+    if preprocess.image_size != config.image_size:
+        raise InputError(
+            f"image_size: the preprocessing gives {preprocess.image_size}, the model takes {config.image_size}"
+        )
+    named = isinstance(class_names, list | tuple) and all(isinstance(name, str) for name in class_names)
+    if class_names and not (named and len(class_names) == config.num_classes):
+        raise InputError(f"class_names: expected the names of {config.num_classes} classes, or none")
 
 
-def _restore(path: Path, abstract: dict[str, Any]) -> dict[str, Any]:
+def _check_shapes(where: str, there: dict[str, tuple[int, ...]], config: ViTConfig) -> None:
+    wanted = _shapes(abstract_params(config))
+    if odd := sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)):
+        name = odd[0]
+        raise InputError(f"{where}: {name} is {there.get(name)}, its configuration wants {wanted.get(name)}")
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _restore(path: Path, config: ViTConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
     import orbax.checkpoint as ocp
 
     with ocp.StandardCheckpointer() as checkpointer:
         # Compared beforehand: a restore that fails half-way complains from threads of its own.
-        there = _shapes(checkpointer.metadata(path.absolute()).item_metadata.tree)
-        wanted = _shapes(abstract)
-        if odd := sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)):
-            name = odd[0]
-            raise InputError(
-                f"{path}: {name} is {there.get(name)}, its meta.json wants {wanted.get(name)}: convert again"
-            )
-        try:
-            return checkpointer.restore(path.absolute(), abstract)
-        except (ValueError, KeyError, OSError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise InputError(f"{path} is damaged: copy or convert it again ({reason})") from error
+        _check_shapes(str(path), _shapes(checkpointer.metadata(path.absolute()).item_metadata.tree), config)
+        return checkpointer.restore(path.absolute(), abstract_params(config, sharding))
 
 
 def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
@@ -191,7 +220,6 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
 @contextlib.contextmanager
 def _staged(path: Path) -> Iterator[Path]:
     """A directory beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:
         yield staging
@@ -199,7 +227,11 @@ def _staged(path: Path) -> Iterator[Path]:
         if path.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
             os.replace(path, retired)
-            os.replace(staging, path)
+            try:
+                os.replace(staging, path)
+            except BaseException:
+                os.replace(retired, path)
+                raise
             shutil.rmtree(retired)
         else:
             os.replace(staging, path)

@@ -1,27 +1,45 @@
-"""The two scripts' flags: a configuration file whose fields are overridden, and mistakes told in one line."""
+"""What the two scripts share: --config and --workdir, and mistakes told in one line."""
 
 import contextlib
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+import jax
+from absl import app, flags, logging
 from ml_collections import config_flags
+
+from fcvit_jax.errors import one_line_errors
 
 flags.disclaim_key_flags()  # --help lists them as the script's own
 
 
-def define_config(default: Path) -> flags.FlagHolder[Any]:
-    """Define --config, a file with `get_config()`, and --config.FIELD=VALUE."""
+def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) -> None:
+    """Parse the command line and call `main` with the configuration (a `ConfigDict`) and the working directory.
+
+    config: the file that --config names by default; it has a `get_config()`. workdir: the default of --workdir.
+    """
     with _one_line():
-        help_ = "The experiment; --config.FIELD=VALUE overrides a field of it."
-        return config_flags.DEFINE_config_file("config", str(default), help_, lock_config=True)
+        fields = "The experiment; --config.FIELD=VALUE overrides a field of it."
+        config_flag = config_flags.DEFINE_config_file("config", str(config), fields, lock_config=True)
+    place = "Where the results are written; those of an earlier run go."
+    workdir_flag = flags.DEFINE_string("workdir", workdir, place)
+    jax.config.config_with_absl()
+
+    def run(argv: list[str]) -> None:
+        if argv[1:]:
+            raise app.UsageError(f"unknown argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)
+        with one_line_errors():
+            main(config_flag.value, Path(workdir_flag.value))
+
+    app.run(run, flags_parser=_parse)
 
 
-def parse_flags(argv: list[str]) -> list[str]:
-    """What `app.run` calls to parse the command line."""
+def _parse(argv: list[str]) -> list[str]:
     with _one_line():
         rest = app.parse_flags_with_usage(argv)
         _ = flags.FLAGS.config.items  # a file that could not be loaded says so when it is first used
@@ -36,7 +54,7 @@ def _one_line() -> Iterator[None]:
         text = " ".join(str(error).replace("\\n", " ").split()).strip("\"'")
         if hint := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text):
             text = f"no field {hint[2]!r}; did you mean {hint[1]!r}?"
-        elif isinstance(error, AttributeError):
+        elif isinstance(error, AttributeError) and text.isidentifier():
             text = f"no field {text!r}"
         elif isinstance(error, OSError):
             text = text.rpartition("path]: ")[2]

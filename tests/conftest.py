@@ -1,6 +1,9 @@
 """Strict numerics for every test: no implicit promotion of dtype or rank, and eight CPU devices."""
 
+import os
 from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the processes that tests start too
 
 import jax
 import pytest

@@ -59,7 +59,8 @@ def merged_forward(
 
     Returns:
         `logits` `[b, c]`; `tokens`, the number of tokens that leave each layer; `sizes` `[b, n]`, the patches in each
-        final token; `source` `[b, patches]`, where in the final sequence (prefix included) each patch ended.
+        final token; `source` `[b, patches]`, where in the final sequence (prefix included) each patch ended; `margin`
+        `[b]`, the smallest difference of cosines that decided a merge: what rounding may overturn if it is tiny.
 
     Raises:
         ValueError: for stages that do not fit the model, and for models outside what is described above.
@@ -79,6 +80,7 @@ def merged_forward(
     sizes = torch.ones(b, n, dtype=torch.promote_types(x.dtype, torch.float32))
     source = torch.arange(prefix, n).repeat(b, 1)  # [b, patches]
     tokens: list[int] = []
+    margins: list[list[float]] = [[] for _ in range(b)]
     blocks = iter(model.blocks)
     after_global = False
 
@@ -100,15 +102,25 @@ def merged_forward(
             y, similar_by = attend(block.attn, block.norm1(x), sizes if prop_attn else None, metric, swap_qk)
             x = x + block.ls1(y)
             if kind == "local":
-                groups = [group_in_windows(m, prefix, rest[0], windows[0] * windows[1]) for m in similar_by]
+                count = windows[0] * windows[1]
+                groups = [
+                    group_in_windows(m, prefix, rest[0], count, into)
+                    for m, into in zip(similar_by, margins, strict=True)
+                ]
                 x, sizes, source = apply_groups(groups, x, sizes, source)
             elif kind == "global":
-                groups = [group_tokens(m, prefix, rest[0]) for m in similar_by]
+                groups = [group_tokens(m, prefix, rest[0], into) for m, into in zip(similar_by, margins, strict=True)]
                 x, sizes, source = apply_groups(groups, x, sizes, source)
             x = x + block.ls2(block.mlp(block.norm2(x)))
             tokens.append(x.shape[1])
 
-    return {"logits": classify(model, model.norm(x), sizes), "tokens": tokens, "sizes": sizes, "source": source}
+    return {
+        "logits": classify(model, model.norm(x), sizes),
+        "tokens": tokens,
+        "sizes": sizes,
+        "source": source,
+        "margin": torch.tensor([min(found, default=2.0) for found in margins]),
+    }
 
 
 def attend(
@@ -133,11 +145,12 @@ def attend(
     return attn.proj(attn.norm(y)), compared
 
 
-def group_tokens(compared: torch.Tensor, prefix: int, r: int) -> Groups:
+def group_tokens(compared: torch.Tensor, prefix: int, r: int, margins: list[float]) -> Groups:
     """Which tokens of one image (or one window) become one, `compared` being `[n, k]`: r tokens fewer.
 
     Even positions are A, odd ones B, prefix tokens counted but never merged. Every A token proposes its most similar
     B token; the r best proposals are merged; [prefix][A kept, in order][B] is left. Nothing moves where r is 0.
+    By how much each decision was taken, as a difference of cosines, is appended to `margins`.
     """
     n = len(compared)
     r = min(r, (n - prefix) // 2)
@@ -147,9 +160,11 @@ def group_tokens(compared: torch.Tensor, prefix: int, r: int) -> Groups:
     b = [i for i in range(prefix, n) if i % 2 == 1]
     unit = torch.nn.functional.normalize(compared, dim=-1)
     best, partner = (unit[a] @ unit[b].T).sort(dim=1, descending=True, stable=True)
-    best, partner = best[:, 0], partner[:, 0].tolist()  # the first B token where several are equally similar
-
-    chosen = best.argsort(descending=True, stable=True)[:r].tolist()
+    order = best[:, 0].argsort(descending=True, stable=True).tolist()
+    chosen, rest = order[:r], order[r:]
+    margins += [float(best[i, 0] - best[i, 1]) for i in chosen if len(b) > 1]
+    margins += [float(best[chosen[-1], 0] - best[rest[0], 0])] if rest else []
+    partner = partner[:, 0].tolist()  # the first B token where several are equally similar
     kept = [[a[i]] for i in range(len(a)) if i not in chosen]
     receiving = [[token] for token in b]
     for i in chosen:
@@ -157,13 +172,13 @@ def group_tokens(compared: torch.Tensor, prefix: int, r: int) -> Groups:
     return [[i] for i in range(prefix)] + kept + receiving
 
 
-def group_in_windows(compared: torch.Tensor, prefix: int, r: int, windows: int) -> Groups:
+def group_in_windows(compared: torch.Tensor, prefix: int, r: int, windows: int, margins: list[float]) -> Groups:
     """`group_tokens` inside each of the equally long windows that follow the prefix; ceil(r / windows) in each."""
     groups = [[i] for i in range(prefix)]
     length = (len(compared) - prefix) // windows
     for w in range(windows):
         start = prefix + w * length
-        inside = group_tokens(compared[start : start + length], 0, math.ceil(r / windows))
+        inside = group_tokens(compared[start : start + length], 0, math.ceil(r / windows), margins)
         groups += [[start + i for i in group] for group in inside]
     return groups
 

@@ -1,4 +1,5 @@
 import json
+import os
 
 import jax
 import numpy as np
@@ -49,10 +50,6 @@ def test_a_working_directory_of_training_is_opened_too(tmp_path, params):
 
 
 def test_saving_is_whole_or_not_at_all(tmp_path, params, monkeypatch):
-    monkeypatch.setattr("fcvit_jax.checkpoint.versions", lambda: {}["broken"])
-    with pytest.raises(KeyError):
-        save_checkpoint(tmp_path / "ckpt", CONFIG, params, PREPROCESS)
-    monkeypatch.undo()
     monkeypatch.setattr("pathlib.Path.write_text", lambda *args, **kwargs: {}["broken"])  # after the parameters
     with pytest.raises(KeyError):
         save_checkpoint(tmp_path / "ckpt", CONFIG, params, PREPROCESS)
@@ -91,9 +88,27 @@ def test_bad_directories_are_told_in_one_line(saved, tmp_path):
     assert "no packaged checkpoint 'packaged:mnist': there is packaged:digits" in message("packaged:mnist")
 
     edit(saved, config=CONFIG.to_dict() | {"depth": 3})
-    assert "blocks_2/attn/proj/bias is None, its meta.json wants (16,)" in message(saved)
+    assert "blocks_2/attn/proj/bias is None, its configuration wants (16,)" in message(saved)
     edit(saved, config=CONFIG.to_dict() | {"embed_dim": 32})
-    assert "blocks_0/attn/proj/bias is (16,), its meta.json wants (32,)" in message(saved)
+    assert "blocks_0/attn/proj/bias is (16,), its configuration wants (32,)" in message(saved)
+    for name, value, told in [
+        ("image_size", 16, "image_size is 16"),
+        ("image_size", [16, 16, 16], "image_size is (16, 16, 16)"),
+        ("depth", "2", "depth is '2': it must be int"),
+        ("depth", 2.0, "depth is 2.0"),
+        ("num_classes", -1, "num_classes is -1: it must be 0 or more"),
+        ("norm_eps", "1e-6", "norm_eps is '1e-6'"),
+        ("qkv_bias", 1, "qkv_bias is 1: it must be bool"),
+        ("image_size", [32, 32], "the preprocessing gives (16, 16), the model takes (32, 32)"),
+    ]:
+        edit(saved, config=CONFIG.to_dict() | {name: value})
+        assert told in message(saved)
+    edit(saved, config=CONFIG.to_dict(), class_names=["a", "b"])
+    assert "expected the names of 3 classes" in message(saved)
+    edit(saved, class_names=None, provenance="unknown")
+    assert "lacks 'provenance'" in message(saved)
+    edit(saved, provenance={})
+    load_checkpoint(saved)
     edit(saved, config=CONFIG.to_dict() | {"colour": 3})
     assert "colour" in message(saved)
     edit(saved, config=None)
@@ -104,9 +119,47 @@ def test_bad_directories_are_told_in_one_line(saved, tmp_path):
     assert "is damaged" in message(saved)
 
 
-def test_a_damaged_parameter_file_is_told(saved):
-    for path in (saved / "params").rglob("*"):
-        if path.is_file() and path.parent.name == "d":
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    with pytest.raises(InputError, match="damaged"):
-        load_checkpoint(saved)
+@pytest.mark.parametrize("harm", ["cut", "overwrite", "remove"])
+def test_a_damaged_parameter_file_is_told(saved, harm):
+    files = [path for path in (saved / "params").rglob("*") if path.is_file() and path.name != ".DS_Store"]
+    (saved / "params" / ".DS_Store").write_bytes(b"a guest does no harm")
+    load_checkpoint(saved)
+    for path in files:
+        content = path.read_bytes()
+        middle = len(content) // 2
+        changed = {"cut": content[:middle], "overwrite": content[:middle] + b"~" + content[middle + 1 :]}
+        path.unlink() if harm == "remove" else path.write_bytes(changed[harm])
+        with pytest.raises(InputError, match=f"{path.name} is missing or damaged"):
+            load_checkpoint(saved)
+        path.write_bytes(content)
+
+
+def test_what_does_not_fit_is_not_saved(tmp_path, params):
+    other = {name: value for name, value in params.items() if name != "blocks_1"}
+    with pytest.raises(InputError, match="blocks_1/attn/proj/bias is None"):
+        save_checkpoint(tmp_path / "ckpt", CONFIG, other, PREPROCESS)
+    with pytest.raises(InputError, match="image_size"):
+        save_checkpoint(tmp_path / "ckpt", CONFIG, params, preset("timm/augreg", (32, 32)))
+    with pytest.raises(InputError, match="names of 3 classes"):
+        save_checkpoint(tmp_path / "ckpt", CONFIG, params, PREPROCESS, class_names=("a", "b"))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        save_checkpoint(tmp_path / "file" / "ckpt", CONFIG, params, PREPROCESS)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_failed_overwrite_keeps_what_was_there(saved, params, monkeypatch):
+    replace, calls = os.replace, []
+
+    def second_fails(source, target):
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr("os.replace", second_fails)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(saved, CONFIG, jax.tree.map(lambda x: 2 * x, params), PREPROCESS, overwrite=True)
+    monkeypatch.undo()
+    jax.tree.map(np.testing.assert_array_equal, load_checkpoint(saved).params, params)
+    assert [path.name for path in saved.parent.iterdir()] == ["ckpt"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -12,6 +13,7 @@ import pytest
 from PIL import Image
 
 import evaluate
+import train_sam
 from configs import digits_sam, eval_digits
 from fcvit_jax.errors import InputError
 
@@ -34,7 +36,7 @@ def rows(workdir):
 def test_the_embedded_default(tmp_path):
     done = run(ROOT / "evaluate.py", "--workdir=out", cwd=tmp_path)  # from anywhere
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
+    assert "Traceback" not in done.stderr
     assert [line.split()[0] for line in done.stdout.splitlines()[2:6]] == [
         "dense",
         "tome_r12",
@@ -67,9 +69,10 @@ def test_the_packaged_checkpoint_travels_in_the_wheel(tmp_path):
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
-    names = set(zipfile.ZipFile(wheel).namelist())
-    packaged = ROOT / "fcvit_jax" / "pretrained"
-    assert {path.relative_to(ROOT).as_posix() for path in packaged.rglob("*") if path.is_file()} <= names
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    check = "import fcvit_jax; print(fcvit_jax.__file__, fcvit_jax.load_checkpoint('packaged:digits').config.depth)"
+    done = run("-c", check, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")})
+    assert done.stdout.split() == [str(tmp_path / "site" / "fcvit_jax" / "__init__.py"), "6"], done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -123,9 +126,29 @@ def test_training_ends_in_a_checkpoint_that_evaluates(tmp_path):
     done = run_evaluate(f"--workdir={tmp_path / 'eval'}", checkpoint=tmp_path, schedules="dense,tome_r20", limit=100)
     assert done.returncode == 0, done.stderr
     assert [row["num_images"] for row in rows(tmp_path / "eval")] == [100, 100]
-    done = run("train_sam.py", f"--workdir={tmp_path}")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
-    assert "exists already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("epochs", 5, "config.warmup_epochs is 5"),
+        ("rho", -0.1, "config.rho is -0.1"),
+        ("batch_size", 2048, "config.batch_size is 2048: digits:train has 1437 images"),
+        ("test", "folder:nowhere", "there is no folder"),
+        (None, None, "exists already"),
+    ],
+)
+def test_training_refuses_in_one_line(field, value, says, tmp_path):
+    config = digits_sam.get_config()
+    if field:
+        config[field] = value
+    else:
+        (tmp_path / "checkpoint").mkdir()
+        (tmp_path / "checkpoint" / "file").write_text("")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(InputError, match=re.escape(says)):
+        train_sam.train(config, tmp_path)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -170,12 +193,13 @@ def test_bad_input_is_one_line_and_writes_nothing(fields, says, tmp_path):
         (["--config.checkpoint=nowhere"], "error: nowhere: there is no such checkpoint directory"),
         (["--config=nowhere.py"], "nowhere.py"),
         (["--config.schedule=dense"], "no field 'schedule'; did you mean 'schedules'?"),
+        (["--workdir=README.md"], "README.md cannot be written: File exists"),
         (["tests"], "unknown argument 'tests'"),
         (["--config.batch_size=many"], "many"),
     ],
 )
 def test_the_script_stops_without_a_traceback(arguments, says, tmp_path):
-    done = run("evaluate.py", f"--workdir={tmp_path / 'out'}", *arguments)
+    done = run("evaluate.py", *arguments, *([] if "--workdir" in arguments[0] else [f"--workdir={tmp_path / 'out'}"]))
     assert done.returncode != 0
     assert says in done.stderr
     assert "Traceback" not in done.stderr

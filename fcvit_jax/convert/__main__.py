@@ -11,8 +11,10 @@ otherwise --preprocess does.
 
 import argparse
 import math
+import re
 from collections import Counter
 from pathlib import Path
+from typing import NoReturn
 
 from fcvit_jax.checkpoint import check_target, save_checkpoint
 from fcvit_jax.convert import layouts
@@ -106,6 +108,7 @@ def _infer(weights: WeightFile, args: argparse.Namespace) -> ViTConfig:
         args.num_classes,
         args.image_size,
         args.num_heads,
+        args.pool,
     )
 
 
@@ -153,27 +156,32 @@ def _describe(config: ViTConfig) -> str:
     height, width = config.image_size
     return (
         f"ViT {config.embed_dim} wide, {config.depth} layers, {config.num_heads} heads, patch {config.patch_size} at "
-        f"{height}x{width} ({config.num_tokens} tokens), {config.num_classes} classes, {config.pool} pooling, "
+        f"{height}x{width} ({config.grid[0]}x{config.grid[1]} patches and {config.num_prefix_tokens} prefix tokens"
+        f"{', which have no positions' if config.no_embed_class else ''}), {config.num_classes} classes, "
+        f"{config.pool} pooling, "
         f"{flops.gmacs(config):.2f} GMACs"
     )
 
 
 def _size(text: str) -> tuple[int, int]:
-    """ "224" or "384x512" (height x width)."""
-    sides = [int(side) for side in text.split("x")]
-    if len(sides) > 2 or min(sides) < 1:
-        raise ValueError
-    return sides[0], sides[-1]
+    if not (found := re.fullmatch(r"([1-9]\d{0,4})(?:x([1-9]\d{0,4}))?", text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size in pixels: write 224, or 384x512 (height x width)")
+    return int(found[1]), int(found[2] or found[1])
 
 
 def _count(text: str) -> int:
-    if (value := int(text)) < 0:
-        raise ValueError
-    return value
+    if not re.fullmatch(r"\d{1,9}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 0 or more")
+    return int(text)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help tells more)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="python -m fcvit_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -194,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--num_heads", metavar="N", type=_count, help="needed where no --model is given and heads are odd"
     )
+    parser.add_argument("--pool", choices=("token", "avg"), help="what the head reads, where it is not what keys tell")
     parser.add_argument("--class_names", metavar="FILE", help="text file with one class a line, in the head's order")
     parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
     return parser

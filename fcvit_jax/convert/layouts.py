@@ -55,6 +55,7 @@ TIMM: dict[str, tuple[str, str]] = {
     "head_dist.weight": ("head_dist/kernel", "linear"),
     "head_dist.bias": ("head_dist/bias", "copy"),
 }
+_HEAD = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
 DROPPED = {"mask_token": "used in pre-training only"}
 
 # Keys that tell of a family with another architecture, or of a layout that is not read.
@@ -102,12 +103,14 @@ def infer_config(
     num_classes: int | None = None,
     image_size: tuple[int, int] | None = None,
     num_heads: int | None = None,
+    pool: str | None = None,
 ) -> ViTConfig:
     """Read the geometry off the shapes of a file in timm's layout.
 
     model: a name of the zoo; it gives what shapes do not tell (heads, GELU, epsilon), and the file must fit it.
     num_classes: what the head must have; 0 drops it. image_size: (height, width) in pixels; by default that of the
-    position embedding. num_heads: for models without a name whose heads are not 64 wide.
+    position embedding. num_heads: for models without a name whose heads are not 64 wide. pool: "token" or "avg", for a
+    model that pools otherwise than its keys tell: by the class token if there is one, unless there is an fc_norm.
     Raises InputError where the file contradicts what is asked, or something has to be asked for.
     """
     width, _, patch, _ = _shape(arrays, "patch_embed.proj.weight", 4)
@@ -128,11 +131,16 @@ def infer_config(
     no_embed_class = taken == 0 and sum(prefix) > 0
     side = math.isqrt(patches) * patch
     fc_norm = "fc_norm.weight" in arrays
-    pool = "dist_avg" if prefix[1] else "avg" if fc_norm or not prefix[0] else "token"
+    pool = pool or ("dist_avg" if prefix[1] else "avg" if fc_norm or not prefix[0] else "token")
+    blocks = {int(key.split(".")[1]) for key in arrays if re.match(r"blocks\.\d{1,4}\.", key)}
+    if blocks != set(range(len(blocks))):
+        raise InputError(
+            f"blocks are numbered {min(blocks)} to {max(blocks)}, and there are {len(blocks)}: some are missing"
+        )
     found = {
         "patch_size": patch,
         "embed_dim": width,
-        "depth": 1 + max(int(key.split(".")[1]) for key in arrays if re.match(r"blocks\.\d+\.", key)),
+        "depth": len(blocks),
         "mlp_dim": _shape(arrays, "blocks.0.mlp.fc1.weight", 2)[0],
         "class_token": bool(prefix[0]),
         "dist_token": bool(prefix[1]),
@@ -148,10 +156,12 @@ def infer_config(
             raise InputError(
                 "a model with norm_pre (CLIP): the kind of GELU cannot be told from the file; pass --model"
             )
-        heads = num_heads or _usual_heads(width)
+        heads = _usual_heads(width) if num_heads is None else num_heads
         config = ViTConfig((side, side), num_heads=heads, layer_scale=1e-5 if scaled else None, pool=pool, **found)
     else:
         config = zoo.get(model).config
+        if num_heads not in (None, config.num_heads):
+            raise InputError(f"{model} has {config.num_heads} heads, you asked for {num_heads}: leave --num_heads out")
         odd = {name: value for name, value in found.items() if getattr(config, name) != value}
         if scaled != (config.layer_scale is not None):
             odd["layer_scale"] = scaled
@@ -177,7 +187,7 @@ def convert_arrays(arrays: Arrays, config: ViTConfig) -> Converted:
     for key, array in arrays.items():
         index = re.match(r"blocks\.(\d+)\.", key)
         general = re.sub(r"^blocks\.\d+\.", "blocks.#.", key)
-        if general in DROPPED or (key.startswith("head") and not config.num_classes):
+        if general in DROPPED or (key in _HEAD and not config.num_classes and "head.weight" in arrays):
             dropped[key] = DROPPED.get(general, "the head was not asked for")
             continue
         if general not in TIMM:

@@ -113,7 +113,11 @@ def train_batches(
 
 def _load(source: Source, preprocess: Preprocess, index: int) -> Row:
     record = source[index]
-    return preprocess(decode(record.image, record.name)), record.label, record.name
+    image = decode(record.image, record.name)
+    try:
+        return preprocess(image), record.label, record.name
+    except InputError as error:
+        raise InputError(f"image {record.name}: {error}") from error
 
 
 def _decode_ahead(

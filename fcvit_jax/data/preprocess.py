@@ -26,6 +26,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 
+MAX_RESIZED_PIXELS = 2**26  # a strip one pixel wide would otherwise take all memory
 CROP_MODES = ("center", "squash", "border")
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
@@ -59,7 +60,8 @@ class Preprocess:
       mean, std: per channel, in units of the pixel range: 0.5 is mid-grey.
 
     Raises:
-      InputError: a field is out of range; the message names it.
+      InputError: a field is out of range; the message names it. When called: the image is so long and narrow that,
+        resized, it would have more than `MAX_RESIZED_PIXELS`.
     """
 
     image_size: tuple[int, int] = (224, 224)
@@ -100,7 +102,12 @@ class Preprocess:
         """The pixels that `normalize` takes: uint8 `[height, width, 3]`, on the host."""
         if image.mode != "RGB":
             image = image.convert("RGB")
-        pixels = np.asarray(image.resize(self._resized(*image.size), INTERPOLATIONS[self.interpolation]))
+        width, height = self._resized(*image.size)
+        if width * height > MAX_RESIZED_PIXELS:
+            raise InputError(
+                f"it is {image.width}x{image.height} and would be resized to {width}x{height}: crop it first"
+            )
+        pixels = np.asarray(image.resize((width, height), INTERPOLATIONS[self.interpolation]))
         fill = [round(255 * value) for value in self.mean] if self.crop_mode == "border" else [0, 0, 0]
         cropped = np.empty((*self.image_size, 3), np.uint8)
         cropped[:] = fill

@@ -79,7 +79,10 @@ def _open_folder(spec: str, path: str) -> Source:
         raise InputError(f"{spec}: there is no folder {path!r}")
     if not root.is_dir():
         raise InputError(f"{spec}: {path} is a file; give the folder that holds one folder a class")
-    visible = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+    try:
+        visible = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{spec}: {path} cannot be read: {error.strerror}") from None
     classes = [entry.name for entry in visible if entry.is_dir()]
     if not classes:
         loose = sum(entry.suffix.lower() in EXTENSIONS for entry in visible)
@@ -104,9 +107,17 @@ def _open_folder(spec: str, path: str) -> Source:
 
 def _images(root: Path, folder: str) -> list[str]:
     """The images in a class folder at any depth, sorted, as paths relative to `root` with forward slashes."""
-    found = []
-    for place, folders, names in os.walk(root / folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+
+    def unreadable(error: OSError) -> None:
+        raise InputError(f"folder {error.filename} cannot be read: {error.strerror}") from None
+
+    found, visited = [], set()
+    for place, folders, names in os.walk(root / folder, onerror=unreadable, followlinks=True):
+        if (real := os.path.realpath(place)) in visited:  # a link that leads back
+            folders.clear()
+            continue
+        visited.add(real)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
         images = (name for name in names if not name.startswith(".") and name.lower().endswith(EXTENSIONS))
         found += [(Path(place) / name).relative_to(root).as_posix() for name in images]
     return sorted(found)

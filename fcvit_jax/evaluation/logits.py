@@ -22,7 +22,7 @@ class LogitsWriter:
 
     def __init__(self, directory: Path, schedules: Iterable[str], num_images: int, num_classes: int):
         if jax.process_count() > 1:
-            raise InputError("save_logits works on one host only: run it without --distributed")
+            raise InputError("save_logits works in a single process only: leave it out")
         self._directory = directory
         self._scratch = tempfile.TemporaryDirectory(prefix=".logits-", dir=directory)
         folder = Path(self._scratch.name)

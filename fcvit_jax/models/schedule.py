@@ -157,7 +157,7 @@ class MergeSchedule:
                         yield Layer(before, before)
                     case Local(r=r, windows=windows):
                         count = math.prod(windows)
-                        removed = min(math.ceil(r / count), patches // count // 2)
+                        removed = min(-(-r // count), patches // count // 2)
                         regroup = (cells, windows) if removed and cells != windows else None
                         if removed:
                             cells = windows
@@ -192,17 +192,19 @@ def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
 
 _FORMS = "dense, tome_r13, s2dfe_r18, s2winc7_r16 or dense:2,local:5:r16:w2x2,global:5:r16"
 _STAGES = {
-    re.compile(r"dense:(\d+)"): Dense,
-    re.compile(r"local:(\d+):r(\d+):w(\d+)x(\d+)"): lambda layers, r, *windows: Local(layers, r, windows),
-    re.compile(r"global:(\d+):r(\d+)"): Global,
+    re.compile(r"dense:(\d{1,9})"): Dense,
+    re.compile(r"local:(\d{1,9}):r(\d{1,9}):w(\d{1,9})x(\d{1,9})"): lambda layers, r, *windows: Local(
+        layers, r, windows
+    ),
+    re.compile(r"global:(\d{1,9}):r(\d{1,9})"): Global,
 }
 # The paper's legend counts differently in its two families: s2dfe leaves two layers dense, s2winc7 merges from the
 # second layer on. The multiply-accumulates of its figure admit no other reading.
 _NAMES = {
     re.compile(r"dense"): lambda depth: (Dense(depth),),
-    re.compile(r"tome_r(\d+)"): lambda depth, r: (Global(depth, r),),
-    re.compile(r"s(\d+)dfe_r(\d+)"): lambda depth, s, r: (Dense(s), Global(depth - s, r)),
-    re.compile(r"s(\d+)winc(\d+)_r(\d+)"): lambda depth, s, c, r: (
+    re.compile(r"tome_r(\d{1,9})"): lambda depth, r: (Global(depth, r),),
+    re.compile(r"s(\d{1,9})dfe_r(\d{1,9})"): lambda depth, s, r: (Dense(s), Global(depth - s, r)),
+    re.compile(r"s(\d{1,9})winc(\d{1,9})_r(\d{1,9})"): lambda depth, s, c, r: (
         Dense(s - 1),
         Local(c - s + 1, r),
         Global(depth - c, r),

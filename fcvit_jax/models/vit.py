@@ -50,9 +50,13 @@ class ViTConfig:
     proportional_attention: bool = True  # a merged token attracts attention in proportion to its size
 
     def __post_init__(self) -> None:
-        wrong = [name for name in _POSITIVE if min(_sides(getattr(self, name))) < 1]
-        if wrong:
-            raise InputError(f"{wrong[0]} is {getattr(self, wrong[0])}: it must be positive")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if not _KINDS[field.type](value):
+                raise InputError(f"{field.name} is {value!r}: it must be {getattr(field.type, '__name__', field.type)}")
+            lowest = 1 if field.name in _POSITIVE else 0
+            if not isinstance(value, str | None) and min(value if isinstance(value, tuple) else (value,)) < lowest:
+                raise InputError(f"{field.name} is {value}: it must be {'positive' if lowest else '0 or more'}")
         if self.embed_dim % self.num_heads:
             raise InputError(f"embed_dim {self.embed_dim} does not divide into {self.num_heads} heads")
         if self.image_size[0] % self.patch_size or self.image_size[1] % self.patch_size:
@@ -92,9 +96,18 @@ class ViTConfig:
         expected = {field.name for field in dataclasses.fields(cls)}
         if odd := sorted(expected ^ fields.keys()):
             raise InputError(f"model configuration: unknown or missing fields {', '.join(odd)}")
-        return cls(**{**fields, "image_size": tuple(fields["image_size"])})
+        size = fields["image_size"]
+        return cls(**{**fields, "image_size": tuple(size) if isinstance(size, list) else size})
 
 
+_KINDS: dict[Any, Callable[[Any], bool]] = {
+    int: lambda value: type(value) is int,
+    bool: lambda value: type(value) is bool,
+    str: lambda value: type(value) is str,
+    float: lambda value: type(value) in (int, float),
+    float | None: lambda value: value is None or type(value) in (int, float),
+    tuple[int, int]: lambda value: type(value) is tuple and [type(side) for side in value] == [int, int],
+}
 _POSITIVE = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_dim")
 
 
@@ -109,10 +122,6 @@ _GELU: dict[str, Callable[[jax.Array], jax.Array]] = {
     "tanh": partial(nn.gelu, approximate=True),
     "quick": lambda x: x * nn.sigmoid(jnp.asarray(1.702, x.dtype) * x),
 }
-
-
-def _sides(value: int | tuple[int, int]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value,)
 
 
 class ViT(nn.Module):

@@ -1,8 +1,8 @@
 """The one table of named models, under timm's names: configuration, preprocessing, source of the weights, top-1.
 
 A name is an architecture (`vit_small_patch16_224`) or one set of weights of it
-(`vit_small_patch16_224.augreg_in21k_ft_in1k`). An architecture alone has no preprocessing: timm's ViT and DeiT weights
-share every shape and key, and differ in the pixels they expect.
+(`vit_small_patch16_224.augreg_in21k_ft_in1k`); sizes that timm leaves out are named likewise. An architecture alone has
+no preprocessing: timm's ViT and DeiT weights share every shape and key, and differ in the pixels they expect.
 """
 
 import difflib
@@ -17,8 +17,9 @@ from fcvit_jax.models.vit import ViTConfig
 class Model:
     """A named model. `preprocess` and what follows are None for an architecture without weights.
 
-    source: address of the original file, or `hf-hub:timm/NAME`. top1: fraction of the 50,000 ImageNet-1k validation
-    images, as timm reports it (results-imagenet.csv) with this preprocessing; None where that is not known here.
+    source: address of the original file, in its own layout, or `hf-hub:timm/NAME`. top1: fraction of the 50,000
+    ImageNet-1k validation images, as timm reports it (results-imagenet.csv) with this preprocessing; None where that is
+    not known here.
     """
 
     name: str

@@ -107,6 +107,7 @@ def test_the_head_is_what_was_asked_for():
         ({"blocks.1.mlp.fc2.weight": np.zeros((128, 12), np.float32)}, r"'blocks.1.mlp.fc2.weight' is \(128, 12\)"),
         ({"norm.bias": np.full(128, np.nan, np.float32)}, "'norm.bias' holds values that are not finite"),
         ({"norm.bias": np.zeros(128, np.int8)}, "'norm.bias' holds int8"),
+        ({"head.weight": None, "head.fc.weight": np.zeros((5, 128), np.float32)}, "'head.fc.weight' is no key"),
         ({"reg_token": np.zeros((1, 4, 128), np.float32)}, "'reg_token' has no place"),
     ],
 )
@@ -153,6 +154,13 @@ def test_a_grid_that_is_not_square_is_asked_for():
     config = layouts.infer_config(arrays, num_heads=2, image_size=(32, 48))
     assert (config.grid, config.no_embed_class) == ((4, 6), False)
     assert layouts.infer_config(arrays, num_heads=2).no_embed_class
+
+
+def test_blocks_must_be_numbered_without_gaps():
+    arrays = state_dict()
+    arrays["blocks.3000.norm1.weight"] = arrays["blocks.0.norm1.weight"]
+    with pytest.raises(InputError, match="blocks are numbered 0 to 3000, and there are 3"):
+        layouts.infer_config(arrays, num_heads=2)
 
 
 def test_another_image_size_resamples_the_positions_and_says_so():

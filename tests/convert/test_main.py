@@ -77,7 +77,10 @@ def test_a_file_becomes_a_checkpoint(weights, tmp_path, capsys):
     names.write_text("ant\nbee\ncat\ndog\nelk\n")
     out = tmp_path / "checkpoint"
     main([str(weights), str(out), *GIVEN, "--num_classes", "5", "--class_names", str(names)])
-    assert "128 wide, 1 layers, 2 heads, patch 8 at 32x32 (17 tokens), 5 classes" in capsys.readouterr().out
+    assert (
+        "128 wide, 1 layers, 2 heads, patch 8 at 32x32 (4x4 patches and 1 prefix tokens), 5 classes"
+        in capsys.readouterr().out
+    )
     loaded = fc.load_checkpoint(out)
     assert loaded.config.grid == (4, 4)
     assert loaded.preprocess.image_size == (32, 32)
@@ -182,12 +185,26 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(name, says, inspect, tmp_path
         (("--num_heads", "2", "--preprocess", "timm/dait"), "did you mean timm/deit"),
         (("--num_heads", "3", "--preprocess", "timm/deit"), "128 does not divide into 3 heads"),
         (("--image_size", "36", *GIVEN), "36x36 does not divide into patches of 8"),
+        (("--num_heads", "6", "--model", "vit_tiny_patch16_224"), "vit_tiny_patch16_224 has 3 heads, you asked for 6"),
+        (("--image_size", "0", *GIVEN), "'0' is not a size in pixels"),
+        (("--num_classes", "-1", *GIVEN), "'-1' is not a whole number"),
+        (("--num_classes", "many", *GIVEN), "'many' is not a whole number"),
+        (("--colour", *GIVEN), "unrecognized arguments: --colour"),
         (("--class_names", "/nowhere.txt", *GIVEN), "--class_names /nowhere.txt cannot be read"),
     ],
 )
 def test_bad_requests_are_one_line_and_leave_nothing(arguments, says, weights, tmp_path, capsys):
     assert says in error(capsys, weights, tmp_path / "out", *arguments)
     assert os.listdir(tmp_path) == ["model.safetensors"]
+
+
+def test_the_pooling_may_be_said(weights, tmp_path):
+    main([str(weights), str(tmp_path / "out"), *GIVEN, "--pool", "avg"])
+    assert fc.load_checkpoint(tmp_path / "out").config.pool == "avg"
+
+
+def test_a_place_that_cannot_be_written_is_told_first(weights, tmp_path, capsys):
+    assert "cannot be written" in error(capsys, weights, weights / "out", *GIVEN)
 
 
 def test_class_names_must_fit_the_head(weights, tmp_path, capsys):

@@ -214,3 +214,9 @@ def test_training_batches_depend_on_step_and_seed_alone():
 
 def jitter(pixels, rng):
     return (pixels + rng.integers(0, 50)).astype(np.uint8)
+
+
+def test_a_strip_that_would_take_all_memory_is_refused_by_name():
+    thin = Source("thin", ("class",), 1, lambda i: Record(np.zeros((20_000, 1, 3), np.uint8), 0, "thin.png"))
+    with pytest.raises(InputError, match=r"image thin\.png: it is 1x20000 and would be resized to 248x4960000"):
+        next(eval_batches(thin, Preprocess((224, 224), 0.9), 1))

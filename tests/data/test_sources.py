@@ -299,3 +299,26 @@ except sources.InputError:
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout == "5\nFalse\n", done.stdout + done.stderr
     assert done.stderr == ""  # where TensorFlow is absent, TFDS would say so at length on trying to import it
+
+
+def test_a_link_that_leads_back_counts_no_image_twice(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "one.png")
+    (tmp_path / "a" / "loop").symlink_to(".")
+    (tmp_path / "a" / "up").symlink_to("..")
+    assert [record.name for record in open_source(f"folder:{tmp_path}")][:1] == ["a/one.png"]
+    assert sum(record.label == 0 for record in open_source(f"folder:{tmp_path}")) <= 2
+
+
+def test_a_folder_that_cannot_be_read_is_told(tmp_path, monkeypatch):
+    (tmp_path / "a").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "a" / "one.png")
+
+    def walk(top, onerror, followlinks):
+        onerror(PermissionError(13, "Permission denied", str(top)))
+        return iter(())
+
+    monkeypatch.setattr("os.walk", walk)
+    with pytest.raises(InputError, match="a cannot be read: Permission denied"):
+        open_source(f"folder:{tmp_path}")

@@ -1,9 +1,13 @@
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from fcvit_jax import parallel
+from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.batches import device_batches, eval_batches
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
@@ -115,21 +119,25 @@ def test_one_compile_a_schedule_and_none_for_later_batches(params):
         assert len(compilations) == first_batch
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
-    assert sum("eval_step" in str(name) for name in compilations) in (0, len(SCHEDULES))
+    assert sum("eval_step" in str(name) for name in compilations) == len(SCHEDULES)
     with pytest.raises(TypeError):  # another shape cannot compile a second program: it is refused
         evaluate(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 4), rows))
 
 
-def test_batches_do_not_pile_up_in_memory(params):
-    steps, placed, rows = compiled(params, 8, 1, ["dense"])
-    alive = []
+def test_a_batch_is_computed_before_the_next_is_asked_for():
+    # Otherwise the host runs ahead, and batches and logits pile up on the device.
+    config = ViTConfig((64, 64), 4, 128, 4, 2, 512, num_classes=7)
+    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
+    step = compile_step(ViT(config), preset("timm/augreg", (64, 64)), params, 64, mesh_of(1))
+    computed: list[bool] = []
 
-    def on_batch(batch, logits):
-        alive.append(sum(array.nbytes for array in jax.live_arrays() if array.dtype == jnp.uint8))
+    def on_batch(batch: Any, logits: Any) -> None:
+        computed.append(logits["dense"].is_ready())
 
-    evaluate(steps, placed, device_batches(eval_batches(noise(8 * 30), PREPROCESS, 8), rows), on_batch)
-    assert len(alive) == 30
-    assert max(alive[5:]) <= max(alive[:5])
+    rows = parallel.batched(mesh_of(1))
+    batches = device_batches(eval_batches(noise(128, 64), preset("timm/augreg", (64, 64)), 64), rows)
+    evaluate({"dense": step}, params, batches, on_batch)
+    assert computed == [True, True]
 
 
 def test_saved_logits_are_those_of_the_model(params, tmp_path):
@@ -156,13 +164,33 @@ def test_an_interrupted_evaluation_leaves_no_logits(tmp_path):
     assert file_name("dense:2,local:5:r16:w2x2") == "dense-2-local-5-r16-w2x2"
 
 
+class Spy:
+    """A compiled program that tells when it is called."""
+
+    def __init__(self, call, tell):
+        self._call, self._tell = call, tell
+        self.input_shardings = call.input_shardings
+
+    def __call__(self, *args):
+        self._tell()
+        return self._call(*args)
+
+
 def test_throughput_alternates_and_is_positive(params):
     steps, placed, rows = compiled(params, 8, 1)
     batch = next(device_batches(eval_batches(noise(8), PREPROCESS, 8), rows, depth=0))
-    seen = []
-    rates = measure_throughput(steps, placed, batch, blocks=3, block_seconds=0.01, on_block=lambda: seen.append(1))
+    called = []
+
+    def spy(name, step):
+        return dataclasses.replace(step, call=Spy(step.call, lambda: called.append(name)))
+
+    spied = {name: spy(name, step) for name, step in steps.items()}
+    blocks = []
+    rates = measure_throughput(
+        spied, placed, batch, blocks=3, block_seconds=0.0, on_block=lambda: blocks.append(called[-1])
+    )
     assert list(rates) == list(SCHEDULES)
-    assert len(seen) == 9
+    assert blocks == list(SCHEDULES) * 3
     assert all(rate.images_per_second > 0 and rate.spread >= 0 for rate in rates.values())
 
 

@@ -61,11 +61,12 @@ def test_merged_logits_on_real_photos_equal_the_reference(clothing, name):
     expected = reference.merged_forward(model, images, SCHEDULES[name])
     logits, out = run(config, params, images, MergeSchedule.parse(name, 12))
     assert [layer["tokens"].shape[1] for layer in out["layers"]] == expected["tokens"]
-    # On a plain background two proposals may be equal but for rounding, and one photo in many merges another pair.
-    same = (np.asarray(out["source"]) == expected["source"].numpy()).all(axis=1)
-    assert same.sum() >= len(images) - 1
-    np.testing.assert_array_equal(out["size"][same], expected["sizes"].numpy()[same])
-    np.testing.assert_allclose(logits[same], expected["logits"].numpy()[same], atol=1e-4)
+    # Where two proposals are equal but for rounding, float32 may take either: there, and only there, logits may differ.
+    clear = expected["margin"].numpy() > 2e-6
+    assert clear.sum() >= len(images) - 1
+    np.testing.assert_array_equal(out["source"][clear], expected["source"].numpy()[clear])
+    np.testing.assert_array_equal(out["size"][clear], expected["sizes"].numpy()[clear])
+    np.testing.assert_allclose(logits[clear], expected["logits"].numpy()[clear], atol=1e-4)
     np.testing.assert_allclose(logits, expected["logits"].numpy(), atol=0.05)
 
 
@@ -103,6 +104,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "no qkv bias": {"qkv_bias": False},
     "backbone": {"num_classes": 0},
     "clip": {"pre_norm": True, "norm_layer": "layernorm"},
+    "quick": {"act_layer": "quick_gelu"},
+    "tanh": {"act_layer": "gelu_tanh"},
 }
 
 
@@ -136,6 +139,8 @@ def test_small_models_equal_timm_and_the_reference(name, stages, monkeypatch):
     else:
         config, params = convert(model, num_heads=3)
     assert config.norm_eps == eps
+    if name in ("quick", "tanh"):
+        config = replace(config, gelu=name)
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     schedule = MergeSchedule.parse(stages, 4)
     if stages == "dense":

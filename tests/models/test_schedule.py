@@ -50,6 +50,7 @@ def test_windows_regroup_once_and_finer_windows_become_coarser():
 
 def test_local_rate_is_capped_at_half_a_window():
     assert MergeSchedule((Local(4, 1000, (2, 2)),)).tokens(SMALL) == (49, 25, 13, 9)
+    assert MergeSchedule((Local(4, 10**400, (2, 2)),)).tokens(SMALL) == (49, 25, 13, 9)
 
 
 @pytest.mark.parametrize(
@@ -65,6 +66,7 @@ def test_local_rate_is_capped_at_half_a_window():
         ("local:12:r4", ("local:5:r16:w2x2",)),
         ("local:12:r4:w0x2", ("at least one window",)),
         ("", ("not a schedule",)),
+        ("tome_r" + "9" * 5000, ("not a schedule",)),
     ],
 )
 def test_what_does_not_fit_is_told_with_its_numbers(text, numbers):
