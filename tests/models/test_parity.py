@@ -1,5 +1,6 @@
 """Logits against timm, and against the independent PyTorch program of the merging in `reference.py`."""
 
+from copy import deepcopy
 from dataclasses import replace
 from typing import Any
 
@@ -58,11 +59,11 @@ def test_dense_logits_on_real_photos_equal_timm(clothing):
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_merged_logits_on_real_photos_equal_the_reference(clothing, name):
     model, config, params, images = clothing
-    expected = reference.merged_forward(model, images, SCHEDULES[name])
+    expected = reference.merged_forward(deepcopy(model).double(), images, SCHEDULES[name])
     logits, out = run(config, params, images, MergeSchedule.parse(name, 12))
     assert [layer["tokens"].shape[1] for layer in out["layers"]] == expected["tokens"]
     # Where two proposals are equal but for rounding, float32 may take either: there, and only there, logits may differ.
-    clear = expected["margin"].numpy() > 2e-6
+    clear = expected["margin"].numpy() > 2e-7
     assert clear.sum() >= len(images) - 1
     np.testing.assert_array_equal(out["source"][clear], expected["source"].numpy()[clear])
     np.testing.assert_array_equal(out["size"][clear], expected["sizes"].numpy()[clear])
