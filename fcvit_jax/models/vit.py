@@ -65,8 +65,10 @@ class ViTConfig:
         for name, choices in (("gelu", tuple(_GELU)), ("pool", ("token", "avg", "dist_avg"))):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
-        if (self.pool == "token" and not self.class_token) or (self.pool == "dist_avg" and not self.dist_token):
-            raise InputError(f"pool {self.pool!r} needs a {'class' if self.pool == 'token' else 'distillation'} token")
+        if self.pool != "avg" and not self.class_token:
+            raise InputError(f"pool {self.pool!r} needs a class token")
+        if self.pool == "dist_avg" and not self.dist_token:
+            raise InputError("pool 'dist_avg' needs a distillation token")
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -160,6 +160,7 @@ def test_jit_prunes_what_is_not_used():
         ({"pool": "max"}, "pool is 'max'"),
         ({"pool": "dist_avg"}, "needs a distillation token"),
         ({"class_token": False}, "needs a class token"),
+        ({"class_token": False, "dist_token": True, "pool": "dist_avg"}, "needs a class token"),
         ({"depth": 0}, "depth is 0"),
         ({"image_size": (0, 8)}, "image_size is"),
     ],
