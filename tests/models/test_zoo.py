@@ -6,7 +6,7 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.models import zoo
 
 
-def test_names_the_issue_of_families_and_sizes():
+def test_all_families_and_sizes_are_named():
     for name in (
         *(
             f"vit_{size}_patch16_{pixels}"
