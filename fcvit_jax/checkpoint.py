@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import traverse_util
 
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
@@ -94,7 +95,7 @@ def save_checkpoint(
     """
     path = check_target(path, overwrite)
     _check_fit(config, preprocess, class_names)
-    _check_shapes("params", _shapes(params), config)
+    _check_shapes("params", params, abstract_params(config))
     meta = {
         "format": FORMAT,
         "config": config.to_dict(),
@@ -188,8 +189,14 @@ def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any) -> N
         raise InputError(f"class_names: expected the names of {config.num_classes} classes, or none")
 
 
-def _check_shapes(where: str, there: dict[str, tuple[int, ...]], config: ViTConfig) -> None:
-    wanted = _shapes(abstract_params(config))
+def leaf_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The shape of every leaf (anything that has one) of nested dicts, by its path: "blocks_0/attn/qkv/kernel"."""
+    leaves: Any = traverse_util.flatten_dict(tree, sep="/")
+    return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
+
+
+def _check_shapes(where: str, tree: Mapping[str, Any], abstract: Mapping[str, Any]) -> None:
+    there, wanted = leaf_shapes(tree), leaf_shapes(abstract)
     if odd := sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)):
         name = odd[0]
         raise InputError(f"{where}: {name} is {there.get(name)}, its configuration wants {wanted.get(name)}")
@@ -207,14 +214,9 @@ def _restore(path: Path, config: ViTConfig, sharding: jax.sharding.Sharding) -> 
 
     with ocp.StandardCheckpointer() as checkpointer:
         # Compared beforehand: a restore that fails half-way complains from threads of its own.
-        _check_shapes(str(path), _shapes(checkpointer.metadata(path.absolute()).item_metadata.tree), config)
-        return checkpointer.restore(path.absolute(), abstract_params(config, sharding))
-
-
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf, array or metadata, by its path."""
-    leaves = jax.tree.leaves_with_path(tree, is_leaf=lambda node: hasattr(node, "shape"))
-    return {"/".join(str(part.key) for part in path): tuple(leaf.shape) for path, leaf in leaves}
+        abstract = abstract_params(config, sharding)
+        _check_shapes(str(path), checkpointer.metadata(path.absolute()).item_metadata.tree, abstract)
+        return checkpointer.restore(path.absolute(), abstract)
 
 
 @contextlib.contextmanager

@@ -43,18 +43,16 @@ def convert(source: str, out: str, args: argparse.Namespace) -> None:
     if args.model:
         zoo.get(args.model)  # an unknown name is told before a large file is read
     weights = read_weights(source)
+    layout = _named(source, layouts.detect_layout, weights.arrays)
     config = _infer(weights, args)
     preprocess = _preprocess(weights, args, config)
     class_names = _class_names(args.class_names, config.num_classes)
-    try:
-        converted = layouts.convert_arrays(weights.arrays, config)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+    converted = _named(source, layouts.convert_arrays, weights.arrays, config)
     provenance = {
         "source": weights.path.name,
         "sha256": weights.sha256,
         "format": weights.format,
-        "layout": "timm",
+        "layout": layout,
         "wrapper": weights.wrapper,
         "model": args.model,
         "dropped": converted.dropped,
@@ -99,7 +97,6 @@ def inspect(source: str, args: argparse.Namespace) -> None:
 
 
 def _infer(weights: WeightFile, args: argparse.Namespace) -> ViTConfig:
-    _named(str(weights.path), layouts.detect_layout, weights.arrays)
     return _named(
         str(weights.path),
         layouts.infer_config,

@@ -10,10 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import jax
 import numpy as np
+from flax import traverse_util
 
-from fcvit_jax.checkpoint import abstract_params
+from fcvit_jax.checkpoint import abstract_params, leaf_shapes
 from fcvit_jax.convert.posembed import resample_timm
 from fcvit_jax.errors import InputError
 from fcvit_jax.models import zoo
@@ -178,10 +178,7 @@ def convert_arrays(arrays: Arrays, config: ViTConfig) -> Converted:
     Raises InputError naming the first key that is unknown, has another shape, holds no finite numbers or fills a leaf
     twice, or the first leaves that nothing fills.
     """
-    leaves = {
-        "/".join(str(part.key) for part in path): leaf.shape
-        for path, leaf in jax.tree.leaves_with_path(abstract_params(config))
-    }
+    leaves = leaf_shapes(abstract_params(config))
     filled: dict[str, np.ndarray] = {}
     dropped, remarks = {}, []
     for key, array in arrays.items():
@@ -205,14 +202,7 @@ def convert_arrays(arrays: Arrays, config: ViTConfig) -> Converted:
         remarks += [remark] if remark else []
     if missing := [path for path in leaves if path not in filled]:
         raise InputError(f"nothing in the file fills {', '.join(missing[:3])}: it is incomplete, or not this model's")
-    tree: dict[str, Any] = {}
-    for path, value in filled.items():
-        *parents, leaf = path.split("/")
-        node = tree
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = value
-    return Converted(config, tree, dropped, tuple(remarks))
+    return Converted(config, traverse_util.unflatten_dict(filled, sep="/"), dropped, tuple(remarks))
 
 
 def _transform(key: str, array: np.ndarray, kind: str, config: ViTConfig) -> tuple[np.ndarray, str | None]:
