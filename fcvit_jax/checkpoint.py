@@ -104,7 +104,7 @@ def save_checkpoint(
         "provenance": dict(provenance or {}),
         "versions": versions(),
     }
-    with _staged(path) as staging:
+    with staged(path) as staging:
         import orbax.checkpoint as ocp
 
         with ocp.StandardCheckpointer() as checkpointer:
@@ -220,7 +220,7 @@ def _restore(path: Path, config: ViTConfig, sharding: jax.sharding.Sharding) -> 
 
 
 @contextlib.contextmanager
-def _staged(path: Path) -> Iterator[Path]:
+def staged(path: Path) -> Iterator[Path]:
     """A directory beside `path` that takes its place when the block ends well, and vanishes when it does not."""
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
     try:

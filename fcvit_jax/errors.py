@@ -10,6 +10,15 @@ class InputError(ValueError):
 
 
 @contextlib.contextmanager
+def naming(name: object) -> Iterator[None]:
+    """Put the name of a file in front of the complaint of what does not know it."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
+
+
+@contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
     """Turn an `InputError` into `error: ...` on standard error and exit status 2."""
     try:

@@ -1,28 +1,58 @@
-"""Convert pretrained ViT weights into a checkpoint directory.
+"""Convert pretrained ViT weights into a checkpoint directory, or a checkpoint into a PyTorch file.
 
-  python -m fcvit_jax.convert deit_small_patch16_224-cd65a155.pth deit_s --model deit_small_patch16_224.fb_in1k
+  python -m fcvit_jax.convert deit_small_patch16_224.fb_in1k deit_s            a name: downloaded, everything known
+  python -m fcvit_jax.convert hf-hub:timm/vit_small_patch16_224.augreg_in21k_ft_in1k vit_s
   python -m fcvit_jax.convert model.safetensors my_vit --preprocess timm/augreg
-  python -m fcvit_jax.convert --inspect model.safetensors
+  python -m fcvit_jax.convert --inspect model.safetensors                      what is in it, and what becomes of it
+  python -m fcvit_jax.convert my_vit my_vit.safetensors --to timm              back to PyTorch
+
+SRC is a file (.safetensors, .pth, .pt, .bin, .npz, or the index.json of a sharded one), a directory as transformers
+saves them, a checkpoint of this library, https://..., hf-hub:OWNER/NAME, or a full name of the zoo. Its keys tell its
+layout: timm and DeiT, DINO and DINOv2, MAE, Hugging Face, torchvision, Google's .npz.
 
 The geometry (width, depth, patch, grid, classes) is read off the file's shapes. Pixels cannot be: timm's ViT and DeiT
-weights have the same keys and expect another normalisation. A full name of timm's (--model NAME.TAG) says all of it;
-otherwise --preprocess does.
+weights have the same keys and expect another normalisation. A name with a tag says all of it, and so do the JSON files
+beside a file of timm's or Hugging Face's; otherwise --preprocess does.
 """
 
 import argparse
 import math
 import re
 from collections import Counter
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn, cast
 
-from fcvit_jax.checkpoint import check_target, save_checkpoint
-from fcvit_jax.convert import layouts
+import numpy as np
+from flax import traverse_util
+
+from fcvit_jax.checkpoint import check_target, load_checkpoint, save_checkpoint
+from fcvit_jax.convert import export
+from fcvit_jax.convert.fetch import expected_sha256, locate, weight_file
+from fcvit_jax.convert.geometry import Grid, infer_config
+from fcvit_jax.convert.posembed import RESAMPLINGS
 from fcvit_jax.convert.readers import WeightFile, read_weights
+from fcvit_jax.convert.sidecar import Sidecar, read_sidecar
+from fcvit_jax.convert.translation import Converted, Row, Translation, assemble, translate
 from fcvit_jax.data.preprocess import PRESETS, Preprocess, preset
-from fcvit_jax.errors import InputError, one_line_errors
+from fcvit_jax.errors import InputError, naming, one_line_errors
 from fcvit_jax.models import flops, zoo
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.vit import GELUS, POOLS, ViTConfig
+
+# Fields of a named model that its file may have otherwise: the keys tell.
+_TOLD_BY_KEYS = ("image_size", "num_classes", "pool", "fc_norm", "representation_size")
+_ASKED = ("num_heads", "norm_eps", "gelu", "pool", "image_size", "patch_size", "num_classes", "proportional_attention")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What was read: the file, the meaning of its keys, the JSON beside it, and the model that a name stands for."""
+
+    weights: WeightFile
+    translation: Translation
+    sidecar: Sidecar
+    model: zoo.Model | None
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,123 +60,215 @@ def main(argv: list[str] | None = None) -> None:
     args = _parser().parse_args(argv)
     with one_line_errors():
         if args.inspect:
-            inspect(args.src, args)
+            inspect(args)
         elif args.out is None:
-            raise InputError("OUT is missing: name the checkpoint directory to write, or pass --inspect to look only")
+            raise InputError("OUT is missing: name what is to be written, or pass --inspect to look only")
         else:
-            convert(args.src, args.out, args)
+            convert(args)
 
 
-def convert(source: str, out: str, args: argparse.Namespace) -> None:
-    """Read, translate, and write the checkpoint directory."""
-    check_target(out, args.overwrite)
-    if args.model:
-        zoo.get(args.model)  # an unknown name is told before a large file is read
-    weights = read_weights(source)
-    layout = _named(source, layouts.detect_layout, weights.arrays)
-    config = _infer(weights, args)
-    preprocess = _preprocess(weights, args, config)
-    class_names = _class_names(args.class_names, config.num_classes)
-    converted = _named(source, layouts.convert_arrays, weights.arrays, config)
-    provenance = {
-        "source": weights.path.name,
-        "sha256": weights.sha256,
-        "format": weights.format,
-        "layout": layout,
-        "wrapper": weights.wrapper,
-        "model": args.model,
-        "dropped": converted.dropped,
-        "remarks": list(converted.remarks),
-    }
-    path = save_checkpoint(
-        out,
-        config,
-        converted.params,
-        preprocess,
-        class_names=class_names,
-        provenance=provenance,
-        overwrite=args.overwrite,
-    )
-    for remark in converted.remarks:
-        print(f"warning: {remark}")
-    for key, reason in converted.dropped.items():
-        print(f"dropped: {key} ({reason})")
-    print(f"{path}: {_describe(config)}")
-    print(f"pixels: {preprocess}")
+def convert(args: argparse.Namespace) -> None:
+    """Read, translate, and write what --to says: a checkpoint directory, timm's file, or transformers' directory."""
+    out = export.check_target(args.out, args.to, args.overwrite) if args.to else check_target(args.out, args.overwrite)
+    source = _understand(*_read(args), args)
+    config, grid = _infer(source, args)
+    preprocess = _preprocess(source, args, config)
+    if preprocess is None and not args.to:
+        raise InputError(f"{source.weights.path}: {_cannot_tell_pixels(args.model)}")
+    class_names = _class_names(source, args, config)
+    with naming(source.weights.path):
+        converted = assemble(source.translation, config, grid, args.pos_embed)
+    provenance = _provenance(source, converted)
+    del source  # and with it the file's pages, before as many are needed to write
+    if args.to == "timm":
+        told = export.write_timm(out, config, converted.params)
+    elif args.to == "hf":
+        told = export.write_huggingface(out, config, converted.params, preprocess, class_names)
+    else:
+        told = f"pixels: {preprocess}"
+        save_checkpoint(
+            out,
+            config,
+            converted.params,
+            cast(Preprocess, preprocess),
+            class_names=class_names,
+            provenance=provenance,
+            overwrite=args.overwrite,
+        )
+    _print_remarks(converted)
+    print(f"{out}: {_describe(config)}")
+    print(told)
 
 
-def inspect(source: str, args: argparse.Namespace) -> None:
-    """Print what a file holds, and which layout and geometry it is taken for; write nothing."""
-    weights = read_weights(source)
+def inspect(args: argparse.Namespace) -> None:
+    """Print what a file holds, what its keys are taken for, and which model that gives; write nothing."""
+    weights, sidecar = _read(args)
     count = sum(math.prod(array.shape) for array in weights.arrays.values())
     dtypes = Counter(array.dtype.name for array in weights.arrays.values())
-    print(f"{weights.path.name}: {weights.format}, sha256 {weights.sha256}")
+    print(f"{weights.path.name}: {weights.format}")
+    for name, sha256 in weights.files.items():
+        print(f"sha256 {sha256}  {name}")
     print(f"{len(weights.arrays)} tensors, {count:,} numbers: " + ", ".join(f"{n} {d}" for d, n in dtypes.items()))
     if weights.wrapper:
         print(f"unwrapped from {weights.wrapper!r}")
     if weights.skipped:
         print(f"left aside: {', '.join(weights.skipped)}")
-    width = max(map(len, weights.arrays))
-    for key, array in weights.arrays.items():
-        print(f"  {key:<{width}}  {'x'.join(map(str, array.shape)) or 'scalar'}")
-    print(f"layout: {_named(source, layouts.detect_layout, weights.arrays)}")
     try:
-        print(f"model: {_describe(_infer(weights, args))}")
-    except InputError as error:
+        source = _understand(weights, sidecar, args)
+    except InputError:
+        _print_table((key, _times(array.shape)) for key, array in weights.arrays.items())
+        raise
+    if source.sidecar.files:
+        print(f"beside it: {', '.join(source.sidecar.files)}")
+    print(f"layout: {source.translation.layout.name}")
+    try:
+        config, grid = _infer(source, args)
+        with naming(weights.path):
+            converted = assemble(source.translation, config, grid, args.pos_embed)
+    except InputError as error:  # what is missing or does not fit: the keys show why
+        _print_rows(source.translation.rows)
         print(f"model: {str(error).removeprefix(f'{weights.path}: ')}")
+    else:
+        _print_rows(converted.rows)
+        _print_remarks(converted)
+        print(f"model: {_describe(config)}")
 
 
-def _infer(weights: WeightFile, args: argparse.Namespace) -> ViTConfig:
-    return _named(
-        str(weights.path),
-        layouts.infer_config,
-        weights.arrays,
-        args.model,
-        args.num_classes,
-        args.image_size,
-        args.num_heads,
-        args.pool,
-    )
+def _read(args: argparse.Namespace) -> tuple[WeightFile, Sidecar | None]:
+    """The weights behind SRC, and what our own checkpoint says of them."""
+    if args.model:
+        zoo.get(args.model)  # an unknown name is told before a large file is read
+    path = locate(args.src, args.sha256, lambda path: read_weights(path, args.ema))
+    if path.is_dir() and not any((path / name).is_file() for name in ("meta.json", "checkpoint/meta.json")):
+        path = weight_file(path)
+    if path.is_dir():
+        checkpoint = load_checkpoint(path)
+        arrays: Any = traverse_util.flatten_dict(checkpoint.params, sep="/")
+        arrays = {name: np.asarray(value) for name, value in arrays.items()}
+        weights = WeightFile(path, "checkpoint", arrays, checkpoint.meta["files"], None, ())
+        names = checkpoint.meta["class_names"]
+        described = checkpoint.config.to_dict() | {"image_size": checkpoint.config.image_size}
+        return weights, Sidecar("fcvit_jax", (), described, checkpoint.preprocess, tuple(names) if names else None)
+    weights = read_weights(path, args.ema)
+    expected = args.sha256 or expected_sha256(path.name)
+    found = weights.files[path.name]
+    if expected and not found.startswith(expected):
+        told = "--sha256" if args.sha256 else "its name"
+        raise InputError(
+            f"{path}: its sha256 begins {found[: len(expected)]}, {told} says {expected}: the file is damaged or "
+            "another one; download it again" + ("" if args.sha256 else ", or pass --sha256 if you renamed it")
+        )
+    return weights, None
 
 
-def _named(source: str, function, *args):
-    """Call a function that does not know the file's name, and put the name in front of its complaint."""
-    try:
-        return function(*args)
-    except InputError as error:
-        raise InputError(f"{source}: {error}") from error
+def _understand(weights: WeightFile, sidecar: Sidecar | None, args: argparse.Namespace) -> Source:
+    with naming(weights.path):
+        translation = translate(weights.arrays)
+    if sidecar is None:
+        whose = translation.layout.config_json
+        sidecar = read_sidecar(weights.path, (whose,) if whose else (), pixels=not args.preprocess)
+    name = args.model or (args.src if "." in args.src and args.src in zoo.names() else sidecar.architecture)
+    return Source(weights, translation, sidecar, zoo.get(name) if name in zoo.names() else None)
 
 
-def _preprocess(weights: WeightFile, args: argparse.Namespace, config: ViTConfig) -> Preprocess:
+def _infer(source: Source, args: argparse.Namespace) -> tuple[ViTConfig, Grid | None]:
+    known, origins = {}, []
+    if source.model:
+        known = {name: value for name, value in asdict(source.model.config).items() if name not in _TOLD_BY_KEYS}
+        origins.append(f"a {source.model.name}")
+    if source.sidecar.fields:
+        known |= source.sidecar.fields
+        origins.append("what config.json describes")
+    asked = {name: getattr(args, name) for name in _ASKED if getattr(args, name) is not None}
+    with naming(source.weights.path):
+        return infer_config(source.translation, known, " or ".join(origins), asked)
+
+
+def _preprocess(source: Source, args: argparse.Namespace, config: ViTConfig) -> Preprocess | None:
+    """What --preprocess, the model's name or the JSON beside the file says of pixels, in this order."""
     if args.preprocess:
         return preset(args.preprocess, config.image_size)
-    known = zoo.get(args.model).preprocess if args.model else None
-    if known is None:
-        tags = [name for name in zoo.names() if args.model and name.startswith(f"{args.model}.")]
-        example = f"--model {tags[0]} or " if tags else ""
+    origin, known = "the preprocessing beside the weights", source.sidecar.preprocess
+    if source.model and source.model.preprocess:
+        origin, known = source.model.name, source.model.preprocess
+    if known and known.image_size != config.image_size:
         raise InputError(
-            f"{weights.path}: the normalisation cannot be told from the file (timm's ViT and DeiT have the same keys): "
-            f"pass {example}--preprocess {'|'.join(PRESETS)}"
-        )
-    if known.image_size != config.image_size:
-        raise InputError(
-            f"{args.model} is evaluated at {known.image_size[0]} pixels ({known}): another size needs --preprocess too"
+            f"{origin} is for {known.image_size[0]}x{known.image_size[1]} pixels ({known}): another size needs "
+            "--preprocess too"
         )
     return known
 
 
-def _class_names(path: str | None, num_classes: int) -> tuple[str, ...] | None:
-    if path is None:
-        return None
+def _cannot_tell_pixels(model: str | None) -> str:
+    tags = [name for name in zoo.names() if model and name.startswith(f"{model}.")]
+    return (
+        "the normalisation cannot be told from the file (timm's ViT and DeiT have the same keys): pass "
+        + (f"--model {tags[0]} or " if tags else "")
+        + f"--preprocess {'|'.join(PRESETS)}"
+    )
+
+
+def _class_names(source: Source, args: argparse.Namespace, config: ViTConfig) -> tuple[str, ...] | None:
+    if args.class_names is None:
+        names = source.sidecar.class_names
+        return names if names and len(names) == config.num_classes else None
     try:
-        names = tuple(filter(None, map(str.strip, Path(path).read_text(encoding="utf-8").splitlines())))
+        names = tuple(filter(None, map(str.strip, Path(args.class_names).read_text(encoding="utf-8").splitlines())))
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--class_names {path} cannot be read as text: {error}") from None
-    if len(names) != num_classes or len(set(names)) != num_classes:
+        raise InputError(f"--class_names {args.class_names} cannot be read as text: {error}") from None
+    if len(names) != config.num_classes or len(set(names)) != config.num_classes:
         raise InputError(
-            f"--class_names {path} has {len(set(names))} different names, one a line; the head has {num_classes}"
+            f"--class_names {args.class_names} has {len(set(names))} different names, one a line; the head has "
+            f"{config.num_classes}"
         )
     return names
+
+
+def _provenance(source: Source, converted: Converted) -> dict[str, Any]:
+    weights = source.weights
+    return {
+        "source": weights.path.name,
+        "files": weights.files,
+        "format": weights.format,
+        "layout": source.translation.layout.name,
+        "wrapper": weights.wrapper,
+        "left_aside": weights.skipped,
+        "model": source.model.name if source.model else None,
+        "beside": source.sidecar.files,
+        "keys": [row._asdict() for row in converted.rows],
+        "dropped": converted.dropped,
+        "remarks": converted.remarks,
+    }
+
+
+def _print_remarks(converted: Converted) -> None:
+    for remark in converted.remarks:
+        print(f"warning: {remark}")
+    for key, reason in converted.dropped.items():
+        print(f"dropped: {key} ({reason})")
+
+
+def _print_rows(rows: Iterable[Row]) -> None:
+    """One line for all blocks alike, with "#" for their numbers."""
+    folded: Counter[tuple[str, ...]] = Counter()
+    for row in rows:
+        key, path = row.key, row.path
+        if block := re.match(r"blocks_(\d+)/", path):
+            key = re.sub(rf"(?<=[._]){block[1]}(?=[./])", "#", key, count=1)
+            path = path.replace(block[1], "#", 1)
+        folded[key, _times(row.shape), "->", path, _times(row.leaf_shape), row.transform] += 1
+    _print_table((*line, f"x {count}" if count > 1 else "") for line, count in folded.items())
+
+
+def _print_table(lines: Iterable[tuple[str, ...]]) -> None:
+    lines = list(lines)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _times(shape: tuple[int, ...]) -> str:
+    return "x".join(map(str, shape)) or "scalar"
 
 
 def _describe(config: ViTConfig) -> str:
@@ -154,8 +276,8 @@ def _describe(config: ViTConfig) -> str:
     return (
         f"ViT {config.embed_dim} wide, {config.depth} layers, {config.num_heads} heads, patch {config.patch_size} at "
         f"{height}x{width} ({config.grid[0]}x{config.grid[1]} patches and {config.num_prefix_tokens} prefix tokens"
-        f"{', which have no positions' if config.no_embed_class else ''}), {config.num_classes} classes, "
-        f"{config.pool} pooling, "
+        f"{', which have no positions' if config.no_embed_class and config.num_prefix_tokens else ''}), "
+        f"{config.num_classes} classes, {config.pool} pooling, GELU {config.gelu}, epsilon {config.norm_eps:g}, "
         f"{flops.gmacs(config):.2f} GMACs"
     )
 
@@ -172,6 +294,22 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _digits(text: str) -> str:
+    if not re.fullmatch(r"[0-9a-fA-F]{8,64}", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no sha256: 64 hex digits, or the first of them, at least 8")
+    return text.lower()
+
+
+def _epsilon(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a small number such as 1e-6")
+    return value
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (--help tells more)\n")
@@ -183,25 +321,51 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("src", metavar="SRC", help="weights in timm's layout: .safetensors, .pth, .pt or .bin")
+    parser.add_argument("src", metavar="SRC", help="file, directory, https://..., hf-hub:OWNER/NAME or zoo name")
     parser.add_argument("out", metavar="OUT", nargs="?", help="checkpoint directory to write; it must not exist")
     parser.add_argument("--inspect", action="store_true", help="print what SRC holds, and write nothing")
+    parser.add_argument("--overwrite", action="store_true", help="replace what stands at OUT")
     parser.add_argument(
-        "--model", metavar="NAME", help="timm's name, such as vit_small_patch16_224.augreg_in21k_ft_in1k"
+        "--to",
+        choices=("timm", "hf"),
+        help="write for PyTorch: OUT.safetensors in timm's keys, or a directory OUT for transformers' from_pretrained",
     )
-    parser.add_argument(
+
+    which = parser.add_argument_group("which weights")
+    which.add_argument("--ema", action="store_true", help="the averaged weights of a training checkpoint")
+    which.add_argument(
+        "--sha256", metavar="HEX", type=_digits, help="what the file must have, or how it begins; 8 digits or more"
+    )
+    which.add_argument("--num_classes", metavar="N", type=_count, help="what the head must have; 0 leaves it out")
+
+    told = parser.add_argument_group("what the file does not tell")
+    told.add_argument("--model", metavar="NAME", help="timm's name, such as vit_small_patch16_224.augreg_in21k_ft_in1k")
+    told.add_argument(
         "--preprocess",
         metavar="PRESET",
         help=f"one of {', '.join(PRESETS)}; fields may follow, as in timm/deit,crop_pct=1.0",
     )
-    parser.add_argument("--num_classes", metavar="N", type=_count, help="what the head must have; 0 leaves it out")
-    parser.add_argument("--image_size", metavar="N", type=_size, help="pixels, N or HxW; by default the weights' own")
-    parser.add_argument(
-        "--num_heads", metavar="N", type=_count, help="needed where no --model is given and heads are odd"
+    told.add_argument("--num_heads", metavar="N", type=_count, help="needed where no name is given and heads are odd")
+    told.add_argument("--gelu", choices=tuple(GELUS), help="exact by default, unless config.json or --model says else")
+    told.add_argument("--norm_eps", metavar="X", type=_epsilon, help="1e-6 by default, likewise")
+    told.add_argument("--pool", choices=POOLS, help="what the head reads, where it is not what keys tell")
+    told.add_argument("--class_names", metavar="FILE", help="text file with one class a line, in the head's order")
+    told.add_argument(
+        "--no_proportional_attention",
+        dest="proportional_attention",
+        action="store_const",
+        const=False,
+        help="merged tokens attract attention as single ones do (for weights fine-tuned so, such as MAE's)",
     )
-    parser.add_argument("--pool", choices=("token", "avg"), help="what the head reads, where it is not what keys tell")
-    parser.add_argument("--class_names", metavar="FILE", help="text file with one class a line, in the head's order")
-    parser.add_argument("--overwrite", action="store_true", help="replace the checkpoint OUT")
+
+    sizes = parser.add_argument_group("another size")
+    sizes.add_argument("--image_size", metavar="N", type=_size, help="pixels, N or HxW; by default the weights' own")
+    sizes.add_argument("--patch_size", metavar="N", type=_count, help="pixels; resamples the kernel as FlexiViT does")
+    sizes.add_argument(
+        "--pos_embed",
+        choices=tuple(RESAMPLINGS),
+        help="how positions are resampled; by default as those do whose layout it is",
+    )
     return parser
 
 

@@ -1,7 +1,11 @@
-"""Element types: NumPy's names, the tags of safetensors and the storage classes of torch."""
+"""Element types: NumPy's names, the tags of safetensors and the storage classes of torch; sizes that can be true."""
+
+from collections.abc import Sequence
 
 import ml_dtypes
 import numpy as np
+
+from fcvit_jax.errors import InputError
 
 # NumPy's name, the name in a safetensors header, the name of the storage class in a torch pickle
 _TABLE = (
@@ -37,3 +41,14 @@ STORAGE_DTYPES = {storage: name for name, _, storage in _TABLE if storage} | {
 def are_sizes(*values: object) -> bool:
     """Whether values that a file gives may be counts, offsets or lengths."""
     return all(type(value) is int and 0 <= value < 2**62 for value in values)
+
+
+def is_shape(shape: Sequence[object]) -> bool:
+    """Whether a shape that a file gives can be one; NumPy has 64 axes at most, and short products are cheap."""
+    return len(shape) <= 64 and are_sizes(*shape)
+
+
+def check_total(unpacked: int, packed: int) -> None:
+    """Raise InputError where a file of `packed` bytes unpacks to more than four times as many."""
+    if unpacked > 4 * packed:
+        raise InputError(f"unpacks to {unpacked} bytes from {packed}: it is damaged, or a zip bomb: download it again")

@@ -1,268 +1,297 @@
-"""Key layouts of published ViT weights, and the strict translation of a file into a configuration and a parameter tree.
+"""The key layouts of published ViT weights, each one declarative table, and how a file's layout is told.
 
-A layout is one table: source key -> (path in the parameter tree, transform). Every source key is used or dropped for a
-reason, every leaf of the tree is filled once, every shape is checked. What shapes do not tell is asked for.
+A row is `source key -> (path in the parameter tree, transform)`. In a key, "#" stands for the number of a block; a path
+with "#" under a key without one is that of an array stacked over the blocks. A path that ends in ":q", ":k" or ":v" is
+a part of the packed projection. Transforms are those of `translation.py`:
+
+    copy     as it is
+    linear   [out, in] -> [in, out]
+    conv     [d, 3, p, p] -> [p, p, 3, d]
+    token    [d], [1, d] or [1, n, d] -> [1, n, d]
+    grid     [n, d], [n, 1, d] or [1, n, d] -> [1, n, d], a position embedding: resampled where the grids differ
+    heads    [..., h, k] -> [..., h k], Flax's projection into heads; this tells the number of heads
+    merge    [h, k, d] -> [h k, d], Flax's projection out of the heads
 """
 
-import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
-from flax import traverse_util
 
-from fcvit_jax.checkpoint import abstract_params, leaf_shapes
-from fcvit_jax.convert.posembed import resample_timm
 from fcvit_jax.errors import InputError
-from fcvit_jax.models import zoo
-from fcvit_jax.models.vit import ViTConfig
-
-# "#" stands for the index of a block. Transforms: "copy" as it is; "linear" [out, in] -> [in, out]; "conv"
-# [d, 3, p, p] -> [p, p, 3, d]; "grid" a position embedding, resampled where the grids differ.
-TIMM: dict[str, tuple[str, str]] = {
-    "cls_token": ("embed/cls_token", "copy"),
-    "dist_token": ("embed/dist_token", "copy"),
-    "reg_token": ("embed/reg_token", "copy"),
-    "pos_embed": ("embed/pos_embed", "grid"),
-    "patch_embed.proj.weight": ("embed/kernel", "conv"),
-    "patch_embed.proj.bias": ("embed/bias", "copy"),
-    "norm_pre.weight": ("embed/norm_pre/scale", "copy"),
-    "norm_pre.bias": ("embed/norm_pre/bias", "copy"),
-    "blocks.#.norm1.weight": ("blocks_#/norm1/scale", "copy"),
-    "blocks.#.norm1.bias": ("blocks_#/norm1/bias", "copy"),
-    "blocks.#.attn.qkv.weight": ("blocks_#/attn/qkv/kernel", "linear"),
-    "blocks.#.attn.qkv.bias": ("blocks_#/attn/qkv/bias", "copy"),
-    "blocks.#.attn.proj.weight": ("blocks_#/attn/proj/kernel", "linear"),
-    "blocks.#.attn.proj.bias": ("blocks_#/attn/proj/bias", "copy"),
-    "blocks.#.ls1.gamma": ("blocks_#/ls1", "copy"),
-    "blocks.#.gamma_1": ("blocks_#/ls1", "copy"),  # DeiT-III, as published
-    "blocks.#.norm2.weight": ("blocks_#/norm2/scale", "copy"),
-    "blocks.#.norm2.bias": ("blocks_#/norm2/bias", "copy"),
-    "blocks.#.mlp.fc1.weight": ("blocks_#/mlp/fc1/kernel", "linear"),
-    "blocks.#.mlp.fc1.bias": ("blocks_#/mlp/fc1/bias", "copy"),
-    "blocks.#.mlp.fc2.weight": ("blocks_#/mlp/fc2/kernel", "linear"),
-    "blocks.#.mlp.fc2.bias": ("blocks_#/mlp/fc2/bias", "copy"),
-    "blocks.#.ls2.gamma": ("blocks_#/ls2", "copy"),
-    "blocks.#.gamma_2": ("blocks_#/ls2", "copy"),
-    "norm.weight": ("norm/scale", "copy"),
-    "norm.bias": ("norm/bias", "copy"),
-    "fc_norm.weight": ("norm/scale", "copy"),
-    "fc_norm.bias": ("norm/bias", "copy"),
-    "head.weight": ("head/kernel", "linear"),
-    "head.bias": ("head/bias", "copy"),
-    "head_dist.weight": ("head_dist/kernel", "linear"),
-    "head_dist.bias": ("head_dist/bias", "copy"),
-}
-_HEAD = ("head.weight", "head.bias", "head_dist.weight", "head_dist.bias")
-DROPPED = {"mask_token": "used in pre-training only"}
-
-# Keys that tell of a family with another architecture, or of a layout that is not read.
-_FOREIGN = {
-    r"relative_position_bias_table|blocks\.0\.attn\.q_bias$": "BEiT or Swin, whose attention has other terms",
-    r"attn_pool\.": "a model with an attention-pooling head (SigLIP)",
-    r"blocks\.0\.mlp\.w12\.|blocks\.0\.mlp\.fc1_g\.|blocks\.0\.mlp\.swiglu": "a SwiGLU model (DINOv2 giant, EVA-02)",
-    r"blocks\.0\.attn\.(q|k)_norm\.": "a model that normalises queries and keys",
-    r"encoder\.layer\.0\.|layernorm_before": "a Hugging Face model, a layout that is not read yet",
-    r"encoder\.layers\.encoder_layer_0": "a torchvision model, a layout that is not read yet",
-    r"resblocks\.0\.": "a CLIP model in OpenAI's layout, which is not read yet",
-    r"^(params/)?(Transformer|embedding)/": "a Google vision_transformer model, a layout that is not read yet",
-}
 
 Arrays = Mapping[str, np.ndarray]
+Row = tuple[str, str]
+
+
+def _torch(source: str, path: str, transform: str) -> dict[str, Row]:
+    """A module of torch: weight and bias of a norm ("copy") or of a dense or convolutional layer."""
+    weight = "scale" if transform == "copy" else "kernel"
+    return {f"{source}.weight": (f"{path}/{weight}", transform), f"{source}.bias": (f"{path}/bias", "copy")}
+
+
+def _flax(source: str, path: str, weight: str) -> dict[str, Row]:
+    """A module of Flax: a norm ("scale") or a dense layer ("kernel")."""
+    return {f"{source}/{name}": (f"{path}/{name}", "copy") for name in (weight, "bias")}
+
+
+# timm's ViT, and with it DeiT, DeiT-III, DINO, MAE and timm's CLIP towers.
+TIMM: dict[str, Row] = {
+    "cls_token": ("embed/cls_token", "token"),
+    "dist_token": ("embed/dist_token", "token"),
+    "reg_token": ("embed/reg_token", "token"),
+    "pos_embed": ("embed/pos_embed", "grid"),
+    **_torch("patch_embed.proj", "embed", "conv"),
+    **_torch("norm_pre", "embed/norm_pre", "copy"),
+    **_torch("blocks.#.norm1", "blocks_#/norm1", "copy"),
+    **_torch("blocks.#.attn.qkv", "blocks_#/attn/qkv", "linear"),
+    **_torch("blocks.#.attn.proj", "blocks_#/attn/proj", "linear"),
+    "blocks.#.ls1.gamma": ("blocks_#/ls1", "copy"),
+    **_torch("blocks.#.norm2", "blocks_#/norm2", "copy"),
+    **_torch("blocks.#.mlp.fc1", "blocks_#/mlp/fc1", "linear"),
+    **_torch("blocks.#.mlp.fc2", "blocks_#/mlp/fc2", "linear"),
+    "blocks.#.ls2.gamma": ("blocks_#/ls2", "copy"),
+    **_torch("norm", "norm", "copy"),
+    **_torch("fc_norm", "norm", "copy"),  # after the pooling
+    **_torch("pre_logits.fc", "pre_logits", "linear"),  # timm before 0.8
+    **_torch("head", "head", "linear"),
+    **_torch("head_dist", "head_dist", "linear"),
+}
+_GAMMAS = {"blocks.#.ls1.gamma": "blocks.#.gamma_1", "blocks.#.ls2.gamma": "blocks.#.gamma_2"}
+DEIT3: dict[str, Row] = {_GAMMAS.get(key, key): row for key, row in TIMM.items()}
+DINOV2_REGISTERS: dict[str, Row] = {{"reg_token": "register_tokens"}.get(key, key): row for key, row in TIMM.items()}
+
+_HF_EMBEDDINGS: dict[str, Row] = {
+    "embeddings.cls_token": ("embed/cls_token", "token"),
+    "embeddings.distillation_token": ("embed/dist_token", "token"),
+    "embeddings.position_embeddings": ("embed/pos_embed", "grid"),
+    **_torch("embeddings.patch_embeddings.projection", "embed", "conv"),
+    **_torch("layernorm", "norm", "copy"),
+    **_torch("classifier", "head", "linear"),
+    **_torch("cls_classifier", "head", "linear"),  # DeiT with both heads
+    **_torch("distillation_classifier", "head_dist", "linear"),
+}
+
+
+def _hf_attention(block: str, names: tuple[str, str, str, str]) -> dict[str, Row]:
+    *projections, out = (f"{block}.attention.{name}" for name in names)
+    rows = _torch(out, "blocks_#/attn/proj", "linear")
+    for part, source in zip("qkv", projections, strict=True):
+        rows[f"{source}.weight"] = (f"blocks_#/attn/qkv/kernel:{part}", "linear")
+        rows[f"{source}.bias"] = (f"blocks_#/attn/qkv/bias:{part}", "copy")
+    return rows
+
+
+_HF_SAVED = ("attention.query", "attention.key", "attention.value", "output.dense")
+_HF_MEMORY = ("q_proj", "k_proj", "v_proj", "o_proj")  # transformers 5 renamed its modules, not yet its files
+HF_VIT: dict[str, Row] = {
+    **_HF_EMBEDDINGS,
+    **_torch("encoder.layer.#.layernorm_before", "blocks_#/norm1", "copy"),
+    **_hf_attention("encoder.layer.#", _HF_SAVED),
+    **_torch("encoder.layer.#.layernorm_after", "blocks_#/norm2", "copy"),
+    **_torch("encoder.layer.#.intermediate.dense", "blocks_#/mlp/fc1", "linear"),
+    **_torch("encoder.layer.#.output.dense", "blocks_#/mlp/fc2", "linear"),
+}
+HF_VIT_5: dict[str, Row] = {
+    **_HF_EMBEDDINGS,
+    **_torch("layers.#.layernorm_before", "blocks_#/norm1", "copy"),
+    **_hf_attention("layers.#", _HF_MEMORY),
+    **_torch("layers.#.layernorm_after", "blocks_#/norm2", "copy"),
+    **_torch("layers.#.mlp.fc1", "blocks_#/mlp/fc1", "linear"),
+    **_torch("layers.#.mlp.fc2", "blocks_#/mlp/fc2", "linear"),
+}
+HF_DINOV2: dict[str, Row] = {
+    **_HF_EMBEDDINGS,
+    **_torch("encoder.layer.#.norm1", "blocks_#/norm1", "copy"),
+    **_hf_attention("encoder.layer.#", _HF_SAVED),
+    **_hf_attention("encoder.layer.#", _HF_MEMORY),
+    "encoder.layer.#.layer_scale1.lambda1": ("blocks_#/ls1", "copy"),
+    **_torch("encoder.layer.#.norm2", "blocks_#/norm2", "copy"),
+    **_torch("encoder.layer.#.mlp.fc1", "blocks_#/mlp/fc1", "linear"),
+    **_torch("encoder.layer.#.mlp.fc2", "blocks_#/mlp/fc2", "linear"),
+    "encoder.layer.#.layer_scale2.lambda1": ("blocks_#/ls2", "copy"),
+}
+HF_DINOV2_REGISTERS: dict[str, Row] = HF_DINOV2 | {"embeddings.register_tokens": ("embed/reg_token", "token")}
+
+_TV_BLOCK = "encoder.layers.encoder_layer_#"
+TORCHVISION: dict[str, Row] = {
+    "class_token": ("embed/cls_token", "token"),
+    "encoder.pos_embedding": ("embed/pos_embed", "grid"),
+    **_torch("conv_proj", "embed", "conv"),
+    **_torch(f"{_TV_BLOCK}.ln_1", "blocks_#/norm1", "copy"),
+    f"{_TV_BLOCK}.self_attention.in_proj_weight": ("blocks_#/attn/qkv/kernel", "linear"),
+    f"{_TV_BLOCK}.self_attention.in_proj_bias": ("blocks_#/attn/qkv/bias", "copy"),
+    **_torch(f"{_TV_BLOCK}.self_attention.out_proj", "blocks_#/attn/proj", "linear"),
+    **_torch(f"{_TV_BLOCK}.ln_2", "blocks_#/norm2", "copy"),
+    **_torch(f"{_TV_BLOCK}.mlp.0", "blocks_#/mlp/fc1", "linear"),
+    **_torch(f"{_TV_BLOCK}.mlp.3", "blocks_#/mlp/fc2", "linear"),
+    **_torch(f"{_TV_BLOCK}.mlp.linear_1", "blocks_#/mlp/fc1", "linear"),  # torchvision 0.12
+    **_torch(f"{_TV_BLOCK}.mlp.linear_2", "blocks_#/mlp/fc2", "linear"),
+    **_torch("encoder.ln", "norm", "copy"),
+    **_torch("heads.pre_logits", "pre_logits", "linear"),
+    **_torch("heads.head", "head", "linear"),
+}
+
+
+def _google(positions: str, block: str, attention: int, norm2: int, mlp: int) -> dict[str, Row]:
+    """Google's two code bases number the modules of a block differently: one counts every module, one each kind."""
+    heads = f"{block}/MultiHeadDotProductAttention_{attention}"
+    rows = {
+        "cls": ("embed/cls_token", "token"),
+        positions: ("embed/pos_embed", "grid"),
+        **_flax("embedding", "embed", "kernel"),
+        **_flax(f"{block}/LayerNorm_0", "blocks_#/norm1", "scale"),
+        f"{heads}/out/kernel": ("blocks_#/attn/proj/kernel", "merge"),
+        f"{heads}/out/bias": ("blocks_#/attn/proj/bias", "copy"),
+        **_flax(f"{block}/LayerNorm_{norm2}", "blocks_#/norm2", "scale"),
+        **_flax(f"{block}/MlpBlock_{mlp}/Dense_0", "blocks_#/mlp/fc1", "kernel"),
+        **_flax(f"{block}/MlpBlock_{mlp}/Dense_1", "blocks_#/mlp/fc2", "kernel"),
+        **_flax("Transformer/encoder_norm", "norm", "scale"),
+        **_flax("pre_logits", "pre_logits", "kernel"),
+        **_flax("head", "head", "kernel"),
+    }
+    for part, source in zip("qkv", ("query", "key", "value"), strict=True):
+        for name in ("kernel", "bias"):
+            rows[f"{heads}/{source}/{name}"] = (f"blocks_#/attn/qkv/{name}:{part}", "heads")
+    return rows
+
+
+GOOGLE: dict[str, Row] = _google("Transformer/posembed_input/pos_embedding", "Transformer/encoderblock_#", 1, 2, 3)
+BIG_VISION: dict[str, Row] = _google("pos_embedding", "Transformer/encoderblock_#", 0, 1, 0)
+BIG_VISION_SCAN: dict[str, Row] = _google("pos_embedding", "Transformer/encoderblock", 0, 1, 0)
+# A checkpoint of this library: the leaves under their own names.
+OWN: dict[str, Row] = {path: (path, "copy") for path, _ in TIMM.values()}
 
 
 @dataclass(frozen=True)
-class Converted:
-    """config, the parameter tree as numpy float32, and what to tell: dropped {key: reason} and remarks, a line each."""
+class Layout:
+    """One published layout.
 
-    config: ViTConfig
-    params: dict[str, Any]
-    dropped: dict[str, str]
-    remarks: tuple[str, ...]
+    prefix: what may stand in front of the keys, a pattern. dropped: patterns of keys that inference does not need, with
+    the reason. resampling: the convention of `posembed.py` by which its authors resize position embeddings. sign: a key
+    without which a file is not of this layout. config_json: whose config.json may stand beside the file, "timm" or
+    "huggingface"; the latter must, or a model be named. sincos2d: a file without a position embedding means the fixed
+    one. note: what a user should be told.
+    """
+
+    name: str
+    table: Mapping[str, Row]
+    prefix: str = ""
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    resampling: str = "timm"
+    sign: str | None = None
+    config_json: str | None = None
+    sincos2d: bool = False
+    note: str | None = None
+
+    def find(self, key: str) -> tuple[Row | None, str]:
+        """The row of a key, and its number of the block ("" where it has none)."""
+        key = re.sub(f"^({self.prefix})", "", key)
+        for head in self._numbered:
+            if found := re.match(rf"{re.escape(head)}(\d{{1,4}})(\D.*)", key):
+                return self.table.get(f"{head}#{found[2]}"), found[1]
+        return self.table.get(key), ""
+
+    def knows(self, key: str) -> bool:
+        return self.find(key)[0] is not None or self.reason(key) is not None
+
+    def reason(self, key: str) -> str | None:
+        """Why a key is dropped, if it is."""
+        key = re.sub(f"^({self.prefix})", "", key)
+        return next((reason for pattern, reason in self.dropped.items() if re.match(pattern, key)), None)
+
+    @cached_property
+    def _numbered(self) -> list[str]:
+        """What stands in front of the number of a block."""
+        return sorted({key.split("#")[0] for key in self.table if "#" in key})
+
+    def missing(self, arrays: Iterable[str]) -> list[str]:
+        """The first key of each leaf that a ViT cannot be without, where nothing in the file fills it."""
+        filled = {row[0].split(":")[0] for row, number in map(self.find, arrays) if row and number in ("", "0")}
+        return [
+            next(key for key, row in self.table.items() if row[0].split(":")[0] == path).replace("#", "0")
+            for path in ("embed/kernel", "blocks_#/attn/qkv/kernel", "blocks_#/mlp/fc1/kernel")
+            if path not in filled
+        ]
 
 
-def detect_layout(arrays: Arrays) -> str:
-    """The name of the layout ("timm"). Raises InputError naming the family it is taken for, or the nearest layout."""
+_PRETRAINING = {r"mask_token$": "used in pre-training only"}
+_MAE = {r"decoder_": "the decoder of masked pre-training"}
+_HF_DROPPED = {
+    r"embeddings\.mask_token$": "used in pre-training only",
+    r"pooler\.": "the pooler is not used for classification",
+    r"decoder\.": "the decoder of masked pre-training",
+    r"embeddings\.position_ids$": "a constant",
+}
+_HF_PREFIX = r"(vit|deit|dinov2|dinov2_with_registers)\."
+_TANH = "GELU is taken as exact, as timm runs these weights; Google's own code approximates it: --gelu tanh"
+
+# The one that knows most of a file's keys is taken; where two know as many, the first.
+LAYOUTS = (
+    Layout("DINOv2", TIMM, dropped=_PRETRAINING, resampling="dino", sign="mask_token"),
+    Layout("timm", TIMM, dropped=_PRETRAINING | _MAE, config_json="timm"),
+    Layout("DeiT-III", DEIT3, dropped=_PRETRAINING),
+    Layout("DINOv2 with registers", DINOV2_REGISTERS, dropped=_PRETRAINING),
+    Layout("Hugging Face ViT", HF_VIT, _HF_PREFIX, _HF_DROPPED, "torch-bicubic", config_json="huggingface"),
+    Layout(
+        "Hugging Face ViT, transformers 5",
+        HF_VIT_5,
+        _HF_PREFIX,
+        _HF_DROPPED,
+        "torch-bicubic",
+        config_json="huggingface",
+    ),
+    Layout("Hugging Face DINOv2", HF_DINOV2, _HF_PREFIX, _HF_DROPPED, "torch-bicubic", config_json="huggingface"),
+    Layout(
+        "Hugging Face DINOv2 with registers", HF_DINOV2_REGISTERS, _HF_PREFIX, _HF_DROPPED, config_json="huggingface"
+    ),
+    Layout("torchvision", TORCHVISION, resampling="align-corners"),
+    Layout("Google vision_transformer", GOOGLE, r"opt/target/|params/", resampling="zoom", note=_TANH),
+    Layout("big_vision", BIG_VISION, r"params/img/|params/", resampling="zoom", sincos2d=True, note=_TANH),
+    Layout(
+        "big_vision, scanned", BIG_VISION_SCAN, r"params/img/|params/", resampling="zoom", sincos2d=True, note=_TANH
+    ),
+    Layout("fcvit_jax", OWN),
+)
+
+# Keys that tell of a family with another architecture, or of a layout that is not read.
+_FOREIGN = {
+    r"image_encoder\.blocks\.": "Segment Anything, a SAM that has nothing to do with sharpness-aware minimisation",
+    r"relative_position|rel_pos_|attn\.q_bias$": "BEiT or Swin, whose attention has other terms",
+    r"attn_pool\.|MAPHead_0/|vision_model\.head\.probe": "a model with an attention-pooling head (SigLIP)",
+    r"mlp\.(w12|w1|fc1_g|swiglu|weights_in)\b": "a SwiGLU model (DINOv2 giant, EVA-02)",
+    r"(attn|attention)\.(q|k|query|key)_?norm\.": "a model that normalises queries and keys",
+    r"rope_embed|rope\.(freqs|periods)|storage_tokens": "a model with rotary positions (EVA-02, DINOv3)",
+    r"patchifier\.": "AIMv2, which has RMSNorm and SwiGLU",
+    r"patch_generator\.": "RADIO, whose patches are embedded otherwise",
+    r"conv_root/|patch_embed\.backbone\.|gn_root/": "a hybrid of ResNet and ViT",
+    r"resblocks\.0\.": "CLIP in OpenAI's layout: take timm's file, such as vit_base_patch16_clip_224.openai_ft_in1k",
+    r"(vision_model|encoder)\.encoder\.layers\.0\.self_attn": "CLIP or SigLIP in Hugging Face's layout",
+    r"beit\.|blocks\.0\.norm1\.A\.": "BEiT, whose attention has other terms",
+    r"cls_token_.*pvt|patch_embed[1-4]\.": "a pyramid (PVT), whose stages have grids of their own",
+    r"(^|\.)layers\.0\.blocks\.0\.|stages\.0\.": "a pyramid (Swin, ConvNeXt), whose stages have grids of their own",
+    r"(^|\.)layer1\.0\.": "a convolutional network (ResNet)",
+    r"token_mix|tokens_mlp|MixerBlock": "an MLP-Mixer, which has no attention",
+}
+SUPPORTED = "timm, DeiT, DINO, DINOv2, MAE, Hugging Face ViT/DeiT/DINOv2, torchvision, Google's .npz"
+
+
+def detect_layout(arrays: Arrays) -> Layout:
+    """The layout that knows most keys of a file.
+
+    Raises InputError naming the family that a key tells of, or else the nearest layout and what differs.
+    """
     for pattern, family in _FOREIGN.items():
         if found := next((key for key in arrays if re.search(pattern, key)), None):
-            raise InputError(f"{found!r} tells of {family}; supported is timm's ViT and DeiT layout")
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight")
-    if missing := [key for key in needed if key not in arrays]:
+            raise InputError(f"{found!r} tells of {family}; supported are {SUPPORTED}")
+    known = {layout.name: sum(layout.knows(key) for key in arrays) for layout in LAYOUTS}
+    fitting = [layout for layout in LAYOUTS if layout.sign in (None, *arrays)]
+    layout = max(fitting, key=lambda layout: known[layout.name])
+    if missing := layout.missing(arrays):
         first = ", ".join(list(arrays)[:3])
-        raise InputError(
-            f"unknown layout (first keys: {first}); the nearest is timm's ViT, which has {missing[0]!r} too"
-        )
-    return "timm"
-
-
-def infer_config(
-    arrays: Arrays,
-    model: str | None = None,
-    num_classes: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    num_heads: int | None = None,
-    pool: str | None = None,
-) -> ViTConfig:
-    """Read the geometry off the shapes of a file in timm's layout.
-
-    model: a name of the zoo; it gives what shapes do not tell (heads, GELU, epsilon), and the file must fit it.
-    num_classes: what the head must have; 0 drops it. image_size: (height, width) in pixels; by default that of the
-    position embedding. num_heads: for models without a name whose heads are not 64 wide. pool: "token" or "avg", for a
-    model that pools otherwise than its keys tell: by the class token if there is one, unless there is an fc_norm.
-    Raises InputError where the file contradicts what is asked, or something has to be asked for.
-    """
-    width, _, patch, _ = _shape(arrays, "patch_embed.proj.weight", 4)
-    prefix = [
-        _shape(arrays, f"{name}_token", 3)[1] if f"{name}_token" in arrays else 0 for name in ("cls", "dist", "reg")
-    ]
-    entries = _shape(arrays, "pos_embed", 3)[1]
-    asked = math.prod(image_size) // patch**2 if image_size else 0
-    # Entries for the prefix tokens or not: whichever leaves what was asked for, or a square grid.
-    for taken in (sum(prefix), 0):
-        patches = entries - taken
-        if patches == asked or _is_square(patches):
-            break
-    else:
-        raise InputError(
-            f"pos_embed has {entries} entries, no square grid: pass --image_size HEIGHTxWIDTH of the weights"
-        )
-    no_embed_class = taken == 0 and sum(prefix) > 0
-    side = math.isqrt(patches) * patch
-    fc_norm = "fc_norm.weight" in arrays
-    pool = pool or ("dist_avg" if prefix[1] else "avg" if fc_norm or not prefix[0] else "token")
-    blocks = {int(key.split(".")[1]) for key in arrays if re.match(r"blocks\.\d{1,4}\.", key)}
-    if blocks != set(range(len(blocks))):
-        raise InputError(
-            f"blocks are numbered {min(blocks)} to {max(blocks)}, and there are {len(blocks)}: some are missing"
-        )
-    found = {
-        "patch_size": patch,
-        "embed_dim": width,
-        "depth": len(blocks),
-        "mlp_dim": _shape(arrays, "blocks.0.mlp.fc1.weight", 2)[0],
-        "class_token": bool(prefix[0]),
-        "dist_token": bool(prefix[1]),
-        "num_registers": prefix[2],
-        "no_embed_class": no_embed_class,
-        "patch_bias": "patch_embed.proj.bias" in arrays,
-        "pre_norm": "norm_pre.weight" in arrays,
-        "qkv_bias": "blocks.0.attn.qkv.bias" in arrays,
-    }
-    scaled = any(re.match(r"blocks\.0\.(ls1\.gamma|gamma_1)$", key) for key in arrays)
-    if model is None:
-        if found["pre_norm"]:
-            raise InputError(
-                "a model with norm_pre (CLIP): the kind of GELU cannot be told from the file; pass --model"
-            )
-        heads = _usual_heads(width) if num_heads is None else num_heads
-        config = ViTConfig((side, side), num_heads=heads, layer_scale=1e-5 if scaled else None, pool=pool, **found)
-    else:
-        config = zoo.get(model).config
-        if num_heads not in (None, config.num_heads):
-            raise InputError(f"{model} has {config.num_heads} heads, you asked for {num_heads}: leave --num_heads out")
-        odd = {name: value for name, value in found.items() if getattr(config, name) != value}
-        if scaled != (config.layer_scale is not None):
-            odd["layer_scale"] = scaled
-        if odd:
-            name, value = next(iter(odd.items()))
-            raise InputError(f"not a {model}: {name} is {value} in the file, {getattr(config, name)} in that model")
-    classes = _check_head(arrays, num_classes)
-    return replace(config, image_size=image_size or (side, side), num_classes=classes, pool=pool, fc_norm=fc_norm)
-
-
-def convert_arrays(arrays: Arrays, config: ViTConfig) -> Converted:
-    """Translate a file in timm's layout into the parameter tree of a configuration, strictly.
-
-    Raises InputError naming the first key that is unknown, has another shape, holds no finite numbers or fills a leaf
-    twice, or the first leaves that nothing fills.
-    """
-    leaves = leaf_shapes(abstract_params(config))
-    filled: dict[str, np.ndarray] = {}
-    dropped, remarks = {}, []
-    for key, array in arrays.items():
-        index = re.match(r"blocks\.(\d+)\.", key)
-        general = re.sub(r"^blocks\.\d+\.", "blocks.#.", key)
-        if general in DROPPED or (key in _HEAD and not config.num_classes and "head.weight" in arrays):
-            dropped[key] = DROPPED.get(general, "the head was not asked for")
-            continue
-        if general not in TIMM:
-            raise InputError(f"{key!r} is no key of timm's ViT layout: this is another architecture, or a damaged file")
-        path, transform = TIMM[general]
-        path = path.replace("#", index[1]) if index else path
-        if path not in leaves:
-            raise InputError(f"{key!r} has no place in a {config.depth}-layer model with {config.pool} pooling")
-        if path in filled:
-            raise InputError(f"{key!r} fills {path} a second time: the file holds two versions of one tensor")
-        value, remark = _transform(key, array, transform, config)
-        if value.shape != leaves[path]:
-            raise InputError(f"{key!r} is {array.shape} in the file; the model's {path} is {leaves[path]}")
-        filled[path] = value
-        remarks += [remark] if remark else []
-    if missing := [path for path in leaves if path not in filled]:
-        raise InputError(f"nothing in the file fills {', '.join(missing[:3])}: it is incomplete, or not this model's")
-    return Converted(config, traverse_util.unflatten_dict(filled, sep="/"), dropped, tuple(remarks))
-
-
-def _transform(key: str, array: np.ndarray, kind: str, config: ViTConfig) -> tuple[np.ndarray, str | None]:
-    if array.dtype.kind not in "fV" and "float" not in array.dtype.name:
-        raise InputError(f"{key!r} holds {array.dtype.name}, not floating-point weights: quantised files are not read")
-    value = array.astype(np.float32)
-    if not np.isfinite(value).all():
-        raise InputError(f"{key!r} holds values that are not finite: the file is damaged")
-    if kind == "linear" and value.ndim == 2:
-        return value.T, None
-    if kind == "conv" and value.ndim == 4:
-        return value.transpose(2, 3, 1, 0), None
-    if kind == "grid" and value.ndim == 3:
-        prefix = 0 if config.no_embed_class else config.num_prefix_tokens
-        patches = value.shape[1] - prefix
-        if patches != config.num_patches and _is_square(patches):
-            old = (math.isqrt(patches), math.isqrt(patches))
-            remark = (
-                f"the position embedding is {old[0]}x{old[1]}, the model's grid {config.grid[0]}x{config.grid[1]}: "
-                f"resampled (bicubic, antialiased, as timm). Weights lose accuracy away from their own size, "
-                f"{old[0] * config.patch_size} pixels"
-            )
-            return resample_timm(value, prefix, old, config.grid), remark
-    return value, None
-
-
-def _check_head(arrays: Arrays, asked: int | None) -> int:
-    """The number of classes of the head in the file, if it is what was asked for."""
-    if "head.weight" not in arrays:
-        if asked:
-            raise InputError(
-                f"the file has no head, you asked for {asked} classes: pass --num_classes 0 for the backbone"
-            )
-        return 0
-    there = _shape(arrays, "head.weight", 2)[0]
-    if asked is None or asked == there:
-        return there
-    if asked == 0:
-        return 0
-    kind = {21843: " (ImageNet-21k)", 1000: " (ImageNet-1k)"}.get(there, "")
-    raise InputError(
-        f"the head has {there} classes{kind}, you asked for {asked}: leave --num_classes out, or 0 drops it"
-    )
-
-
-def _usual_heads(width: int) -> int:
-    """Heads are 64 wide in the usual ViTs; packed projections do not tell, so that other widths are asked for."""
-    if any(config.embed_dim == width == 64 * config.num_heads for config in zoo.ARCHITECTURES.values()):
-        return width // 64
-    raise InputError(
-        f"the number of heads of a {width}-wide model cannot be told from the file: pass --model or --num_heads"
-    )
-
-
-def _shape(arrays: Arrays, key: str, rank: int) -> tuple[int, ...]:
-    shape = arrays[key].shape
-    if len(shape) != rank or not all(shape):
-        raise InputError(f"{key!r} is {shape} in the file: expected {rank} dimensions, none of them empty")
-    return shape
-
-
-def _is_square(number: int) -> bool:
-    return number > 0 and math.isqrt(number) ** 2 == number
+        extra = [key for key in arrays if not layout.knows(key)]
+        differs = f"missing: {missing[0]}" + (f"; unknown: {extra[0]}" if extra else "")
+        raise InputError(f"unknown layout (first keys: {first}); the nearest is {layout.name} ({differs})")
+    return layout

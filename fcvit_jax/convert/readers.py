@@ -1,27 +1,33 @@
 """Weight files as NumPy arrays, without torch and without running anything that a file brings along.
 
-Three formats are read, told apart by content: safetensors, the zip of `torch.save`, and the legacy stream that it wrote
-before version 1.6.
+Four formats are read, told apart by content: safetensors, the zip of `torch.save`, the legacy stream that it wrote
+before version 1.6, and NumPy's `.npz`; and the index of a checkpoint in several such files.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import mmap
 import re
+import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
-from fcvit_jax.convert.dtypes import DTYPES, SAFETENSORS_DTYPES, are_sizes
-from fcvit_jax.convert.torch_files import read_torch_legacy, read_torch_zip
+from fcvit_jax.convert.dtypes import DTYPES, SAFETENSORS_DTYPES, are_sizes, check_total, is_shape
+from fcvit_jax.convert.npz_files import check_members, read_npz
+from fcvit_jax.convert.torch_files import Contents, no_averaged, read_torch_legacy, read_torch_zip
 from fcvit_jax.errors import InputError
 
 _MAX_HEADER = 100_000_000
 _MAX_PREFIXES = 8
-_PREFIXES = ("module.", "_orig_mod.", "backbone.")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.", "visual.trunk.", "base_model.")
+# What may stand beside a prefix: the heads that DINO and DINOv2 train with, the step count of torch's AveragedModel.
+_BESIDE = {"backbone.": r"head\.(mlp|last_layer)\.|(dino|ibot)_head\.", "module.": r"n_averaged$"}
 
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
 _FOREIGN = {b"\x93NUMPY": ".npy", b"\x89HDF\r\n\x1a\n": "HDF5", b"GGUF": "GGUF"}
@@ -29,42 +35,64 @@ _FOREIGN = {b"\x93NUMPY": ".npy", b"\x89HDF\r\n\x1a\n": "HDF5", b"GGUF": "GGUF"}
 
 @dataclass(frozen=True)
 class WeightFile:
-    """Named arrays of one file.
+    """Named arrays of one file, or of the several that an index names.
 
-    `arrays` is in the file's order and in the file's dtypes: nothing is upcast. Arrays may be read-only, may be views
+    `arrays` is in the files' order and in the files' dtypes: nothing is upcast. Arrays may be read-only, may be views
     of the memory-mapped file, share memory where the file's tensors do, and need not be contiguous.
     """
 
     path: Path
-    format: str  # "safetensors", "torch zip" or "torch legacy"
+    format: str  # "safetensors", "torch zip", "torch legacy" or "npz"; of shards "safetensors, 3 shards"
     arrays: dict[str, np.ndarray]
-    sha256: str  # of the file's bytes, in hex
-    wrapper: str | None  # what stood around the names: "model", "module.", or both as "model, module."
-    skipped: tuple[str, ...]  # entries that are not among the tensors: "epoch", "args", "optimizer"
+    files: dict[str, str]  # the names of the files read, and the sha256 of their bytes in hex; an index comes first
+    wrapper: str | None  # what stood around the names: "state_dict, model", "module.", or both as "model, module."
+    skipped: tuple[str, ...]  # entries that are not among the tensors: "epoch", "model_ema", "head.mlp.0.weight"
 
 
-def read_weights(path: str | Path) -> WeightFile:
-    """Read `.safetensors`, or what `torch.save` made of a state dict (`.pth`, `.pt`, `.bin`), whatever its suffix.
+def read_weights(path: str | Path, ema: bool = False) -> WeightFile:
+    """Read `.safetensors`, `.npz`, what `torch.save` made of a state dict (`.pth`, `.pt`, `.bin`), or the
+    `.index.json` of several of them, whatever its suffix.
 
     Dtypes are float64/32/16, bfloat16 and float8 (of `ml_dtypes`), complex, signed and unsigned integers, and bool. A
-    state dict under a usual key such as "model" is unwrapped, the averaged weights only where there are no others. A
-    prefix such as "module." that all names share is taken off.
+    state dict under usual keys such as "model" is unwrapped. Of live and averaged weights in one torch file the live
+    ones are read, the averaged where there are no others, or with `ema`. A prefix such as "module." that all names
+    share is taken off; heads of self-supervised training that stand beside it are among `skipped`.
 
     Raises:
-      InputError: the file is missing, damaged, of a kind that is not read, holds no tensors, or refers to a function or
-        class that is not tensor data. Nothing that a file names is imported or called.
+      InputError: a file is missing, damaged, of a kind that is not read, holds no tensors, unpacks to more than four
+        times its size, has no averaged weights where `ema` asks for them, disagrees with its index, or refers to a
+        function or class that is not tensor data. Nothing that a file names is imported or called.
     """
     path = Path(path)
+    with _told_of(path):
+        kind, data = _open(path)
+        files = {path.name: hashlib.sha256(data).hexdigest()}
+        if kind == "index":
+            kind, (arrays, wrapper, skipped) = _read_shards(path, data, ema, files)
+        else:
+            kind, (arrays, wrapper, skipped) = _read(path, kind, data, ema)
+        if not arrays:
+            raise InputError("holds no tensors: save the model's state_dict")
+        if odd := next((name for name in arrays if not name.isprintable()), None):
+            raise InputError(f"is damaged (a tensor is called {odd!r}): download it again")
+        arrays, prefixes, beside = _strip_prefixes(arrays)
+    unwrapped = ", ".join(filter(None, (wrapper, prefixes)))
+    return WeightFile(path, kind, arrays, files, unwrapped or None, tuple(map(_one_line, skipped + beside)))
+
+
+@contextlib.contextmanager
+def _told_of(subject: object) -> Iterator[None]:
+    """Turn whatever is raised into an InputError of one line that begins with the subject."""
     try:
-        return _read(path)
+        yield
     except InputError as error:
-        raise InputError(_one_line(f"{path} {error}")) from error
+        raise InputError(_one_line(f"{subject} {error}")) from error
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise InputError(_one_line(f"{path} cannot be read ({error.strerror}): check the path")) from error
+            raise InputError(_one_line(f"{subject} cannot be read ({error.strerror}): check the path")) from error
         # A damaged file can fail anywhere in json, zipfile, pickle or numpy: for the user it is one and the same thing.
         what = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InputError(_one_line(f"{path} is damaged ({what}): download it again")) from error
+        raise InputError(_one_line(f"{subject} is damaged ({what}): download it again")) from error
 
 
 def _one_line(text: str) -> str:
@@ -72,7 +100,8 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _read(path: Path) -> WeightFile:
+def _open(path: Path) -> tuple[str, mmap.mmap]:
+    """The kind of a file, and its bytes."""
     if path.is_dir():
         raise InputError("is a directory: name the weight file inside it")
     if not path.exists():
@@ -83,27 +112,77 @@ def _read(path: Path) -> WeightFile:
         raise InputError("is empty: download it again")
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    kind = _identify(data, path)
+    return _identify(data, path), data
+
+
+def _read(path: Path, kind: str, data: mmap.mmap, ema: bool) -> tuple[str, Contents]:
+    """The format of a single file, and what it holds."""
+    if kind == "torch legacy":
+        return kind, read_torch_legacy(data, ema)
     if kind == "safetensors":
-        arrays, wrapper, skipped = _read_safetensors(data), None, ()
-    elif kind == "torch zip":
-        arrays, wrapper, skipped = read_torch_zip(path, len(data))
+        arrays, skipped = _read_safetensors(data), ()
     else:
-        arrays, wrapper, skipped = read_torch_legacy(data)
-    if not arrays:
-        raise InputError("holds no tensors: save the model's state_dict")
-    arrays, prefixes = _strip_prefixes(arrays)
-    unwrapped = ", ".join(filter(None, (wrapper, prefixes)))
-    return WeightFile(path, kind, arrays, hashlib.sha256(data).hexdigest(), unwrapped or None, skipped)
+        with zipfile.ZipFile(path) as archive:
+            check_members(archive, len(data))
+            if not any(name.endswith(".npy") for name in archive.namelist()):
+                return "torch zip", read_torch_zip(archive, data, ema)
+            kind, (arrays, skipped) = "npz", read_npz(archive, data)
+    if ema:
+        raise no_averaged(arrays)
+    return kind, (arrays, None, skipped)
+
+
+def _read_shards(path: Path, data: mmap.mmap, ema: bool, files: dict[str, str]) -> tuple[str, Contents]:
+    """Join the files that an index names, and enter them in `files`."""
+    shards = _parse_index(data)
+    if missing := [name for name in shards if not (path.parent / name).exists()]:
+        raise InputError(
+            f"needs the shard {missing[0]!r} beside it ({len(missing)} of {len(shards)} are missing): download it too"
+        )
+    arrays, formats, wrappers, skipped = {}, {}, {}, {}
+    for name, listed in shards.items():
+        with _told_of(f"needs the shard {name!r}, which"):
+            kind, content = _open(path.parent / name)
+            if kind == "index":
+                raise InputError("is an index itself: name the files that hold the tensors")
+            files[name] = hashlib.sha256(content).hexdigest()
+            kind, (found, wrapper, rest) = _read(path.parent / name, kind, content, ema)
+            for odd, does in ((listed - found.keys(), "lacks"), (found.keys() - listed, "also holds")):
+                if odd:
+                    raise InputError(
+                        f"{does} {min(odd)!r}, against the index: download the index and its shards from one place"
+                    )
+        arrays |= found
+        formats[kind] = wrappers[wrapper] = None
+        skipped |= dict.fromkeys(rest)
+    count = f"{len(shards)} shard" + "s" * (len(shards) > 1)
+    return ", ".join([*formats, count]), (arrays, ", ".join(filter(None, wrappers)) or None, tuple(skipped))
+
+
+def _parse_index(data: mmap.mmap) -> dict[str, set[str]]:
+    """The names of the shards, and those of the tensors in each."""
+    if len(data) > _MAX_HEADER:
+        raise InputError(f"is damaged (an index of {len(data)} bytes): download it again")
+    index = json.loads(data[:])
+    places = index.get("weight_map") if isinstance(index, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise InputError("is damaged (its weight_map names no tensors): download it again")
+    shards: dict[str, set[str]] = {}
+    for tensor, name in places.items():
+        # A name that means another directory on any system: a file may not choose what is read.
+        if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
+            raise InputError(f"names the shard {str(name)[:100]!r}, which is no plain file name: download it again")
+        shards.setdefault(name, set()).add(tensor)
+    return shards
 
 
 def _identify(data: mmap.mmap, path: Path) -> str:
-    """The format, by content; InputError for the files that people take for weights."""
+    """The kind of file, by content; InputError for the files that people take for weights."""
     head = data[:512]
     if head[4:9] == b"\0\0\0\0{":  # a header length below 4 GiB, then JSON
         return "safetensors"
     if head[:4] in (b"PK\x03\x04", b"PK\x05\x06"):
-        return "torch zip"
+        return "zip"
     if head[:1] == b"\x80" and head[1:2] <= b"\x05":
         return "torch legacy"
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip().lower()
@@ -114,7 +193,7 @@ def _identify(data: mmap.mmap, path: Path) -> str:
         told = f" of {size[1].decode()} bytes" if size else ""
         raise InputError(f"is a Git LFS pointer{told}, not the weights: run `git lfs pull`")
     if text.startswith(b"{") and (path.name.endswith(".index.json") or data.find(b'"weight_map"') >= 0):
-        raise InputError("is the index of a checkpoint in several shards, which are not read yet: save it as one file")
+        return "index"
     for magic, packer in _PACKED.items():
         if head.startswith(magic):
             raise InputError(f"is packed by {packer}, which is not read: unpack it first")
@@ -126,7 +205,9 @@ def _identify(data: mmap.mmap, path: Path) -> str:
         raise InputError(f"is a file of {foreign} kind, which is not read: save the weights as .safetensors")
     if path.suffix == ".safetensors":
         return "safetensors"
-    raise InputError("is neither a safetensors nor a torch.save file: name the right one, or download it again")
+    raise InputError(
+        "is neither a safetensors, a torch.save nor an .npz file: name the right one, or download it again"
+    )
 
 
 def _read_safetensors(data: mmap.mmap) -> dict[str, np.ndarray]:
@@ -137,8 +218,10 @@ def _read_safetensors(data: mmap.mmap) -> dict[str, np.ndarray]:
     if not isinstance(header, dict):
         raise InputError("is damaged (its header is not an object): download it again")
     header.pop("__metadata__", None)
-    content = np.frombuffer(data, np.uint8, offset=8 + length) if len(data) > 8 + length else np.empty(0, np.uint8)
-    return {name: _safetensor(name, entry, content) for name, entry in header.items()}
+    content = np.frombuffer(data, np.uint8)[8 + length :]
+    views = {name: _safetensor(name, entry, content) for name, entry in header.items()}
+    check_total(sum(view.nbytes for view in views.values()), len(data))
+    return {name: view if view.flags.aligned else view.copy() for name, view in views.items()}
 
 
 def _safetensor(name: str, entry: dict[str, Any], content: np.ndarray) -> np.ndarray:
@@ -146,21 +229,27 @@ def _safetensor(name: str, entry: dict[str, Any], content: np.ndarray) -> np.nda
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise InputError(f"has {name!r} in dtype {entry['dtype']!r}, which is not read: save it as F32, F16 or BF16")
     dtype = DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]]
-    if not are_sizes(*shape, begin, end) or not begin <= end <= len(content):
+    if not is_shape(shape) or not are_sizes(begin, end) or not begin <= end <= len(content):
         raise InputError(f"is damaged ({name!r} lies outside the file): download it again")
     if math.prod(shape) * dtype.itemsize != end - begin:
         raise InputError(f"is damaged ({name!r} has {end - begin} bytes for shape {shape}): download it again")
-    array = content[begin:end].view(dtype).reshape(shape)
-    return array if array.flags.aligned else array.copy()
+    return content[begin:end].view(dtype).reshape(shape)
 
 
-def _strip_prefixes(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str]:
-    """Take off the prefixes that all names share, and say which; a bound on their number keeps hostile names cheap."""
-    removed = []
-    while len(removed) < _MAX_PREFIXES:
-        shared = next((prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in arrays)), None)
-        if shared is None:
+def _strip_prefixes(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
+    """Take off the prefixes that all names share; say which, and what stood beside them.
+
+    A bound on their number keeps hostile names cheap.
+    """
+    removed, skipped = "", []
+    for _ in range(_MAX_PREFIXES):
+        for prefix in _PREFIXES:
+            beside = [name for name in arrays if not name.startswith(prefix)]
+            if len(beside) < len(arrays) and all(re.match(_BESIDE.get(prefix, "(?!)"), name) for name in beside):
+                break
+        else:
             break
-        arrays = {name.removeprefix(shared): array for name, array in arrays.items()}
-        removed.append(shared)
-    return arrays, "".join(removed)
+        arrays = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+        skipped += [removed + name for name in beside]
+        removed += prefix
+    return arrays, removed, tuple(skipped)

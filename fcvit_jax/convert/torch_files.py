@@ -11,21 +11,41 @@ import mmap
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
-from pathlib import Path
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from fcvit_jax.convert.dtypes import DTYPES, STORAGE_DTYPES, are_sizes
+from fcvit_jax.convert.dtypes import DTYPES, STORAGE_DTYPES, are_sizes, check_total, is_shape
+from fcvit_jax.convert.npz_files import map_member
 from fcvit_jax.errors import InputError
 
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
-_WRAPPERS = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "model_ema", "state_dict_ema")
+_MAX_WRAPPERS = 4
+# Keys under which training scripts put the weights, and an average of them over the steps; the first found is taken.
+_LIVE = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder", "net", "network")
+_AVERAGED = ("model_ema", "state_dict_ema", "ema", "model_ema_state_dict", "ema_state_dict", "ema_model")
+_AVERAGED += ("target_encoder",)  # I-JEPA
 
 
-class _Storage(NamedTuple):
+class _Tuple(tuple):
+    """A tuple that is compared, hashed and printed by identity.
+
+    A pickle may name one object twice: forty pairs, each of the one before and itself, would take 2**40 steps to walk.
+    """
+
+    __slots__ = ()
+    __eq__ = object.__eq__
+    __ne__ = object.__ne__
+    __hash__ = object.__hash__
+    __repr__ = object.__repr__
+
+
+# The records are compared by identity for the same reason.
+@dataclass(frozen=True, eq=False, repr=False)
+class _Storage:
     """A run of `length` bytes in the file; `dtype` is a key of `DTYPES`."""
 
     key: str | int
@@ -33,7 +53,8 @@ class _Storage(NamedTuple):
     length: int
 
 
-class _Tensor(NamedTuple):
+@dataclass(frozen=True, eq=False, repr=False)
+class _Tensor:
     """A strided view of a storage; offset and stride count elements."""
 
     storage: _Storage
@@ -60,7 +81,7 @@ def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=No
 
 
 def _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> _Tensor:
-    return _rebuild_tensor(storage, offset, size, stride, metadata=metadata)._replace(dtype=dtype)
+    return replace(_rebuild_tensor(storage, offset, size, stride, metadata=metadata), dtype=dtype)
 
 
 def _rebuild_parameter(data: object, *ignored: object) -> object:
@@ -87,6 +108,21 @@ _HARMLESS = re.compile(
 def _ignore_state(unpickler: Any) -> None:
     # The opcode BUILD sets attributes of any object, our functions included; nothing wanted here has such a state.
     unpickler.stack.pop()
+
+
+def _seal_tuple(run: Callable[[Any], None]) -> Callable[[Any], None]:
+    def run_and_seal(unpickler: Any) -> None:
+        run(unpickler)
+        unpickler.stack[-1] = _Tuple(unpickler.stack[-1])
+
+    return run_and_seal
+
+
+# Absent are EXT, whose cache of objects goes past `find_class`; BYTEARRAY8, which allocates what it is told before it
+# looks for it; buffers outside the file; and FROZENSET, which compares what it holds, however deep. torch writes none.
+_ABSENT = pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.BYTEARRAY8 + pickle.FROZENSET
+_ABSENT += pickle.NEXT_BUFFER + pickle.READONLY_BUFFER
+_TUPLES = pickle.EMPTY_TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3 + pickle.TUPLE
 
 
 # The interpreter in Python, not the one in C: its memo is a dict, so that an index of four billion allocates nothing.
@@ -120,47 +156,44 @@ class _Unpickler(pickle._Unpickler):
         self.storages.setdefault(key, storage)
         return storage
 
-    # Without the opcodes EXT, whose cache of objects goes past `find_class`.
     dispatch = {  # noqa: RUF012
-        code: _ignore_state if code in pickle.BUILD else run
+        code: _ignore_state if code in pickle.BUILD else _seal_tuple(run) if code in _TUPLES else run
         for code, run in pickle._Unpickler.dispatch.items()
-        if code not in pickle.EXT1 + pickle.EXT2 + pickle.EXT4
+        if code not in _ABSENT
     }
 
 
-# The tensors by name; the key they stood under, if any; the entries that are no tensors.
+# The tensors by name; the keys they stood under, if any; the entries that are no tensors.
 Contents = tuple[dict[str, np.ndarray], str | None, tuple[str, ...]]
 
 
-def read_torch_zip(path: Path, size: int) -> Contents:
-    """Read a zip archive of `size` bytes; for what is wrong with it, an InputError without the file's name."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        if any(name.endswith(".npy") for name in names):
-            raise InputError("is a NumPy .npz file, which is not read yet: use the model's .safetensors or .pth file")
-        root = next((name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]*/data\.pkl", name)), None)
-        if root is None:
-            raise InputError("is a zip archive that torch.save did not write: unpack it, or use the .safetensors file")
-        if any(name.startswith((f"{root}constants.pkl", f"{root}code/")) for name in names):
-            raise InputError("is a TorchScript archive: export its state_dict with torch.save(module.state_dict())")
-        members = archive.infolist()
-        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
-            raise InputError("has compressed members, which torch.save does not write: save it again")
-        if sum(member.file_size for member in members) > size:
-            raise InputError("is damaged (its members are larger than the file): download it again")
-        order = archive.read(f"{root}byteorder") if f"{root}byteorder" in names else b"little"
-        if order not in (b"little", b"big"):
-            raise InputError("is damaged (its byte order is unknown): download it again")
+def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, ema: bool) -> Contents:
+    """Read an archive and the map of its file; for what is wrong with it, an InputError without the file's name."""
+    names = archive.namelist()
+    root = next((name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]*/data\.pkl", name)), None)
+    if root is None:
+        raise InputError("is a zip archive that torch.save did not write: unpack it, or use the .safetensors file")
+    if any(name.startswith((f"{root}constants.pkl", f"{root}code/")) for name in names):
+        raise InputError("is a TorchScript archive: export its state_dict with torch.save(module.state_dict())")
+    if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
+        raise InputError("has compressed members, which torch.save does not write: save it again")
 
-        @functools.cache
-        def load(key: str | int) -> np.ndarray:
-            return np.frombuffer(archive.read(f"{root}data/{key}"), np.uint8)
+    @functools.cache
+    def load(key: str | int) -> np.ndarray:
+        content = map_member(archive, f"{root}data/{key}", data)
+        return content if content.ctypes.data % 16 == 0 else content.copy()  # aligned for the largest number
 
-        tree = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl"))).load()
-        return _build_arrays(tree, load, swap=order == b"big")
+    order = map_member(archive, f"{root}byteorder", data).tobytes() if f"{root}byteorder" in names else b"little"
+    if order not in (b"little", b"big"):
+        raise InputError("is damaged (its byte order is unknown): download it again")
+    tree = _Unpickler(io.BytesIO(map_member(archive, f"{root}data.pkl", data).data)).load()
+    arrays, wrapper, skipped = _build_arrays(tree, load, len(data), ema)
+    if order == b"big":
+        arrays = {name: array.byteswap() for name, array in arrays.items()}
+    return arrays, wrapper, skipped
 
 
-def read_torch_legacy(data: mmap.mmap) -> Contents:
+def read_torch_legacy(data: mmap.mmap, ema: bool) -> Contents:
     """Read a legacy file from its start; for what is wrong with it, an InputError without the file's name."""
     if _Unpickler(data).load() != _LEGACY_MAGIC:
         raise InputError("is a pickle that torch.save did not write: save the model's state_dict with torch.save")
@@ -183,32 +216,69 @@ def read_torch_legacy(data: mmap.mmap) -> Contents:
     def load(key: str | int) -> np.ndarray:
         return np.frombuffer(data[places[key]], np.uint8)  # a copy: in the file nothing is aligned
 
-    return _build_arrays(tree, load, swap=False)
+    return _build_arrays(tree, load, len(data), ema)
 
 
-def _build_arrays(tree: object, load: Callable[[str | int], np.ndarray], swap: bool) -> Contents:
-    """The tensors of the state dict in `tree`. Storages that it does not use, an optimizer's say, are not loaded."""
+def no_averaged(entries: Iterable[object]) -> InputError:
+    """What to raise where averaged weights are asked for and there are none."""
+    names = [str(entry) for entry in entries if isinstance(entry, str | int)]
+    listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    return InputError(f"holds no averaged weights; its entries are {listed or 'none'}: leave ema out")
+
+
+def _build_arrays(tree: object, load: Callable[[str | int], np.ndarray], size: int, ema: bool) -> Contents:
+    """The tensors of a state dict in `tree`. Storages that it does not use, an optimizer's say, are not loaded."""
     if not isinstance(tree, dict):
-        what = "a tensor without a name" if isinstance(tree, _Tensor) else f"a {type(tree).__name__.strip('_')}"
+        what = "a tensor without a name" if isinstance(tree, _Tensor) else f"a {type(tree).__name__.strip('_').lower()}"
         raise InputError(f"holds {what}, not a dictionary of tensors: save the model's state_dict")
-    # The wrapper goes first: some training scripts leave a score beside it that is a tensor as well.
-    wrapper = next((key for key in _WRAPPERS if isinstance(tree.get(key), dict) and _tensors(tree[key])), None)
-    state = tree if wrapper is None else tree[wrapper]
-    beside = () if wrapper is None else (key for key in tree if key != wrapper)
-    tensors = _tensors(state)
-    rest = (*beside, *(key for key in state if key not in tensors))
+    path, node, rest = _find_state(tree, ema), tree, []
+    for key in path:
+        rest += [other for other in node if other != key]
+        node = node[key]
+    tensors = _tensors(node)
+    rest += [key for key in node if key not in tensors]
     skipped = tuple(str(key) for key in rest if isinstance(key, str | int))
-    arrays = {name: _build_array(name, tensor, load(tensor.storage.key), swap) for name, tensor in tensors.items()}
-    return arrays, wrapper, skipped
+    arrays = {name: _build_array(name, tensor, load(tensor.storage.key)) for name, tensor in tensors.items()}
+    check_total(sum(array.nbytes for array in arrays.values()), size)
+    return arrays, ", ".join(path) or None, skipped
+
+
+def _find_state(tree: dict[Any, Any], ema: bool) -> tuple[str, ...]:
+    """The keys that lead to the tensors wanted: live weights first, averaged ones where there are no others or `ema`.
+
+    Live wrappers go first, as some training scripts leave a score beside them that is a tensor as well.
+    """
+    live, averaged, seen = [], [], set()
+
+    def visit(node: object, path: tuple[str, ...], found: list[tuple[str, ...]]) -> None:
+        # No dictionary is searched twice: a pickle may hold one at many places, itself among them.
+        if not isinstance(node, dict) or len(path) > _MAX_WRAPPERS or (id(node), found is live) in seen:
+            return
+        seen.add((id(node), found is live))
+        for key in _LIVE:
+            visit(node.get(key), (*path, key), found)
+        if _tensors(node):
+            found.append(path)
+        for key in _AVERAGED:
+            visit(node.get(key), (*path, key), averaged)
+
+    visit(tree, (), live)
+    if ema:
+        averaged += [path for path in live if "teacher" in path]  # DINO's: the live one is the student
+        if not averaged:
+            raise no_averaged(tree)
+        return averaged[0]
+    return next(iter(live + averaged), ())
 
 
 def _tensors(tree: dict[Any, object]) -> dict[str, _Tensor]:
     return {name: leaf for name, leaf in tree.items() if isinstance(name, str) and isinstance(leaf, _Tensor)}
 
 
-def _build_array(name: str, tensor: _Tensor, content: np.ndarray, swap: bool) -> np.ndarray:
+def _build_array(name: str, tensor: _Tensor, content: np.ndarray) -> np.ndarray:
     dtype, length, size, stride = DTYPES[tensor.dtype], tensor.storage.length, tensor.size, tensor.stride
-    if len(size) != len(stride) or not are_sizes(tensor.offset, *size, *stride) or length > len(content):
+    given = len(size) == len(stride) and is_shape(size) and are_sizes(tensor.offset, *stride)
+    if not given or length > len(content):
         raise InputError(f"is damaged ({name!r} does not fit its storage): download it again")
     count, held = math.prod(size), length // dtype.itemsize
     if count == 0:
@@ -220,5 +290,4 @@ def _build_array(name: str, tensor: _Tensor, content: np.ndarray, swap: bool) ->
         raise InputError(f"has {name!r} expanded to {count} values of {held} that are stored: save it .contiguous()")
     # A step along an axis of length one is never taken, and may be any number.
     steps = [step * dtype.itemsize if n > 1 else 0 for n, step in zip(size, stride, strict=True)]
-    array = np.ndarray(size, dtype, buffer=content, offset=tensor.offset * dtype.itemsize, strides=steps)
-    return array.byteswap() if swap else array
+    return np.ndarray(size, dtype, buffer=content, offset=tensor.offset * dtype.itemsize, strides=steps)

@@ -171,6 +171,7 @@ PRESETS: dict[str, Preprocess] = {
     "timm/clip": Preprocess(crop_pct=0.9, mean=CLIP_MEAN, std=CLIP_STD),
     "deit/official": Preprocess(),
     "torchvision/v1": Preprocess(interpolation="bilinear"),
+    "torchvision/swag": Preprocess(crop_pct=1.0),
     "hf/vit": Preprocess(crop_pct=1.0, crop_mode="squash", interpolation="bilinear", mean=HALF, std=HALF),
 }
 

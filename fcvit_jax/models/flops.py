@@ -21,7 +21,9 @@ def layer_macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> tupl
 def macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> int:
     """Multiply-accumulates of the whole model, for one image."""
     patches = config.num_patches * config.patch_size**2 * 3 * config.embed_dim
-    head = config.embed_dim * config.num_classes * (2 if config.pool == "dist_avg" else 1)
+    pooled = config.embed_dim * (2 if config.pool in ("dist_avg", "token_avg") else 1)
+    hidden = config.representation_size if config.num_classes else 0
+    head = pooled * hidden + (hidden or pooled) * config.num_classes
     return patches + sum(layer_macs(config, schedule)) + head
 
 

@@ -20,6 +20,8 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.models.merging import follow_patches, match_tokens, merge_tokens
 from fcvit_jax.models.schedule import Layer, MergeSchedule
 
+POOLS = ("token", "avg", "token_avg", "dist_avg")
+
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
@@ -45,8 +47,10 @@ class ViTConfig:
     layer_scale: float | None = None  # initial value of LayerScale; None: there is none
     gelu: str = "exact"  # exact | tanh | quick
     norm_eps: float = 1e-6
-    pool: str = "token"  # token | avg (of the patches) | dist_avg (mean of the two heads of a distilled model)
+    # token | avg (of the patches) | token_avg (both, side by side) | dist_avg (mean of a distilled model's two heads)
+    pool: str = "token"
     fc_norm: bool = False  # the last norm comes after the pooling instead of before
+    representation_size: int = 0  # width of a tanh layer in front of the head (the ViT paper's pre-training); 0: none
     proportional_attention: bool = True  # a merged token attracts attention in proportion to its size
 
     def __post_init__(self) -> None:
@@ -62,13 +66,15 @@ class ViTConfig:
         if self.image_size[0] % self.patch_size or self.image_size[1] % self.patch_size:
             height, width = self.image_size
             raise InputError(f"image_size {height}x{width} does not divide into patches of {self.patch_size} pixels")
-        for name, choices in (("gelu", tuple(_GELU)), ("pool", ("token", "avg", "dist_avg"))):
+        for name, choices in (("gelu", tuple(GELUS)), ("pool", POOLS)):
             if getattr(self, name) not in choices:
                 raise InputError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if self.pool != "avg" and not self.class_token:
             raise InputError(f"pool {self.pool!r} needs a class token")
         if self.pool == "dist_avg" and not self.dist_token:
             raise InputError("pool 'dist_avg' needs a distillation token")
+        if self.fc_norm and self.pool == "token_avg":
+            raise InputError("pool 'token_avg' goes with a norm before the pooling: fc_norm must be false")
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -119,7 +125,7 @@ def _exact_gelu(x: jax.Array) -> jax.Array:
     return (half * (1.0 + jax.lax.erf(half * math.sqrt(2)))).astype(x.dtype)
 
 
-_GELU: dict[str, Callable[[jax.Array], jax.Array]] = {
+GELUS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "exact": _exact_gelu,
     "tanh": partial(nn.gelu, approximate=True),
     "quick": lambda x: x * nn.sigmoid(jnp.asarray(1.702, x.dtype) * x),
@@ -136,7 +142,8 @@ class ViT(nn.Module):
     - "layers": per layer {"tokens": [b, n_l, d], "size": float32 [b, n_l], "source": int32 [b, p]}, after that layer;
       "size" is how many patches a token stands for (1 for prefix tokens), "source" the index of each patch's token;
     - "tokens": [b, n_L, d], the final sequence, normed unless the norm follows the pooling; "size", "source" of it;
-    - "pooled": [b, d] (`dist_avg`: [b, 2, d]), what the head sees; "head_logits": `dist_avg` only, float32 [b, 2, c].
+    - "pooled": [b, d] (`dist_avg`: [b, 2, d], `token_avg`: [b, 2 d]); "head_logits": `dist_avg` only, float32
+      [b, 2, c].
 
     Under jit, what is not used of `out` is not computed. Parameters are float32; `dtype` is that of the computation.
     With `train=True`, dropout and stochastic depth (rising linearly over the layers) need `rngs={"dropout": key}`.
@@ -183,6 +190,8 @@ class ViT(nn.Module):
         out["pooled"] = pooled
         if not config.num_classes:
             return pooled.astype(jnp.float32), out
+        if config.representation_size:
+            pooled = nn.tanh(nn.Dense(config.representation_size, dtype=self.dtype, name="pre_logits")(pooled))
         head = partial(nn.Dense, config.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros)
         if config.pool != "dist_avg":
             return head(name="head")(pooled).astype(jnp.float32), out
@@ -300,7 +309,7 @@ class MLP(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         x = nn.Dense(self.config.mlp_dim, dtype=self.dtype, kernel_init=_init, name="fc1")(x)
-        x = _GELU[self.config.gelu](x)
+        x = GELUS[self.config.gelu](x)
         return nn.Dense(self.config.embed_dim, dtype=self.dtype, kernel_init=_init, name="fc2")(x)
 
 
@@ -322,4 +331,5 @@ def _pool(config: ViTConfig, x: jax.Array, size: jax.Array) -> jax.Array:
     # Every patch counts once, wherever it was merged.
     weight = size[:, config.num_prefix_tokens :, None]
     patches = x[:, config.num_prefix_tokens :].astype(jnp.float32)
-    return (jnp.sum(patches * weight, axis=1) / jnp.sum(weight, axis=1)).astype(x.dtype)
+    mean = (jnp.sum(patches * weight, axis=1) / jnp.sum(weight, axis=1)).astype(x.dtype)
+    return jnp.concatenate([x[:, 0], mean], axis=1) if config.pool == "token_avg" else mean

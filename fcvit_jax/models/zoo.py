@@ -18,8 +18,8 @@ class Model:
     """A named model. `preprocess` and what follows are None for an architecture without weights.
 
     source: address of the original file, in its own layout, or `hf-hub:timm/NAME`. top1: fraction of the 50,000
-    ImageNet-1k validation images, as timm reports it (results-imagenet.csv) with this preprocessing; None where that is
-    not known here.
+    ImageNet-1k validation images, as timm (results-imagenet.csv) or, for the tags tv_*, torchvision reports it with
+    this preprocessing; None where that is not known here.
     """
 
     name: str
@@ -54,6 +54,8 @@ def _architectures() -> dict[str, ViTConfig]:
         for pixels in (224, 384)
         if pixels % patch == 0
     }
+    table["vit_large_patch16_512"] = _config("large", 16, 512)
+    table["vit_huge_patch14_518"] = _config("huge", 14, 518)
     table["vit_base_patch16_224_miil"] = _config("base", 16, 224, qkv_bias=False)
     clip = dict(pre_norm=True, patch_bias=False, norm_eps=1e-5)
     for size, patch in (("base", 32), ("base", 16), ("large", 14)):
@@ -81,6 +83,7 @@ _GOOGLE_SAM = "https://storage.googleapis.com/vit_models/sam/"
 _TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/"
 _DEIT = "https://dl.fbaipublicfiles.com/deit/"
 _DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"
+_TORCHVISION = "https://download.pytorch.org/models/"
 _HUB = "hf-hub:timm/"
 
 _FT = "--imagenet2012-steps_20k-lr_"
@@ -140,6 +143,32 @@ _WEIGHTS = {
         "timm/miil",
         _TIMM + "v0.1-tresnet/vit_base_patch16_224_1k_miil_84_4-2deb18e3.pth",
         84.278,
+    ),
+    "vit_base_patch16_224.tv_in1k": ("torchvision/v1", _TORCHVISION + "vit_b_16-c867db91.pth", 81.072),
+    "vit_base_patch32_224.tv_in1k": ("torchvision/v1", _TORCHVISION + "vit_b_32-d86f8d99.pth", 75.912),
+    "vit_large_patch16_224.tv_in1k": (
+        f"torchvision/v1,crop_pct={224 / 242}",  # resized to 242
+        _TORCHVISION + "vit_l_16-852ce7e3.pth",
+        79.662,
+    ),
+    "vit_large_patch32_224.tv_in1k": ("torchvision/v1", _TORCHVISION + "vit_l_32-c7638314.pth", 76.972),
+    "vit_base_patch16_384.tv_swag_in1k": ("torchvision/swag", _TORCHVISION + "vit_b_16_swag-9ac1b537.pth", 85.304),
+    "vit_large_patch16_512.tv_swag_in1k": ("torchvision/swag", _TORCHVISION + "vit_l_16_swag-4f3808c9.pth", 88.064),
+    "vit_huge_patch14_518.tv_swag_in1k": ("torchvision/swag", _TORCHVISION + "vit_h_14_swag-80465313.pth", 88.552),
+    "vit_base_patch16_224.tv_swag_lc_in1k": (
+        "torchvision/swag",
+        _TORCHVISION + "vit_b_16_lc_swag-4e70ced5.pth",
+        81.886,
+    ),
+    "vit_large_patch16_224.tv_swag_lc_in1k": (
+        "torchvision/swag",
+        _TORCHVISION + "vit_l_16_lc_swag-4d563306.pth",
+        85.146,
+    ),
+    "vit_huge_patch14_224.tv_swag_lc_in1k": (
+        "torchvision/swag",
+        _TORCHVISION + "vit_h_14_lc_swag-c1eb923e.pth",
+        85.708,
     ),
     "vit_base_patch16_clip_224.laion2b_ft_in12k_in1k": ("timm/clip,crop_pct=0.95", _HUB, 86.204),
     "vit_base_patch16_clip_224.openai_ft_in12k_in1k": ("timm/clip,crop_pct=0.95", _HUB, 85.954),

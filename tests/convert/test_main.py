@@ -86,7 +86,16 @@ def test_a_file_becomes_a_checkpoint(weights, tmp_path, capsys):
     assert loaded.preprocess.image_size == (32, 32)
     assert loaded.meta["class_names"] == ["ant", "bee", "cat", "dog", "elk"]
     assert loaded.meta["provenance"]["source"] == "model.safetensors"
-    assert len(loaded.meta["provenance"]["sha256"]) == 64
+    assert len(loaded.meta["provenance"]["files"]["model.safetensors"]) == 64
+    keys = {row["key"]: row for row in loaded.meta["provenance"]["keys"]}
+    assert keys.keys() == SHAPES.keys()
+    assert keys["head.weight"] == {
+        "key": "head.weight",
+        "shape": [5, 128],
+        "path": "head/kernel",
+        "leaf_shape": [128, 5],
+        "transform": "linear",
+    }
     logits, _ = fc.ViT(loaded.config).apply({"params": loaded.params}, np.zeros((1, 32, 32, 3), np.float32))
     assert np.isfinite(logits).all()
 
@@ -94,7 +103,7 @@ def test_a_file_becomes_a_checkpoint(weights, tmp_path, capsys):
 def test_another_size_warns_and_the_head_may_stay_behind(weights, tmp_path, capsys):
     main([str(weights), str(tmp_path / "out"), *GIVEN, "--image_size", "48x64", "--num_classes", "0"])
     printed = capsys.readouterr().out
-    assert "warning: the position embedding is 4x4, the model's grid 6x8" in printed
+    assert "warning: position embedding 4x4, the model's grid 6x8" in printed
     assert "dropped: head.weight (the head was not asked for)" in printed
     assert fc.load_checkpoint(tmp_path / "out").config.num_classes == 0
 
@@ -110,10 +119,10 @@ def test_overwriting_is_asked_for(weights, tmp_path, capsys):
 def test_inspect_tells_and_writes_nothing(weights, tmp_path, capsys):
     main(["--inspect", str(weights), "--num_heads", "2"])
     printed = capsys.readouterr().out
-    assert "safetensors, sha256" in printed
+    assert re.search(r"^sha256 [0-9a-f]{64}  model.safetensors$", printed, re.MULTILINE)
     assert "20 tensors" in printed
     assert "20 bfloat16" in printed
-    assert re.search(r"blocks.0.attn.qkv.weight +384x128\n", printed)
+    assert re.search(r"blocks.#.attn.qkv.weight +384x128 +-> +blocks_#/attn/qkv/kernel +128x384 +linear\n", printed)
     assert "layout: timm" in printed
     assert "model: ViT 128 wide, 1 layers, 2 heads" in printed
     main(["--inspect", str(weights)])
@@ -185,7 +194,13 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(name, says, inspect, tmp_path
         (("--num_heads", "2", "--preprocess", "timm/dait"), "did you mean timm/deit"),
         (("--num_heads", "3", "--preprocess", "timm/deit"), "128 does not divide into 3 heads"),
         (("--image_size", "36", *GIVEN), "36x36 does not divide into patches of 8"),
-        (("--num_heads", "6", "--model", "vit_tiny_patch16_224"), "vit_tiny_patch16_224 has 3 heads, you asked for 6"),
+        (("--norm_eps", "0", *GIVEN), "'0' is not a small number"),
+        (("--patch_size", "5", *GIVEN), "32x32 does not divide into patches of 5"),
+        (("--pos_embed", "spline", *GIVEN), "invalid choice: 'spline'"),
+        (("--ema", *GIVEN), "averaged"),
+        (("--sha256", "0" * 64, *GIVEN), "its sha256 begins"),
+        (("--to", "timm", *GIVEN), "--to timm writes one file"),
+        (("--to", "hf", "--pool", "avg", *GIVEN), "have no average pooling without the class token"),
         (("--image_size", "0", *GIVEN), "'0' is not a size in pixels"),
         (("--num_classes", "-1", *GIVEN), "'-1' is not a whole number"),
         (("--num_classes", "many", *GIVEN), "'many' is not a whole number"),

@@ -1,16 +1,12 @@
-import argparse
-import collections
-import copyreg
 import gzip
 import hashlib
 import io
 import json
 import os
-import pathlib
 import pickle
-import random
 import struct
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -21,7 +17,6 @@ import pytest
 from fcvit_jax.convert.readers import read_weights
 from fcvit_jax.errors import InputError
 
-ZIP_AND_LEGACY = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 DTYPES = (
     "float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz complex128 complex64 "
     "int64 int32 int16 int8 uint64 uint32 uint16 uint8 bool"
@@ -33,11 +28,6 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def save(torch, tree, path: Path, new: bool = True) -> Path:
-    torch.save(tree, path, _use_new_zipfile_serialization=new)
-    return path
-
-
 def torch_bytes(torch, tensor) -> bytes:
     return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
@@ -47,10 +37,10 @@ def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
     return struct.pack("<Q", len(text)) + text + data
 
 
-def refusal(path: Path) -> str:
+def refusal(path: Path, ema: bool = False) -> str:
     """The one line with which a file is refused, less the path that it must begin with."""
     with pytest.raises(InputError) as caught:
-        read_weights(path)
+        read_weights(path, ema)
     message = str(caught.value)
     assert message.startswith(f"{path} ")
     assert message.isprintable()
@@ -60,302 +50,6 @@ def refusal(path: Path) -> str:
 def write(path: Path, content: bytes) -> Path:
     path.write_bytes(content)
     return path
-
-
-# --- torch: values
-
-
-@ZIP_AND_LEGACY
-def test_every_dtype_agrees_with_torch(tmp_path, torch, new):
-    values = torch.tensor([[0.0, 1.0, -1.5], [2.0, 3.0, 96.0]])
-    tree = {name: values.abs().to(getattr(torch, name)) for name in DTYPES.split()}
-    read = read_weights(save(torch, tree, tmp_path / "w.pth", new))
-    assert list(read.arrays) == DTYPES.split()
-    for name, array in read.arrays.items():
-        assert array.dtype == np.dtype(getattr(ml_dtypes, name, name))
-        assert array.shape == (2, 3)
-        assert array.tobytes() == torch_bytes(torch, tree[name]), name
-    assert read.arrays["bfloat16"].astype(np.float32)[1].tolist() == [2.0, 3.0, 96.0]
-    assert (read.format, read.wrapper, read.skipped) == ("torch zip" if new else "torch legacy", None, ())
-    assert read.sha256 == hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
-
-
-@ZIP_AND_LEGACY
-def test_views_share_and_keep_their_strides(tmp_path, torch, new):
-    base = torch.arange(24.0).reshape(4, 6)
-    tree = {
-        "base": base,
-        "transposed": base.t(),
-        "strided": base[1::2, 1::3],
-        "late": base.reshape(-1)[20:],
-        "scalar": torch.tensor(7, dtype=torch.int32),
-        "element": base[2, 3],
-        "empty": torch.empty(0, 3),
-        "empty view": base[4:],
-        "odd strides": base.reshape(-1).as_strided((1, 4), (999, 6)),
-        "parameter": torch.nn.Parameter(base[0]),
-        "bf16 transposed": base.bfloat16().t(),
-    }
-    arrays = read_weights(save(torch, tree, tmp_path / "w.pth", new)).arrays
-    assert arrays.keys() == tree.keys()
-    for name, tensor in tree.items():
-        assert arrays[name].shape == tuple(tensor.shape), name
-        assert arrays[name].astype(np.float64).tolist() == tensor.detach().double().tolist(), name
-    assert np.shares_memory(arrays["base"], arrays["transposed"])
-    assert np.shares_memory(arrays["base"], arrays["late"])
-    assert arrays["scalar"].shape == ()
-
-
-@ZIP_AND_LEGACY
-def test_expanded_tensors_are_bounded_by_their_storage(tmp_path, torch, new):
-    kept = {"position_ids": torch.arange(5).expand(1, -1)}
-    assert read_weights(save(torch, kept, tmp_path / "a.pth", new)).arrays["position_ids"].tolist() == [[0, 1, 2, 3, 4]]
-    wild = save(torch, {"wild": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "b.pth", new)
-    assert "'wild' expanded" in refusal(wild)
-
-
-def test_negated_view_is_refused_not_misread(tmp_path, torch):
-    imaginary = torch.tensor([1 + 2j]).conj().imag
-    assert "resolve_neg" in refusal(save(torch, {"x": imaginary}, tmp_path / "x.pth"))
-
-
-def test_big_endian_zip(tmp_path, torch):
-    values = {"w": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1.0, -2.0]).bfloat16()}
-    source = zipfile.ZipFile(save(torch, values, tmp_path / "little.pth"))
-    with source, zipfile.ZipFile(tmp_path / "big.pth", "w") as target:
-        for name in source.namelist():
-            content = source.read(name)
-            if name.endswith("byteorder"):
-                content = b"big"
-            elif name.endswith("data/0"):
-                content = np.frombuffer(content, "<f4").astype(">f4").tobytes()
-            elif name.endswith("data/1"):
-                content = np.frombuffer(content, "<u2").astype(">u2").tobytes()
-            target.writestr(name, content)
-    arrays = read_weights(tmp_path / "big.pth").arrays
-    assert arrays["w"].tolist() == [[0, 1, 2], [3, 4, 5]]
-    assert arrays["b"].astype(np.float32).tolist() == [1, -2]
-
-
-# --- torch: what stands around the tensors
-
-
-@ZIP_AND_LEGACY
-def test_training_checkpoint_is_unwrapped(tmp_path, torch, new):
-    model = torch.nn.Linear(2, 3)
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.ones(2)).sum().backward()
-    optimizer.step()
-    tree = {
-        "model_ema": collections.OrderedDict(weight=torch.full((3, 2), 9.0)),
-        "model": model.state_dict() | {"note": "text"},
-        "optimizer": optimizer.state_dict(),
-        "epoch": 3,
-        "best": torch.tensor(81.5),
-        "args": argparse.Namespace(
-            lr=1e-3, out=pathlib.PurePosixPath("a/b"), score=np.float64(0.5), kind=np.dtype("f4")
-        ),
-        "meters": collections.defaultdict(list, a=[1]),
-        "seen": collections.Counter("ab"),
-        "classes": {1, 2},
-        "dtype": torch.float16,
-        "shape": torch.Size([3]),
-    }
-    read = read_weights(save(torch, tree, tmp_path / "w.pth", new))
-    assert read.wrapper == "model"
-    assert read.arrays["weight"].tolist() == model.weight.tolist()
-    assert list(read.arrays) == ["weight", "bias"]
-    assert read.skipped == (*(key for key in tree if key != "model"), "note")
-
-
-@pytest.mark.parametrize(
-    ("tree", "wrapper", "names"),
-    [
-        ({"state_dict": {"module.a": 1, "module.b": 2}}, "state_dict, module.", ["a", "b"]),
-        ({"module._orig_mod.a": 1, "module._orig_mod.b": 2}, "module._orig_mod.", ["a", "b"]),
-        ({"module.a": 1, "b": 2}, None, ["module.a", "b"]),
-        ({"student": {"backbone.a": 1}, "teacher": {"backbone.z": 2}}, "teacher, backbone.", ["z"]),
-        ({"state_dict_ema": {"a": 1}, "state_dict": {"b": 2}}, "state_dict", ["b"]),
-        ({"state_dict_ema": {"a": 1}, "state_dict": {}}, "state_dict_ema", ["a"]),
-        ({"model": {"a": 1}, "a": 5}, "model", ["a"]),
-    ],
-)
-def test_wrappers_and_prefixes(tmp_path, torch, tree, wrapper, names):
-    def fill(node):
-        return {key: fill(leaf) if isinstance(leaf, dict) else torch.tensor(leaf) for key, leaf in node.items()}
-
-    read = read_weights(save(torch, fill(tree), tmp_path / "w.pth"))
-    assert (read.wrapper, list(read.arrays)) == (wrapper, names)
-    if names == ["a"] and wrapper == "model":
-        assert read.arrays["a"] == 1
-        assert read.skipped == ("a",)
-
-
-@ZIP_AND_LEGACY
-def test_files_without_named_tensors(tmp_path, torch, new):
-    assert refusal(save(torch, torch.ones(2), tmp_path / "a.pth", new)).startswith("holds a tensor without a name")
-    assert refusal(save(torch, [torch.ones(2)], tmp_path / "b.pth", new)).startswith("holds a list, not a dictionary")
-    assert refusal(save(torch, {"epoch": 1}, tmp_path / "c.pth", new)).startswith("holds no tensors")
-
-
-# --- torch: what must not run
-
-
-class Evil:
-    """Unpickles by running a shell command."""
-
-    def __init__(self, command: str):
-        self.command = command
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "pickle 2", "pickle 4"])
-def test_payload_is_not_executed(tmp_path, torch, kind):
-    mark = tmp_path / "mark"
-    tree = {"weight": torch.ones(2), "evil": Evil(f"touch {mark}")}
-    path = tmp_path / "x.pth"
-    if kind.startswith("pickle"):
-        path.write_bytes(pickle.dumps({"evil": tree["evil"]}, protocol=int(kind[-1])))
-    else:
-        save(torch, tree, path, new=kind == "zip")
-    message = refusal(path)
-    assert message.startswith(f"refers to {os.system.__module__}.system, which is not tensor data: it was not executed")
-    assert not mark.exists()
-    pickle.loads(pickle.dumps(tree["evil"]))  # the payload does run where nothing holds it back
-    assert mark.exists()
-
-
-@pytest.mark.parametrize(
-    "program",
-    [
-        b"\x80\x02cposix\nsystem\n(Utouch MARK\n.",
-        b"\x80\x02(S'touch MARK'\nios\nsystem\n.",  # INST
-        b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x01x\x85\x81.",  # NEWOBJ
-        b"\x80\x02cbuiltins\neval\n(S'1'\ntR.",
-        b"\x80\x02ctorch._utils\n__builtins__\n.",
-        b"\x80\x02ctorch\nFloatStorage\n(S'x'\ntR.",  # a storage is no callable
-        b"\x80\x02ctorch._utils\n_rebuild_tensor\n(tR.",
-        b"\x80\x02\x82\x01.",  # an extension code
-        b"\x80\x02(lp0\nh\x00h\x00a.",
-        b"\x80\x02q\x00.",
-        b"\x80\x02r\xff\xff\xff\xff.",
-        b"\x80\x05\x8e\xff\xff\xff\xff\xff\xff\xff\x7f.",  # BINBYTES8 of 8 EiB
-        b"\x80\x02}(I1\nI2\nu.",
-        b"\x80\x02" + b"(" * 50_000 + b"t" * 50_000 + b".",
-    ],
-)
-def test_pickle_programs_are_refused(tmp_path, program):
-    refusal(write(tmp_path / "x.pth", program.replace(b"MARK", bytes(tmp_path / "mark"))))
-    assert list(tmp_path.iterdir()) == [tmp_path / "x.pth"]
-
-
-def test_build_cannot_change_the_reader(tmp_path, torch):
-    """BUILD would set attributes of any object on the stack: here the defaults of the function that makes tensors."""
-    path = save(torch, {"w": torch.ones(2)}, tmp_path / "w.pth")
-    attack = b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\nN}(X\x0c\x00\x00\x00__defaults__(I1\nI1\nI1\ntu\x86b."
-    refusal(
-        rewrite_zip(path, tmp_path / "x.pth", lambda name, content: attack if name.endswith("data.pkl") else content)
-    )
-    assert read_weights(path).arrays["w"].tolist() == [1, 1]
-
-
-def test_extension_codes_reach_no_function(tmp_path):
-    """Once another unpickler has met an extension code, its function is cached and no longer asked for by name."""
-    mark = tmp_path / "mark"
-    command = f"touch {mark}".encode()
-    program = b"\x80\x02\x82\xf0(X" + struct.pack("<I", len(command)) + command + b"tR."
-    copyreg.add_extension(os.system.__module__, "system", 0xF0)
-    try:
-        assert pickle.loads(b"\x80\x02\x82\xf0.") is os.system
-        refusal(write(tmp_path / "x.pth", program))
-        assert not mark.exists()
-    finally:
-        copyreg.remove_extension(os.system.__module__, "system", 0xF0)
-
-
-def test_pickled_module_is_refused_by_name(tmp_path, torch):
-    message = refusal(save(torch, torch.nn.Linear(2, 2), tmp_path / "net.pt"))
-    assert message.startswith("refers to torch.nn.modules.linear.Linear, which is not tensor data")
-    assert message.endswith("save the model's state_dict alone")
-
-
-# --- torch: lying archives
-
-
-def rewrite_zip(source: Path, target: Path, change, compression: int = zipfile.ZIP_STORED) -> Path:
-    with zipfile.ZipFile(source) as old, zipfile.ZipFile(target, "w", compression) as new:
-        for name in old.namelist():
-            content = change(name, old.read(name))
-            if content is not None:
-                new.writestr(name, content)
-    return target
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "message"),
-    [
-        (b"K\x02K\x03\x86", b"K\x02K\x04\x86", "'w' reaches past the end of its storage"),  # size (2, 4)
-        (b"K\x03K\x01\x86", b"K\x09K\x01\x86", "'w' reaches past the end of its storage"),  # stride (9, 1)
-        (b"K\x03K\x01\x86", b"K\x00K\x00\x86", None),  # stride 0, no more elements than stored
-        (b"K\x03K\x01\x86", b"J\xff\xff\xff\xffK\x01\x86", "'w' does not fit its storage"),  # stride -1
-        (b"K\x03K\x01\x86", b"K\x03K\x01K\x01\x87", "'w' does not fit its storage"),
-        (b"K\x02K\x03\x86", b"\x8a\x08" + b"\xff" * 7 + b"\x7fK\x00\x86", "'w' does not fit its storage"),
-        (b"K\x02K\x03\x86", b"\x8a\x08" + b"\0" * 7 + b"\x10K\x03\x86", "'w' reaches past"),
-        (b"K\x06t", b"\x8a\x06" + b"\0" * 5 + b"\x10t", "'w' does not fit its storage"),  # numel of the storage
-        (b"K\x06t", b"J\xff\xff\xff\xfft", "is damaged (ValueError"),
-    ],
-)
-def test_lying_sizes(tmp_path, torch, old, new, message):
-    path = save(torch, {"w": torch.arange(6.0).reshape(2, 3)}, tmp_path / "w.pth")
-
-    def change(name, content):
-        assert not name.endswith("data.pkl") or content.count(old) == 1
-        return content.replace(old, new) if name.endswith("data.pkl") else content
-
-    path = rewrite_zip(path, tmp_path / "x.pth", change)
-    if message is None:
-        assert read_weights(path).arrays["w"].tolist() == [[0, 0, 0], [0, 0, 0]]
-    else:
-        assert message in refusal(path)
-
-
-def test_compressed_and_missing_members(tmp_path, torch):
-    path = save(torch, {"w": torch.zeros(10_000)}, tmp_path / "w.pth")
-    same = lambda name, content: content  # noqa: E731
-    assert "compressed members" in refusal(rewrite_zip(path, tmp_path / "a.pth", same, zipfile.ZIP_DEFLATED))
-    lacking = rewrite_zip(path, tmp_path / "b.pth", lambda name, content: None if "data/0" in name else content)
-    assert refusal(lacking).startswith("is damaged (KeyError")
-    short = rewrite_zip(
-        path, tmp_path / "c.pth", lambda name, content: content[:39_996] if "data/0" in name else content
-    )
-    assert refusal(short).startswith("is damaged ('w' does not fit its storage")
-
-
-def test_members_that_overlap_are_refused(tmp_path, torch):
-    """A small file whose directory names the same bytes many times would unpack to any size."""
-    content = save(torch, {"w": torch.zeros(1000)}, tmp_path / "w.pth").read_bytes()
-    directory = content.rindex(b"PK\x01\x02", 0, content.rindex(b"data/0"))
-    name_length, extra, comment = struct.unpack("<HHH", content[directory + 28 : directory + 34])
-    entry = content[directory : directory + 46 + name_length + extra + comment]
-    start = content.index(b"PK\x01\x02")
-    end = content.rindex(b"PK\x05\x06")
-    entries = content[start : content.index(b"PK\x06\x06", start) if b"PK\x06\x06" in content[start:] else end]
-    count = entries.count(b"PK\x01\x02") + 5
-    many = entries + entry * 5
-    tail = struct.pack("<4sHHHHIIH", b"PK\x05\x06", 0, 0, count, count, len(many), start, 0)
-    message = refusal(write(tmp_path / "x.pth", content[:start] + many + tail))
-    assert message == "is damaged (its members are larger than the file): download it again"
-
-
-def test_legacy_cut_inside_its_tensors(tmp_path, torch):
-    content = save(torch, {"w": torch.ones(100)}, tmp_path / "w.pth", new=False).read_bytes()
-    for end in (-1, -399, -401):
-        message = refusal(write(tmp_path / "x.pth", content[:end]))
-        assert message == "is damaged (it ends inside its tensors): download it again"
-    lying = content[:-408] + struct.pack("<Q", 99) + content[-400:]
-    assert "it ends inside its tensors" in refusal(write(tmp_path / "y.pth", lying))
 
 
 # --- safetensors
@@ -402,6 +96,9 @@ def entry(**changes) -> dict:
     return {"w": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes}
 
 
+WHOLE = entry(shape=[1000], data_offsets=[0, 4000])
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -412,7 +109,9 @@ def entry(**changes) -> dict:
         (safetensors_bytes(entry(shape=[2**40]), bytes(8)), "'w' has 8 bytes for shape"),
         (safetensors_bytes(entry(shape=[-1, -2]), bytes(8)), "'w' lies outside the file"),
         (safetensors_bytes(entry(shape=[True, 2]), bytes(8)), "'w' lies outside the file"),
-        (safetensors_bytes(entry(shape=[1] * 99 + [2]), bytes(8)), "is damaged (ValueError"),
+        (safetensors_bytes(entry(shape=[1] * 99 + [2]), bytes(8)), "'w' lies outside the file"),
+        (safetensors_bytes(dict.fromkeys("abcdefgh", WHOLE["w"]), bytes(4000)), "unpacks to 32000 bytes from 4"),
+        (safetensors_bytes({"a\x1b[2J": entry()["w"]}, bytes(8)), "a tensor is called 'a"),
         (safetensors_bytes(entry(dtype="F4"), bytes(8)), "in dtype 'F4', which is not read"),
         (safetensors_bytes(entry(dtype=["F32"]), bytes(8)), "is damaged (TypeError"),
         (safetensors_bytes({"w": 1}), "is damaged (TypeError"),
@@ -432,21 +131,269 @@ def test_lying_safetensors(tmp_path, content, message):
     assert message in refusal(write(tmp_path / "w.safetensors", content))
 
 
-# --- everything else
+def named(*names: str) -> bytes:
+    """A safetensors file with tensors of these names, each of one number: its place."""
+    header = {
+        name: {"dtype": "U8", "shape": [1], "data_offsets": [place, place + 1]} for place, name in enumerate(names)
+    }
+    return safetensors_bytes(header, bytes(range(len(names))))
+
+
+@pytest.mark.parametrize(
+    ("names", "prefix", "stripped", "skipped"),
+    [
+        ("model.a model.b", "model.", "a b", ""),
+        ("net.a", "net.", "a", ""),
+        ("visual.trunk.a visual.trunk.b", "visual.trunk.", "a b", ""),
+        ("base_model.module.a", "base_model.module.", "a", ""),
+        ("_orig_mod.module.model.net.a", "_orig_mod.module.model.net.", "a", ""),
+        ("module." * 10 + "a", "module." * 8, "module.module.a", ""),
+        ("model.a head.weight", None, "model.a head.weight", ""),
+        ("modela modelb", None, "modela modelb", ""),
+        ("backbone.a backbone.head.bias head.mlp.0.bias", "backbone.", "a head.bias", "head.mlp.0.bias"),
+        ("backbone.a dino_head.mlp.0.bias ibot_head.last_layer.weight_v", "backbone.", "a",
+         "dino_head.mlp.0.bias ibot_head.last_layer.weight_v"),
+        ("backbone.a head.weight", None, "backbone.a head.weight", ""),
+        ("backbone.a head.mlp.0.bias head.weight", None, "backbone.a head.mlp.0.bias head.weight", ""),
+        ("model.a head.mlp.0.bias", None, "model.a head.mlp.0.bias", ""),
+        ("head.mlp.0.bias head.last_layer.weight_g", None, "head.mlp.0.bias head.last_layer.weight_g", ""),
+        ("n_averaged module.a", "module.", "a", "n_averaged"),
+    ],
+)  # fmt: skip
+def test_prefixes(tmp_path, names, prefix, stripped, skipped):
+    read = read_weights(write(tmp_path / "w.safetensors", named(*names.split())))
+    assert (read.wrapper, list(read.arrays), list(read.skipped)) == (prefix, stripped.split(), skipped.split())
+    for name, array in read.arrays.items():
+        assert names.split()[array[0]] == (prefix or "") + name
+
+
+def test_other_formats_hold_no_averaged_weights(tmp_path):
+    path = write(tmp_path / "w.safetensors", named("a", "b"))
+    assert refusal(path, ema=True) == "holds no averaged weights; its entries are a, b: leave ema out"
+    np.savez(tmp_path / "w.npz", a=np.ones(2))
+    assert refusal(tmp_path / "w.npz", ema=True) == "holds no averaged weights; its entries are a: leave ema out"
+
+
+# --- several files
+
+
+def index_of(places: object) -> bytes:
+    return json.dumps({"metadata": {"total_size": 9}, "weight_map": places}).encode()
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    write(tmp_path / "model-1.safetensors", named("model.a", "model.b"))
+    write(tmp_path / "model-2.safetensors", named("model.c", "model.d", "model.e"))
+    places = {f"model.{name}": f"model-{'12'[name > 'b']}.safetensors" for name in "abcde"}
+    return write(tmp_path / "model.safetensors.index.json", index_of(places))
+
+
+def test_shards_are_joined(sharded):
+    read = read_weights(sharded)
+    assert (read.format, read.wrapper, read.skipped) == ("safetensors, 2 shards", "model.", ())
+    assert {name: int(array[0]) for name, array in read.arrays.items()} == dict(a=0, b=1, c=0, d=1, e=2)
+    files = ["model.safetensors.index.json", "model-1.safetensors", "model-2.safetensors"]
+    assert list(read.files) == files
+    for name in files:
+        assert read.files[name] == hashlib.sha256((sharded.parent / name).read_bytes()).hexdigest()
+    assert "holds no averaged weights; its entries are model.a, model.b" in refusal(sharded, ema=True)
+
+
+def test_shards_of_torch_and_the_library_agree(tmp_path, torch):
+    torch.save({"backbone.a": torch.ones(2)}, tmp_path / "pytorch_model-1.bin")
+    torch.save({"head.mlp.0.bias": torch.ones(2)}, tmp_path / "pytorch_model-2.bin")
+    places = {"backbone.a": "pytorch_model-1.bin", "head.mlp.0.bias": "pytorch_model-2.bin"}
+    read = read_weights(write(tmp_path / "pytorch_model.bin.index.json", index_of(places)))
+    assert (read.format, read.wrapper, read.skipped) == ("torch zip, 2 shards", "backbone.", ("head.mlp.0.bias",))
+    assert list(read.arrays) == ["a"]
+    one = write(tmp_path / "one.index.json", index_of({"backbone.a": "pytorch_model-1.bin"}))
+    assert read_weights(one).format == "torch zip, 1 shard"
+
+
+@pytest.mark.parametrize(
+    ("places", "message"),
+    [
+        ({"a": "../x.safetensors"}, "names the shard '../x.safetensors', which is no plain file name"),
+        ({"a": "/etc/passwd"}, "which is no plain file name"),
+        ({"a": "sub/x"}, "which is no plain file name"),
+        ({"a": "sub\\x"}, "which is no plain file name"),
+        ({"a": "C:x"}, "which is no plain file name"),
+        ({"a": ".."}, "which is no plain file name"),
+        ({"a": "."}, "which is no plain file name"),
+        ({"a": ""}, "which is no plain file name"),
+        ({"a": 1}, "which is no plain file name"),
+        ({"a": None}, "which is no plain file name"),
+        ({"a": "x.index.json"}, "needs the shard 'x.index.json', which is an index itself"),
+        ({"a": "sub"}, "needs the shard 'sub', which is a directory"),
+        ({"a": "x\0"}, "needs the shard 'x?x00' beside it"),
+        ({"a": "1", "b": "2", "c": "s"}, "needs the shard '1' beside it (2 of 3 are missing): download it too"),
+        ({"a": "s"}, "needs the shard 's', which also holds 'b', against the index"),
+        ({"a": "s", "b": "s", "c": "s"}, "needs the shard 's', which lacks 'c', against the index"),
+        ({"a": "s", "b": "t"}, "needs the shard 's', which also holds 'b', against the index"),
+        ({"a": "page"}, "needs the shard 'page', which starts like HTML: this is a web page"),
+        ({"a": "cut"}, "needs the shard 'cut', which is damaged"),
+        ({}, "is damaged (its weight_map names no tensors)"),
+        ([], "is damaged (its weight_map names no tensors)"),
+    ],
+)
+def test_lying_indexes(tmp_path, places, message):
+    write(tmp_path / "s", named("a", "b"))
+    write(tmp_path / "t", named("b"))
+    write(tmp_path / "page", b"<html>")
+    write(tmp_path / "cut", named("a", "b")[:-1])
+    (tmp_path / "sub").mkdir()
+    said = refusal(write(tmp_path / "x.index.json", index_of(places)))
+    assert message.replace("x?x00", "x\\x00") in said
+
+
+@pytest.mark.parametrize("content", [b"{", b"{}", b'{"weight_map": {"a": "b"', b'{"weight_map": ' + b"[" * 99_999])
+def test_damaged_indexes(tmp_path, content):
+    assert refusal(write(tmp_path / "x.index.json", content)).startswith("is damaged (")
+
+
+# --- npz
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_npz_of_every_dtype(tmp_path, save):
+    values = np.arange(24.0).reshape(2, 3, 4) / 2
+    dtypes = [*(name for name in DTYPES.split() if "float8" not in name), ">f4", ">i2", ">f8", ">c8"]
+    arrays = {f"Transformer/block/{dtype}": values.astype(getattr(ml_dtypes, dtype, dtype)) for dtype in dtypes}
+    arrays |= {
+        "scalar": np.float32(3.5),
+        "empty": np.empty((0, 7), np.float16),
+        "fortran": np.asfortranarray(values.astype(np.float32)),
+        "fortran big": np.asfortranarray(values.astype(">f8")),
+        "fortran bf16": np.asfortranarray(values.astype(ml_dtypes.bfloat16)),
+        "large": np.random.default_rng(0).random((300, 500)),
+    }
+    save(tmp_path / "w.npz", **arrays)
+    read = read_weights(tmp_path / "w.npz")
+    assert (read.format, read.wrapper, read.skipped) == ("npz", None, ())
+    assert list(read.arrays) == list(arrays)
+    for name, array in read.arrays.items():
+        assert array.dtype == arrays[name].dtype.newbyteorder("=")
+        assert array.dtype.isnative
+        assert array.flags.aligned
+        assert array.shape == arrays[name].shape
+        assert array.tolist() == arrays[name].tolist(), name
+    assert read.arrays["Transformer/block/bfloat16"].dtype == ml_dtypes.bfloat16
+    assert read.arrays["fortran"].flags.f_contiguous
+
+
+def npy(values: np.ndarray, version: tuple[int, int] = (1, 0)) -> bytes:
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, values, version)
+    return buffer.getvalue()
+
+
+def header(text: str, data: bytes = b"") -> bytes:
+    return b"\x93NUMPY\1\0" + struct.pack("<H", len(text)) + text.encode() + data
+
+
+def described(data: bytes = bytes(8), **changes: str) -> bytes:
+    fields = {"descr": "'<f4'", "fortran_order": "False", "shape": "(2,)"} | changes
+    return header("{" + ", ".join(f"{key!r}: {value}" for key, value in fields.items()) + "}\n", data)
 
 
 def zip_of(**members: bytes) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
-            archive.writestr(name.replace("__", "/"), content)
+            archive.writestr(name.replace("__", "."), content)
     return buffer.getvalue()
 
 
-def npz(save_arrays) -> bytes:
+def test_npz_by_hand(tmp_path):
+    python2 = described(shape="(2L,)")
+    content = zip_of(a__npy=npy(np.ones(3), (2, 0)), b__npy=described(), readme__txt=b"text", old__npy=python2)
+    read = read_weights(write(tmp_path / "x.bin", content))
+    assert {name: array.tolist() for name, array in read.arrays.items()} == {"a": [1, 1, 1], "b": [0, 0], "old": [0, 0]}
+    assert read.skipped == ("readme.txt",)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (npy(np.array([print], object)), "has pickled objects in 'w.npy', which are not read"),
+        (described(descr="'|O'"), "has pickled objects in 'w.npy'"),
+        (described(descr="[('a', '|O')]"), "has pickled objects in 'w.npy'"),
+        (described(descr="[('a', '<f4')]"), "in dtype [('a', '<f4')], which is not read"),
+        (described(descr="'<U1'"), "in dtype <U1, which is not read"),
+        (described(descr="'<M8[s]'"), "which is not read"),
+        (described(descr="'|V1'"), "in dtype |V1, which is not read"),
+        (described(descr="'(2,)u1'"), "which is not read"),
+        (described(descr="'<f16'"), "which is not read"),
+        (described(descr="'<f1'"), "is damaged (ValueError"),
+        (described(shape="(3,)"), "'w.npy' has 8 bytes for shape (3,)"),
+        (described(shape="(1,)"), "'w.npy' has 8 bytes for shape (1,)"),
+        (described(shape="(2**60,)"), "is damaged (ValueError"),
+        (described(shape="(1000000000000000000000,)"), "'w.npy' has 8 bytes for shape"),
+        (described(shape="(-1, -2)"), "'w.npy' has 8 bytes for shape"),
+        (described(shape="(True, 2)"), "'w.npy' has 8 bytes for shape"),
+        (described(shape="(2,) + (1,) * 99"), "is damaged (ValueError"),
+        (described(shape=str((2, *[1] * 99))), "'w.npy' has 8 bytes for shape"),
+        (described(shape="2"), "is damaged (ValueError"),
+        (described(fortran_order="1"), "is damaged (ValueError"),
+        (described(more="1"), "is damaged (ValueError"),
+        (header("(" * 9000), "is damaged"),
+        (header(" " * 20_000), "is damaged (ValueError"),
+        (header("{}")[:-1], "is damaged (ValueError"),
+        (b"\x93NUMPY\3\0" + described()[8:], "has 'w.npy' in version (3, 0)"),
+        (b"\x93NUMPY\2\0\xff\xff\xff\xff", "is damaged (ValueError"),
+        (b"\x93NUMPX" + described()[6:], "is damaged (ValueError"),
+        (b"", "is damaged (ValueError"),
+    ],
+)
+@pytest.mark.parametrize("compression", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED], ids=["stored", "deflated"])
+def test_lying_npz(tmp_path, content, message, compression):
     buffer = io.BytesIO()
-    save_arrays(buffer, w=np.ones(3))
-    return buffer.getvalue()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        archive.writestr("w.npy", content)
+        archive.writestr("filler", bytes(range(256)) * 99, zipfile.ZIP_STORED)  # no bomb
+    assert message in refusal(write(tmp_path / "x.npz", buffer.getvalue()))
+
+
+def test_npz_bombs(tmp_path):
+    np.savez_compressed(tmp_path / "a.npz", w=np.zeros(1_000_000))
+    assert refusal(tmp_path / "a.npz").startswith("unpacks to 8000128 bytes from 7")
+    # The directory and the header promise little, the stream goes on.
+    np.savez_compressed(tmp_path / "b.npz", w=np.zeros(30_000_000, np.uint8))
+    content = (tmp_path / "b.npz").read_bytes()
+    place = content.rindex(b"PK\x01\x02") + 24
+    assert struct.unpack("<I", content[place : place + 4]) == (30_000_128,)
+    tracemalloc.start()
+    try:
+        said = refusal(write(tmp_path / "b.npz", content[:place] + struct.pack("<I", 4096) + content[place + 4 :]))
+        assert tracemalloc.get_traced_memory()[1] < 2**20
+    finally:
+        tracemalloc.stop()
+    assert said.startswith("is damaged (BadZipFile: Bad CRC-32")
+
+
+def test_npz_members_twice_and_packed_otherwise(tmp_path):
+    twice = zip_of(w__npy=described(), v__npy=described()).replace(b"v.npy", b"w.npy")
+    assert "it has two members 'w.npy'" in refusal(write(tmp_path / "a.npz", twice))
+    with zipfile.ZipFile(tmp_path / "b.npz", "w", zipfile.ZIP_BZIP2) as archive:
+        archive.writestr("w.npy", described())
+    assert "has 'w.npy' packed otherwise than by deflate" in refusal(tmp_path / "b.npz")
+    assert refusal(write(tmp_path / "c.npz", zip_of(readme=b"x" * 99))).startswith("is a zip archive that torch.save")
+
+
+def test_stored_npz_is_mapped_where_it_is_aligned(tmp_path):
+    np.savez(tmp_path / "w.npz", bytes=np.zeros(1_000_000, np.uint8), one=np.float64(1))
+    tracemalloc.start()
+    try:
+        arrays = read_weights(tmp_path / "w.npz").arrays
+        assert tracemalloc.get_traced_memory()[1] < 500_000
+    finally:
+        tracemalloc.stop()
+    assert not arrays["bytes"].flags.writeable
+    assert arrays["one"] == 1
+
+
+# --- everything else
 
 
 def tar() -> bytes:
@@ -470,8 +417,6 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 346284
         ),
         ("x.safetensors", b"<html><body>404", "this is a web page, not a checkpoint"),
         ("x.pth", LFS, "is a Git LFS pointer of 346284714 bytes, not the weights: run `git lfs pull`"),
-        ("x.npz", npz(np.savez), "is a NumPy .npz file, which is not read yet"),
-        ("x.npz", npz(np.savez_compressed), "is a NumPy .npz file, which is not read yet"),
         ("x.npy", b"\x93NUMPY\x01\0", "is a file of .npy kind, which is not read"),
         ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(8), "is a file of HDF5 kind, which is not read"),
         ("x.onnx", b"\x08\x08\x12\x07pytorch", "is a file of .onnx kind, which is not read"),
@@ -479,10 +424,9 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 346284
         ("x.pth.gz", gzip.compress(b"weights"), "is packed by gzip, which is not read: unpack it first"),
         ("x.pth.tar", tar(), "is a tar archive, which is not read: unpack it first"),
         ("x.zip", zip_of(readme=b"text"), "is a zip archive that torch.save did not write"),
-        ("x.pt", zip_of(net__data_pkl=b"."), "is a zip archive that torch.save did not write"),
-        ("model.safetensors.index.json", b'{"metadata": {}}', "several shards, which are not read yet"),
-        ("index.json", b'{"metadata": {}, "weight_map": {}}', "several shards, which are not read yet"),
-        ("x.pth", b"hello", "is neither a safetensors nor a torch.save file"),
+        ("x.pt", zip_of(data__pkl=b"."), "is a zip archive that torch.save did not write"),
+        ("config.json", b'{"hidden_size": 768}', "is neither a safetensors, a torch.save nor an .npz file"),
+        ("x.pth", b"hello", "is neither a safetensors, a torch.save nor an .npz file"),
         ("x.pkl", pickle.dumps({"w": [1.0]}), "is a pickle that torch.save did not write"),
         ("x.pth", b"PK\x03\x04", "is damaged (BadZipFile"),
         ("x.pth", b"\x80", "is damaged (IndexError"),
@@ -500,52 +444,8 @@ def test_paths_that_are_no_files(tmp_path):
         read_weights(tmp_path / ("x" * 5000))
 
 
-def test_torchscript_is_named(tmp_path):
-    archive = {"net/data.pkl": b"\x80\x02}.", "net/constants.pkl": b"\x80\x02).", "net/code/__torch__.py": b""}
-    with zipfile.ZipFile(tmp_path / "net.pt", "w") as file:
-        for name, content in archive.items():
-            file.writestr(name, content)
-    assert refusal(tmp_path / "net.pt").startswith("is a TorchScript archive: export its state_dict")
-
-
 def test_messages_show_no_control_characters_of_the_file(tmp_path):
     name = "x\x1b[31m\nerror: all is well"
     refusal(write(tmp_path / "w.safetensors", safetensors_bytes({name: entry(shape=[3])["w"]}, bytes(8))))
     program = b"\x80\x04\x8c\x05\x1b[2Jo\x8c\x03x\ny\x93."
     assert refusal(write(tmp_path / "w.pth", program)).startswith("refers to ?[2Jo.x?y, which is not")
-
-
-@pytest.mark.parametrize("kind", ["zip", "legacy", "safetensors"])
-def test_damage_never_escapes(tmp_path, torch, kind):
-    """Changed bytes, cut ends and moved pieces of a real file are read, or refused in one line: nothing else."""
-    rng = random.Random(kind)
-    tree = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(3, dtype=torch.bfloat16), "c": torch.tensor(3)}
-    if kind == "safetensors":
-        header = {"a": entry(shape=[2, 3], data_offsets=[0, 24])["w"], "b": entry(data_offsets=[24, 32])["w"]}
-        content = safetensors_bytes(header, bytes(range(32)))
-    else:
-        content = save(torch, {"model": tree, "epoch": 1}, tmp_path / "w.pth", kind == "zip").read_bytes()
-    # The interesting bytes are those that are not tensor data; in a zip most of the rest is padding.
-    places = [i for i in range(len(content)) if content[max(0, i - 2) : i + 3].strip(b"\0FB")]
-    path = tmp_path / "damaged.bin"
-    messages = []
-    for trial in range(300):
-        damaged = bytearray(content)
-        if trial % 3 == 0:
-            del damaged[rng.randrange(1, len(damaged)) :]
-        elif trial % 3 == 1:
-            damaged[rng.choice(places)] = rng.randrange(256)
-        else:
-            for _ in range(rng.randrange(1, 9)):
-                damaged[rng.choice(places)] ^= 1 << rng.randrange(8)
-        path.write_bytes(damaged)
-        try:
-            arrays = read_weights(path).arrays
-        except InputError as error:
-            messages.append(str(error))
-        else:
-            assert sum(array.nbytes for array in arrays.values()) <= 4 * len(content)
-            for array in arrays.values():
-                array.tobytes()  # every element can be reached
-    assert all(message.startswith(f"{path} ") and message.isprintable() for message in messages)
-    assert 100 <= len(messages) < 300  # every cut, and some of the changes

@@ -74,11 +74,11 @@ def test_every_name_agrees_with_timm():
         assert (config.gelu == "quick") == (type(block.mlp.act).__name__ == "QuickGELU"), name
         assert config.dist_token == hasattr(model, "head_dist")
     # Sizes that timm leaves out of the ViT grid, and nothing else.
-    assert len(missing) == 17
-    assert all(re.fullmatch(r"vit_(tiny|small|base|large|huge)_patch\d+_(224|384)", name) for name in missing)
+    assert len(missing) == 19
+    assert all(re.fullmatch(r"vit_(tiny|small|base|large|huge)_patch\d+_(224|384|512|518)", name) for name in missing)
 
     for name in zoo.names():
-        if "." not in name:
+        if "." not in name or ".tv_" in name:
             continue
         known, model = get_pretrained_cfg(name), zoo.get(name)
         assert known is not None, name
@@ -90,3 +90,25 @@ def test_every_name_agrees_with_timm():
         assert model.preprocess.mean == pytest.approx(known.mean)
         assert model.preprocess.std == pytest.approx(known.std)
         assert model.source == (known.url or f"hf-hub:{known.hf_hub_id}"), name
+
+
+def test_torchvision_names_agree_with_torchvision():
+    transformer = pytest.importorskip("torchvision.models.vision_transformer")
+    published = {
+        weights.url: weights
+        for name in ("ViT_B_16", "ViT_B_32", "ViT_L_16", "ViT_L_32", "ViT_H_14")
+        for weights in getattr(transformer, f"{name}_Weights")
+    }
+    named = {model.source: model for model in map(zoo.get, zoo.names()) if model.name.split(".")[-1].startswith("tv_")}
+    assert named.keys() == published.keys()
+    for url, weights in published.items():
+        pixels, transforms = named[url].preprocess, weights.transforms()
+        assert pixels is not None
+        assert [pixels.image_size, pixels.resize_size] == [
+            tuple(transforms.crop_size * 2),
+            tuple(transforms.resize_size * 2),
+        ]
+        assert (pixels.interpolation, pixels.crop_mode) == (transforms.interpolation.value, "center")
+        assert (list(pixels.mean), list(pixels.std)) == (transforms.mean, transforms.std)
+        assert named[url].top1 == pytest.approx(weights.meta["_metrics"]["ImageNet-1K"]["acc@1"] / 100)
+        assert named[url].config.patch_size == int(url.split("_")[2].split("-")[0])

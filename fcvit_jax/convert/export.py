@@ -1,0 +1,271 @@
+"""Back again: a parameter tree as the file that timm or transformers loads, without PyTorch."""
+
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from flax import traverse_util
+
+from fcvit_jax.checkpoint import staged, writable_directory
+from fcvit_jax.convert.layouts import HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT, TIMM, Row
+from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
+from fcvit_jax.errors import InputError
+from fcvit_jax.models.vit import ViTConfig
+
+_INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "copy": lambda x: x,
+    "linear": lambda x: x.T,
+    "conv": lambda x: x.transpose(3, 2, 0, 1),
+    "token": lambda x: x,
+    "grid": lambda x: x,
+}
+_HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
+
+Arrays = dict[str, np.ndarray]
+
+
+def check_target(out: str, to: str, overwrite: bool) -> Path:
+    """The path, if it may be written; otherwise InputError. To be called before any long work.
+
+    `OUT.safetensors` is a file. Any other OUT is a directory as transformers saves models; only such a one is replaced.
+    """
+    path = Path(out).expanduser().resolve()
+    if to == "timm" and path.suffix != ".safetensors":
+        raise InputError(f"{out}: --to timm writes one file: name it {out}.safetensors")
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
+    ours = path.is_file() if path.suffix == ".safetensors" else (path / "config.json").is_file()
+    if path.exists() and not ours:
+        raise InputError(f"{path} exists and is not what --to writes: it is not overwritten; choose another name")
+    writable_directory(path.parent)
+    return path
+
+
+def write_timm(path: Path, config: ViTConfig, params: Mapping[str, Any]) -> str:
+    """Write the safetensors file; returns how to load it in timm. Raises InputError where timm has no such model."""
+    call = timm_call(config)
+    write_safetensors(path, _invert(TIMM, params, skip="norm." if config.fc_norm else "fc_norm."))
+    return f"in PyTorch: model = {call}; model.load_state_dict(safetensors.torch.load_file({path.name!r}), strict=True)"
+
+
+def write_huggingface(
+    path: Path,
+    config: ViTConfig,
+    params: Mapping[str, Any],
+    preprocess: Preprocess | None,
+    class_names: tuple[str, ...] | None,
+) -> str:
+    """Write model.safetensors, config.json and, where transformers can say it, preprocessor_config.json.
+
+    `path` is the directory, or a .safetensors file that gets the weights alone. Returns how to load it.
+    Raises InputError where transformers has no such model.
+    """
+    arrays, description = to_huggingface(config, params, class_names)
+    kind = description["architectures"][0]
+    if path.suffix == ".safetensors":
+        write_safetensors(path, arrays)
+        return f"the weights of transformers.{kind}, without its config.json"
+    processor = to_image_processor(preprocess) if preprocess else None
+    with staged(path) as directory:
+        write_safetensors(directory / "model.safetensors", arrays)
+        for name, fields in (("config.json", description), ("preprocessor_config.json", processor)):
+            if fields:
+                (directory / name).write_text(json.dumps(fields, indent=2) + "\n")
+    told = f"in PyTorch: transformers.{kind}.from_pretrained({path.name!r})"
+    if processor:
+        return told
+    why = f"it cannot say {preprocess}" if preprocess else "pass --preprocess for one"
+    return f"{told}; there is no preprocessor_config.json: {why}"
+
+
+def timm_call(config: ViTConfig) -> str:
+    """The expression that builds the module in timm. Raises InputError where timm has no such module."""
+    lacking = {
+        "layer in front of the head": config.representation_size > 0,
+        "head on the class token and the patches' mean": config.pool == "token_avg",
+        "patch embedding without a bias but in CLIP's towers": not config.patch_bias and not config.pre_norm,
+        "distilled model that pools otherwise": config.dist_token and config.pool != "dist_avg",
+    }
+    for what, there in lacking.items():
+        if there:
+            raise InputError(f"--to timm: timm's ViT has no {what}: it cannot hold this model")
+    size = config.image_size[0] if config.image_size[0] == config.image_size[1] else config.image_size
+    arguments: dict[str, Any] = dict(
+        img_size=size,
+        patch_size=config.patch_size,
+        embed_dim=config.embed_dim,
+        depth=config.depth,
+        num_heads=config.num_heads,
+        mlp_ratio=config.mlp_dim / config.embed_dim,
+        num_classes=config.num_classes,
+    )
+    if not config.qkv_bias:
+        arguments["qkv_bias"] = False
+    if config.layer_scale is not None:
+        arguments["init_values"] = config.layer_scale
+    if config.pool == "avg":
+        arguments |= dict(global_pool="avg", fc_norm=config.fc_norm)
+    if not config.class_token:
+        arguments["class_token"] = False
+    if config.num_registers:
+        arguments["reg_tokens"] = config.num_registers
+    if config.no_embed_class:
+        arguments["no_embed_class"] = True
+    if config.pre_norm:
+        arguments["pre_norm"] = True
+    text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
+    if not config.patch_bias and not config.pre_norm:
+        raise InputError(
+            "--to timm: timm's ViT without a patch bias has a norm in front of the blocks, this one has none"
+        )
+    if config.gelu != "exact":
+        text += f", act_layer={ {'tanh': 'gelu_tanh', 'quick': 'quick_gelu'}[config.gelu]!r}"
+    if config.norm_eps != 1e-6:
+        text += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={config.norm_eps})"
+    name = "deit.VisionTransformerDistilled" if config.dist_token else "vision_transformer.VisionTransformer"
+    return f"timm.models.{name}({text})"
+
+
+def to_huggingface(
+    config: ViTConfig, params: Mapping[str, Any], class_names: tuple[str, ...] | None
+) -> tuple[Arrays, dict[str, Any]]:
+    """The state dict and the config.json of transformers' ViT, DeiT or DINOv2, whichever holds this model.
+
+    A model with LayerScale, registers or `token_avg` pooling becomes a DINOv2, whose head sees the class token and the
+    patches' mean: a head on the class token gets zeros for the other half. Raises InputError where none can hold it.
+    """
+    problem = _not_in_huggingface(config)
+    if problem:
+        raise InputError(f"--to hf: transformers' ViT, DeiT and DINOv2 have no {problem}: they cannot hold this model")
+    dinov2 = config.layer_scale is not None
+    kind = "deit" if config.dist_token else "vit"
+    table, name = HF_VIT, {"deit": "DeiT", "vit": "ViT"}[kind]
+    if dinov2:
+        kind, table, name = "dinov2", HF_DINOV2, "Dinov2"
+        if config.num_registers:
+            kind, table, name = "dinov2_with_registers", HF_DINOV2_REGISTERS, "Dinov2WithRegisters"
+    both_heads = config.pool == "dist_avg" and config.num_classes > 0
+    arrays = _invert(table, params, skip="classifier." if both_heads else "cls_classifier.")
+    positions, width = arrays["embeddings.position_embeddings"], config.embed_dim
+    if config.no_embed_class:
+        nothing = np.zeros((1, config.class_token + config.dist_token, width), np.float32)
+        arrays["embeddings.position_embeddings"] = np.concatenate([nothing, positions], axis=1)
+    if kind == "dinov2_with_registers":
+        arrays["embeddings.mask_token"] = np.zeros((1, width), np.float32)
+    if dinov2 and config.num_classes and config.pool == "token":
+        weight = arrays["classifier.weight"]
+        arrays["classifier.weight"] = np.concatenate([weight, np.zeros_like(weight)], axis=1)
+    suffix = "Model" if not config.num_classes else "ForImageClassification"
+    if config.num_classes:
+        # The base model stands in an attribute of that name; the heads stand beside it.
+        arrays = {key if "classifier." in key else f"{kind}.{key}": array for key, array in arrays.items()}
+    labels = class_names or [f"LABEL_{index}" for index in range(config.num_classes)]
+    description = {
+        "architectures": [name + suffix + ("WithTeacher" if both_heads else "")],
+        "model_type": kind,
+        "hidden_size": width,
+        "num_hidden_layers": config.depth,
+        "num_attention_heads": config.num_heads,
+        **({"mlp_ratio": config.mlp_dim // width} if dinov2 else {"intermediate_size": config.mlp_dim}),
+        "hidden_act": _HF_GELU[config.gelu],
+        "layer_norm_eps": config.norm_eps,
+        "image_size": config.image_size[0],
+        "patch_size": config.patch_size,
+        "num_channels": 3,
+        "qkv_bias": config.qkv_bias,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        **({"layerscale_value": config.layer_scale, "use_mask_token": False} if dinov2 else {}),
+        **({"num_register_tokens": config.num_registers} if config.num_registers else {}),
+        "id2label": {str(index): label for index, label in enumerate(labels)},
+        "label2id": {label: index for index, label in enumerate(labels)},
+        "dtype": "float32",
+    }
+    return arrays, description
+
+
+def to_image_processor(preprocess: Preprocess) -> dict[str, Any] | None:
+    """The preprocessor_config.json that says the same to transformers; None where none of its processors can."""
+    (resize_height, resize_width), (height, width) = preprocess.resize_size, preprocess.image_size
+    cropped = (resize_height, resize_width) != (height, width)
+    if preprocess.crop_mode == "border" or (preprocess.crop_mode == "center" and height != width):
+        return None
+    fields: dict[str, Any] = {"do_resize": True, "resample": int(INTERPOLATIONS[preprocess.interpolation])}
+    if preprocess.crop_mode == "center":
+        fields |= {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": resize_height}}
+    else:
+        kind = "DeiTImageProcessor" if cropped else "ViTImageProcessor"
+        fields |= {"image_processor_type": kind, "size": {"height": resize_height, "width": resize_width}}
+    if cropped or preprocess.crop_mode == "center":
+        fields |= {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
+    statistics = {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
+    return fields | {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True} | statistics
+
+
+def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Write float32 arrays as the safetensors library does, byte for byte, tensor after tensor; atomically.
+
+    Keys in alphabetical order, the header padded to 8 bytes with spaces. The metadata says "pt", as transformers asks.
+    Raises InputError where the place cannot be written.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in sorted(arrays):
+        begin, end = end, end + 4 * arrays[name].size
+        header[name] = {"dtype": "F32", "shape": list(arrays[name].shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    writable_directory(path.parent)
+    staging = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            staging = file.name
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in sorted(arrays):
+                file.write(np.ascontiguousarray(arrays[name], "<f4").data)
+        os.chmod(staging, 0o644)
+        os.replace(staging, path)
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+    finally:
+        if staging and os.path.exists(staging):
+            os.unlink(staging)
+
+
+def _not_in_huggingface(config: ViTConfig) -> str | None:
+    dinov2 = config.layer_scale is not None
+    problems = {
+        "average pooling without the class token": config.pool == "avg",
+        "norm after the pooling": config.fc_norm,
+        "norm in front of the blocks": config.pre_norm,
+        "patch embedding without a bias": not config.patch_bias,
+        "layer in front of the head": config.representation_size > 0,
+        "distillation token beside LayerScale": dinov2 and config.dist_token,
+        "registers without LayerScale": not dinov2 and config.num_registers > 0,
+        "head on the class token and the patches' mean without LayerScale": not dinov2 and config.pool == "token_avg",
+        f"MLP {config.mlp_dim / config.embed_dim} times as wide": dinov2 and config.mlp_dim % config.embed_dim > 0,
+        "image that is not square": config.image_size[0] != config.image_size[1],
+    }
+    return next((problem for problem, there in problems.items() if there), None)
+
+
+def _invert(table: Mapping[str, Row], params: Mapping[str, Any], skip: str) -> Arrays:
+    """The leaves under the keys of a table; of two keys for a leaf the first, but for those that start with `skip`."""
+    leaves: Any = traverse_util.flatten_dict(params, sep="/")
+    blocks = 1 + max(int(path.split("/")[0].removeprefix("blocks_")) for path in leaves if path.startswith("blocks_"))
+    arrays, filled = {}, set()
+    for pattern, (target, transform) in table.items():
+        for number in range(blocks) if "#" in pattern else [0]:
+            path, _, part = target.replace("#", str(number)).partition(":")
+            if path not in leaves or (path, part) in filled or pattern.startswith(skip):
+                continue
+            value = np.asarray(leaves[path])
+            if part:
+                value = np.split(value, 3, axis=-1)["qkv".index(part)]
+            arrays[pattern.replace("#", str(number))] = _INVERSE[transform](value)
+            filled.add((path, part))
+    return arrays

@@ -1,0 +1,152 @@
+"""The configuration of a model: read off the shapes of its leaves, completed by what is known and what is asked."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from fcvit_jax.convert.translation import Translation
+from fcvit_jax.errors import InputError
+from fcvit_jax.models import zoo
+from fcvit_jax.models.vit import ViTConfig
+
+Grid = tuple[int, int]
+
+
+def infer_config(
+    translation: Translation, known: Mapping[str, Any], origin: str, asked: Mapping[str, Any]
+) -> tuple[ViTConfig, Grid | None]:
+    """The configuration of a file, and the grid (rows, columns) of its position embedding; None: it holds none.
+
+    known: fields of ViTConfig that a named model, or the config.json beside the file, gives; origin says which of them,
+    and the file must agree. asked: the fields that a user sets, which go first: num_heads, gelu, norm_eps, pool,
+    image_size (height, width), patch_size, num_classes (0 drops the head), proportional_attention.
+
+    Raises InputError where the file contradicts what is known or asked, or something has to be asked for.
+    """
+    if translation.layout.config_json == "huggingface" and not known:
+        raise InputError(
+            "a Hugging Face model without config.json, which tells its heads, GELU and epsilon: put that beside the "
+            "file, or pass --model"
+        )
+    leaves = translation.leaves
+    patch, _, _, width = translation.shape("embed/kernel", 4)
+    cls, dist, registers = (
+        translation.shape(f"embed/{name}_token", 3)[1] if f"embed/{name}_token" in leaves else 0
+        for name in ("cls", "dist", "reg")
+    )
+    grid, no_embed_class = _grid(translation, (cls, dist, registers), patch, known, asked)
+    found = {
+        "patch_size": patch,
+        "embed_dim": width,
+        "depth": translation.num_blocks,
+        "mlp_dim": translation.shape("blocks_0/mlp/fc1/kernel", 2)[1],
+        "class_token": bool(cls),
+        "dist_token": bool(dist),
+        "num_registers": registers,
+        "no_embed_class": no_embed_class,
+        "patch_bias": "embed/bias" in leaves,
+        "pre_norm": "embed/norm_pre/scale" in leaves,
+        "qkv_bias": "blocks_0/attn/qkv/bias" in leaves,
+    }
+    differs = {name: value for name, value in found.items() if known.get(name, value) != value}
+    scaled = "blocks_0/ls1" in leaves
+    if "layer_scale" in known and scaled != (known["layer_scale"] is not None):
+        differs["layer_scale"] = scaled
+    if translation.num_heads and known.get("num_heads", translation.num_heads) != translation.num_heads:
+        differs["num_heads"] = translation.num_heads
+    if differs:
+        name, value = next(iter(differs.items()))
+        raise InputError(f"not {origin}: {name} is {value} in the file, {known[name]} there")
+    if found["pre_norm"] and not {"gelu", "norm_eps"} <= {*known, *asked}:
+        raise InputError(
+            "a model with norm_pre (CLIP): GELU and epsilon cannot be told from the file; pass --model, or --gelu "
+            "(OpenAI's weights: quick, LAION's: exact) and --norm_eps 1e-5"
+        )
+
+    num_classes = _num_classes(translation, asked.get("num_classes"))
+    fc_norm = known.get("fc_norm", False) or any(
+        key.key.startswith("fc_norm.") for key in leaves["norm/scale"].values()
+    )
+    inferred = {
+        "num_heads": translation.num_heads or known.get("num_heads") or asked.get("num_heads") or _usual_heads(width),
+        "image_size": (grid[0] * patch, grid[1] * patch) if grid else known.get("image_size", (224, 224)),
+        "num_classes": num_classes,
+        "representation_size": _columns(translation, "pre_logits/kernel") if num_classes else 0,
+        "layer_scale": known.get("layer_scale", 1e-5) if scaled else None,
+        "pool": known.get("pool") or _pool(translation, cls, dist, fc_norm),
+        "fc_norm": fc_norm,
+    }
+    if asked.get("num_heads", inferred["num_heads"]) != inferred["num_heads"]:
+        heads, wanted = inferred["num_heads"], asked["num_heads"]
+        told = origin if "num_heads" in known else "the file"
+        raise InputError(f"{told} has {heads} heads, you asked for {wanted}: leave --num_heads out")
+    settings = {name: known[name] for name in ("gelu", "norm_eps", "proportional_attention") if name in known}
+    return ViTConfig(**{**settings, **found, **inferred, **asked, "num_classes": num_classes}), grid
+
+
+def _grid(
+    translation: Translation,
+    prefix: tuple[int, int, int],
+    patch: int,
+    known: Mapping[str, Any],
+    asked: Mapping[str, Any],
+) -> tuple[Grid | None, bool]:
+    """(rows, columns) of the position embedding, and whether prefix tokens have no entries in it."""
+    if "embed/pos_embed" not in translation.leaves:
+        if translation.layout.sincos2d:
+            return None, any(prefix)
+        raise InputError("the file holds no position embedding: it is incomplete, or another architecture")
+    entries = translation.shape("embed/pos_embed", 3)[1]
+    # Entries for all prefix tokens, for all but the registers, or for none: whichever leaves a grid.
+    options = [sum(prefix), *([prefix[0] + prefix[1]] if prefix[2] else []), 0]
+    if "no_embed_class" in known:
+        options = options[1:] if known["no_embed_class"] and any(prefix) else options[:1]
+    sizes = [fields["image_size"] for fields in (known, asked) if "image_size" in fields]
+    for taken in options:
+        patches = entries - taken
+        if patches > 0 and math.isqrt(patches) ** 2 == patches:
+            return (math.isqrt(patches), math.isqrt(patches)), taken < sum(prefix)
+        for height, width in sizes:
+            if patches == (height // patch) * (width // patch):
+                return (height // patch, width // patch), taken < sum(prefix)
+    raise InputError(
+        f"the position embedding has {entries} entries, no square grid: pass --image_size HEIGHTxWIDTH of the weights"
+    )
+
+
+def _pool(translation: Translation, cls: int, dist: int, fc_norm: bool) -> str:
+    leaves = translation.leaves
+    if "head_dist/kernel" in leaves or (dist and "head/kernel" not in leaves):
+        return "dist_avg"
+    if fc_norm or not cls:
+        return "avg"
+    width = translation.shape("embed/kernel", 4)[3]
+    first = "pre_logits/kernel" if "pre_logits/kernel" in leaves else "head/kernel"
+    # Hugging Face's DINOv2 classifies the class token beside the patches' mean.
+    return "token_avg" if first in leaves and translation.shape(first, 2)[0] == 2 * width else "token"
+
+
+def _num_classes(translation: Translation, asked: int | None) -> int:
+    """The number of classes of the head in the file, if it is what was asked for."""
+    there = _columns(translation, "head/kernel")
+    if asked is None or asked in (there, 0):
+        return there if asked is None else asked
+    if not there:
+        raise InputError(f"the file has no head, you asked for {asked} classes: pass --num_classes 0 for the backbone")
+    kind = {21841: " (ImageNet-21k)", 21843: " (ImageNet-21k)", 1000: " (ImageNet-1k)"}.get(there, "")
+    raise InputError(
+        f"the head has {there} classes{kind}, you asked for {asked}: leave --num_classes out, or 0 drops it"
+    )
+
+
+def _columns(translation: Translation, path: str) -> int:
+    return translation.shape(path, 2)[1] if path in translation.leaves else 0
+
+
+def _usual_heads(width: int) -> int:
+    """Heads are 64 wide in the usual ViTs; packed projections do not tell, so that other widths are asked for."""
+    if any(config.embed_dim == width == 64 * config.num_heads for config in zoo.ARCHITECTURES.values()):
+        return width // 64
+    raise InputError(
+        f"the number of heads of a {width}-wide model cannot be told from the file: pass --model or --num_heads"
+    )

@@ -1,0 +1,98 @@
+"""Zip archives of weights: what is common to them, and NumPy's `.npz` without its pickles."""
+
+import io
+import math
+import mmap
+import struct
+import warnings
+import zipfile
+import zlib
+
+import numpy as np
+from numpy.lib import format as npy
+
+from fcvit_jax.convert.dtypes import DTYPES, check_total, is_shape
+from fcvit_jax.errors import InputError
+
+_CHUNK = 2**16
+_MAX_HEADER = 2**11  # enough for 64 axes; parsing takes some eighty times as much
+_HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
+_RAW = np.dtype("V2")  # what bfloat16 is to a NumPy that does not know it
+
+
+def check_members(archive: zipfile.ZipFile, size: int) -> None:
+    """Raise InputError where an archive of `size` bytes names a member twice, or unpacks to over four times that."""
+    seen = set()
+    for name in archive.namelist():
+        if name in seen:
+            raise InputError(f"is damaged (it has two members {name!r}): download it again")
+        seen.add(name)
+    check_total(sum(member.file_size for member in archive.infolist()), size)
+
+
+def map_member(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarray:
+    """The bytes of a member that is stored as it is, without a copy: a view of the mapped file, perhaps not aligned.
+
+    Raises KeyError for a member that is not there, InputError or an error of zipfile for one that is damaged.
+    """
+    member = archive.getinfo(name)
+    with archive.open(member):  # the standard library compares the member's own header with the directory
+        pass
+    lengths = struct.unpack_from("<HH", data, member.header_offset + 26)  # of the name and of the extra field
+    begin = member.header_offset + 30 + sum(lengths)
+    content = np.frombuffer(data, np.uint8)[begin : begin + member.file_size]
+    if len(content) < member.file_size:
+        raise InputError(f"is damaged ({name!r} reaches past its end): download it again")
+    # Zero is what torch writes where it was told not to compute any: set_crc32_options(False).
+    if member.CRC not in (0, zlib.crc32(content.data)):
+        raise InputError(f"is damaged (the checksum of {name!r} is wrong): download it again")
+    return content
+
+
+def read_npz(archive: zipfile.ZipFile, data: mmap.mmap) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
+    """The arrays by name, and the members that are no arrays; `check_members` comes first.
+
+    Raises InputError without the file's name, or whatever zipfile and NumPy make of a damaged member.
+    """
+    names = archive.namelist()
+    arrays = {name[:-4]: _read_npy(archive, name, data) for name in names if name.endswith(".npy")}
+    return arrays, tuple(name for name in names if not name.endswith(".npy"))
+
+
+def _read_npy(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarray:
+    stored = archive.getinfo(name).compress_type == zipfile.ZIP_STORED
+    content = map_member(archive, name, data) if stored else _inflate_member(archive, name)
+    head = io.BytesIO(content[: _MAX_HEADER + 16].data)
+    version = npy.read_magic(head)
+    if version not in _HEADERS:
+        raise InputError(f"has {name!r} in version {version} of .npy, which is not read: save it as .safetensors")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what Python 2 wrote, and odd literals in a damaged header
+        shape, fortran_order, dtype = _HEADERS[version](head, _MAX_HEADER)
+    if dtype.hasobject:
+        raise InputError(f"has pickled objects in {name!r}, which are not read: save it as an array of numbers")
+    target = DTYPES["bfloat16"] if dtype == _RAW else dtype.newbyteorder("=")
+    if target not in DTYPES.values():
+        raise InputError(f"has {name!r} in dtype {str(dtype)[:50]}, which is not read: save it as float32")
+    content = content[head.tell() :]
+    if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(content):
+        raise InputError(f"is damaged ({name!r} has {len(content)} bytes for shape {str(shape)[:100]}): download it again")
+    array = content.view(dtype)
+    if not dtype.isnative:
+        array = array.byteswap(inplace=array.flags.writeable)  # mapped bytes are not
+    array = array.view(target)
+    array = array if array.flags.aligned else array.copy()
+    return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
+
+
+def _inflate_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
+    """Unpack in pieces: a stream that goes on after its stated size is never held."""
+    member = archive.getinfo(name)
+    if member.compress_type != zipfile.ZIP_DEFLATED:
+        raise InputError(f"has {name!r} packed otherwise than by deflate: save it with numpy.savez")
+    content = np.empty(member.file_size, np.uint8)
+    with archive.open(member) as stream:
+        for begin in range(0, len(content), _CHUNK):
+            piece = stream.read(min(_CHUNK, len(content) - begin))
+            content.data[begin : begin + _CHUNK] = piece  # ValueError where the stream ends early
+    return content

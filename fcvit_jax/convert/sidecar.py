@@ -1,0 +1,283 @@
+"""What the JSON files beside a weight file say: the geometry that keys and shapes do not tell, pixels, class names.
+
+Two libraries leave a `config.json` beside their weights: transformers (`save_pretrained`; the pixels stand in
+`preprocessor_config.json`) and timm (`save_for_hf`; the pixels stand in the same file).
+"""
+
+import contextlib
+import json
+import math
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from fcvit_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from fcvit_jax.errors import InputError
+from fcvit_jax.models.vit import ViTConfig
+
+# model_type -> epsilon and image processor, which its classes take where the files leave them out.
+_MODEL_TYPES = {
+    "vit": (1e-12, "ViT"),
+    "deit": (1e-12, "DeiT"),
+    "dinov2": (1e-6, "Bit"),
+    "dinov2_with_registers": (1e-6, "Bit"),
+}
+# Image processor -> filter and centre crop, which it takes where the file leaves them out; whether one number as size,
+# in files from before transformers 4.25, is that of a square or of the shorter side.
+_PROCESSORS = {"ViT": (2, False, True), "DeiT": (3, True, True), "Bit": (3, True, False), "CLIP": (3, True, False)}
+
+# Key -> field of `ViTConfig`.
+_HUGGINGFACE = {
+    "hidden_size": "embed_dim",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "intermediate_size": "mlp_dim",
+    "layer_norm_eps": "norm_eps",
+    "hidden_act": "gelu",
+    "num_register_tokens": "num_registers",
+} | {name: name for name in ("image_size", "patch_size", "qkv_bias")}
+_SAME = ("patch_size", "embed_dim", "depth", "num_heads", "qkv_bias", "class_token", "no_embed_class", "pre_norm")
+_TIMM = {name: name for name in _SAME} | {
+    "img_size": "image_size",
+    "reg_tokens": "num_registers",
+    "init_values": "layer_scale",
+    "act_layer": "gelu",
+}
+_GELU = {"gelu": "exact", "quick_gelu": "quick"} | dict.fromkeys(
+    ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_tanh"), "tanh"
+)
+_RESAMPLE = {1: "lanczos", 2: "bilinear", 3: "bicubic"}
+
+Stated = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Sidecar:
+    """kind: "huggingface" or "timm", by config.json; None without one of theirs. files: the names of those read.
+
+    fields: those of `ViTConfig` that config.json states. preprocess, class_names: None where they are not stated.
+    architecture: timm's name, whether or not the zoo knows it.
+    """
+
+    kind: str | None = None
+    files: tuple[str, ...] = ()
+    fields: dict[str, Any] = field(default_factory=dict)
+    preprocess: Preprocess | None = None
+    class_names: tuple[str, ...] | None = None
+    architecture: str | None = None
+
+
+def read_sidecar(weights: Path, kinds: tuple[str, ...] = ("timm", "huggingface"), pixels: bool = True) -> Sidecar:
+    """Read what stands in the folder of a weight file, which may itself be a link into a cache.
+
+    kinds: whose files may belong to it; others, such as those of another model in a folder of downloads, are left
+    alone. pixels: False leaves the preprocessing alone, for a user who states it. Raises InputError naming the file
+    that is damaged, that tells of a model which is not supported, or whose pixels `Preprocess` cannot express.
+    """
+    if not kinds:
+        return Sidecar()
+    path, sidecar = weights.parent / "config.json", Sidecar()
+    config = _load(path) or {}
+    with _naming(path):
+        if "timm" in kinds and "architecture" in config and {"pretrained_cfg", "input_size"} & config.keys():
+            sidecar = _read_timm(config)
+        elif "huggingface" in kinds and "model_type" in config:
+            sidecar = _read_huggingface(config)
+    files = (path.name,) if sidecar.kind else ()
+    preprocess = None
+    if pixels and sidecar.kind == "timm":
+        with _naming(path, mend=": pass --preprocess"):
+            preprocess = _read_timm_pixels(config)
+    elif (
+        pixels
+        and "huggingface" in kinds
+        and (stated := _load(path := path.with_name("preprocessor_config.json"))) is not None
+    ):
+        files += (path.name,)
+        with _naming(path, mend=": pass --preprocess"):
+            preprocess = _read_huggingface_pixels(stated, config.get("model_type"))
+    return replace(sidecar, files=files, preprocess=preprocess)
+
+
+def _read_huggingface(config: Stated) -> Sidecar:
+    kind = config["model_type"]
+    if not isinstance(kind, str) or kind not in _MODEL_TYPES:
+        raise InputError(f"model_type {reprlib.repr(kind)}, supported are {', '.join(_MODEL_TYPES)}")
+    if config.get("use_swiglu_ffn"):
+        raise InputError("use_swiglu_ffn: SwiGLU models (DINOv2 giant) are not supported")
+    found = _fields({"layer_norm_eps": _MODEL_TYPES[kind][0], "hidden_act": "gelu", **_known(config)}, _HUGGINGFACE)
+    if "embed_dim" in found and (ratio := _take(config, "mlp_ratio", int, default=None)):
+        found.setdefault("mlp_dim", found["embed_dim"] * ratio)
+    names = _names("id2label", config.get("id2label"))
+    if names and all(name == f"LABEL_{index}" for index, name in enumerate(names)):
+        names = None  # placeholders
+    return Sidecar("huggingface", fields=found, class_names=names)
+
+
+def _read_timm(config: Stated) -> Sidecar:
+    name, pixels = _take(config, "architecture", str), _pretrained_cfg(config)
+    stated = {"img_size": pixels.get("input_size"), "global_pool": config.get("global_pool")}
+    stated = _known({**stated, **_take(config, "model_args", dict, default={})})
+    found = _fields(stated, _TIMM)
+    if "embed_dim" in found:
+        found["mlp_dim"] = int(found["embed_dim"] * _take(stated, "mlp_ratio", int, float, default=4))
+    # A distilled model averages its two heads whatever it says; pooling of other kinds has keys of its own.
+    if stated.get("global_pool") in ("token", "avg") and "distilled" not in name:
+        found["pool"] = stated["global_pool"]
+    labels = config.get("label_names") or pixels.get("label_names") or pixels.get("labels")
+    return Sidecar("timm", fields=found, class_names=_names("label_names", labels), architecture=name)
+
+
+def _fields(stated: Stated, table: Mapping[str, str]) -> dict[str, Any]:
+    found, types = {}, {field.name: field.type for field in fields(ViTConfig)}
+    for key, name in table.items():
+        if key not in stated:
+            continue
+        if name == "gelu":
+            found[name] = _choose(stated, key, _GELU)
+        elif name == "image_size":
+            found[name] = _size(key, stated[key])
+        elif name == "patch_size":
+            found[name], width = _size(key, stated[key])
+            if width != found[name]:
+                raise InputError(f"{key} {reprlib.repr(stated[key])}, supported are squares")
+        else:
+            found[name] = _take(stated, key, *([types[name]] if types[name] in (int, bool) else [int, float]))
+    return found
+
+
+def _pretrained_cfg(config: Stated) -> Stated:
+    return _take(config, "pretrained_cfg", dict, default=config)  # old files have all on one level
+
+
+def _read_timm_pixels(config: Stated) -> Preprocess:
+    """As timm's `resolve_data_config`, at the size of training: what is absent, null or 0 takes its default."""
+    stated = {key: value for key, value in _pretrained_cfg(config).items() if value}
+    return Preprocess(
+        image_size=_size("input_size", stated.get("input_size", 224)),
+        crop_pct=stated.get("crop_pct", 0.875),
+        crop_mode=stated.get("crop_mode", "center"),
+        interpolation=stated.get("interpolation", "bicubic"),
+        mean=stated.get("mean", IMAGENET_MEAN),
+        std=stated.get("std", IMAGENET_STD),
+    )
+
+
+def _read_huggingface_pixels(stated: Stated, model_type: str | None) -> Preprocess:
+    """As the image processor that the file names, or else that of the model type.
+
+    Where the margin of a centre crop is odd, transformers may take it one pixel further up or to the left.
+    """
+    stated = _known(stated)
+    name = stated.get("image_processor_type", stated.get("feature_extractor_type"))
+    family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(name))
+    if name is None and model_type:
+        family = _MODEL_TYPES[model_type][1]
+    if family not in _PROCESSORS:
+        raise InputError(f"image_processor_type {reprlib.repr(name)}, supported are {', '.join(_PROCESSORS)}")
+    resample, crops, square = _PROCESSORS[family]
+    for key, only in (("do_resize", True), ("do_rescale", True), ("do_pad", False)):
+        if stated.get(key, only) is not only:
+            raise InputError(f"{key} {reprlib.repr(stated[key])}, supported is {only}")
+    if not math.isclose(_take(stated, "rescale_factor", float, int, default=1 / 255), 1 / 255, rel_tol=1e-6):
+        raise InputError(f"rescale_factor {stated['rescale_factor']}, supported is 1/255")
+
+    size = stated.get("size")
+    if isinstance(size, dict):
+        square = "shortest_edge" not in size
+        size = size["shortest_edge"] if size.keys() == {"shortest_edge"} else size
+    resized = _size("size", size)
+    image = resized
+    if _take(stated, "do_center_crop", bool, default=crops):
+        image = _size("crop_size", stated.get("crop_size"))
+    elif not square:
+        raise InputError("shortest_edge without do_center_crop, which leaves images of any size")
+    if not square and image[0] != image[1]:
+        raise InputError(f"shortest_edge with crop_size {image}, supported are squares")
+    normalize = _take(stated, "do_normalize", bool, default=True)
+    return Preprocess(
+        image_size=image,
+        crop_pct=_crop_pct(image, resized),
+        crop_mode="squash" if square else "center",
+        interpolation=_choose({"resample": resample, **stated}, "resample", _RESAMPLE),
+        mean=_take(stated, "image_mean", list) if normalize else (0, 0, 0),
+        std=_take(stated, "image_std", list) if normalize else (1, 1, 1),
+    )
+
+
+def _crop_pct(image: tuple[int, int], resized: tuple[int, int]) -> float:
+    """The share for which `Preprocess.resize_size` is exactly that."""
+    share = min(side / whole for side, whole in zip(image, resized, strict=True))
+    for pct in (share, math.nextafter(share, 0)):  # the quotient may have been rounded up
+        if tuple(math.floor(side / pct) for side in image) == resized:
+            return pct
+    raise InputError(f"crop_size {image}, another share of size {resized} in height than in width")
+
+
+def _load(path: Path) -> dict[str, Any] | None:
+    """The JSON object of a file; None where there is no such file."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} is damaged ({error}): download it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{path} holds no JSON object: download it again")
+    return content
+
+
+@contextlib.contextmanager
+def _naming(path: Path, mend: str = "") -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path} says {error}{mend}") from error
+
+
+def _known(stated: Stated) -> dict[str, Any]:
+    """Without the nulls, which mean the default just as absence does."""
+    return {key: value for key, value in stated.items() if value is not None}
+
+
+_REQUIRED = object()
+
+
+def _take(stated: Stated, key: str, *kinds: Any, default: Any = _REQUIRED) -> Any:
+    """The value of a key; InputError where it is of the wrong kind, or absent without a default."""
+    value = stated.get(key)
+    if value is None and default is not _REQUIRED:
+        return default
+    if type(value) not in kinds:
+        raise InputError(f"{key} {reprlib.repr(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}")
+    return value
+
+
+def _choose(stated: Stated, key: str, known: Mapping[Any, str]) -> str:
+    value = _take(stated, key, *{type(choice) for choice in known})
+    if value not in known:
+        raise InputError(f"{key} {reprlib.repr(value)}, supported are {', '.join(map(str, known))}")
+    return known[value]
+
+
+def _size(key: str, value: Any) -> tuple[int, int]:
+    """(height, width) of a number, of [height, width] with or without channels in front, of {"height", "width"}."""
+    if isinstance(value, dict) and value.keys() == {"height", "width"}:
+        value = [value["height"], value["width"]]
+    sides: list[Any] = value[-2:] if isinstance(value, list) and len(value) in (2, 3) else [value, value]
+    if any(type(side) is not int or side < 1 for side in sides):
+        raise InputError(f"{key} {reprlib.repr(value)}, expected a size in pixels")
+    return sides[0], sides[1]
+
+
+def _names(key: str, value: Any) -> tuple[str, ...] | None:
+    """Of a list or of {"0": name}, in the order of the index; None where there are none, or not one for each index."""
+    if isinstance(value, dict):
+        order = [str(index) for index in range(len(value))]
+        value = [value[index] for index in order] if value.keys() == {*order} else None
+    if value and not (isinstance(value, list) and all(isinstance(name, str) for name in value)):
+        raise InputError(f"{key} {reprlib.repr(value)}, expected names")
+    return tuple(value) if value else None

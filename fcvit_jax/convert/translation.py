@@ -1,0 +1,227 @@
+"""From the keys of a file to the leaves of the parameter tree, strictly, by the table of the file's layout.
+
+Every source key is used or dropped for a reason, every leaf is filled once, every shape is checked. Until `assemble`,
+arrays are views of the file: nothing is read or copied.
+"""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from fcvit_jax.checkpoint import abstract_params, leaf_shapes
+from fcvit_jax.convert.layouts import Arrays, Layout, detect_layout
+from fcvit_jax.convert.posembed import RESAMPLINGS, resample, resample_patch, sincos_2d
+from fcvit_jax.errors import InputError
+from fcvit_jax.models.vit import ViTConfig
+
+_TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "copy": lambda x: x,
+    "linear": lambda x: x.T if x.ndim == 2 else x,
+    "conv": lambda x: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x,
+    "token": lambda x: x.reshape(1, -1, x.shape[-1]) if 1 <= x.ndim <= 3 and x.size else x,
+    "grid": lambda x: x.reshape(1, -1, x.shape[-1]) if x.ndim == 2 or (x.ndim == 3 and 1 in x.shape[:2]) else x,
+    "heads": lambda x: x.reshape(*x.shape[:-2], -1) if x.ndim > 1 and x.size else x,
+    "merge": lambda x: x.reshape(-1, x.shape[-1]) if x.ndim == 3 and x.size else x,
+}
+_PI_RESIZED = "resampled by pseudo-inverse (FlexiViT)"
+_HEADS = re.compile(r"head(_dist)?/|pre_logits/")
+
+
+class Piece(NamedTuple):
+    """A source array, or one block's share of a stacked one, lying as its leaf does, in the file's dtype."""
+
+    key: str
+    source_shape: tuple[int, ...]
+    array: np.ndarray
+    transform: str
+
+
+class Row(NamedTuple):
+    """One line of the report: what becomes of a source key."""
+
+    key: str
+    shape: tuple[int, ...]
+    path: str  # of the leaf; ":q" and the like for a part of it
+    leaf_shape: tuple[int, ...]  # of what the key contributes
+    transform: str
+
+
+@dataclass(frozen=True)
+class Translation:
+    """What the keys of a file mean: leaf path -> part ("" for a whole leaf) -> piece; and the keys that are dropped."""
+
+    layout: Layout
+    leaves: dict[str, dict[str, Piece]]
+    dropped: dict[str, str]
+    num_heads: int | None  # where the file's shapes tell
+
+    def shape(self, path: str, rank: int) -> tuple[int, ...]:
+        """The shape of a leaf, its parts side by side along the last axis."""
+        parts = list(self.leaves[path].values())
+        first = parts[0].array.shape
+        if len(first) != rank or not all(first):
+            raise InputError(f"{parts[0].key!r} is {parts[0].source_shape} in the file: not the shape of a ViT's")
+        return (*first[:-1], sum(part.array.shape[-1] for part in parts))
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return tuple(
+            Row(piece.key, piece.source_shape, f"{path}:{part}" if part else path, piece.array.shape, piece.transform)
+            for path, pieces in self.leaves.items()
+            for part, piece in pieces.items()
+        )
+
+    @property
+    def num_blocks(self) -> int:
+        """Raises InputError where their numbers leave gaps."""
+        blocks = {int(found[1]) for path in self.leaves if (found := re.match(r"blocks_(\d+)/", path))}
+        if blocks != set(range(len(blocks))):
+            raise InputError(
+                f"blocks are numbered {min(blocks)} to {max(blocks)}, and there are {len(blocks)}: some are missing"
+            )
+        return len(blocks)
+
+
+@dataclass(frozen=True)
+class Converted:
+    """params: the parameter tree, float32. rows, dropped {key: reason} and remarks: what to tell."""
+
+    params: dict[str, Any]
+    rows: tuple[Row, ...]
+    dropped: dict[str, str]
+    remarks: tuple[str, ...]
+
+
+def translate(arrays: Arrays) -> Translation:
+    """Find the layout and the meaning of every key.
+
+    Raises InputError naming the first key that is unknown or fills a leaf twice, or what the file is taken for.
+    """
+    layout = detect_layout(arrays)
+    leaves: dict[str, dict[str, Piece]] = {}
+    dropped: dict[str, str] = {}
+    num_heads = None
+    for key, array in arrays.items():
+        if reason := layout.reason(key):
+            dropped[key] = reason
+            continue
+        row, number = layout.find(key)
+        if row is None:
+            raise InputError(
+                f"{key!r} is no key of the {layout.name} layout: this is another architecture, or a damaged file"
+            )
+        pattern, transform = row
+        if transform == "heads" and array.ndim > 1:
+            num_heads = array.shape[-2]
+        stacked = "#" in pattern and not number
+        if stacked and not array.ndim:
+            raise InputError(f"{key!r} is a single number: the arrays of all blocks were expected, one upon the other")
+        for index, block in enumerate(array) if stacked else [(number, array)]:
+            path, _, part = pattern.replace("#", str(index)).partition(":")
+            pieces = leaves.setdefault(path, {})
+            if part in pieces or "" in pieces or (pieces and not part):
+                raise InputError(f"{key!r} fills {path} a second time: the file holds two versions of one tensor")
+            pieces[part] = Piece(key, array.shape, _TRANSFORMS[transform](block), transform)
+    return Translation(layout, leaves, dropped, num_heads)
+
+
+def assemble(
+    translation: Translation, config: ViTConfig, grid: tuple[int, int] | None, resampling: str | None = None
+) -> Converted:
+    """Build the parameter tree of a configuration.
+
+    grid: (rows, columns) of the file's position embedding; None where there is none and the fixed sine-cosine one is
+    computed. resampling: a convention of `posembed.RESAMPLINGS`, by default that of the layout.
+    Raises InputError naming the first key that has no place, another shape or values that are not finite, or the first
+    leaves that nothing fills.
+    """
+    wanted = leaf_shapes(abstract_params(config))
+    filled: dict[str, jax.Array] = {}
+    dropped, remarks, resampled, class_position = dict(translation.dropped), [], {}, None
+    for path, pieces in translation.leaves.items():
+        if _HEADS.match(path) and not config.num_classes:
+            dropped |= {piece.key: "the head was not asked for" for piece in pieces.values()}
+            continue
+        parts = sorted(pieces, key="qkv".find)
+        first = pieces[parts[0]]
+        if path not in wanted:
+            raise InputError(f"{first.key!r} has no place in a {config.depth}-layer model with {config.pool} pooling")
+        if parts not in ([""], ["q", "k", "v"]):
+            lacking = next(part for part in "qkv" if part not in parts)
+            raise InputError(f"nothing in the file fills {path}:{lacking}, beside {first.key!r}: it is incomplete")
+        value, remark = _numbers([pieces[part] for part in parts]), None
+        if path == "embed/pos_embed" and grid is not None:
+            value, class_position, remark = _positions(value, grid, config, resampling or translation.layout.resampling)
+        elif path == "embed/kernel" and value.ndim == 4 and value.shape[0] != config.patch_size:
+            remark = f"patches of {value.shape[0]} pixels, the model's of {config.patch_size}: kernel {_PI_RESIZED}"
+            value = resample_patch(value, config.patch_size)
+        if value.shape != wanted[path]:
+            raise InputError(f"{first.key!r} is {first.source_shape} in the file; the model's {path} is {wanted[path]}")
+        filled[path] = jnp.asarray(value)
+        if remark:
+            remarks.append(remark)
+            resampled[path] = value.shape
+    if class_position is not None and "embed/cls_token" in filled:
+        filled["embed/cls_token"] = filled["embed/cls_token"] + class_position
+    if translation.layout.note:
+        remarks.append(translation.layout.note)
+    if "embed/pos_embed" not in filled and grid is None:
+        filled["embed/pos_embed"] = jnp.asarray(sincos_2d(config.grid, config.embed_dim))
+        remarks.append("the file holds no position embedding: filled with big_vision's fixed one (sincos2d)")
+    if missing := [path for path in wanted if path not in filled]:
+        raise InputError(f"nothing in the file fills {', '.join(missing[:3])}: it is incomplete, or not this model's")
+    rows = tuple(
+        row._replace(leaf_shape=resampled[row.path], transform=f"{row.transform}, resampled")
+        if row.path in resampled
+        else row
+        for row in translation.rows
+        if row.key not in dropped
+    )
+    return Converted(traverse_util.unflatten_dict(filled, sep="/"), rows, dropped, tuple(remarks))
+
+
+def _numbers(pieces: list[Piece]) -> np.ndarray:
+    """The pieces side by side along the last axis, contiguous float32."""
+    for piece in pieces:
+        if "float" not in piece.array.dtype.name:
+            name = piece.array.dtype.name
+            raise InputError(f"{piece.key!r} holds {name}, not floating-point weights: quantised files are not read")
+        if piece.array.shape[:-1] != pieces[0].array.shape[:-1]:
+            raise InputError(f"{piece.key!r} is {piece.source_shape} in the file, {pieces[0].key!r} is not")
+    if not pieces[0].array.ndim:
+        return pieces[0].array.astype(np.float32)
+    value = np.concatenate([piece.array for piece in pieces], axis=-1, dtype=np.float32, casting="unsafe")
+    if not np.isfinite(value).all():
+        bad = next(piece.key for piece in pieces if not np.isfinite(piece.array.astype(np.float32)).all())
+        raise InputError(f"{bad!r} holds values that are not finite: the file is damaged")
+    return value
+
+
+def _positions(
+    value: np.ndarray, grid: tuple[int, int], config: ViTConfig, convention: str
+) -> tuple[np.ndarray, np.ndarray | None, str | None]:
+    """The position embedding on the model's grid; the class token's position, where that goes into the token; a remark.
+
+    DINOv2 with registers has a position for the class token and none for the registers, which come after the sum: the
+    same as a class token with its position added to it, and no positions but those of the patches.
+    """
+    prefix = value.shape[1] - grid[0] * grid[1]
+    head, patches, remark = value[:, :prefix], value[:, prefix:], None
+    if grid != config.grid:
+        if convention not in RESAMPLINGS:
+            raise InputError(f"--pos_embed {convention!r} is no convention: choose one of {', '.join(RESAMPLINGS)}")
+        width = value.shape[-1]
+        patches = resample(patches.reshape(*grid, width), config.grid, convention).reshape(1, -1, width)
+        remark = (
+            f"position embedding {grid[0]}x{grid[1]}, the model's grid {config.grid[0]}x{config.grid[1]}: resampled "
+            f"({RESAMPLINGS[convention]}); weights lose accuracy away from their own image size"
+        )
+    if config.no_embed_class and prefix:
+        return patches, head[:, :1], remark
+    return np.concatenate([head, patches], axis=1), None, remark

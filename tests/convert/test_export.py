@@ -1,0 +1,168 @@
+import functools
+import json
+import os
+from dataclasses import replace
+
+import jax
+import numpy as np
+import pytest
+
+from fcvit_jax.checkpoint import abstract_params
+from fcvit_jax.convert import export
+from fcvit_jax.convert.sidecar import read_sidecar
+from fcvit_jax.convert.translation import assemble, translate
+from fcvit_jax.data.preprocess import PRESETS, Preprocess
+from fcvit_jax.errors import InputError
+from fcvit_jax.models.vit import ViTConfig
+from states import CONFIG, in_layout
+
+SIZE = ((32, 32), 8, 128, 2, 2, 256, 5)
+PLAIN = ViTConfig(*SIZE)
+
+
+def params(config):
+    numbers = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: numbers.standard_normal(leaf.shape, np.float32), abstract_params(config))
+
+
+def test_safetensors_are_written_as_by_their_library(tmp_path):
+    torch = pytest.importorskip("torch")
+    library = pytest.importorskip("safetensors.torch")
+    arrays = {
+        "b": np.ones((2, 3), np.float32).T,
+        "a": np.float32([1, 2]),
+        "empty": np.ones((0, 3), np.float32),
+        "ü": np.ones(3, np.float32),
+    }
+    export.write_safetensors(tmp_path / "ours", arrays)
+    tensors = {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
+    library.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"pool": "avg"},
+        {"pool": "avg", "fc_norm": True},
+        {"pool": "avg", "class_token": False},
+        {"dist_token": True, "pool": "dist_avg"},
+        {"layer_scale": 1e-5, "no_embed_class": True, "num_registers": 3},
+        {"pre_norm": True, "patch_bias": False, "gelu": "quick", "norm_eps": 1e-5},
+        {"qkv_bias": False, "num_classes": 0},
+        {"image_size": (32, 48), "gelu": "tanh"},
+    ],
+    ids=str,
+)
+def test_the_call_that_is_told_builds_the_module_in_timm(changes, tmp_path, monkeypatch):
+    timm = pytest.importorskip("timm")
+    torch = pytest.importorskip("torch")
+    safetensors = pytest.importorskip("safetensors")
+    pytest.importorskip("safetensors.torch")
+    config = ViTConfig(**{**dict(zip(ViTConfig.__dataclass_fields__, SIZE, strict=False)), **changes})
+    told = export.write_timm(tmp_path / "out.safetensors", config, params(config))
+    program = told.removeprefix("in PyTorch: ")
+    names = {"timm": timm, "torch": torch, "functools": functools, "safetensors": safetensors}
+    monkeypatch.chdir(tmp_path)
+    exec(program, names)
+    model = names["model"]
+    images = torch.zeros(1, 3, *config.image_size)
+    assert model.eval()(images).shape[-1] == (config.num_classes or config.embed_dim)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_the_image_processor_says_the_same_pixels(name, tmp_path):
+    pixels = PRESETS[name]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(export.to_image_processor(pixels)))
+    read = read_sidecar(tmp_path / "model.safetensors").preprocess
+    assert read is not None
+    assert read.resize_size == pixels.resize_size
+    assert replace(read, crop_pct=pixels.crop_pct) == pixels
+
+
+def test_pixels_that_no_processor_can_say_are_told(tmp_path):
+    for pixels in (Preprocess(crop_mode="border", image_size=(32, 32)), Preprocess(image_size=(32, 48))):
+        assert export.to_image_processor(pixels) is None
+    told = export.write_huggingface(
+        tmp_path / "out", PLAIN, params(PLAIN), Preprocess((32, 32), crop_mode="border"), None
+    )
+    assert "no preprocessor_config.json: it cannot say bicubic" in told
+    assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
+    told = export.write_huggingface(tmp_path / "bare", PLAIN, params(PLAIN), None, None)
+    assert "pass --preprocess for one" in told
+
+
+def test_weights_alone_may_be_written_for_transformers(tmp_path):
+    told = export.write_huggingface(tmp_path / "vit.safetensors", PLAIN, params(PLAIN), None, None)
+    assert told == "the weights of transformers.ViTForImageClassification, without its config.json"
+    assert os.listdir(tmp_path) == ["vit.safetensors"]
+
+
+def test_class_names_go_along(tmp_path):
+    names = ("ant", "bee", "cat", "dog", "elk")
+    export.write_huggingface(tmp_path / "out", PLAIN, params(PLAIN), Preprocess((32, 32)), names)
+    assert read_sidecar(tmp_path / "out" / "model.safetensors").class_names == names
+
+
+@pytest.mark.parametrize(
+    ("changes", "lacks"),
+    [
+        ({"pool": "avg"}, "average pooling"),
+        ({"pre_norm": True}, "norm in front of the blocks"),
+        ({"patch_bias": False}, "without a bias"),
+        ({"representation_size": 8}, "layer in front of the head"),
+        ({"num_registers": 2}, "registers without LayerScale"),
+        ({"pool": "token_avg"}, "without LayerScale"),
+        ({"layer_scale": 1.0, "mlp_dim": 300}, "MLP 2.34375 times as wide"),
+        ({"image_size": (32, 48)}, "not square"),
+    ],
+)
+def test_what_transformers_cannot_hold_is_refused(changes, lacks, tmp_path):
+    config = ViTConfig(**{**dict(zip(ViTConfig.__dataclass_fields__, SIZE, strict=False)), **changes})
+    with pytest.raises(InputError, match=lacks):
+        export.write_huggingface(tmp_path / "out", config, params(config), None, None)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "changes", [{"representation_size": 8}, {"pool": "token_avg"}, {"patch_bias": False}, {"dist_token": True}], ids=str
+)
+def test_what_timm_cannot_hold_is_refused(changes, tmp_path):
+    config = ViTConfig(*SIZE, **changes)
+    with pytest.raises(InputError, match="it cannot hold this model"):
+        export.write_timm(tmp_path / "out.safetensors", config, params(config))
+    assert os.listdir(tmp_path) == []
+
+
+def test_only_what_it_writes_is_replaced(tmp_path):
+    folder, file = tmp_path / "folder", tmp_path / "file.safetensors"
+    folder.mkdir()
+    (folder / "thesis.txt").write_text("")
+    file.write_bytes(b"")
+    for out, to in ((folder, "hf"), (file, "timm"), (file, "hf")):
+        with pytest.raises(InputError, match="exists already"):
+            export.check_target(str(out), to, overwrite=False)
+    with pytest.raises(InputError, match="is not what --to writes"):
+        export.check_target(str(folder), "hf", overwrite=True)
+    assert export.check_target(str(file), "timm", overwrite=True) == file
+    (folder / "config.json").write_text("{}")
+    assert export.check_target(str(folder), "hf", overwrite=True) == folder
+
+
+def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(InputError, match="cannot be written: No space left on device"):
+        export.write_timm(tmp_path / "out.safetensors", CONFIG, params(CONFIG))
+    assert os.listdir(tmp_path) == []
+
+
+def test_google_files_come_out_in_the_keys_of_timm():
+    arrays = in_layout("Google vision_transformer", PLAIN)
+    there = export._invert(export.TIMM, assemble(translate(arrays), PLAIN, (4, 4)).params, skip="fc_norm.")
+    query = arrays["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/kernel"]
+    np.testing.assert_array_equal(there["blocks.1.attn.qkv.weight"][:128], query.reshape(128, 128).T)

@@ -1,0 +1,73 @@
+"""Small weight files in timm's layout, written from the table of timm's own names and shapes."""
+
+import numpy as np
+
+from fcvit_jax.checkpoint import abstract_params, leaf_shapes
+from fcvit_jax.convert.layouts import LAYOUTS
+from fcvit_jax.models.vit import ViTConfig
+
+# 2 layers, 128 wide (a width whose heads cannot be told), 4x4 patches of 8 pixels.
+CONFIG = ViTConfig((32, 32), 8, 128, 2, 2, 256, num_classes=5)
+
+
+def state_dict(config=CONFIG, seed=0):
+    rng = np.random.default_rng(seed)
+    width, mlp = config.embed_dim, config.mlp_dim
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, config.num_tokens, width),
+        "patch_embed.proj.weight": (width, 3, config.patch_size, config.patch_size),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+        "head.weight": (config.num_classes, width),
+        "head.bias": (config.num_classes,),
+    }
+    for block in range(config.depth):
+        for name, shape in {
+            "norm1.weight": (width,),
+            "norm1.bias": (width,),
+            "attn.qkv.weight": (3 * width, width),
+            "attn.qkv.bias": (3 * width,),
+            "attn.proj.weight": (width, width),
+            "attn.proj.bias": (width,),
+            "norm2.weight": (width,),
+            "norm2.bias": (width,),
+            "mlp.fc1.weight": (mlp, width),
+            "mlp.fc1.bias": (mlp,),
+            "mlp.fc2.weight": (width, mlp),
+            "mlp.fc2.bias": (width,),
+        }.items():
+            shapes[f"blocks.{block}.{name}"] = shape
+    return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def in_layout(name, config, seed=0):
+    """Random arrays under the keys of one of our layouts, as a file of a configuration would hold them.
+
+    Written from the tables, so that it shows that a table can be followed both ways; that the tables are right is for
+    the real libraries to say.
+    """
+    layout = next(layout for layout in LAYOUTS if layout.name == name)
+    rng = np.random.default_rng(seed)
+    leaves, filled, arrays = leaf_shapes(abstract_params(config)), set(), {}
+    for pattern, (target, transform) in layout.table.items():
+        path, _, part = target.partition(":")
+        shape = leaves.get(path.replace("#", "0"))
+        if shape is None or target in filled or pattern.startswith("norm." if config.fc_norm else "fc_norm."):
+            continue
+        if part:
+            shape = (*shape[:-1], shape[-1] // 3)
+        heads = config.num_heads
+        shape = {
+            "linear": shape[::-1],
+            "conv": shape[:1:-1] + shape[:2],
+            "heads": (*shape[:-1], heads, shape[-1] // heads),
+            "merge": (heads, shape[0] // heads, shape[-1]),
+        }.get(transform, shape)
+        blocks = range(config.depth) if "#" in pattern else [0]
+        stacked = (config.depth,) if "#" in target and "#" not in pattern else ()
+        for block in blocks:
+            arrays[pattern.replace("#", str(block))] = rng.standard_normal((*stacked, *shape), np.float32) * 0.05
+        filled.add(target)
+    return arrays

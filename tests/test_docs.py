@@ -1,0 +1,149 @@
+"""The commands of docs/conversion.md, run as written on files made here; what the network has stands in the caches."""
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fcvit_jax as fc
+from fcvit_jax.convert import fetch
+from fcvit_jax.convert.__main__ import main
+from fcvit_jax.convert.export import write_safetensors
+from states import in_layout
+
+DOCS = Path(__file__).parents[1] / "docs" / "conversion.md"
+COMMANDS = re.findall(r"`(python -m fcvit_jax\.convert (?!SRC|--inspect).*?)`", DOCS.read_text())
+
+TINY = replace(fc.zoo.get("vit_tiny_patch16_224").config, depth=2, num_classes=10)
+BACKBONE = replace(TINY, num_classes=0)
+PIXELS = {"size": {"height": 224, "width": 224}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+HUGGINGFACE = {"model_type": "vit", "num_attention_heads": 3, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
+TIMM_HUB = {
+    "architecture": "vit_tiny_patch16_224",
+    "pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3},
+}
+
+
+def zoo(name):
+    return fc.zoo.get(name).config
+
+
+def save(path, arrays, wrapper=None):
+    """In the format that the name tells."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        write_safetensors(path, arrays)
+    elif path.suffix == ".npz":
+        np.savez(path, **arrays)
+    else:
+        torch = pytest.importorskip("torch")
+        tensors = {name: torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        torch.save({wrapper: tensors} if wrapper else tensors, path)
+
+
+def huggingface(config=TINY):
+    arrays = in_layout("Hugging Face ViT", config)
+    return {key if key.startswith("classifier") else f"vit.{key}": array for key, array in arrays.items()}
+
+
+def save_huggingface(folder):
+    save(folder / "model.safetensors", huggingface())
+    (folder / "config.json").write_text(json.dumps(HUGGINGFACE))
+    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+
+
+def in_hub_cache(home, repository):
+    folder = home / "hub" / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("0" * 40)
+    return folder / "snapshots" / ("0" * 40)
+
+
+def make(source, home):
+    """The file that a command reads, by its name."""
+    here = Path(source)
+    scaled = dict(layer_scale=1e-5)
+    if source == "my_hf_model":
+        save_huggingface(here)
+    elif source.startswith("hf-hub:timm/"):
+        folder = in_hub_cache(home, source.removeprefix("hf-hub:"))
+        save(folder / "model.safetensors", in_layout("timm", replace(TINY, depth=12)))
+        (folder / "config.json").write_text(json.dumps(TIMM_HUB))
+    elif source.startswith("hf-hub:"):
+        save_huggingface(in_hub_cache(home, source.removeprefix("hf-hub:")))
+    elif source.startswith(("deit3", "https:")):
+        url = source if "://" in source else fc.zoo.get(source).source
+        cached = home / "cache" / f"{fetch._short_hash(url)}-{url.split('/')[-1]}"
+        save(cached, in_layout("DeiT-III", zoo("deit3_small_patch16_224")), "model")
+    elif source == "model_best.pth.tar":
+        save(here.with_suffix(".pth"), in_layout("timm", TINY), "state_dict_ema")
+        here.with_suffix(".pth").rename(here)
+    elif source == "deit_tiny.pth":
+        save(here, in_layout("timm", zoo("deit_tiny_patch16_224")), "model")
+    elif source == "dino_vitsmall16.pth":
+        save(here, in_layout("timm", BACKBONE))
+    elif source.startswith("dinov2"):
+        config = zoo("vit_small_patch14_reg4_dinov2")
+        arrays = in_layout("DINOv2 with registers", config)
+        arrays["pos_embed"] = np.zeros((1, 37 * 37 + 1, 384), np.float32)
+        save(here, arrays | {"mask_token": np.zeros((1, 384), np.float32)})
+    elif source == "mae_finetuned.pth":
+        save(here, in_layout("timm", replace(TINY, pool="avg", fc_norm=True)), "model")
+    elif source == "clip_tower.safetensors":
+        save(here, in_layout("timm", replace(TINY, pre_norm=True, patch_bias=False)))
+    elif source == "vit_b_32.pth":
+        save(here, in_layout("torchvision", zoo("vit_base_patch32_224")))
+    elif source == "vit_swag.pth":
+        save(here, in_layout("torchvision", replace(TINY, image_size=(384, 384))))
+    elif source in ("S_16.npz", "ViT-B_32.npz"):
+        config = TINY if source[0] == "S" else zoo("vit_base_patch32_224")
+        save(here, in_layout("Google vision_transformer", config))
+    elif source == "vit_s16_in1k_90ep.npz":
+        config = replace(TINY, class_token=False, pool="avg", representation_size=192)
+        arrays = in_layout("big_vision", config)
+        del arrays["pos_embedding"]
+        save(here, {f"params/{key}": array for key, array in arrays.items()})
+    elif source.startswith("sharded/"):
+        save_huggingface(here.parent)
+        arrays = huggingface()
+        names = sorted(arrays)
+        (here.parent / "model.safetensors").unlink()
+        shards = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
+        for shard, keys in shards.items():
+            save(here.parent / shard, {key: arrays[key] for key in keys})
+        index = {"weight_map": {key: shard for shard, keys in shards.items() for key in keys}}
+        here.write_text(json.dumps(index))
+    elif source == "vit":
+        save(Path("model.safetensors"), in_layout("timm", TINY))
+        main(["model.safetensors", "vit", "--preprocess", "timm/augreg"])
+    else:
+        save(here, in_layout("timm", replace(TINY, **scaled)))
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.removeprefix("python -m fcvit_jax.convert "))
+def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    source, out, *flags = shlex.split(command)[3:]
+    if source.startswith("hf-hub:"):
+        constants = pytest.importorskip("huggingface_hub.constants")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setenv("FCVIT_JAX_CACHE", str(tmp_path / "home" / "cache"))
+    make(source, tmp_path / "home")
+    main([source, out, *flags])
+    assert Path(out).exists()
+    if "--to" in flags:
+        assert "in PyTorch: " in capsys.readouterr().out
+    else:
+        loaded = fc.load_checkpoint(out)
+        assert loaded.config.num_classes == (0 if "dino" in source else loaded.params["head"]["bias"].size)
+        assert loaded.preprocess.image_size == loaded.config.image_size
+
+
+def test_there_is_a_command_for_every_kind_of_source():
+    assert len(COMMANDS) == 22
+    assert len(set(COMMANDS)) == 22
