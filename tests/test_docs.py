@@ -76,7 +76,7 @@ def make(source, home):
     elif source.startswith("hf-hub:"):
         save_huggingface(in_hub_cache(home, source.removeprefix("hf-hub:")))
     elif source.startswith(("deit3", "https:")):
-        url = source if "://" in source else fc.zoo.get(source).source
+        url = source if "://" in source else str(fc.zoo.get(source).source)
         cached = home / "cache" / f"{fetch._short_hash(url)}-{url.split('/')[-1]}"
         save(cached, in_layout("DeiT-III", zoo("deit3_small_patch16_224")), "model")
     elif source == "model_best.pth.tar":

@@ -15,16 +15,16 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from tqdm import tqdm
 
+from fcvit_jax.convert.hub import WEIGHTS, fetch_from_hub
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.models import zoo
 
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 
 _TIMEOUT = 30  # seconds without a byte
@@ -48,7 +48,7 @@ def locate(source: str, sha256: str | None = None, check: Callable[[Path], objec
         return Path(source)
     if source.startswith("hf-hub:"):
         with naming(source):
-            return _fetch_from_hub(source)
+            return fetch_from_hub(source)
     if "://" in source:
         return download(source, sha256, check)
     if source in zoo.names() and (address := zoo.get(source).source):
@@ -68,7 +68,7 @@ def weight_file(directory: Path) -> Path:
         names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
     except OSError as error:
         raise InputError(f"{directory} cannot be read ({error.strerror}): check the path") from error
-    found = [name for name in _WEIGHTS if name in names][:1] or [name for name in names if name.endswith(_SUFFIXES)]
+    found = [name for name in WEIGHTS if name in names][:1] or [name for name in names if name.endswith(_SUFFIXES)]
     if not found:
         held = ", ".join(map(repr, names[:8])) or "no files"
         raise InputError(f"{directory} holds {held}, no weights ({', '.join(_SUFFIXES)}): name the right directory")
@@ -330,67 +330,3 @@ def _short_hash(text: str) -> str:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fetch_from_hub(source: str) -> Path:
-    """The weights of a repository, or their index, in a snapshot that has the shards and the JSON files too."""
-    if not (found := re.fullmatch(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)):
-        raise InputError("not of the form hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION")
-    try:
-        from huggingface_hub import errors, hf_hub_download
-    except ImportError as error:
-        raise InputError("needs the package huggingface_hub: pip install 'fcvit-jax[hub]'") from error
-    repository, revision = found.groups()
-    refusals = {
-        errors.RevisionNotFoundError: f"the repository has no revision {revision}: check it",
-        errors.GatedRepoError: "is gated: ask for access on its page of the hub, then run `hf auth login`",
-        errors.RepositoryNotFoundError: "no such repository, or a private one: check it, or run `hf auth login`",
-        errors.HFValidationError: "is no name of a repository: check it",
-    }
-    unreachable = None
-
-    def fetch(name: str) -> Path | None:
-        nonlocal revision, unreachable
-        try:
-            # Once the hub has not been reached, what is cached is all there is: no further waiting for it.
-            path = Path(hf_hub_download(repository, name, revision=revision, local_files_only=unreachable is not None))
-        except errors.LocalEntryNotFoundError as error:
-            unreachable = unreachable or error
-            return None
-        except errors.EntryNotFoundError:
-            return None
-        except Exception as error:  # of whatever HTTP library huggingface_hub is built on by now, or of the disk
-            told = "".join(filter(str.isprintable, f"{type(error).__name__}: {error}"))[:300]
-            told = f"the hub cannot be used ({told}): check the network, the token and the disk"
-            told = next((text for kind, text in refusals.items() if isinstance(error, kind)), told)
-            raise InputError(told) from error
-        revision = path.parent.name  # whatever else is fetched is of the same commit
-        return path
-
-    # The JSON files first: if the connection breaks after them, the missing weights tell; they themselves are optional.
-    for name in ("config.json", "preprocessor_config.json"):
-        fetch(name)
-    path = next(filter(None, map(fetch, _WEIGHTS)), None)
-    shards = _shards(path) if path and path.suffix == ".json" else []
-    missing = next((name for name in shards if not fetch(name)), None)
-    if path and not missing:
-        return path
-    if unreachable:
-        offline = isinstance(unreachable.__cause__, errors.OfflineModeIsEnabled)
-        mend = "HF_HUB_OFFLINE is set: unset it" if offline else "the hub cannot be reached: check the network"
-        raise InputError(f"the cache lacks {repr(missing) if missing else 'its weights'}, and {mend}")
-    if path:
-        raise InputError(f"its {path.name} names {missing!r}, which is not there: name another repository or revision")
-    raise InputError(f"the repository has none of {', '.join(_WEIGHTS)}: name another, or the file's https:// address")
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"its {index.name} is damaged: name another repository or revision") from error
-    for name in names:
-        # A file may not choose what is fetched from elsewhere, on any system.
-        if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
-            raise InputError(f"its {index.name} names {str(name)[:100]!r}, which is no plain file name")
-    return names

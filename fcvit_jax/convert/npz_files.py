@@ -76,12 +76,13 @@ def _read_npy(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarra
         raise InputError(f"has {name!r} in dtype {str(dtype)[:50]}, which is not read: save it as float32")
     content = content[head.tell() :]
     if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(content):
-        raise InputError(f"is damaged ({name!r} has {len(content)} bytes for shape {str(shape)[:100]}): download it again")
+        raise InputError(
+            f"is damaged ({name!r} has {len(content)} bytes for shape {str(shape)[:100]}): download it again"
+        )
     array = content.view(dtype)
     if not dtype.isnative:
         array = array.byteswap(inplace=array.flags.writeable)  # mapped bytes are not
     array = array.view(target)
-    array = array if array.flags.aligned else array.copy()
     return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
 
 

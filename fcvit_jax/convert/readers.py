@@ -38,7 +38,7 @@ class WeightFile:
     """Named arrays of one file, or of the several that an index names.
 
     `arrays` is in the files' order and in the files' dtypes: nothing is upcast. Arrays may be read-only, may be views
-    of the memory-mapped file, share memory where the file's tensors do, and need not be contiguous.
+    of the memory-mapped file, share memory where the file's tensors do, and need not be contiguous or aligned.
     """
 
     path: Path
@@ -219,9 +219,9 @@ def _read_safetensors(data: mmap.mmap) -> dict[str, np.ndarray]:
         raise InputError("is damaged (its header is not an object): download it again")
     header.pop("__metadata__", None)
     content = np.frombuffer(data, np.uint8)[8 + length :]
-    views = {name: _safetensor(name, entry, content) for name, entry in header.items()}
-    check_total(sum(view.nbytes for view in views.values()), len(data))
-    return {name: view if view.flags.aligned else view.copy() for name, view in views.items()}
+    arrays = {name: _safetensor(name, entry, content) for name, entry in header.items()}
+    check_total(sum(array.nbytes for array in arrays.values()), len(data))
+    return arrays
 
 
 def _safetensor(name: str, entry: dict[str, Any], content: np.ndarray) -> np.ndarray:

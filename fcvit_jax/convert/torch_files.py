@@ -177,15 +177,16 @@ def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, ema: bool) -> Cont
         raise InputError("is a TorchScript archive: export its state_dict with torch.save(module.state_dict())")
     if any(member.compress_type != zipfile.ZIP_STORED for member in archive.infolist()):
         raise InputError("has compressed members, which torch.save does not write: save it again")
+    order = map_member(archive, f"{root}byteorder", data).tobytes() if f"{root}byteorder" in names else b"little"
+    if order not in (b"little", b"big"):
+        raise InputError("is damaged (its byte order is unknown): download it again")
 
     @functools.cache
     def load(key: str | int) -> np.ndarray:
         content = map_member(archive, f"{root}data/{key}", data)
-        return content if content.ctypes.data % 16 == 0 else content.copy()  # aligned for the largest number
+        fits = content.ctypes.data % 16 == 0 or order == b"big"  # aligned for the largest number, or copied below
+        return content if fits else content.copy()
 
-    order = map_member(archive, f"{root}byteorder", data).tobytes() if f"{root}byteorder" in names else b"little"
-    if order not in (b"little", b"big"):
-        raise InputError("is damaged (its byte order is unknown): download it again")
     tree = _Unpickler(io.BytesIO(map_member(archive, f"{root}data.pkl", data).data)).load()
     arrays, wrapper, skipped = _build_arrays(tree, load, len(data), ema)
     if order == b"big":

@@ -196,7 +196,8 @@ def _numbers(pieces: list[Piece]) -> np.ndarray:
             raise InputError(f"{piece.key!r} is {piece.source_shape} in the file, {pieces[0].key!r} is not")
     if not pieces[0].array.ndim:
         return pieces[0].array.astype(np.float32)
-    value = np.concatenate([piece.array for piece in pieces], axis=-1, dtype=np.float32, casting="unsafe")
+    aligned = [np.require(piece.array, requirements="A") for piece in pieces]
+    value = np.concatenate(aligned, axis=-1, dtype=np.float32, casting="unsafe")
     if not np.isfinite(value).all():
         bad = next(piece.key for piece in pieces if not np.isfinite(piece.array.astype(np.float32)).all())
         raise InputError(f"{bad!r} holds values that are not finite: the file is damaged")
@@ -220,7 +221,8 @@ def _positions(
         patches = resample(patches.reshape(*grid, width), config.grid, convention).reshape(1, -1, width)
         remark = (
             f"position embedding {grid[0]}x{grid[1]}, the model's grid {config.grid[0]}x{config.grid[1]}: resampled "
-            f"({RESAMPLINGS[convention]}); weights lose accuracy away from their own image size"
+            f"({RESAMPLINGS[convention]}); weights lose accuracy away from their own size: leave --image_size out to "
+            "keep it"
         )
     if config.no_embed_class and prefix:
         return patches, head[:, :1], remark

@@ -38,7 +38,7 @@ def values() -> dict[str, np.ndarray]:
         "module.patch_embed.proj.weight": random_state.standard_normal((96, 3, 8, 8)).astype(np.float32),
         "module.blocks.0.attn.qkv.weight": random_state.standard_normal((288, 96)).astype(np.float16).T,
         "module.cls_token": random_state.standard_normal((1, 1, 48)),
-        "module.steps": np.int64(7),
+        "module.steps": np.array(7, np.int64),
         "module.mask": np.array([True, False]),
         "module.none": np.empty((0, 3), np.float32),
     }
@@ -126,7 +126,7 @@ def damage(rng: random.Random, content: bytes, donor: bytes) -> bytes:
             return content[:i] + number + content[i + len(number) :]
         case 7:
             number = str(rng.choice((-1, 0, 1, 2**31, 2**63, 10**30, 1e99, rng.randrange(10**5)))).encode()
-            begin, end = NUMBER.search(content, i).span()
+            begin, end = next(NUMBER.finditer(content, i)).span()
             return content[:begin] + number + content[end:]
         case 8:
             return content + rng.choice((rng.randbytes(99), donor, content, bytes(999)))

@@ -1,3 +1,5 @@
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -11,8 +13,10 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.models.vit import ViTConfig
 from states import in_layout, state_dict
 
-EXTRAS = dict(dist_token=True, num_registers=2, layer_scale=1.0, pre_norm=True, representation_size=8, pool="dist_avg")
-EVERYTHING = ViTConfig((32, 32), 8, 64, 2, 2, **EXTRAS)
+EXTRAS: dict[str, Any] = dict(
+    dist_token=True, num_registers=2, layer_scale=1.0, pre_norm=True, representation_size=8, pool="dist_avg"
+)
+EVERYTHING = ViTConfig((32, 32), 8, 64, 2, 2, representation_size=8, **EXTRAS)
 
 
 def test_every_row_leads_to_a_leaf():

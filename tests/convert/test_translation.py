@@ -219,3 +219,16 @@ def test_what_the_zoo_knows_fits_a_file_of_the_model():
     config = zoo.get("deit_tiny_patch16_224").config
     known = {name: value for name, value in config.to_dict().items() if name not in ("image_size", "num_classes")}
     assert infer(state_dict(config), known) == config
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float16, bfloat16])
+def test_arrays_need_not_be_aligned(dtype):
+    def shift(array):
+        memory = np.zeros(array.nbytes + 1, np.uint8)
+        memory[1:] = np.frombuffer(array.tobytes(), np.uint8)
+        return memory[1:].view(array.dtype).reshape(array.shape)
+
+    arrays = {name: value.astype(dtype) for name, value in state_dict().items()}
+    shifted = {name: shift(value) for name, value in arrays.items()}
+    assert not shifted["norm.bias"].flags.aligned
+    jax.tree.map(np.testing.assert_array_equal, convert(shifted).params, convert(arrays).params)

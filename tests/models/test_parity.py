@@ -13,7 +13,8 @@ torch = pytest.importorskip("torch")
 timm = pytest.importorskip("timm")
 pytest.importorskip("safetensors")
 import reference  # noqa: E402
-from fcvit_jax.convert import layouts  # noqa: E402
+from fcvit_jax.convert.geometry import infer_config  # noqa: E402
+from fcvit_jax.convert.translation import assemble, translate  # noqa: E402
 from fcvit_jax.data.preprocess import decode, preset  # noqa: E402
 from fcvit_jax.models.schedule import Global, Local, MergeSchedule  # noqa: E402
 from fcvit_jax.models.vit import ViT  # noqa: E402
@@ -27,8 +28,9 @@ SCHEDULES = {
 
 def convert(trained: Any, **asked) -> tuple[Any, Any]:
     arrays = {key: value.numpy() for key, value in trained.state_dict().items()}
-    config = layouts.infer_config(arrays, **asked)
-    return config, layouts.convert_arrays(arrays, config).params
+    translation = translate(arrays)
+    config, grid = infer_config(translation, {}, "", asked)
+    return config, assemble(translation, config, grid).params
 
 
 def run(config, params, images, schedule=None, dtype=jnp.float32):
@@ -46,7 +48,7 @@ def clothing():
     paths = [sorted(place.iterdir())[0] for place in sorted(folder.iterdir())][:6]
     pixels = np.stack([preprocess(decode(path.read_bytes(), path.name)) for path in paths])
     images = torch.from_numpy(np.array(preprocess.normalize(pixels))).permute(0, 3, 1, 2)
-    return model, *convert(model, model="vit_small_patch14_dinov2", image_size=(224, 224)), images
+    return model, *convert(model), images
 
 
 def test_dense_logits_on_real_photos_equal_timm(clothing):
@@ -128,20 +130,10 @@ def build(name):
 @pytest.mark.parametrize(
     "stages", ["dense", "local:2:r12:w2x2,global:2:r7", "local:1:r16:w4x4,local:2:r8:w2x2,global:1:r5"]
 )
-def test_small_models_equal_timm_and_the_reference(name, stages, monkeypatch):
+def test_small_models_equal_timm_and_the_reference(name, stages):
     model = build(name)
-    eps = 1e-5 if name == "clip" else 1e-6
-    if name == "clip":  # no published name has this size: the name gives what the file does not tell
-        from fcvit_jax.models import zoo
-
-        odd = zoo.ViTConfig((64, 64), 8, 48, 4, 3, 192, num_classes=11, pre_norm=True, patch_bias=False, norm_eps=1e-5)
-        monkeypatch.setitem(zoo.ARCHITECTURES, "small_clip", odd)
-        config, params = convert(model, model="small_clip")
-    else:
-        config, params = convert(model, num_heads=3)
-    assert config.norm_eps == eps
-    if name in ("quick", "tanh"):
-        config = replace(config, gelu=name)
+    asked = {"num_heads": 3, "gelu": name if name in ("quick", "tanh") else "exact"}
+    config, params = convert(model, **asked, norm_eps=model.norm_pre.eps if name == "clip" else 1e-6)
     images = torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
     schedule = MergeSchedule.parse(stages, 4)
     if stages == "dense":
