@@ -1,10 +1,10 @@
 """Repositories of the Hugging Face hub, by huggingface_hub."""
 
-import json
 import re
-from pathlib import Path, PureWindowsPath
+from pathlib import Path
 
-from fcvit_jax.errors import InputError
+from fcvit_jax.convert.readers import parse_index
+from fcvit_jax.errors import InputError, naming
 
 # As transformers saves them; the first that is there is taken.
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -53,7 +53,10 @@ def fetch_from_hub(source: str) -> Path:
     for name in ("config.json", "preprocessor_config.json"):
         fetch(name)
     path = next(filter(None, map(fetch, WEIGHTS)), None)
-    shards = _shards(path) if path and path.suffix == ".json" else []
+    shards = []
+    if path and path.suffix == ".json":
+        with naming(f"its {path.name}"):
+            shards = sorted(parse_index(path.read_bytes()))
     missing = next((name for name in shards if not fetch(name)), None)
     if path and not missing:
         return path
@@ -64,15 +67,3 @@ def fetch_from_hub(source: str) -> Path:
     if path:
         raise InputError(f"its {path.name} names {missing!r}, which is not there: name another repository or revision")
     raise InputError(f"the repository has none of {', '.join(WEIGHTS)}: name another, or the file's https:// address")
-
-
-def _shards(index: Path) -> list[str]:
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise InputError(f"its {index.name} is damaged: name another repository or revision") from error
-    for name in names:
-        # A file may not choose what is fetched from elsewhere, on any system.
-        if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
-            raise InputError(f"its {index.name} names {str(name)[:100]!r}, which is no plain file name")
-    return names

@@ -134,7 +134,7 @@ def _read(path: Path, kind: str, data: mmap.mmap, ema: bool) -> tuple[str, Conte
 
 def _read_shards(path: Path, data: mmap.mmap, ema: bool, files: dict[str, str]) -> tuple[str, Contents]:
     """Join the files that an index names, and enter them in `files`."""
-    shards = _parse_index(data)
+    shards = parse_index(data[:_MAX_HEADER])
     if missing := [name for name in shards if not (path.parent / name).exists()]:
         raise InputError(
             f"needs the shard {missing[0]!r} beside it ({len(missing)} of {len(shards)} are missing): download it too"
@@ -159,11 +159,15 @@ def _read_shards(path: Path, data: mmap.mmap, ema: bool, files: dict[str, str]) 
     return ", ".join([*formats, count]), (arrays, ", ".join(filter(None, wrappers)) or None, tuple(skipped))
 
 
-def _parse_index(data: mmap.mmap) -> dict[str, set[str]]:
-    """The names of the shards, and those of the tensors in each."""
-    if len(data) > _MAX_HEADER:
-        raise InputError(f"is damaged (an index of {len(data)} bytes): download it again")
-    index = json.loads(data[:])
+def parse_index(data: bytes) -> dict[str, set[str]]:
+    """The names of the shards in an index.json, and of the tensors in each.
+
+    Raises InputError, without the name of the index, where it is damaged or names a file elsewhere.
+    """
+    try:
+        index = json.loads(data)
+    except ValueError as error:
+        raise InputError(f"is damaged ({error}): download it again") from error
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not places:
         raise InputError("is damaged (its weight_map names no tensors): download it again")

@@ -752,7 +752,7 @@ def test_hub_shards(hub):
 def test_hub_bad_index(hub, index):
     hub.repositories["timm/vit"] = {"pytorch_model.bin.index.json": index.encode()}
     refuse(
-        "hf-hub:timm/vit: its pytorch_model.bin.index.json (is damaged|names .* no plain file name)",
+        "hf-hub:timm/vit: its pytorch_model.bin.index.json: (is damaged|names .* no plain file name)",
         locate,
         "hf-hub:timm/vit",
     )
