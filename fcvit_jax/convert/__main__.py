@@ -16,6 +16,7 @@ beside a file of timm's or Hugging Face's; otherwise --preprocess does.
 """
 
 import argparse
+import hashlib
 import math
 import re
 from collections import Counter
@@ -226,8 +227,11 @@ def _class_names(source: Source, args: argparse.Namespace, config: ViTConfig) ->
 
 def _provenance(source: Source, converted: Converted) -> dict[str, Any]:
     weights = source.weights
+    digests = list(weights.files.values())
     return {
         "source": weights.path.name,
+        # Of several files, the digest of their digests: one string that tells these weights from others.
+        "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         "files": weights.files,
         "format": weights.format,
         "layout": source.translation.layout.name,
