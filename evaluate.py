@@ -9,6 +9,7 @@ Writes results.jsonl, results.csv and pareto.png into the working directory, and
 
 import contextlib
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,9 @@ def check_classes(source: Source, checkpoint: Checkpoint) -> None:
         raise InputError(f"{checkpoint.path} has no head: it gives features, not classes")
     if (there := len(source.class_names)) != classes:
         raise InputError(f"{source.spec} has {there} classes, the head of {checkpoint.path} has {classes}")
+    wnids = [bool(re.fullmatch(r"n\d{8}", name)) for name in (source.class_names[0], *(names or [])[:1])]
+    if wnids == [True, False] and classes == 1000 and list(source.class_names) == sorted(source.class_names):
+        return  # the 1,000 synsets of ImageNet in their order, which the model has by their names
     if names and list(source.class_names) != names:
         ours, theirs = next(pair for pair in zip(names, source.class_names, strict=True) if pair[0] != pair[1])
         raise InputError(

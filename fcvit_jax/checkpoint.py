@@ -27,6 +27,7 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.models.vit import ViT, ViTConfig
 
 FORMAT = 1
+ENTRIES = frozenset({"meta.json", "params"})  # of a checkpoint directory
 PACKAGED = Path(__file__).parent / "pretrained"
 
 
@@ -116,14 +117,17 @@ def save_checkpoint(
     return path
 
 
-def check_target(path: str | Path, overwrite: bool) -> Path:
-    """The path, if a checkpoint may be written there; otherwise InputError. To be called before any long work."""
+def check_target(path: str | Path, overwrite: bool, entries: frozenset[str] = ENTRIES) -> Path:
+    """The path, if a directory of these entries may be written there; to be called before any long work.
+
+    Raises InputError where there is something already; with `overwrite`, where there is anything but those entries.
+    """
     path = Path(path).expanduser().resolve()
-    empty = path.is_dir() and not any(path.iterdir())
-    if path.exists() and not empty and not overwrite:
-        raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace a checkpoint")
-    if path.exists() and not empty and not (path / "meta.json").is_file():
-        raise InputError(f"{path} exists and is not a checkpoint: it is not overwritten; choose another name")
+    there = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
+    if there and not overwrite:
+        raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
+    if odd := sorted(there - entries):
+        raise InputError(f"{path} is not overwritten: it holds more than is replaced ({odd[0]}); choose another name")
     writable_directory(path.parent)
     return path
 

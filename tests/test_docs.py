@@ -78,7 +78,8 @@ def make(source, home):
     elif source.startswith(("deit3", "https:")):
         url = source if "://" in source else str(fc.zoo.get(source).source)
         cached = home / "cache" / f"{fetch._short_hash(url)}-{url.split('/')[-1]}"
-        save(cached, in_layout("DeiT-III", zoo("deit3_small_patch16_224")), "model")
+        arrays = in_layout("timm", zoo("deit3_small_patch16_224"))
+        save(cached, {re.sub(r"ls(\d)\.gamma", r"gamma_\1", key): array for key, array in arrays.items()}, "model")
     elif source == "model_best.pth.tar":
         save(here.with_suffix(".pth"), in_layout("timm", TINY), "state_dict_ema")
         here.with_suffix(".pth").rename(here)
@@ -89,6 +90,7 @@ def make(source, home):
     elif source.startswith("dinov2"):
         config = zoo("vit_small_patch14_reg4_dinov2")
         arrays = in_layout("DINOv2 with registers", config)
+        arrays["register_tokens"] = arrays.pop("reg_token")
         arrays["pos_embed"] = np.zeros((1, 37 * 37 + 1, 384), np.float32)
         save(here, arrays | {"mask_token": np.zeros((1, 384), np.float32)})
     elif source == "mae_finetuned.pth":

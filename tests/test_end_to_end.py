@@ -13,8 +13,10 @@ import pytest
 from PIL import Image
 
 import evaluate
+import fcvit_jax as fc
 import train_sam
 from configs import digits_sam, eval_digits
+from fcvit_jax.data.sources import Record, Source
 from fcvit_jax.errors import InputError
 
 ROOT = Path(__file__).parents[1]
@@ -204,3 +206,21 @@ def test_the_script_stops_without_a_traceback(arguments, says, tmp_path):
     assert says in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_imagenets_synsets_are_the_classes_of_a_model_that_names_them(tmp_path):
+    wnids = tuple(f"n{index:08d}" for index in range(1000))
+    names = [f"thing {index}" for index in range(1000)]
+
+    def check(classes, known):
+        source = Source("folder:x", classes, 1, lambda index: Record(b"", 0, ""))
+        evaluate.check_classes(
+            source, fc.Checkpoint(tmp_path, fc.ViTConfig(), {}, fc.Preprocess(), {"class_names": known})
+        )
+
+    check(wnids, names)
+    check(wnids, list(wnids))
+    with pytest.raises(fc.InputError, match="its labels mean other classes"):
+        check(wnids, list(wnids[1:] + wnids[:1]))
+    with pytest.raises(fc.InputError, match="its labels mean other classes"):
+        check(wnids[::-1], names)

@@ -21,7 +21,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -79,6 +79,7 @@ def convert(args: argparse.Namespace) -> None:
     class_names = _class_names(source, args, config)
     with naming(source.weights.path):
         converted = assemble(source.translation, config, grid, args.pos_embed)
+    converted = replace(converted, remarks=(*_assumed(source, args, config), *converted.remarks))
     provenance = _provenance(source, converted)
     del source  # and with it the file's pages, before as many are needed to write
     if args.to == "timm":
@@ -139,17 +140,13 @@ def _read(args: argparse.Namespace) -> tuple[WeightFile, Sidecar | None]:
     """The weights behind SRC, and what our own checkpoint says of them."""
     if args.model:
         zoo.get(args.model)  # an unknown name is told before a large file is read
+    if args.src.startswith("packaged:"):
+        return _read_checkpoint(args.src)
     path = locate(args.src, args.sha256, lambda path: read_weights(path, args.ema))
-    if path.is_dir() and not any((path / name).is_file() for name in ("meta.json", "checkpoint/meta.json")):
-        path = weight_file(path)
     if path.is_dir():
-        checkpoint = load_checkpoint(path)
-        arrays: Any = traverse_util.flatten_dict(checkpoint.params, sep="/")
-        arrays = {name: np.asarray(value) for name, value in arrays.items()}
-        weights = WeightFile(path, "checkpoint", arrays, checkpoint.meta["files"], None, ())
-        names = checkpoint.meta["class_names"]
-        described = checkpoint.config.to_dict() | {"image_size": checkpoint.config.image_size}
-        return weights, Sidecar("fcvit_jax", (), described, checkpoint.preprocess, tuple(names) if names else None)
+        if any((path / name).is_dir() for name in ("params", "checkpoint/params")):
+            return _read_checkpoint(path)
+        path = weight_file(path)
     weights = read_weights(path, args.ema)
     expected = args.sha256 or expected_sha256(path.name)
     found = weights.files[path.name]
@@ -162,10 +159,27 @@ def _read(args: argparse.Namespace) -> tuple[WeightFile, Sidecar | None]:
     return weights, None
 
 
+def _read_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:
+    checkpoint = load_checkpoint(path)
+    leaves: Any = traverse_util.flatten_dict(checkpoint.params, sep="/")
+    arrays = {name: np.asarray(value) for name, value in leaves.items()}
+    weights = WeightFile(checkpoint.path, "checkpoint", arrays, checkpoint.meta["files"], None, ())
+    fields = checkpoint.config.to_dict() | {"image_size": checkpoint.config.image_size}
+    names, provenance = checkpoint.meta["class_names"], checkpoint.meta["provenance"]
+    return weights, Sidecar(
+        "fcvit_jax", (), fields, checkpoint.preprocess, tuple(names) if names else None, provenance=provenance
+    )
+
+
 def _understand(weights: WeightFile, sidecar: Sidecar | None, args: argparse.Namespace) -> Source:
-    with naming(weights.path):
-        translation = translate(weights.arrays)
-    if sidecar is None:
+    try:
+        with naming(weights.path):
+            translation = translate(weights.arrays)
+    except InputError:
+        if not sidecar:
+            read_sidecar(weights.path, ("huggingface",), pixels=False)  # may refuse the model by its name
+        raise
+    if not sidecar:
         whose = translation.layout.config_json
         sidecar = read_sidecar(weights.path, (whose,) if whose else (), pixels=not args.preprocess)
     name = args.model or (args.src if "." in args.src and args.src in zoo.names() else sidecar.architecture)
@@ -173,16 +187,15 @@ def _understand(weights: WeightFile, sidecar: Sidecar | None, args: argparse.Nam
 
 
 def _infer(source: Source, args: argparse.Namespace) -> tuple[ViTConfig, Grid | None]:
-    known, origins = {}, []
-    if source.model:
-        known = {name: value for name, value in asdict(source.model.config).items() if name not in _TOLD_BY_KEYS}
-        origins.append(f"a {source.model.name}")
+    stated = {}
+    if model := source.model:
+        config = asdict(model.config)
+        stated[f"a {model.name}"] = {name: config[name] for name in config if name not in _TOLD_BY_KEYS}
     if source.sidecar.fields:
-        known |= source.sidecar.fields
-        origins.append("what config.json describes")
+        stated["what config.json describes"] = source.sidecar.fields
     asked = {name: getattr(args, name) for name in _ASKED if getattr(args, name) is not None}
     with naming(source.weights.path):
-        return infer_config(source.translation, known, " or ".join(origins), asked)
+        return infer_config(source.translation, stated, asked)
 
 
 def _preprocess(source: Source, args: argparse.Namespace, config: ViTConfig) -> Preprocess | None:
@@ -193,11 +206,28 @@ def _preprocess(source: Source, args: argparse.Namespace, config: ViTConfig) -> 
     if source.model and source.model.preprocess:
         origin, known = source.model.name, source.model.preprocess
     if known and known.image_size != config.image_size:
+        if args.to:  # the file of weights goes without
+            return None
+        height, width = known.image_size
         raise InputError(
-            f"{origin} is for {known.image_size[0]}x{known.image_size[1]} pixels ({known}): another size needs "
-            "--preprocess too"
+            f"{origin} is for {height}x{width} pixels ({known}), the model for {config.image_size[0]}x"
+            f"{config.image_size[1]}: pass --image_size {height}x{width}, or --preprocess"
         )
     return known
+
+
+def _assumed(source: Source, args: argparse.Namespace, config: ViTConfig) -> tuple[str, ...]:
+    """What neither the file nor a name nor JSON tells, and the conversion goes on without."""
+    remarks = []
+    pixels = source.sidecar.preprocess
+    if source.sidecar.kind == "huggingface" and pixels and pixels.crop_mode == "center":
+        remarks.append("transformers cuts the centre one pixel further up or left where a margin is odd; here as timm")
+    if not (source.model or source.sidecar.fields or source.translation.num_heads or args.num_heads):
+        remarks.append(
+            f"{config.num_heads} heads, GELU {config.gelu} and epsilon {config.norm_eps:g} are assumed, as is usual: "
+            "pass --model, or --num_heads, --gelu and --norm_eps, if they are others"
+        )
+    return tuple(remarks)
 
 
 def _cannot_tell_pixels(model: str | None) -> str:
@@ -233,6 +263,7 @@ def _provenance(source: Source, converted: Converted) -> dict[str, Any]:
         # Of several files, the digest of their digests: one string that tells these weights from others.
         "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
         "files": weights.files,
+        "from": source.sidecar.provenance,
         "format": weights.format,
         "layout": source.translation.layout.name,
         "wrapper": weights.wrapper,
@@ -326,7 +357,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("src", metavar="SRC", help="file, directory, https://..., hf-hub:OWNER/NAME or zoo name")
-    parser.add_argument("out", metavar="OUT", nargs="?", help="checkpoint directory to write; it must not exist")
+    parser.add_argument("out", metavar="OUT", nargs="?", help="checkpoint directory to write, new or empty")
     parser.add_argument("--inspect", action="store_true", help="print what SRC holds, and write nothing")
     parser.add_argument("--overwrite", action="store_true", help="replace what stands at OUT")
     parser.add_argument(

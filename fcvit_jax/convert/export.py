@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from flax import traverse_util
 
-from fcvit_jax.checkpoint import staged, writable_directory
-from fcvit_jax.convert.layouts import HF_DINOV2, HF_DINOV2_REGISTERS, HF_VIT, TIMM, Row
+from fcvit_jax import checkpoint
+from fcvit_jax.checkpoint import staged
+from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Row
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.vit import ViTConfig
@@ -25,6 +26,8 @@ _INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
 }
 _HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
+ENTRIES = frozenset({"config.json", "model.safetensors", "preprocessor_config.json"})  # of transformers' directory
+
 Arrays = dict[str, np.ndarray]
 
 
@@ -34,15 +37,11 @@ def check_target(out: str, to: str, overwrite: bool) -> Path:
     `OUT.safetensors` is a file. Any other OUT is a directory as transformers saves models; only such a one is replaced.
     """
     path = Path(out).expanduser().resolve()
-    if to == "timm" and path.suffix != ".safetensors":
-        raise InputError(f"{out}: --to timm writes one file: name it {out}.safetensors")
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
-    ours = path.is_file() if path.suffix == ".safetensors" else (path / "config.json").is_file()
-    if path.exists() and not ours:
-        raise InputError(f"{path} exists and is not what --to writes: it is not overwritten; choose another name")
-    writable_directory(path.parent)
-    return path
+    if path.suffix != ".safetensors":
+        if to == "timm":
+            raise InputError(f"{out}: --to timm writes one file: name it {out}.safetensors")
+        return checkpoint.check_target(path, overwrite, ENTRIES)
+    return checkpoint.check_target(path, overwrite, frozenset([] if path.is_dir() else [path.name]))
 
 
 def write_timm(path: Path, config: ViTConfig, params: Mapping[str, Any]) -> str:
@@ -87,7 +86,7 @@ def timm_call(config: ViTConfig) -> str:
     lacking = {
         "layer in front of the head": config.representation_size > 0,
         "head on the class token and the patches' mean": config.pool == "token_avg",
-        "patch embedding without a bias but in CLIP's towers": not config.patch_bias and not config.pre_norm,
+        "patch embedding with this bias but without this norm after it": config.patch_bias == config.pre_norm,
         "distilled model that pools otherwise": config.dist_token and config.pool != "dist_avg",
     }
     for what, there in lacking.items():
@@ -107,8 +106,8 @@ def timm_call(config: ViTConfig) -> str:
         arguments["qkv_bias"] = False
     if config.layer_scale is not None:
         arguments["init_values"] = config.layer_scale
-    if config.pool == "avg":
-        arguments |= dict(global_pool="avg", fc_norm=config.fc_norm)
+    if config.pool == "avg" or config.fc_norm:
+        arguments |= dict(global_pool=config.pool, fc_norm=config.fc_norm)
     if not config.class_token:
         arguments["class_token"] = False
     if config.num_registers:
@@ -118,10 +117,6 @@ def timm_call(config: ViTConfig) -> str:
     if config.pre_norm:
         arguments["pre_norm"] = True
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    if not config.patch_bias and not config.pre_norm:
-        raise InputError(
-            "--to timm: timm's ViT without a patch bias has a norm in front of the blocks, this one has none"
-        )
     if config.gelu != "exact":
         text += f", act_layer={ {'tanh': 'gelu_tanh', 'quick': 'quick_gelu'}[config.gelu]!r}"
     if config.norm_eps != 1e-6:
@@ -147,7 +142,7 @@ def to_huggingface(
     if dinov2:
         kind, table, name = "dinov2", HF_DINOV2, "Dinov2"
         if config.num_registers:
-            kind, table, name = "dinov2_with_registers", HF_DINOV2_REGISTERS, "Dinov2WithRegisters"
+            kind, name = "dinov2_with_registers", "Dinov2WithRegisters"
     both_heads = config.pool == "dist_avg" and config.num_classes > 0
     arrays = _invert(table, params, skip="classifier." if both_heads else "cls_classifier.")
     positions, width = arrays["embeddings.position_embeddings"], config.embed_dim
@@ -219,7 +214,6 @@ def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
         header[name] = {"dtype": "F32", "shape": list(arrays[name].shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    writable_directory(path.parent)
     staging = None
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -245,6 +239,7 @@ def _not_in_huggingface(config: ViTConfig) -> str | None:
         "patch embedding without a bias": not config.patch_bias,
         "layer in front of the head": config.representation_size > 0,
         "distillation token beside LayerScale": dinov2 and config.dist_token,
+        "positions for registers": config.num_registers > 0 and not config.no_embed_class,
         "registers without LayerScale": not dinov2 and config.num_registers > 0,
         "head on the class token and the patches' mean without LayerScale": not dinov2 and config.pool == "token_avg",
         f"MLP {config.mlp_dim / config.embed_dim} times as wide": dinov2 and config.mlp_dim % config.embed_dim > 0,

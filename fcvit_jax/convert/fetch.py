@@ -25,6 +25,8 @@ from fcvit_jax.convert.hub import WEIGHTS, fetch_from_hub
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.models import zoo
 
+# What trainers leave beside the weights, in files of the same suffixes.
+_BESIDE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 
 _TIMEOUT = 30  # seconds without a byte
@@ -66,6 +68,7 @@ def weight_file(directory: Path) -> Path:
     """
     try:
         names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+        names = [name for name in names if not _BESIDE.fullmatch(name)]
     except OSError as error:
         raise InputError(f"{directory} cannot be read ({error.strerror}): check the path") from error
     found = [name for name in WEIGHTS if name in names][:1] or [name for name in names if name.endswith(_SUFFIXES)]

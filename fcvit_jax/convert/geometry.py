@@ -13,16 +13,18 @@ Grid = tuple[int, int]
 
 
 def infer_config(
-    translation: Translation, known: Mapping[str, Any], origin: str, asked: Mapping[str, Any]
+    translation: Translation, sources: Mapping[str, Mapping[str, Any]], asked: Mapping[str, Any]
 ) -> tuple[ViTConfig, Grid | None]:
     """The configuration of a file, and the grid (rows, columns) of its position embedding; None: it holds none.
 
-    known: fields of ViTConfig that a named model, or the config.json beside the file, gives; origin says which of them,
-    and the file must agree. asked: the fields that a user sets, which go first: num_heads, gelu, norm_eps, pool,
-    image_size (height, width), patch_size, num_classes (0 drops the head), proportional_attention.
+    sources: fields of ViTConfig by where they come from, a named model or the config.json beside the file; the file
+    must agree with each, and of two the later goes first. asked: the fields that a user sets, which go before all:
+    num_heads, gelu, norm_eps, pool, image_size (height, width), patch_size, num_classes (0 drops the head),
+    proportional_attention.
 
     Raises InputError where the file contradicts what is known or asked, or something has to be asked for.
     """
+    known = {name: value for fields in sources.values() for name, value in fields.items()}
     if translation.layout.config_json == "huggingface" and not known:
         raise InputError(
             "a Hugging Face model without config.json, which tells its heads, GELU and epsilon: put that beside the "
@@ -48,15 +50,17 @@ def infer_config(
         "pre_norm": "embed/norm_pre/scale" in leaves,
         "qkv_bias": "blocks_0/attn/qkv/bias" in leaves,
     }
-    differs = {name: value for name, value in found.items() if known.get(name, value) != value}
     scaled = "blocks_0/ls1" in leaves
-    if "layer_scale" in known and scaled != (known["layer_scale"] is not None):
-        differs["layer_scale"] = scaled
-    if translation.num_heads and known.get("num_heads", translation.num_heads) != translation.num_heads:
-        differs["num_heads"] = translation.num_heads
-    if differs:
-        name, value = next(iter(differs.items()))
-        raise InputError(f"not {origin}: {name} is {value} in the file, {known[name]} there")
+    heads = translation.num_heads or known.get("num_heads")
+    for origin, fields in sources.items():
+        differs = {name: value for name, value in found.items() if fields.get(name, value) != value}
+        if "layer_scale" in fields and scaled != (fields["layer_scale"] is not None):
+            differs["layer_scale"] = scaled
+        if fields.get("num_heads", heads) != heads:
+            differs["num_heads"] = heads
+        if differs:
+            name, value = next(iter(differs.items()))
+            raise InputError(f"not {origin}: {name} is {value} in the file, {fields[name]} there")
     if found["pre_norm"] and not {"gelu", "norm_eps"} <= {*known, *asked}:
         raise InputError(
             "a model with norm_pre (CLIP): GELU and epsilon cannot be told from the file; pass --model, or --gelu "
@@ -65,10 +69,10 @@ def infer_config(
 
     num_classes = _num_classes(translation, asked.get("num_classes"))
     fc_norm = known.get("fc_norm", False) or any(
-        key.key.startswith("fc_norm.") for key in leaves["norm/scale"].values()
+        key.key.startswith("fc_norm.") for key in leaves.get("norm/scale", {}).values()
     )
     inferred = {
-        "num_heads": translation.num_heads or known.get("num_heads") or asked.get("num_heads") or _usual_heads(width),
+        "num_heads": heads or asked.get("num_heads") or _usual_heads(width),
         "image_size": (grid[0] * patch, grid[1] * patch) if grid else known.get("image_size", (224, 224)),
         "num_classes": num_classes,
         "representation_size": _columns(translation, "pre_logits/kernel") if num_classes else 0,
@@ -78,7 +82,7 @@ def infer_config(
     }
     if asked.get("num_heads", inferred["num_heads"]) != inferred["num_heads"]:
         heads, wanted = inferred["num_heads"], asked["num_heads"]
-        told = origin if "num_heads" in known else "the file"
+        told = next((origin for origin, fields in sources.items() if "num_heads" in fields), "the file")
         raise InputError(f"{told} has {heads} heads, you asked for {wanted}: leave --num_heads out")
     settings = {name: known[name] for name in ("gelu", "norm_eps", "proportional_attention") if name in known}
     return ViTConfig(**{**settings, **found, **inferred, **asked, "num_classes": num_classes}), grid
@@ -95,20 +99,22 @@ def _grid(
     if "embed/pos_embed" not in translation.leaves:
         if translation.layout.sincos2d:
             return None, any(prefix)
-        raise InputError("the file holds no position embedding: it is incomplete, or another architecture")
+        raise InputError(
+            "the file holds no position embedding: it is incomplete, or a model with rotary positions (EVA-02, DINOv3)"
+        )
     entries = translation.shape("embed/pos_embed", 3)[1]
     # Entries for all prefix tokens, for all but the registers, or for none: whichever leaves a grid.
     options = [sum(prefix), *([prefix[0] + prefix[1]] if prefix[2] else []), 0]
     if "no_embed_class" in known:
         options = options[1:] if known["no_embed_class"] and any(prefix) else options[:1]
-    sizes = [fields["image_size"] for fields in (known, asked) if "image_size" in fields]
+    sizes = [fields.get("image_size", (0, 0)) for fields in (known, asked)]
+    stated, wanted = ((height // patch, width // patch) for height, width in sizes)
+    # What is known goes first, then a square, and last what is asked for, which may be another grid of as many patches.
     for taken in options:
-        patches = entries - taken
-        if patches > 0 and math.isqrt(patches) ** 2 == patches:
-            return (math.isqrt(patches), math.isqrt(patches)), taken < sum(prefix)
-        for height, width in sizes:
-            if patches == (height // patch) * (width // patch):
-                return (height // patch, width // patch), taken < sum(prefix)
+        side = math.isqrt(max(entries - taken, 0))
+        for grid in (stated, (side, side), wanted):
+            if 0 < math.prod(grid) == entries - taken:
+                return grid, taken < sum(prefix)
     raise InputError(
         f"the position embedding has {entries} entries, no square grid: pass --image_size HEIGHTxWIDTH of the weights"
     )
@@ -129,6 +135,8 @@ def _pool(translation: Translation, cls: int, dist: int, fc_norm: bool) -> str:
 def _num_classes(translation: Translation, asked: int | None) -> int:
     """The number of classes of the head in the file, if it is what was asked for."""
     there = _columns(translation, "head/kernel")
+    if not there and asked != 0 and "head/bias" in translation.leaves:
+        raise InputError("the head has a bias, but no weight: the file is incomplete; pass --num_classes 0 without it")
     if asked is None or asked in (there, 0):
         return there if asked is None else asked
     if not there:

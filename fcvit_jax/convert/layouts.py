@@ -42,6 +42,7 @@ TIMM: dict[str, Row] = {
     "cls_token": ("embed/cls_token", "token"),
     "dist_token": ("embed/dist_token", "token"),
     "reg_token": ("embed/reg_token", "token"),
+    "register_tokens": ("embed/reg_token", "token"),  # DINOv2
     "pos_embed": ("embed/pos_embed", "grid"),
     **_torch("patch_embed.proj", "embed", "conv"),
     **_torch("norm_pre", "embed/norm_pre", "copy"),
@@ -49,23 +50,23 @@ TIMM: dict[str, Row] = {
     **_torch("blocks.#.attn.qkv", "blocks_#/attn/qkv", "linear"),
     **_torch("blocks.#.attn.proj", "blocks_#/attn/proj", "linear"),
     "blocks.#.ls1.gamma": ("blocks_#/ls1", "copy"),
+    "blocks.#.gamma_1": ("blocks_#/ls1", "copy"),  # DeiT-III
     **_torch("blocks.#.norm2", "blocks_#/norm2", "copy"),
     **_torch("blocks.#.mlp.fc1", "blocks_#/mlp/fc1", "linear"),
     **_torch("blocks.#.mlp.fc2", "blocks_#/mlp/fc2", "linear"),
     "blocks.#.ls2.gamma": ("blocks_#/ls2", "copy"),
+    "blocks.#.gamma_2": ("blocks_#/ls2", "copy"),
     **_torch("norm", "norm", "copy"),
     **_torch("fc_norm", "norm", "copy"),  # after the pooling
     **_torch("pre_logits.fc", "pre_logits", "linear"),  # timm before 0.8
     **_torch("head", "head", "linear"),
     **_torch("head_dist", "head_dist", "linear"),
 }
-_GAMMAS = {"blocks.#.ls1.gamma": "blocks.#.gamma_1", "blocks.#.ls2.gamma": "blocks.#.gamma_2"}
-DEIT3: dict[str, Row] = {_GAMMAS.get(key, key): row for key, row in TIMM.items()}
-DINOV2_REGISTERS: dict[str, Row] = {{"reg_token": "register_tokens"}.get(key, key): row for key, row in TIMM.items()}
 
 _HF_EMBEDDINGS: dict[str, Row] = {
     "embeddings.cls_token": ("embed/cls_token", "token"),
     "embeddings.distillation_token": ("embed/dist_token", "token"),
+    "embeddings.register_tokens": ("embed/reg_token", "token"),
     "embeddings.position_embeddings": ("embed/pos_embed", "grid"),
     **_torch("embeddings.patch_embeddings.projection", "embed", "conv"),
     **_torch("layernorm", "norm", "copy"),
@@ -93,9 +94,6 @@ HF_VIT: dict[str, Row] = {
     **_torch("encoder.layer.#.layernorm_after", "blocks_#/norm2", "copy"),
     **_torch("encoder.layer.#.intermediate.dense", "blocks_#/mlp/fc1", "linear"),
     **_torch("encoder.layer.#.output.dense", "blocks_#/mlp/fc2", "linear"),
-}
-HF_VIT_5: dict[str, Row] = {
-    **_HF_EMBEDDINGS,
     **_torch("layers.#.layernorm_before", "blocks_#/norm1", "copy"),
     **_hf_attention("layers.#", _HF_MEMORY),
     **_torch("layers.#.layernorm_after", "blocks_#/norm2", "copy"),
@@ -113,7 +111,6 @@ HF_DINOV2: dict[str, Row] = {
     **_torch("encoder.layer.#.mlp.fc2", "blocks_#/mlp/fc2", "linear"),
     "encoder.layer.#.layer_scale2.lambda1": ("blocks_#/ls2", "copy"),
 }
-HF_DINOV2_REGISTERS: dict[str, Row] = HF_DINOV2 | {"embeddings.register_tokens": ("embed/reg_token", "token")}
 
 _TV_BLOCK = "encoder.layers.encoder_layer_#"
 TORCHVISION: dict[str, Row] = {
@@ -170,10 +167,10 @@ class Layout:
     """One published layout.
 
     prefix: what may stand in front of the keys, a pattern. dropped: patterns of keys that inference does not need, with
-    the reason. resampling: the convention of `posembed.py` by which its authors resize position embeddings. sign: a key
-    without which a file is not of this layout. config_json: whose config.json may stand beside the file, "timm" or
-    "huggingface"; the latter must, or a model be named. sincos2d: a file without a position embedding means the fixed
-    one. note: what a user should be told.
+    the reason. resampling: the convention of `posembed.py` by which its authors resize position embeddings. sign: a
+    pattern of a key without which a file is not of this layout. config_json: whose config.json may stand beside the
+    file, "timm" or "huggingface"; the latter must, or a model be named. sincos2d: a file without a position embedding
+    means the fixed one. note: what a user should be told.
     """
 
     name: str
@@ -217,6 +214,8 @@ class Layout:
         ]
 
 
+_BV = r"params/img/|params/"
+_TRAINING = {r"(opt|opt_state|extra|state)/": "the state of the training"}
 _PRETRAINING = {r"mask_token$": "used in pre-training only"}
 _MAE = {r"decoder_": "the decoder of masked pre-training"}
 _HF_DROPPED = {
@@ -230,29 +229,23 @@ _TANH = "GELU is taken as exact, as timm runs these weights; Google's own code a
 
 # The one that knows most of a file's keys is taken; where two know as many, the first.
 LAYOUTS = (
-    Layout("DINOv2", TIMM, dropped=_PRETRAINING, resampling="dino", sign="mask_token"),
+    Layout("DINOv2 with registers", TIMM, dropped=_PRETRAINING, sign=r"^register_tokens$", config_json="timm"),
+    Layout("DINOv2", TIMM, "", _PRETRAINING, "dino", sign=r"^mask_token$", config_json="timm"),
     Layout("timm", TIMM, dropped=_PRETRAINING | _MAE, config_json="timm"),
-    Layout("DeiT-III", DEIT3, dropped=_PRETRAINING),
-    Layout("DINOv2 with registers", DINOV2_REGISTERS, dropped=_PRETRAINING),
-    Layout("Hugging Face ViT", HF_VIT, _HF_PREFIX, _HF_DROPPED, "torch-bicubic", config_json="huggingface"),
     Layout(
-        "Hugging Face ViT, transformers 5",
-        HF_VIT_5,
+        "Hugging Face DINOv2 with registers",
+        HF_DINOV2,
         _HF_PREFIX,
         _HF_DROPPED,
-        "torch-bicubic",
+        sign=r"embeddings\.register_tokens$",
         config_json="huggingface",
     ),
     Layout("Hugging Face DINOv2", HF_DINOV2, _HF_PREFIX, _HF_DROPPED, "torch-bicubic", config_json="huggingface"),
-    Layout(
-        "Hugging Face DINOv2 with registers", HF_DINOV2_REGISTERS, _HF_PREFIX, _HF_DROPPED, config_json="huggingface"
-    ),
+    Layout("Hugging Face ViT", HF_VIT, _HF_PREFIX, _HF_DROPPED, "torch-bicubic", config_json="huggingface"),
     Layout("torchvision", TORCHVISION, resampling="align-corners"),
     Layout("Google vision_transformer", GOOGLE, r"opt/target/|params/", resampling="zoom", note=_TANH),
-    Layout("big_vision", BIG_VISION, r"params/img/|params/", resampling="zoom", sincos2d=True, note=_TANH),
-    Layout(
-        "big_vision, scanned", BIG_VISION_SCAN, r"params/img/|params/", resampling="zoom", sincos2d=True, note=_TANH
-    ),
+    Layout("big_vision", BIG_VISION, _BV, _TRAINING, "zoom", sincos2d=True, note=_TANH),
+    Layout("big_vision, scanned", BIG_VISION_SCAN, _BV, _TRAINING, "zoom", sincos2d=True, note=_TANH),
     Layout("fcvit_jax", OWN),
 )
 
@@ -287,11 +280,15 @@ def detect_layout(arrays: Arrays) -> Layout:
         if found := next((key for key in arrays if re.search(pattern, key)), None):
             raise InputError(f"{found!r} tells of {family}; supported are {SUPPORTED}")
     known = {layout.name: sum(layout.knows(key) for key in arrays) for layout in LAYOUTS}
-    fitting = [layout for layout in LAYOUTS if layout.sign in (None, *arrays)]
+    fitting = [layout for layout in LAYOUTS if not layout.sign or any(re.search(layout.sign, key) for key in arrays)]
     layout = max(fitting, key=lambda layout: known[layout.name])
     if missing := layout.missing(arrays):
         first = ", ".join(list(arrays)[:3])
         extra = [key for key in arrays if not layout.knows(key)]
         differs = f"missing: {missing[0]}" + (f"; unknown: {extra[0]}" if extra else "")
+        if inside := next((key for key in arrays if key.endswith(f".{missing[0]}")), None):
+            wrapper = inside.removesuffix(missing[0])
+            odd = next((key for key in arrays if not key.startswith(wrapper)), "others")
+            differs = f"its keys stand under {wrapper!r}, and {odd!r} beside them: save the inner model's state_dict"
         raise InputError(f"unknown layout (first keys: {first}); the nearest is {layout.name} ({differs})")
     return layout

@@ -25,7 +25,7 @@ from fcvit_jax.errors import InputError
 
 _MAX_HEADER = 100_000_000
 _MAX_PREFIXES = 8
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.", "visual.trunk.", "base_model.")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.", "visual.trunk.", "base_model.", "timm_model.")
 # What may stand beside a prefix: the heads that DINO and DINOv2 train with, the step count of torch's AveragedModel.
 _BESIDE = {"backbone.": r"head\.(mlp|last_layer)\.|(dino|ibot)_head\.", "module.": r"n_averaged$"}
 

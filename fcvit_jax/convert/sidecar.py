@@ -46,6 +46,14 @@ _TIMM = {name: name for name in _SAME} | {
     "init_values": "layer_scale",
     "act_layer": "gelu",
 }
+# What timm's names tell and its files do not: fields, or what it is that we do not have.
+_TIMM_NAMES: dict[str, tuple[dict[str, Any], str | None]] = {
+    r"_rope(_|$)": ({}, "rotary positions"),
+    r"_rpn_": ({}, "norms behind its branches"),
+    r"_clip_quickgelu_": ({"gelu": "quick", "norm_eps": 1e-5}, None),
+    r"_clip_(?!quickgelu)": ({"gelu": "exact", "norm_eps": 1e-5}, None),
+    r"siglip": ({"gelu": "tanh"}, None),
+}
 _GELU = {"gelu": "exact", "quick_gelu": "quick"} | dict.fromkeys(
     ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_tanh"), "tanh"
 )
@@ -56,10 +64,11 @@ Stated = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Sidecar:
-    """kind: "huggingface" or "timm", by config.json; None without one of theirs. files: the names of those read.
+    """kind: "huggingface" or "timm", by config.json; "fcvit_jax" for a checkpoint of ours; else None.
 
+    files: the names of those read.
     fields: those of `ViTConfig` that config.json states. preprocess, class_names: None where they are not stated.
-    architecture: timm's name, whether or not the zoo knows it.
+    architecture: timm's name, whether or not the zoo knows it. provenance: that of a checkpoint of ours.
     """
 
     kind: str | None = None
@@ -68,6 +77,7 @@ class Sidecar:
     preprocess: Preprocess | None = None
     class_names: tuple[str, ...] | None = None
     architecture: str | None = None
+    provenance: dict[str, Any] | None = None
 
 
 def read_sidecar(weights: Path, kinds: tuple[str, ...] = ("timm", "huggingface"), pixels: bool = True) -> Sidecar:
@@ -122,11 +132,17 @@ def _read_timm(config: Stated) -> Sidecar:
     stated = {"img_size": pixels.get("input_size"), "global_pool": config.get("global_pool")}
     stated = _known({**stated, **_take(config, "model_args", dict, default={})})
     found = _fields(stated, _TIMM)
-    if "embed_dim" in found:
-        found["mlp_dim"] = int(found["embed_dim"] * _take(stated, "mlp_ratio", int, float, default=4))
-    # A distilled model averages its two heads whatever it says; pooling of other kinds has keys of its own.
-    if stated.get("global_pool") in ("token", "avg") and "distilled" not in name:
-        found["pool"] = stated["global_pool"]
+    for pattern, (told, problem) in _TIMM_NAMES.items():
+        if re.search(pattern, name):
+            if problem:
+                raise InputError(f"architecture {name!r}, which has {problem}: it is not supported")
+            found = told | found
+    pool = stated.get("global_pool")
+    if pool not in (None, "", "token", "avg", "map") or stated.get("pool_include_prefix"):
+        raise InputError(f"global_pool {pool!r} or pool_include_prefix, supported are token and avg of the patches")
+    # A distilled model averages its two heads whatever it says, and "map" has keys of its own.
+    if pool in ("token", "avg") and "distilled" not in name:
+        found["pool"] = pool
     labels = config.get("label_names") or pixels.get("label_names") or pixels.get("labels")
     return Sidecar("timm", fields=found, class_names=_names("label_names", labels), architecture=name)
 

@@ -173,7 +173,11 @@ def assemble(
         remarks.append(translation.layout.note)
     if "embed/pos_embed" not in filled and grid is None:
         filled["embed/pos_embed"] = jnp.asarray(sincos_2d(config.grid, config.embed_dim))
-        remarks.append("the file holds no position embedding: filled with big_vision's fixed one (sincos2d)")
+        height, width = config.image_size
+        remarks.append(
+            "the file holds no position embedding: filled with big_vision's fixed one (sincos2d) for "
+            f"{height}x{width} pixels; pass --image_size if the weights are for others"
+        )
     if missing := [path for path in wanted if path not in filled]:
         raise InputError(f"nothing in the file fills {', '.join(missing[:3])}: it is incomplete, or not this model's")
     rows = tuple(
@@ -215,14 +219,11 @@ def _positions(
     prefix = value.shape[1] - grid[0] * grid[1]
     head, patches, remark = value[:, :prefix], value[:, prefix:], None
     if grid != config.grid:
-        if convention not in RESAMPLINGS:
-            raise InputError(f"--pos_embed {convention!r} is no convention: choose one of {', '.join(RESAMPLINGS)}")
         width = value.shape[-1]
         patches = resample(patches.reshape(*grid, width), config.grid, convention).reshape(1, -1, width)
         remark = (
             f"position embedding {grid[0]}x{grid[1]}, the model's grid {config.grid[0]}x{config.grid[1]}: resampled "
-            f"({RESAMPLINGS[convention]}); weights lose accuracy away from their own size: leave --image_size out to "
-            "keep it"
+            f"({RESAMPLINGS[convention]}); weights lose accuracy away from the size that they were trained at"
         )
     if config.no_embed_class and prefix:
         return patches, head[:, :1], remark

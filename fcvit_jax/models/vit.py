@@ -189,7 +189,8 @@ class ViT(nn.Module):
             pooled = _norm(config, pooled, "norm")
         out["pooled"] = pooled
         if not config.num_classes:
-            return pooled.astype(jnp.float32), out
+            features = pooled.mean(axis=1) if config.pool == "dist_avg" else pooled
+            return features.astype(jnp.float32), out
         if config.representation_size:
             pooled = nn.tanh(nn.Dense(config.representation_size, dtype=self.dtype, name="pre_logits")(pooled))
         head = partial(nn.Dense, config.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros)

@@ -47,6 +47,7 @@ def test_safetensors_are_written_as_by_their_library(tmp_path):
         {"pool": "avg"},
         {"pool": "avg", "fc_norm": True},
         {"pool": "avg", "class_token": False},
+        {"fc_norm": True},
         {"dist_token": True, "pool": "dist_avg"},
         {"layer_scale": 1e-5, "no_embed_class": True, "num_registers": 3},
         {"pre_norm": True, "patch_bias": False, "gelu": "quick", "norm_eps": 1e-5},
@@ -113,7 +114,8 @@ def test_class_names_go_along(tmp_path):
         ({"pre_norm": True}, "norm in front of the blocks"),
         ({"patch_bias": False}, "without a bias"),
         ({"representation_size": 8}, "layer in front of the head"),
-        ({"num_registers": 2}, "registers without LayerScale"),
+        ({"num_registers": 2, "no_embed_class": True}, "registers without LayerScale"),
+        ({"num_registers": 2, "layer_scale": 1.0}, "positions for registers"),
         ({"pool": "token_avg"}, "without LayerScale"),
         ({"layer_scale": 1.0, "mlp_dim": 300}, "MLP 2.34375 times as wide"),
         ({"image_size": (32, 48)}, "not square"),
@@ -127,7 +129,15 @@ def test_what_transformers_cannot_hold_is_refused(changes, lacks, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"representation_size": 8}, {"pool": "token_avg"}, {"patch_bias": False}, {"dist_token": True}], ids=str
+    "changes",
+    [
+        {"representation_size": 8},
+        {"pool": "token_avg"},
+        {"patch_bias": False},
+        {"pre_norm": True},
+        {"dist_token": True},
+    ],
+    ids=str,
 )
 def test_what_timm_cannot_hold_is_refused(changes, tmp_path):
     config = ViTConfig(*SIZE, **changes)
@@ -144,10 +154,13 @@ def test_only_what_it_writes_is_replaced(tmp_path):
     for out, to in ((folder, "hf"), (file, "timm"), (file, "hf")):
         with pytest.raises(InputError, match="exists already"):
             export.check_target(str(out), to, overwrite=False)
-    with pytest.raises(InputError, match="is not what --to writes"):
+    with pytest.raises(InputError, match=r"it holds more than is replaced \(thesis.txt\)"):
         export.check_target(str(folder), "hf", overwrite=True)
     assert export.check_target(str(file), "timm", overwrite=True) == file
     (folder / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="thesis"):
+        export.check_target(str(folder), "hf", overwrite=True)
+    (folder / "thesis.txt").unlink()
     assert export.check_target(str(folder), "hf", overwrite=True) == folder
 
 

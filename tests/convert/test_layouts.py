@@ -16,7 +16,7 @@ from states import in_layout, state_dict
 EXTRAS: dict[str, Any] = dict(
     dist_token=True, num_registers=2, layer_scale=1.0, pre_norm=True, representation_size=8, pool="dist_avg"
 )
-EVERYTHING = ViTConfig((32, 32), 8, 64, 2, 2, representation_size=8, **EXTRAS)
+EVERYTHING = ViTConfig((32, 32), 8, 64, 2, 2, **EXTRAS)
 
 
 def test_every_row_leads_to_a_leaf():
@@ -78,19 +78,21 @@ def test_a_mask_token_tells_of_dinov2_unless_there_is_a_decoder():
 @pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS])
 def test_a_file_of_every_layout_is_told_and_fills_every_leaf(layout):
     registers = 2 if "registers" in layout else 0
-    scale = 1.0 if "DINOv2" in layout or layout == "DeiT-III" else None
-    positions = bool(registers) or layout in ("DeiT-III", "big_vision", "big_vision, scanned")
+    scale = 1.0 if "DINOv2" in layout else None
+    positions = bool(registers) or layout in ("big_vision", "big_vision, scanned")
     config = ViTConfig(
         (32, 32), 8, 64, 2, 4, 128, 5, num_registers=registers, layer_scale=scale, no_embed_class=positions
     )
     arrays = in_layout(layout, config)
+    if layout == "DINOv2 with registers":
+        arrays["register_tokens"] = arrays.pop("reg_token")
     if layout == "DINOv2":
         arrays["mask_token"] = np.zeros((1, 64), np.float32)
     translation = translate(arrays)
     assert translation.layout.name == layout
     assert translation.layout.missing(arrays) == []
     assert translation.num_heads == (4 if "vision" in layout and layout != "torchvision" else None)
-    inferred, grid = infer_config(translation, {"layer_scale": scale}, "", {"num_heads": 4})
+    inferred, grid = infer_config(translation, {"": {"layer_scale": scale}}, {"num_heads": 4})
     assert inferred == config
     converted = assemble(translation, config, grid)
     assert {row.key for row in converted.rows} == arrays.keys() - {"mask_token"}
@@ -103,7 +105,7 @@ def test_a_big_vision_file_without_positions_means_the_fixed_ones():
     arrays = in_layout("big_vision", config)
     del arrays["pos_embedding"]
     translation = translate(arrays)
-    inferred, grid = infer_config(translation, {}, "", {"image_size": (32, 32)})
+    inferred, grid = infer_config(translation, {}, {"image_size": (32, 32)})
     assert (inferred, grid) == (config, None)
     converted = assemble(translation, config, grid)
     np.testing.assert_array_equal(converted.params["embed"]["pos_embed"], sincos_2d((4, 4), 64))
@@ -111,4 +113,4 @@ def test_a_big_vision_file_without_positions_means_the_fixed_ones():
     arrays = state_dict()
     del arrays["pos_embed"]
     with pytest.raises(InputError, match="holds no position embedding"):
-        infer_config(translate(arrays), {}, "", {})
+        infer_config(translate(arrays), {}, {})

@@ -230,3 +230,43 @@ def test_class_names_must_fit_the_head(weights, tmp_path, capsys):
 
 def test_out_is_needed(weights, capsys):
     assert "OUT is missing" in error(capsys, weights)
+
+
+def test_what_is_assumed_is_said(weights, tmp_path, capsys):
+    main([str(weights), str(tmp_path / "out"), *GIVEN])
+    assert "are assumed" not in capsys.readouterr().out
+    wider = {128: 192, 384: 576, 256: 768}
+    shapes = {name: [wider.get(side) or side for side in shape] for name, shape in SHAPES.items()}
+    arrays = {name: NUMBERS.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
+    (tmp_path / "tiny.safetensors").write_bytes(safetensors_bytes(arrays))
+    main([str(tmp_path / "tiny.safetensors"), str(tmp_path / "tiny"), "--preprocess", "timm/deit"])
+    assert "warning: 3 heads, GELU exact and epsilon 1e-06 are assumed" in capsys.readouterr().out
+
+
+def test_only_a_checkpoint_is_overwritten(weights, tmp_path, capsys):
+    out = tmp_path / "out"
+    main([str(weights), str(out), *GIVEN])
+    (out / "thesis.tex").write_text("years of work")
+    assert "it holds more than is replaced (thesis.tex)" in error(capsys, weights, out, *GIVEN, "--overwrite")
+    assert (out / "thesis.tex").read_text() == "years of work"
+
+
+def test_a_checkpoint_is_a_source_too(weights, tmp_path, capsys):
+    larger = ("--image_size", "64", "--preprocess", "timm/augreg,crop_pct=1.0")
+    main(["packaged:digits", str(tmp_path / "digits"), *larger])
+    loaded = fc.load_checkpoint(tmp_path / "digits")
+    assert loaded.config.grid == (16, 16)
+    assert loaded.meta["class_names"] == list("0123456789")
+    assert loaded.meta["provenance"]["from"]["trained_by"] == "train_sam.py"
+    main(["packaged:digits", str(tmp_path / "digits.safetensors"), "--to", "timm", "--image_size", "64"])
+    assert (tmp_path / "digits.safetensors").is_file()
+    main([str(weights), str(tmp_path / "wide"), *GIVEN])
+    capsys.readouterr()
+    assert "another size" not in error(capsys, tmp_path / "wide", tmp_path / "w2", "--image_size", "64")
+    assert not (tmp_path / "w2").exists()
+
+
+def test_a_model_that_config_json_names_is_refused_by_its_name(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"layer.0.q": np.zeros((3, 3), np.float32)}))
+    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit"}')
+    assert "model_type 'dinov3_vit', supported are" in error(capsys, tmp_path, tmp_path / "out")

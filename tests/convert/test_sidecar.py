@@ -231,9 +231,7 @@ def test_what_timm_saves(tmp_path):
     model = timm.create_model("vit_tiny_patch16_224", img_size=(64, 32), depth=2, num_classes=3, **chosen)
     timm.models.save_for_hf(model, tmp_path, model_config={"label_names": ["ant", "bee", "cat"]})
     sidecar = read_sidecar(tmp_path / "pytorch_model.bin")
-    fields = dict(
-        image_size=(64, 32), depth=2, embed_dim=96, mlp_dim=384, num_heads=6, num_registers=2, layer_scale=1e-5
-    )
+    fields = dict(image_size=(64, 32), depth=2, embed_dim=96, num_heads=6, num_registers=2, layer_scale=1e-5)
     assert sidecar == Sidecar(
         kind="timm",
         files=("config.json",),
@@ -302,3 +300,33 @@ def test_files_of_another_model_are_left_alone(tmp_path):
     assert read_sidecar(tmp_path / "vit.pth", ()) == Sidecar()
     with pytest.raises(InputError, match="model_type 'bert'"):
         read_sidecar(tmp_path / "vit.pth", ("huggingface",))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"architecture": "vit_small_patch16_rope_224"}, "rotary positions"),
+        ({"architecture": "vit_base_patch16_rpn_224"}, "norms behind its branches"),
+        ({"global_pool": "avgmax"}, "global_pool 'avgmax'"),
+        ({"model_args": {"pool_include_prefix": True}}, "pool_include_prefix"),
+    ],
+)
+def test_what_timm_has_and_we_have_not_is_refused_by_name(changes, says, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TIMM | changes))
+    with pytest.raises(InputError, match=says):
+        read_sidecar(tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vit_base_patch16_clip_384", {"gelu": "exact", "norm_eps": 1e-5}),
+        ("vit_base_patch16_clip_quickgelu_224", {"gelu": "quick", "norm_eps": 1e-5}),
+        ("vit_base_patch16_siglip_gap_224", {"gelu": "tanh"}),
+        ("vit_base_patch16_224", {}),
+    ],
+)
+def test_a_name_of_timm_tells_gelu_and_epsilon(name, fields, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TIMM | {"architecture": name}))
+    found = read_sidecar(tmp_path / "model.safetensors").fields
+    assert {key: found[key] for key in ("gelu", "norm_eps") if key in found} == fields

@@ -13,7 +13,7 @@ from states import CONFIG, state_dict
 
 
 def infer(arrays, known=None, **asked):
-    return infer_config(translate(arrays), known or {}, "a model", asked)[0]
+    return infer_config(translate(arrays), {"a model": known or {}}, asked)[0]
 
 
 def convert(arrays, config=CONFIG, grid=(4, 4)):
@@ -175,7 +175,7 @@ def test_a_grid_that_is_not_square_is_asked_for():
 
 
 def test_a_square_grid_is_not_taken_for_another_of_as_many_patches():
-    config, grid = infer_config(translate(state_dict()), {}, "", {"num_heads": 2, "image_size": (16, 64)})
+    config, grid = infer_config(translate(state_dict()), {}, {"num_heads": 2, "image_size": (16, 64)})
     assert (grid, config.grid) == ((4, 4), (2, 8))
 
 
@@ -208,7 +208,7 @@ def test_the_position_of_the_class_token_goes_into_it_where_registers_have_none(
     arrays = state_dict() | {"register_tokens": np.ones((1, 3, 128), np.float32), "mask_token": np.ones((1, 128))}
     translation = translate(arrays)
     assert translation.layout.name == "DINOv2 with registers"
-    config, grid = infer_config(translation, {}, "", {"num_heads": 2})
+    config, grid = infer_config(translation, {}, {"num_heads": 2})
     assert (config.num_registers, config.no_embed_class, grid) == (3, True, (4, 4))
     embed = assemble(translation, config, grid).params["embed"]
     np.testing.assert_array_equal(embed["pos_embed"], arrays["pos_embed"][:, 1:])
@@ -232,3 +232,31 @@ def test_arrays_need_not_be_aligned(dtype):
     shifted = {name: shift(value) for name, value in arrays.items()}
     assert not shifted["norm.bias"].flags.aligned
     jax.tree.map(np.testing.assert_array_equal, convert(shifted).params, convert(arrays).params)
+
+
+def test_the_size_that_is_known_goes_before_a_square():
+    arrays = state_dict(ViTConfig((16, 64), 8, 128, 2, 2, 256, num_classes=5))  # 2x8 patches, as many as 4x4
+    assert infer(arrays, {"image_size": (16, 64)}, num_heads=2).grid == (2, 8)
+
+
+def test_of_two_sources_each_must_agree_with_the_file():
+    translation = translate(state_dict())
+    with pytest.raises(InputError, match="not a small model: embed_dim is 128 in the file, 64 there"):
+        infer_config(translation, {"a small model": {"embed_dim": 64}, "config.json": {"embed_dim": 128}}, {})
+
+
+def test_a_file_without_a_final_norm_or_with_half_a_head_is_incomplete():
+    arrays = state_dict()
+    del arrays["head.weight"]
+    with pytest.raises(InputError, match="the head has a bias, but no weight"):
+        infer(arrays, num_heads=2)
+    assert infer(arrays, num_heads=2, num_classes=0).num_classes == 0
+    arrays = {key: value for key, value in state_dict().items() if not key.startswith("norm.")}
+    with pytest.raises(InputError, match="nothing in the file fills norm/bias, norm/scale"):
+        convert(arrays, infer(arrays, num_heads=2))
+
+
+def test_keys_under_a_wrapper_with_others_beside_are_told():
+    arrays = {f"net.vit.{key}": value for key, value in state_dict().items()} | {"criterion.weight": np.ones(3)}
+    with pytest.raises(InputError, match=r"stand under 'net.vit.', and 'criterion.weight' beside them"):
+        translate(arrays)

@@ -29,7 +29,7 @@ SCHEDULES = {
 def convert(trained: Any, **asked) -> tuple[Any, Any]:
     arrays = {key: value.numpy() for key, value in trained.state_dict().items()}
     translation = translate(arrays)
-    config, grid = infer_config(translation, {}, "", asked)
+    config, grid = infer_config(translation, {}, asked)
     return config, assemble(translation, config, grid).params
 
 
