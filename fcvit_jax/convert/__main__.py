@@ -182,8 +182,8 @@ def _understand(weights: WeightFile, sidecar: Sidecar | None, args: argparse.Nam
     if not sidecar:
         whose = translation.layout.config_json
         sidecar = read_sidecar(weights.path, (whose,) if whose else (), pixels=not args.preprocess)
-    name = args.model or (args.src if "." in args.src and args.src in zoo.names() else sidecar.architecture)
-    return Source(weights, translation, sidecar, zoo.get(name) if name in zoo.names() else None)
+    name = args.model or (args.src if "." in args.src and args.src in zoo.names() else None)
+    return Source(weights, translation, sidecar, zoo.get(name) if name else None)
 
 
 def _infer(source: Source, args: argparse.Namespace) -> tuple[ViTConfig, Grid | None]:
@@ -191,8 +191,11 @@ def _infer(source: Source, args: argparse.Namespace) -> tuple[ViTConfig, Grid | 
     if model := source.model:
         config = asdict(model.config)
         stated[f"a {model.name}"] = {name: config[name] for name in config if name not in _TOLD_BY_KEYS}
-    if source.sidecar.fields:
-        stated["what config.json describes"] = source.sidecar.fields
+    if source.sidecar.kind:
+        # Of an architecture that config.json names, what it may change stands beside the name or in the keys.
+        named = zoo.ARCHITECTURES.get(source.sidecar.architecture or "")
+        told = {name: getattr(named, name) for name in ("num_heads", "gelu", "norm_eps")} if named else {}
+        stated["what config.json describes"] = told | source.sidecar.fields
     asked = {name: getattr(args, name) for name in _ASKED if getattr(args, name) is not None}
     with naming(source.weights.path):
         return infer_config(source.translation, stated, asked)
@@ -222,7 +225,7 @@ def _assumed(source: Source, args: argparse.Namespace, config: ViTConfig) -> tup
     pixels = source.sidecar.preprocess
     if source.sidecar.kind == "huggingface" and pixels and pixels.crop_mode == "center":
         remarks.append("transformers cuts the centre one pixel further up or left where a margin is odd; here as timm")
-    if not (source.model or source.sidecar.fields or source.translation.num_heads or args.num_heads):
+    if not (source.model or source.sidecar.kind or source.translation.num_heads or args.num_heads):
         remarks.append(
             f"{config.num_heads} heads, GELU {config.gelu} and epsilon {config.norm_eps:g} are assumed, as is usual: "
             "pass --model, or --num_heads, --gelu and --norm_eps, if they are others"
@@ -268,7 +271,7 @@ def _provenance(source: Source, converted: Converted) -> dict[str, Any]:
         "layout": source.translation.layout.name,
         "wrapper": weights.wrapper,
         "left_aside": weights.skipped,
-        "model": source.model.name if source.model else None,
+        "model": source.model.name if source.model else source.sidecar.architecture,
         "beside": source.sidecar.files,
         "keys": [row._asdict() for row in converted.rows],
         "dropped": converted.dropped,
