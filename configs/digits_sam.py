@@ -6,15 +6,15 @@ python train_sam.py --config=configs/digits_sam.py --workdir=W
 
 from ml_collections import ConfigDict
 
+from configs.training import defaults
+
 
 def get_config() -> ConfigDict:
-    config = ConfigDict()
-    config.seed = 0
+    config = defaults()
     config.train = "digits:train"
     config.test = "digits:test"
     config.preprocess = "timm/augreg,crop_pct=1.0"  # 8x8 pixels scaled to image_size; values to -1 .. 1
 
-    config.model = ConfigDict()  # fields of ViTConfig
     config.model.image_size = (32, 32)
     config.model.patch_size = 4
     config.model.embed_dim = 64
@@ -23,17 +23,20 @@ def get_config() -> ConfigDict:
     config.model.mlp_dim = 256
     config.drop_path = 0.05
 
-    config.augment = ConfigDict()  # fields of RandomAffine
-    config.augment.degrees = 12.0
-    config.augment.shift = 0.06
-    config.augment.scale = (0.88, 1.12)
+    config.augment.crop = "eval"
+    config.augment.flip = 0.0
+    config.augment.affine = ConfigDict({"degrees": 12.0, "shift": 0.06, "scale": (0.88, 1.12)})
+    config.targets.label_smoothing = 0.1
 
     config.batch_size = 64
-    config.epochs = 50
-    config.warmup_epochs = 5
-    config.learning_rate = 3e-3
-    config.weight_decay = 0.05
-    config.clip_norm = 1.0
-    config.label_smoothing = 0.1
-    config.rho = 0.05  # radius of SAM; 0 trains without
+    config.epochs = 40.0
+    config.warmup_epochs = 4.0
+    config.optimizer.learning_rate = 3e-3
+    config.optimizer.weight_decay = 0.05
+    config.sam.rho = 0.05
+
+    config.schedules = "tome_r8,s2winc5_r8"
+    config.eval_every = 220  # ten epochs
+    config.save_every = 110
+    config.log_every = 22
     return config

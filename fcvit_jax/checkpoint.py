@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
 
 from fcvit_jax.data.preprocess import Preprocess
@@ -89,7 +90,7 @@ def save_checkpoint(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint directory, atomically.
+    """Write a checkpoint directory, atomically; of several processes, the first writes parameters that it has whole.
 
     provenance: JSON-able facts on where the parameters come from. Raises InputError where `path` exists (with
     `overwrite`: exists and is not a checkpoint) or cannot be written, and where the parts do not fit each other.
@@ -108,8 +109,12 @@ def save_checkpoint(
     with staged(path) as staging:
         import orbax.checkpoint as ocp
 
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save((staging / "params").absolute(), jax.tree.map(jnp.asarray, dict(params)))
+        # Alone, even where other processes belong to the run: their parameters are the same. Of arrays that lie on
+        # the devices of one process Orbax then wants none; of NumPy's it makes a copy more.
+        host = jnp.asarray if jax.process_count() == 1 else np.asarray
+        alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="save")
+        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+            checkpointer.save((staging / "params").absolute(), jax.tree.map(host, dict(params)))
         (staging / "params" / "commit_success.txt").unlink(missing_ok=True)  # names the place it was staged at
         files = sorted(file for file in (staging / "params").rglob("*") if file.is_file())
         meta["files"] = {file.relative_to(staging / "params").as_posix(): _sha256(file) for file in files}

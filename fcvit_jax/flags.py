@@ -11,21 +11,26 @@ import jax
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+from fcvit_jax import parallel
 from fcvit_jax.errors import one_line_errors
 
 flags.disclaim_key_flags()  # --help lists them as the script's own
 
 
-def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) -> None:
+def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, distributed: bool = False) -> None:
     """Parse the command line and call `main` with the configuration (a `ConfigDict`) and the working directory.
 
     config: the file that --config names by default; it has a `get_config()`. workdir: the default of --workdir.
+    distributed: whether the script may run as several processes, and has the flag --distributed.
     """
     with _one_line():
         fields = "The experiment; --config.FIELD=VALUE overrides a field of it."
         config_flag = config_flags.DEFINE_config_file("config", str(config), fields, lock_config=True)
     place = "Where the results are written; those of an earlier run go."
     workdir_flag = flags.DEFINE_string("workdir", workdir, place)
+    where = "Join other processes: auto (Slurm, Kubernetes, TPU), or HOST:PORT,COUNT,INDEX."
+    if distributed:
+        flags.DEFINE_string("distributed", "", where)
     jax.config.config_with_absl()
 
     def run(argv: list[str]) -> None:
@@ -34,6 +39,7 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) ->
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         with one_line_errors():
+            parallel.start_processes(flags.FLAGS.distributed if distributed else "")
             main(config_flag.value, Path(workdir_flag.value))
 
     app.run(run, flags_parser=_parse)

@@ -1,10 +1,25 @@
-"""Training augmentation, on the host, of uint8 images that are cut to the model's size."""
+"""Training augmentation on the host, with PIL and numpy: one recipe from a decoded image to the model's uint8 pixels.
 
+All chance comes from the generator that is passed in: an image's fate hangs on its seed, not on the order of threads.
+"""
+
+import dataclasses
+import functools
 import math
+import numbers
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance, ImageOps
+
+from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
+from fcvit_jax.errors import InputError
+
+CROPS = ("random_resized", "resize_crop", "eval")
+Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
 @dataclass(frozen=True)
@@ -12,13 +27,22 @@ class RandomAffine:
     """A random rotation, shift and scale about the centre; what comes into view is filled with `fill`.
 
     degrees: up to so many, either way. shift: up to this share of the height and width. scale: a factor between its
-    two numbers.
+    two numbers. fill: 0 to 255. Raises InputError for values out of range.
     """
 
     degrees: float = 0.0
     shift: float = 0.0
     scale: tuple[float, float] = (1.0, 1.0)
     fill: int = 0
+
+    def __post_init__(self):
+        _tidy(
+            self,
+            degrees=_number("affine.degrees", self.degrees, 0, 180),
+            shift=_number("affine.shift", self.shift, 0, 1),
+            scale=_span("affine.scale", self.scale, 0.01, 100),
+            fill=int(_number("affine.fill", self.fill, 0, 255)),
+        )
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 [height, width, 3] -> the same shape; bilinear."""
@@ -37,3 +61,263 @@ class RandomAffine:
             (width, height), Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(self.fill,) * 3
         )
         return np.asarray(image)
+
+
+@dataclass(frozen=True)
+class Augment:
+    """From a decoded image to a model's pixels, with chance; the fields are what a config sets, and it is hashable.
+
+    In this order: crop, flip, policy, erase, affine. A step that is off draws no random numbers.
+
+    Args:
+      crop: `random_resized`: a box of random area and aspect ratio, resized (the Inception crop, arXiv 1409.4842);
+        `resize_crop`: the shorter side to `floor(image_size / crop_pct)` of the preprocessing, then a random crop, the
+        aspect ratio kept; `eval`: the preprocessing's own.
+      scale, ratio: of the Inception crop: share of the image's area, and width over height.
+      flip: probability of mirroring left to right.
+      policy: `none`, or RandAugment as timm writes it: `rand-m9-n2-mstd0.5-inc1` (see `RandAugment.parse`).
+      erase: probability that a rectangle, 2 to 33 % of the area, of aspect 0.3 to 3.3, becomes noise (random erasing,
+        arXiv 1708.04896). It is timm's `pixel` mode, normal noise in the units of the normalised image, but on the
+        bytes before normalisation: what falls outside 0..255 is clipped.
+      affine: a `RandomAffine`, or its fields as a mapping.
+
+    Raises:
+      InputError: a value is out of range; the message names the field.
+    """
+
+    crop: str = "random_resized"
+    scale: tuple[float, float] = (0.08, 1.0)
+    ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    policy: str = "none"
+    erase: float = 0.0
+    affine: RandomAffine | None = None
+
+    def __post_init__(self):
+        if self.crop not in CROPS:
+            raise InputError(f"augment.crop is {self.crop!r}: it must be one of {', '.join(CROPS)}")
+        affine: Any = self.affine
+        if affine is not None and not isinstance(affine, RandomAffine):
+            try:
+                affine = RandomAffine(**affine)
+            except TypeError:
+                fields = ", ".join(field.name for field in dataclasses.fields(RandomAffine))
+                raise InputError(f"augment.affine is {affine!r}: its fields are {fields}") from None
+        _tidy(
+            self,
+            scale=_span("scale", self.scale, 1e-4, 1),
+            ratio=_span("ratio", self.ratio, 0.01, 100),
+            flip=_number("flip", self.flip, 0, 1),
+            erase=_number("erase", self.erase, 0, 1),
+            affine=affine,
+        )
+        if self.policy != "none":
+            RandAugment.parse(str(self.policy))
+
+    def __call__(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
+        """uint8 `[height, width, 3]` of `preprocess.image_size`, resized with its interpolation.
+
+        Raises InputError where the `eval` crop does: a strip so long that, resized, it would take all memory.
+        """
+        height, width = preprocess.image_size
+        resample = INTERPOLATIONS[preprocess.interpolation]
+        image = image if image.mode == "RGB" else image.convert("RGB")
+        if self.crop == "eval":
+            image = Image.fromarray(preprocess(image))
+        elif self.crop == "resize_crop":
+            image = image.resize((width, height), resample, _covering_box(image.size, preprocess, rng))
+        else:  # cut before resizing, so that the filter sees nothing of what is outside
+            box = random_box(image.size, self.scale, self.ratio, rng) or _center_box(image.size, self.ratio)
+            image = image.crop(box).resize((width, height), resample)
+        if self.flip and rng.random() < self.flip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        if self.policy != "none":
+            fill = tuple(round(255 * value) for value in preprocess.mean)
+            image = RandAugment.parse(self.policy)(image, rng, resample, fill)
+        pixels = np.array(image)
+        if self.erase and rng.random() < self.erase:
+            _erase(pixels, preprocess, rng)
+        return self.affine(pixels, rng) if self.affine else pixels
+
+
+def _erase(pixels: np.ndarray, preprocess: Preprocess, rng: np.random.Generator) -> None:
+    height, width = pixels.shape[:2]
+    if box := random_box((width, height), (0.02, 1 / 3), (0.3, 1 / 0.3), rng):
+        left, top, right, bottom = box
+        noise = rng.standard_normal((bottom - top, right - left, 3)) * preprocess.std + preprocess.mean
+        pixels[top:bottom, left:right] = np.rint(255 * noise).clip(0, 255)
+
+
+def random_box(
+    size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int] | None:
+    """(left, top, right, bottom), of uniform area and log-uniform aspect ratio, inside `size` (width, height).
+
+    Torchvision's `RandomResizedCrop.get_params`. None if ten draws in a row stick out.
+    """
+    width, height = size
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return left, top, left + w, top + h
+    return None
+
+
+def _center_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """The largest box in the centre whose width over height is within `ratio`, as torchvision falls back to."""
+    width, height = size
+    w = min(width, max(1, round(height * ratio[1])))
+    h = min(height, max(1, round(width / ratio[0])))
+    left, top = (width - w) // 2, (height - h) // 2
+    return left, top, left + w, top + h
+
+
+def _covering_box(size: tuple[int, int], preprocess: Preprocess, rng: np.random.Generator) -> Box:
+    """Where a random crop of the image, resized to cover `preprocess.resize_size`, lies in the image before resizing.
+
+    Resizing just that much never builds the whole resized image, which for a strip could take all memory.
+    """
+    (width, height), (to_height, to_width) = size, preprocess.image_size
+    # A crop_pct above 1 would ask for a border: training has none.
+    covered_height, covered_width = map(max, preprocess.resize_size, preprocess.image_size)
+    shrink = min(width / covered_width, height / covered_height)
+    w, h = min(width, to_width * shrink), min(height, to_height * shrink)
+    left, top = rng.uniform(0, width - w), rng.uniform(0, height - h)
+    return left, top, min(width, left + w), min(height, top + h)
+
+
+@dataclass(frozen=True)
+class RandAugment:
+    """`layers` operations drawn with replacement, each carried out with `probability` (arXiv 1909.13719), as in timm.
+
+    An operation's strength is the magnitude plus normal noise of deviation `std` (above 100: uniform from 0 to the
+    magnitude), clipped to 0..`limit`; 10 is full strength, and those with a direction draw a sign.
+
+    Args:
+      increasing: all operations grow stronger with the magnitude; otherwise posterise and solarise grow weaker, and
+        colour, contrast, brightness and sharpness go from 0.1 to 1.9 with "no change" at magnitude 5.
+    """
+
+    magnitude: float = 10
+    layers: int = 2
+    probability: float = 0.5
+    std: float = 0.0
+    limit: float = 10
+    increasing: bool = False
+
+    @staticmethod
+    @functools.cache
+    def parse(text: str) -> "RandAugment":
+        """timm's form: `rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`, of which all but `rand` may be left out, in any order.
+
+        A magnitude above the limit, which timm clips in silence, is refused. Raises InputError.
+        """
+        keys = dict(m="magnitude", n="layers", p="probability", mstd="std", mmax="limit", inc="increasing")
+        start, *parts = text.split("-")
+        found = [re.fullmatch(r"(m|n|mmax|inc)(\d+)|(p|mstd)(\d*\.?\d+)", part) for part in parts]
+        if start != "rand" or not all(found):
+            why = "it must be none, or like rand-m9-n2-p0.5-mstd0.5-mmax10-inc1"
+            raise InputError(f"augment.policy is {text!r}: {why}")
+        given = {keys[match[1] or match[3]]: float(match[2] or match[4]) for match in found if match}
+        layers, increasing = int(given.pop("layers", 2)), bool(given.pop("increasing", False))
+        policy = RandAugment(layers=layers, increasing=increasing, **given)
+        if policy.magnitude > policy.limit:
+            why = f"magnitudes are clipped to {policy.limit:g}; add mmax{policy.magnitude:g}, or lower m"
+            raise InputError(f"augment.policy is {text!r}: {why}")
+        if policy.probability > 1:
+            raise InputError(f"augment.policy is {text!r}: p{policy.probability:g} is no probability")
+        return policy
+
+    def __call__(
+        self,
+        image: Image.Image,
+        rng: np.random.Generator,
+        resample: Image.Resampling = Image.Resampling.BICUBIC,
+        fill: tuple[int, ...] = (128, 128, 128),
+    ) -> Image.Image:
+        """RGB -> RGB of the same size; what comes into view is filled with `fill`."""
+        if resample == Image.Resampling.LANCZOS:  # for resizing only
+            resample = Image.Resampling.BICUBIC
+        operations = list(rand_operations(self.increasing).values())
+        for operation in rng.integers(len(operations), size=self.layers):
+            if rng.random() < self.probability:
+                uniform = self.std > 100
+                drawn = rng.uniform(0, self.magnitude) if uniform else rng.normal(self.magnitude, self.std)
+                level = min(max(drawn, 0), self.limit) / 10
+                sign = -1 if rng.random() < 0.5 else 1
+                image = operations[operation](image, sign * level, {"resample": resample, "fillcolor": fill})
+        return image
+
+
+# The arguments: an RGB image, the magnitude / 10 with a sign, PIL's `resample` and `fillcolor`.
+Operation = Callable[[Image.Image, float, dict[str, Any]], Image.Image]
+
+
+@functools.cache
+def rand_operations(increasing: bool) -> dict[str, Operation]:
+    """RandAugment's operations by timm's names, less the suffix `Increasing`: its set without Cutout."""
+
+    def warp(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
+        """The affine map, of image and level, that takes a pixel of the result to its source."""
+        affine = Image.Transform.AFFINE
+        return lambda image, level, look: image.transform(image.size, affine, matrix(image, level), **look)
+
+    def enhance(enhancer: Callable[[Image.Image], Any]) -> Operation:
+        if increasing:
+            return lambda image, level, _: enhancer(image).enhance(max(0.1, 1 + 0.9 * level))
+        return lambda image, level, _: enhancer(image).enhance(0.1 + 1.8 * abs(level))
+
+    def posterize(image: Image.Image, level: float, _) -> Image.Image:
+        steps = int(4 * abs(level))
+        drop = 8 - (4 - steps if increasing else steps)  # the lowest bits; from 8 on the image is black
+        # Not PIL's: since version 13 it refuses to keep no bit, and timm's RandAugment crashes at full strength.
+        return image.point([value >> drop << drop if drop > 0 else value for value in range(256)] * 3)
+
+    def solarize(image: Image.Image, level: float, _) -> Image.Image:
+        threshold = min(256, int(256 * abs(level)))
+        return ImageOps.solarize(image, 256 - threshold if increasing else threshold)
+
+    def solarize_add(image: Image.Image, level: float, _) -> Image.Image:
+        add = min(128, int(110 * abs(level)))
+        return image.point([min(255, value + add) if value < 128 else value for value in range(256)] * 3)
+
+    return {
+        "AutoContrast": lambda image, level, look: ImageOps.autocontrast(image),
+        "Equalize": lambda image, level, look: ImageOps.equalize(image),
+        "Invert": lambda image, level, look: ImageOps.invert(image),
+        "Rotate": lambda image, level, look: image.rotate(30 * level, **look),
+        "Posterize": posterize,
+        "Solarize": solarize,
+        "SolarizeAdd": solarize_add,
+        "Color": enhance(ImageEnhance.Color),
+        "Contrast": enhance(ImageEnhance.Contrast),
+        "Brightness": enhance(ImageEnhance.Brightness),
+        "Sharpness": enhance(ImageEnhance.Sharpness),
+        "ShearX": warp(lambda image, level: (1, 0.3 * level, 0, 0, 1, 0)),
+        "ShearY": warp(lambda image, level: (1, 0, 0, 0.3 * level, 1, 0)),
+        "TranslateXRel": warp(lambda image, level: (1, 0, 0.45 * level * image.width, 0, 1, 0)),
+        "TranslateYRel": warp(lambda image, level: (1, 0, 0, 0, 1, 0.45 * level * image.height)),
+    }
+
+
+def _tidy(recipe: Any, **fields: Any) -> None:
+    """Set checked fields of a frozen dataclass: lists, as JSON and config files give them, would not hash."""
+    for field, value in fields.items():
+        object.__setattr__(recipe, field, value)
+
+
+def _number(field: str, value: Any, low: float, high: float) -> float:
+    if not isinstance(value, numbers.Real) or not low <= float(value) <= high:
+        raise InputError(f"augment.{field} is {value!r}: it must be a number from {low:g} to {high:g}")
+    return float(value)
+
+
+def _span(field: str, value: Any, low: float, high: float) -> tuple[float, float]:
+    pair = tuple(value) if isinstance(value, list | tuple) else ()
+    if len(pair) != 2 or not all(isinstance(x, numbers.Real) for x in pair) or not low <= pair[0] <= pair[1] <= high:
+        why = f"it must be two numbers from {low:g} to {high:g}, the smaller first"
+        raise InputError(f"augment.{field} is {value!r}: {why}")
+    return float(pair[0]), float(pair[1])

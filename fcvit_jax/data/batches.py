@@ -9,24 +9,29 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from PIL import Image
 
 from fcvit_jax.data.preprocess import Preprocess, decode
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 
 Row = tuple[np.ndarray, int, str]  # uint8 [height, width, 3], label, name
-Augment = Callable[[np.ndarray, np.random.Generator], np.ndarray]  # uint8 [height, width, 3] -> the same
+Transform = Callable[[Image.Image, np.random.Generator], np.ndarray]  # -> uint8 [height, width, 3]
 
 LOOKAHEAD = 2  # batches that are being decoded while another one is in use
 
 
 class Batch(NamedTuple):
-    """`b` rows of this process; where `mask` is False the row is padding: zeros, and the name is empty."""
+    """`b` rows of this process; where `mask` is False the row is padding: zeros, and the name is empty.
+
+    `skipped` tells why, one message an image, for rows that are padding because their image is bad.
+    """
 
     images: np.ndarray | jax.Array  # uint8 [b, height, width, 3]
     labels: np.ndarray | jax.Array  # int32 [b]
     mask: np.ndarray | jax.Array  # bool [b]
     names: tuple[str, ...]
+    skipped: tuple[str, ...] = ()
 
 
 def eval_batches(
@@ -54,43 +59,55 @@ def eval_batches(
         holds it, for an image that cannot be decoded.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    if batch_size < 1 or batch_size % process_count:
-        raise InputError(f"batch_size: {batch_size} is not a positive multiple of {process_count}, the process count")
-    if not 0 <= process_index < process_count:
-        raise InputError(f"process_index: {process_index} is not within 0 and {process_count - 1}")
-    if workers is not None and workers < 1:
-        raise InputError(f"workers: {workers} is not positive")
+    rows = _rows(batch_size, process_index, process_count, workers)
     if limit is not None and limit < 1:
         raise InputError(f"limit: {limit} is not positive")
     if count < 1:
         raise InputError(f"{source.spec}: no records")
-    rows = batch_size // process_count
     first = [k * batch_size + process_index * rows for k in range(math.ceil(count / batch_size))]
     shares = [range(start, max(start, min(start + rows, count))) for start in first]
 
     def load(index: int) -> Row:
-        return _load(source, preprocess, index)
+        return _load(source, index, preprocess)
 
     return _decode_ahead(load, preprocess.image_size, shares, rows, workers)
 
 
 def train_batches(
     source: Source,
-    preprocess: Preprocess,
+    transform: Transform,
+    image_size: tuple[int, int],
     batch_size: int,
     steps: range,
     seed: int,
-    augment: Augment | None = None,
+    *,
+    process_index: int = 0,
+    process_count: int = 1,
     workers: int | None = None,
+    on_bad: str = "stop",
 ) -> Generator[Batch, None, None]:
     """Batches of the given steps: each epoch a new permutation, what does not fill a batch at its end left out.
 
-    What step k sees depends on k and the seed alone, not on where `steps` starts, so that a run may be resumed; what
-    an image becomes depends on the seed, its epoch and its index, not on the order of the threads.
+    What step k sees depends on k and the seed alone: not on where `steps` starts, so that a run may be resumed, and not
+    on the number of processes, whose rows put together are the batch. What an image becomes depends on the seed, its
+    epoch and its index, not on the order of the threads.
+
+    Args:
+      transform: an RGB image and a generator to pixels, such as `Augment` with its preprocessing; called by threads.
+      image_size: (height, width) of those pixels.
+      batch_size: rows over all processes; each yields its share, and reads no more than that.
+      workers: decoding threads; by default what `ThreadPoolExecutor` finds fit for the machine.
+      on_bad: what an image does that cannot be read or decoded: `stop` raises in place of its batch; `skip` leaves its
+        row as padding, and tells why in `Batch.skipped`.
 
     Raises:
-      InputError: the data set is smaller than a batch; later, for an image that cannot be decoded.
+      InputError: at once, if the data set is smaller than a batch or the numbers do not fit; later, for a bad image.
     """
+    rows = _rows(batch_size, process_index, process_count, workers)
+    if on_bad not in ("stop", "skip"):
+        raise InputError(f"on_bad: {on_bad!r} is neither stop nor skip")
+    if seed < 0:
+        raise InputError(f"seed: {seed} is negative")
     an_epoch = len(source) // batch_size
     if an_epoch < 1:
         raise InputError(f"batch_size: {batch_size} is more than the {len(source)} images of {source.spec}")
@@ -101,21 +118,32 @@ def train_batches(
 
     def share(step: int) -> list[tuple[int, int]]:
         epoch, place = divmod(step, an_epoch)
-        return [(epoch, int(index)) for index in order(epoch)[place * batch_size : (place + 1) * batch_size]]
+        first = place * batch_size + process_index * rows
+        return [(epoch, int(index)) for index in order(epoch)[first : first + rows]]
 
     def load(item: tuple[int, int]) -> Row:
         epoch, index = item
-        pixels, label, name = _load(source, preprocess, index)
-        return augment(pixels, np.random.default_rng((seed, epoch, index))) if augment else pixels, label, name
+        return _load(source, index, lambda image: transform(image, np.random.default_rng((seed, epoch, index))))
 
-    return _decode_ahead(load, preprocess.image_size, map(share, steps), batch_size, workers)
+    return _decode_ahead(load, image_size, map(share, steps), rows, workers, skip=on_bad == "skip")
 
 
-def _load(source: Source, preprocess: Preprocess, index: int) -> Row:
+def _rows(batch_size: int, process_index: int, process_count: int, workers: int | None) -> int:
+    """Rows of one process. Raises InputError if the numbers do not fit."""
+    if batch_size < 1 or batch_size % process_count:
+        raise InputError(f"batch_size: {batch_size} is not a positive multiple of {process_count}, the process count")
+    if not 0 <= process_index < process_count:
+        raise InputError(f"process_index: {process_index} is not within 0 and {process_count - 1}")
+    if workers is not None and workers < 1:
+        raise InputError(f"workers: {workers} is not positive")
+    return batch_size // process_count
+
+
+def _load(source: Source, index: int, transform: Callable[[Image.Image], np.ndarray]) -> Row:
     record = source[index]
     image = decode(record.image, record.name)
     try:
-        return preprocess(image), record.label, record.name
+        return transform(image), record.label, record.name
     except InputError as error:
         raise InputError(f"image {record.name}: {error}") from error
 
@@ -126,16 +154,24 @@ def _decode_ahead(
     shares: Iterable[Sequence[Any]],
     rows: int,
     workers: int | None,
+    skip: bool = False,
 ) -> Generator[Batch, None, None]:
-    """One batch a share, each of its items loaded by a thread; what is left of `rows` is padding."""
+    """One batch a share, each of its items loaded by a thread; what is left of `rows`, or skipped, is padding."""
 
     def assemble(futures: list[Future]) -> Batch:
         images = np.zeros((rows, *image_size, 3), np.uint8)
         labels = np.zeros(rows, np.int32)
-        names = [""] * rows
+        mask = np.zeros(rows, np.bool_)
+        names, skipped = [""] * rows, []
         for row, future in enumerate(futures):
-            images[row], labels[row], names[row] = future.result()
-        return Batch(images, labels, np.arange(rows) < len(futures), tuple(names))
+            try:
+                images[row], labels[row], names[row] = future.result()
+                mask[row] = True
+            except InputError as error:
+                if not skip:
+                    raise
+                skipped.append(str(error))
+        return Batch(images, labels, mask, tuple(names), tuple(skipped))
 
     pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
     try:
@@ -155,13 +191,13 @@ def device_batches(
 ) -> Generator[Batch, None, None]:
     """The batches with images, labels and mask as global arrays, sharded; transfers run `depth` batches ahead.
 
-    Each process passes its own rows. The names stay with their process.
+    Each process passes its own rows. The names, and what was skipped, stay with their process.
     """
     pending: deque[Batch] = deque()
     try:
         for batch in batches:
             arrays = (jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for rows in batch[:3])
-            pending.append(Batch(*arrays, names=batch.names))
+            pending.append(Batch(*arrays, names=batch.names, skipped=batch.skipped))
             if len(pending) > depth:
                 yield pending.popleft()
         yield from pending

@@ -1,22 +1,168 @@
-"""The optax chain: clipping, AdamW, cosine schedule, and which parameters decay."""
+"""The optax chain: clipping, the update rule, decoupled weight decay, learning rates of layers, frozen parameters.
 
+It takes a gradient, however that was estimated: SAM comes before it, so that clipping bounds the step and leaves the
+radius alone. Parameters are known by their path, "blocks_0/attn/qkv/kernel".
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 
+from fcvit_jax.errors import InputError
+
+NAMES = ("adamw", "sgd", "lion")
+SCHEDULES = ("cosine", "linear", "constant")
+
+_NOT_NEGATIVE = (lambda x: 0 <= x < math.inf), "0 or more"
+_SHARE = (lambda x: 0 <= x < 1), "at least 0 and below 1"
+_NUMBERS = {
+    "learning_rate": _NOT_NEGATIVE,
+    "final_learning_rate": _NOT_NEGATIVE,
+    "weight_decay": _NOT_NEGATIVE,
+    "b1": _SHARE,
+    "b2": _SHARE,
+    "momentum": _SHARE,
+    "clip_norm": ((lambda x: 0 < x < math.inf), "above 0, or none"),
+    "layer_decay": ((lambda x: 0 < x <= 1), "above 0 and at most 1, or none"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How parameters follow a gradient. Raises InputError, naming the field, where a value makes no sense.
+
+    The learning rate rises linearly from 0 during the warm-up, then falls to `final_learning_rate` at the end of the
+    run along the schedule; "constant" stays. Weight decay is decoupled for all three, SGD too (arXiv 1711.05101): each
+    step takes learning rate x weight_decay x kernel away, whatever the gradient, the momentum and the clipping.
+    """
+
+    name: str = "adamw"  # adamw (arXiv 1711.05101) | sgd with (heavy-ball) momentum | lion (arXiv 2302.06675)
+    learning_rate: float
+    warmup_steps: int = 0
+    final_learning_rate: float = 0.0
+    schedule: str = "cosine"  # cosine | linear | constant
+    weight_decay: float = 0.0
+    b1: float = 0.9  # adamw, lion
+    b2: float = 0.999  # adamw, lion (whose paper has 0.99)
+    momentum: float = 0.9  # sgd
+    clip_norm: float | None = 1.0  # greatest norm of the gradient, all trained parameters together; None: any
+    layer_decay: float | None = None  # see `layer_scales`; None or 1: one learning rate for all
+    freeze: str | None = None  # regular expression; parameters whose path it matches, from the start, never change
+
+    def __post_init__(self) -> None:
+        for field, choices in (("name", NAMES), ("schedule", SCHEDULES)):
+            if getattr(self, field) not in choices:
+                raise InputError(f"optimizer.{field} is {getattr(self, field)!r}: choose one of {', '.join(choices)}")
+        for field, (fits, wanted) in _NUMBERS.items():
+            value = getattr(self, field)
+            if value is None and wanted.endswith("none"):
+                continue
+            if not isinstance(value, int | float) or isinstance(value, bool) or not fits(value):
+                raise InputError(f"optimizer.{field} is {value!r}: it must be a number {wanted}")
+        final, peak = self.final_learning_rate, self.learning_rate
+        if final > peak:
+            raise InputError(f"optimizer.final_learning_rate is {final}: it must not be above learning_rate, {peak}")
+        if type(self.warmup_steps) is not int or self.warmup_steps < 0:
+            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps!r}: it must be a whole number, 0 or more")
+        if self.freeze is not None:
+            try:
+                re.compile(self.freeze)
+            except (re.error, TypeError) as error:
+                raise InputError(f"optimizer.freeze is {self.freeze!r}: no regular expression ({error})") from None
+
+
+def make_optimizer(
+    config: OptimizerConfig, params: Any, total_steps: int
+) -> tuple[optax.GradientTransformation, optax.Schedule]:
+    """The transformation for such parameters (arrays or their shapes), and the learning rate at each step.
+
+    Raises InputError where the warm-up is as long as the run, or `freeze` matches no parameter, or all of them.
+    """
+    schedule = learning_rate_schedule(config, total_steps)
+    rule = {
+        "adamw": optax.scale_by_adam(config.b1, config.b2),
+        "sgd": optax.trace(config.momentum),
+        "lion": optax.scale_by_lion(config.b1, config.b2),
+    }[config.name]
+    chain = [rule, optax.add_decayed_weights(config.weight_decay, decay_mask), optax.scale_by_learning_rate(schedule)]
+    if config.clip_norm is not None:
+        chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
+    if config.layer_decay is not None:
+        scales = dict(zip(_paths(params), jax.tree.leaves(layer_scales(params, config.layer_decay)), strict=True))
+        chain.append(optax.stateless(lambda updates, _: _map_paths(lambda path, u: u * scales[path], updates)))
+    optimizer = optax.chain(*chain)
+    if config.freeze is None:
+        return optimizer, schedule
+    # Frozen parameters count neither in the norm that is clipped nor in the optimizer's memory.
+    labels = jax.tree.map(lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.freeze))
+    return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels), schedule
+
+
+def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
+    """Learning rate of step 0 .. total_steps - 1; the first is 0 if there is a warm-up."""
+    warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
+    if warmup >= total_steps:
+        raise InputError(f"optimizer.warmup_steps is {warmup}: it must be below the {total_steps} steps of the run")
+    rest = {
+        "cosine": optax.cosine_decay_schedule(peak, total_steps - warmup, final / peak if peak else 0.0),
+        "linear": optax.linear_schedule(peak, final, total_steps - warmup),
+        "constant": optax.constant_schedule(peak),
+    }[config.schedule]
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), rest], [warmup]) if warmup else rest
+
 
 def decay_mask(params: Any) -> Any:
-    """True for matrices that multiply activations; norms, biases, tokens and position embeddings do not decay."""
-    return jax.tree.map_with_path(lambda path, leaf: path[-1].key == "kernel", params)
+    """True for what multiplies activations; norms, biases, tokens, position embeddings and LayerScale do not decay."""
+    return _map_paths(lambda path, _: path.rpartition("/")[2] == "kernel", params)
 
 
-def adamw(
-    learning_rate: float, steps: int, warmup_steps: int, weight_decay: float, clip_norm: float
-) -> optax.GradientTransformation:
-    """AdamW (arXiv 1711.05101) under a linear warm-up and a cosine to zero, gradients clipped by their global norm."""
-    schedule = optax.warmup_cosine_decay_schedule(0.0, learning_rate, warmup_steps, steps)
-    return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.adamw(schedule, weight_decay=weight_decay, mask=decay_mask),
-    )
+def frozen_mask(params: Any, pattern: str | None) -> Any:
+    """True where `re.match` finds the pattern in a parameter's path; "blocks_1" means blocks_10 too, "blocks_1/" not.
+
+    Raises InputError where it matches no parameter, or leaves none to train.
+    """
+    if pattern is None:
+        return jax.tree.map(lambda _: False, params)
+    mask = _map_paths(lambda path, _: re.match(pattern, path) is not None, params)
+    matched = jax.tree.leaves(mask)
+    if not any(matched):
+        raise InputError(f"optimizer.freeze is {pattern!r}: no path starts so, as that of {_paths(params)[0]} does")
+    if all(matched):
+        raise InputError(f"optimizer.freeze is {pattern!r}: it matches every parameter and leaves none to train")
+    return mask
+
+
+def layer_scales(params: Any, decay: float) -> Any:
+    """decay ** (layers above), what the learning rate of each parameter is multiplied by.
+
+    The embedding is layer 0, blocks_i layer i + 1, all that follows the blocks layer depth + 1, as in BEiT
+    (arXiv 2106.08254) and MAE (arXiv 2111.06377). timm's `param_groups_layer_decay` has it so too, but for the norm in
+    front of the pooling, which it counts to the last block.
+    """
+    block = re.compile(r"blocks_(\d+)/")
+    blocks = {int(found[1]) for path in _paths(params) if (found := block.match(path))}
+    top = max(blocks, default=-1) + 2
+
+    def scale(path: str, _: Any) -> float:
+        found = block.match(path)
+        layer = int(found[1]) + 1 if found else 0 if path.startswith("embed/") else top
+        return decay ** (top - layer)
+
+    return _map_paths(scale, params)
+
+
+def _map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
+
+
+def _paths(tree: Any) -> list[str]:
+    return [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
+
+
+def _name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator="/")

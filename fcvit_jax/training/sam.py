@@ -1,60 +1,323 @@
 """Sharpness-aware minimisation as a way to estimate the gradient; nothing else of the training knows of it.
 
-arXiv 2010.01412, equations 2 and 3: the gradient is taken at w + rho g / ||g||, g the gradient at w, the norm over all
-parameters together. The optimizer then steps from w: the parameters themselves are never perturbed.
+The gradient is taken at w + e, where e leads uphill inside a ball of radius rho; the optimizer then steps from w. The
+parameters themselves are never perturbed. g(w) is the gradient of the batch, unit(x) = x / ||x|| over all leaves:
+
+    SAM      arXiv 2010.01412, equations 2 and 3    e = rho unit(g(w)),  estimate g(w + e)
+    ASAM     arXiv 2102.11600                       e = rho T unit(T g(w)),  T = |w| + eta on weights and 1 elsewhere
+    GSAM     arXiv 2203.08065, algorithm 1          g(w + e) less alpha times the part of g(w) orthogonal to it
+    LookSAM  arXiv 2203.02714, algorithm 1          SAM every k-th step; between, g(w) + alpha ||g(w)|| v, with v the
+                                                    unit(part of g(w + e) orthogonal to g(w)) of the last SAM step
+    SAM-ON   arXiv 2306.04226                       SAM that perturbs the norms only
 """
 
+import dataclasses
+import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+
+from fcvit_jax.errors import InputError
 
 Params = Any
-LossFn = Callable[..., tuple[jax.Array, Any]]
+LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
+
+CHOICES = {"scope": ("batch", "microbatch"), "perturb": ("all", "kernels", "norms")}
+
+
+@dataclasses.dataclass(frozen=True)
+class SAMConfig:
+    """Which gradient to estimate, and where. Raises InputError that names the field.
+
+    A radius of SAM is not one of ASAM, which wants about ten times as much. ASAM has other definitions in circulation;
+    with this one and eta = 0, rescaling weights so that the function stays the same changes nothing.
+    """
+
+    rho: float = 0.05  # radius; 0: the plain gradient in one pass, bit for bit
+    rho_final: float | None = None  # None: constant; else a cosine from rho to rho_final over the steps from start_step
+    start_step: int = 0  # rho is 0 before it, in the warm-up of the learning rate
+    adaptive: bool = False  # ASAM
+    eta: float = 0.01  # ASAM's floor, under which small weights are perturbed like 0
+    gap_weight: float = 0.0  # GSAM's alpha
+    refresh_every: int = 1  # LookSAM's k; 1 is SAM
+    reuse_scale: float = 0.7  # LookSAM's alpha
+    microbatches: int = 1  # strided parts of the batch that are in memory one at a time
+    scope: str = "batch"  # batch: one perturbation for all of it | microbatch: one for each part (m-sharpness)
+    perturb: str = "all"  # all | kernels | norms
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            lowest = 1 if name in ("refresh_every", "microbatches") else 0
+            valid, wanted = {
+                float: (number, "it must be a number, 0 or more"),
+                float | None: (number or value is None, "it must be a number, 0 or more, or none"),
+                int: (number and isinstance(value, int) and value >= lowest, f"it must be an integer from {lowest} on"),
+                bool: (isinstance(value, bool), "it must be true or false"),
+                str: (value in CHOICES.get(name, ()), f"choose one of {', '.join(CHOICES.get(name, ()))}"),
+            }[field.type]
+            if not valid:
+                raise InputError(f"sam.{name} is {value!r}: {wanted}")
+        if self.rho_final and not self.rho:
+            raise InputError(f"sam.rho_final is {self.rho_final}: it needs a rho above 0, as 0 turns SAM off")
+
+
+def warnings(cfg: SAMConfig) -> tuple[str, ...]:
+    """Lines to show to whoever chose this configuration: it runs, but may not be what was meant."""
+    lines = []
+    if cfg.rho and cfg.perturb == "norms":
+        lines.append("sam.perturb is norms: SAM on the norms alone (SAM-ON) may raise sharpness, so measure it")
+    if cfg.rho and cfg.scope == "microbatch" and cfg.microbatches == 1:
+        lines.append("sam.scope is microbatch, but sam.microbatches is 1: one perturbation for the whole batch")
+    return tuple(lines)
 
 
 class SAMInfo(NamedTuple):
-    """What the two passes saw; float32 scalars.
+    """What the two passes saw; float32 scalars. With scope "microbatch", means over the micro-batches.
 
-    loss: at the parameters. gap: the loss at the perturbed parameters less that, to first order rho times `grad_norm`.
-    grad_norm: of the gradient at the parameters.
+    To first order gap = rho * grad_norm, where all parameters are perturbed and `adaptive` is off: worth watching.
+    A step without a second pass (a rho of 0, LookSAM between refreshes) has gap 0, rho 0, cosine 1 and one norm twice.
     """
 
-    loss: jax.Array
-    gap: jax.Array
-    grad_norm: jax.Array
+    loss: jax.Array  # at the parameters
+    gap: jax.Array  # the loss at the perturbed parameters less `loss`
+    grad_norm: jax.Array  # of the gradient at the parameters
+    rho: jax.Array  # the radius of this step's perturbation
+    adv_grad_norm: jax.Array  # of the gradient at the perturbed parameters
+    cosine: jax.Array  # between these two gradients; 0 where one of them vanishes
 
 
-def perturbation(grads: Params, rho: jax.Array | float) -> Params:
-    """rho g / ||g||, in float32; zero where the gradient is."""
-    norm = global_norm(grads)
-    scale = jnp.where(norm > 0, jnp.float32(rho) / jnp.where(norm > 0, norm, 1.0), 0.0)
-    return jax.tree.map(lambda g: g.astype(jnp.float32) * scale, grads)
+class SAMState(NamedTuple):
+    """direction: LookSAM's unit vector v, a tree like the parameters, zero before the first refresh; else ()."""
+
+    direction: Params
+
+
+def init_sam(cfg: SAMConfig, params: Params) -> SAMState:
+    """The state before the first step."""
+    return SAMState(jax.tree.map(jnp.zeros_like, params) if cfg.rho and cfg.refresh_every > 1 else ())
+
+
+def rho_schedule(cfg: SAMConfig, total_steps: int) -> optax.Schedule:
+    """The radius at a step, float32: 0 before start_step; then rho, or
+    rho_final + (rho - rho_final) (1 + cos(pi t)) / 2 with t from 0 at start_step to 1 at total_steps.
+
+    A function of the step alone, never of the learning rate. Raises InputError where SAM would never start.
+    """
+    if cfg.rho and cfg.start_step >= total_steps:
+        raise InputError(f"sam.start_step is {cfg.start_step}: the run ends after {total_steps} steps, without SAM")
+    final = cfg.rho if cfg.rho_final is None else cfg.rho_final
+
+    def schedule(step: Any) -> jax.Array:
+        steps = jnp.asarray(step).astype(jnp.float32) - cfg.start_step
+        t = jnp.clip(steps / max(total_steps - cfg.start_step, 1), 0.0, 1.0)
+        rho = final + (cfg.rho - final) * (1 + jnp.cos(jnp.pi * t)) / 2
+        return jnp.where(steps < 0, 0.0, jnp.maximum(rho, 0.0))
+
+    return schedule
+
+
+def perturb_mask(params: Params, perturb: str, frozen: Params | None = None) -> Params:
+    """True for each leaf that is perturbed; the whole radius is spent on these.
+
+    perturb: "all", "kernels" (leaves of that name) or "norms" (leaves of modules with "norm" in their name).
+    frozen: bools, True where a leaf is not trained; such leaves are not perturbed. Raises InputError if none is left.
+    """
+
+    def chosen(path: Any, _: Any, is_frozen: bool) -> bool:
+        *modules, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        of_kind = {"all": True, "kernels": name == "kernel", "norms": any("norm" in m.lower() for m in modules)}
+        return of_kind[perturb] and not is_frozen
+
+    frozen = jax.tree.map(lambda _: False, params) if frozen is None else frozen
+    mask = jax.tree.map_with_path(chosen, params, frozen)
+    if not any(jax.tree.leaves(mask)):
+        raise InputError(f"sam.perturb is {perturb!r}: no trained parameter is of that kind, so that none is perturbed")
+    return mask
+
+
+def perturbation(
+    params: Params, grads: Params, rho: Any, *, mask: Params | None = None, adaptive: bool = False, eta: float = 0.01
+) -> Params:
+    """e = rho T unit(T g) in float32, zero where the gradient is; T is 1, or that of ASAM if `adaptive`.
+
+    mask: bools, False for leaves that stay where they are and do not count in the norm. ||e / T|| is rho.
+    """
+    params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
+    # A leaf of one axis is a bias or a norm, to which the paper's T does not apply.
+    scale = jax.tree.map(lambda w: jnp.abs(w) + eta if adaptive and w.ndim > 1 else jnp.ones_like(w), params)
+    mask = jax.tree.map(lambda _: True, params) if mask is None else mask
+    ascent = jax.tree.map(lambda t, g, m: t * g.astype(t.dtype) if m else jnp.zeros_like(t), scale, grads, mask)
+    return jax.tree.map(lambda t, u: jnp.float32(rho) * t * u, scale, unit(ascent))
 
 
 def global_norm(tree: Params) -> jax.Array:
     """The Euclidean norm of all leaves together, float32."""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf.astype(jnp.float32))) for leaf in jax.tree.leaves(tree)))
+    return jnp.sqrt(_dot(tree, tree))
 
 
-def sam_value_and_grad(loss_fn: LossFn, rho: float) -> Callable[..., tuple[tuple[jax.Array, Any], Params, SAMInfo]]:
-    """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with the gradient of SAM.
+def unit(tree: Params) -> Params:
+    """The tree over its global norm, float32; zero where that is."""
+    norm = global_norm(tree)
+    inverse = jnp.where(norm > 0, 1 / norm, 0.0)
+    return jax.tree.map(lambda x: x.astype(jnp.float32) * inverse, tree)
 
-    loss_fn: (params, *args) -> (loss, aux). Both passes get the same arguments, the dropout key among them.
-    rho: radius; 0 gives the plain gradient in a single pass, bit for bit.
-    Returns a function of the same arguments that gives ((loss, aux), grads, info); loss and aux are those at the
-    parameters, not at the perturbed ones.
+
+def orthogonal(tree: Params, other: Params) -> Params:
+    """The part of a tree that is orthogonal to another, all leaves together."""
+    along = unit(other)
+    length = _dot(tree, along)
+    return jax.tree.map(lambda x, u: x - length * u, tree, along)
+
+
+def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = None) -> Callable[..., Any]:
+    """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with the gradient of SAM. To be called under jit.
+
+    loss_fn: (params, batch, key) -> (loss, aux); the loss is the mean over the rows of the batch. Weights of rows
+        (padding, masks) must average to 1 over the *whole* batch: mean(weight * loss of the row) is then the same for
+        any number of micro-batches, which dividing by the sum of the weights inside is not. Parameters that are not
+        trained belong under `stop_gradient` there, or their gradients count in the norms of GSAM and LookSAM.
+    mask: of `perturb_mask`; None: that of cfg.perturb, with nothing frozen.
+
+    Returns (params, batch, key, rho, step, state) -> ((loss, aux), grads, state, SAMInfo).
+
+    params: float32, else InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches` (else
+    InputError) and best of `microbatches` times the devices. Micro-batch i holds the rows i, i + c, i + 2c ... of the
+    batch, and the key i of `jax.random.split(key, c)`, in both passes; with c = 1 the key is passed on as it is.
+    rho: the radius (float32[], `rho_schedule`); the second pass is skipped at run time where the schedule makes it 0.
+    Loss and aux are those at the parameters. With micro-batches, leaves of aux with a leading axis of B / c are taken
+    for rows and come back as B rows in the batch's order; all others are averaged.
     """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    # jit: both passes and the scans' shape inference share one trace; XLA inlines it.
+    value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
+    parts = {"batch": 1, "microbatch": 1} | {cfg.scope: cfg.microbatches}
+    looks = cfg.rho > 0 and cfg.refresh_every > 1
+    # Where the radius is never 0, a conditional would only hinder the compiler.
+    always = cfg.start_step == 0 and not looks and cfg.rho_final != 0
 
-    def function(params: Params, *args: Any) -> tuple[tuple[jax.Array, Any], Params, SAMInfo]:
-        (loss, aux), grads = value_and_grad(params, *args)
-        norm = global_norm(grads)
-        if not rho:
-            return (loss, aux), grads, SAMInfo(loss, jnp.zeros_like(loss), norm)
-        perturbed = jax.tree.map(lambda w, e: w + e.astype(w.dtype), params, perturbation(grads, rho))
-        (sharp_loss, _), grads = value_and_grad(perturbed, *args)
-        return (loss, aux), grads, SAMInfo(loss, sharp_loss - loss, norm)
+    def gradient(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Any]:
+        (loss, aux), grads = value_and_grad(params, batch, key)
+        return (loss.astype(jnp.float32), grads), aux
+
+    gradient = _averaged(gradient, parts["batch"])
+
+    def function(params: Params, batch: Any, key: jax.Array, rho: Any, step: Any, state: SAMState) -> Any:
+        rho = jnp.asarray(rho, jnp.float32)
+        sharp = (rho > 0) & ((step - cfg.start_step) % cfg.refresh_every == 0)  # this step has a second pass
+
+        def estimate(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[Params, Params, SAMInfo], Any]:
+            (loss, clean), aux = gradient(params, batch, key)
+            norm, zero = global_norm(clean), jnp.float32(0)
+
+            def plain() -> tuple[Params, SAMInfo]:
+                return clean, SAMInfo(loss, zero, norm, zero, norm, jnp.float32(1))
+
+            def adversarial() -> tuple[Params, SAMInfo]:
+                (adv_loss, adv), _ = gradient(_climb(cfg, mask, params, clean, rho), batch, key)
+                info = SAMInfo(loss, adv_loss - loss, norm, rho, global_norm(adv), _dot(unit(clean), unit(adv)))
+                if cfg.gap_weight:
+                    across = orthogonal(clean, adv)
+                    adv = jax.tree.map(lambda a, c: a - cfg.gap_weight * c, adv, across)
+                return adv, info
+
+            if not cfg.rho:
+                grads, info = plain()
+            elif always:
+                grads, info = adversarial()
+            else:
+                grads, info = jax.lax.cond(sharp, adversarial, plain)
+            return (grads, clean if looks else (), info), aux
+
+        (grads, clean, info), aux = _averaged(estimate, parts["microbatch"])(params, batch, key)
+        if looks:
+            grads, state = jax.lax.cond(sharp, partial(_refresh, grads, clean), partial(_reuse, cfg, clean, rho, state))
+        return (info.loss, aux), grads, state, info
 
     return function
+
+
+def sam_transformation(
+    optimizer: optax.GradientTransformation, cfg: SAMConfig, mask: Params | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """SAM or ASAM for a training loop that holds an optax chain of its own: a thin shell, with traps.
+
+    update(grads, state, params, grad_fn=...): grads at params; grad_fn(params) gives those of the *same* batch and key.
+    Clipping, decay and schedules belong inside `optimizer`: in a chain before this they only turn the perturbation,
+    and `optax.MultiSteps` around it lets grad_fn see the last micro-batch alone. The losses are lost.
+    """
+    for name in ("rho_final", "start_step", "gap_weight", "refresh_every", "microbatches"):
+        if getattr(cfg, name) != getattr(SAMConfig(), name):
+            raise InputError(f"sam.{name} is {getattr(cfg, name)}: only sam_value_and_grad knows it")
+    inner = optax.with_extra_args_support(optimizer)
+
+    def update(updates: Params, state: Any, params: Params = None, **extra: Any) -> Any:
+        grad_fn = extra.pop("grad_fn")
+        if cfg.rho:
+            updates = grad_fn(_climb(cfg, mask, params, updates, cfg.rho))
+        return inner.update(updates, state, params, **extra)
+
+    return optax.GradientTransformationExtraArgs(inner.init, update)
+
+
+def _climb(cfg: SAMConfig, mask: Params | None, params: Params, grads: Params, rho: Any) -> Params:
+    """The perturbed parameters, w + e."""
+    for path, leaf in jax.tree.leaves_with_path(params):
+        if leaf.dtype != jnp.float32:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise InputError(f"{name} is {leaf.dtype}: stored parameters must be float32, or rounding undoes SAM")
+    mask = perturb_mask(params, cfg.perturb) if mask is None else mask
+    ascent = perturbation(params, grads, rho, mask=mask, adaptive=cfg.adaptive, eta=cfg.eta)
+    return jax.tree.map(jnp.add, params, ascent)
+
+
+def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:
+    """A step of LookSAM with a second pass: its direction comes from all leaves together."""
+    across = orthogonal(grads, clean)
+    # Without curvature only rounding is left here, which must not be blown up to a vector of length 1.
+    real = global_norm(across) > 1e-5 * global_norm(grads)
+    return grads, SAMState(jax.tree.map(lambda u: jnp.where(real, u, 0.0), unit(across)))
+
+
+def _reuse(cfg: SAMConfig, clean: Params, rho: jax.Array, state: SAMState) -> tuple[Params, SAMState]:
+    """A step of LookSAM without; the plain gradient where the schedule has rho at 0."""
+    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * global_norm(clean)
+    return jax.tree.map(lambda g, v: g + length * v, clean, state.direction), state
+
+
+def _averaged(function: Callable[..., Any], count: int) -> Callable[..., Any]:
+    """A function (params, batch, key) -> (averaged, aux), over micro-batches: see `sam_value_and_grad`."""
+
+    def average(params: Params, batch: Any, key: jax.Array) -> Any:
+        size = jax.tree.leaves(batch)[0].shape[0]
+        if size % count:
+            raise InputError(f"sam.microbatches is {count}: a batch of {size} rows does not divide by it")
+        # Strided: contiguous parts of a batch that lies on several devices would be gathered on each of them.
+        chunks = jax.tree.map(lambda x: x.reshape(size // count, count, *x.shape[1:]).swapaxes(0, 1), batch)
+        chunks = chunks, jax.random.split(key, count)
+
+        def add(total: Any, chunk: Any) -> tuple[Any, Any]:
+            means, aux = function(params, *chunk)
+            return jax.tree.map(jnp.add, total, means), aux
+
+        def join(stacked: jax.Array) -> jax.Array:
+            if stacked.shape[1:2] == (size // count,):
+                return stacked.swapaxes(0, 1).reshape(size, *stacked.shape[2:])
+            return stacked.mean(axis=0)
+
+        shapes, _ = jax.eval_shape(function, params, *jax.tree.map(lambda x: x[0], chunks))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        total, aux = jax.lax.scan(add, zeros, chunks)
+        return jax.tree.map(lambda x: x / count, total), jax.tree.map(join, aux)
+
+    return average if count > 1 else function
+
+
+def _dot(a: Params, b: Params) -> jax.Array:
+    """The inner product of two trees, float32."""
+    products = jax.tree.map(lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b)
+    return jax.tree.reduce(jnp.add, products)

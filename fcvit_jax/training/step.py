@@ -1,5 +1,11 @@
-"""The state of a training run and the one pure step."""
+"""The state of a training run and the one pure step.
 
+Parameters are float32 whatever the model computes in: bfloat16 would round most of SAM's perturbation away, and small
+updates with it. Remat, the merge schedule and dropout come with the model.
+"""
+
+import dataclasses
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -7,53 +13,148 @@ import jax.numpy as jnp
 import optax
 
 from fcvit_jax.data.preprocess import Preprocess
+from fcvit_jax.errors import InputError
 from fcvit_jax.models.vit import ViT
-from fcvit_jax.training.sam import sam_value_and_grad
+from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, sam_value_and_grad
+from fcvit_jax.training.targets import TargetConfig, cross_entropy, mix, row_weights, soft_targets
+
+Batch = tuple[jax.Array, jax.Array, jax.Array]
+Metrics = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-    """step: int32; params: float32 tree; opt_state: of the optax chain; key: the run's random key."""
+    """All that a run needs to go on; a checkpoint of it resumes bit for bit.
+
+    step: int32, the steps taken. params: float32 tree. opt_state: of the optax chain. ema: the average of the params,
+    () when off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step.
+    """
 
     step: jax.Array
     params: Any
     opt_state: Any
+    ema: Any
+    sam: SAMState
     key: jax.Array
 
 
-def init_state(model: ViT, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """A model with fresh parameters."""
-    init_key, key = jax.random.split(jax.random.key(seed))
-    images = jnp.zeros((1, *model.config.image_size, 3), jnp.float32)
-    params = jax.jit(model.init)(init_key, images)["params"]
-    return TrainState(jnp.int32(0), params, optimizer.init(params), key)
-
-
-def train_step(
+def init_state(
     model: ViT,
-    preprocess: Preprocess,
     optimizer: optax.GradientTransformation,
-    rho: float,
-    label_smoothing: float,
-    state: TrainState,
-    images: jax.Array,
-    labels: jax.Array,
-) -> tuple[TrainState, dict[str, jax.Array]]:
-    """One step of SAM with radius rho (0: none) on uint8 images [b, height, width, 3] and int32 labels [b].
+    sam: SAMConfig,
+    seed: int,
+    params: Any = None,
+    ema: bool = False,
+) -> TrainState:
+    """The state before the first step; with fresh parameters if none are given.
 
-    The key of each step comes from the run's key and the step's number, so that a resumed run draws the same.
-    Returns the new state and float32 scalars: "loss", "accuracy", "gap", "grad_norm".
+    Given parameters are copied, as float32, and so is the average that starts from them: a step that is given the
+    state's memory may not be given any of it twice, nor the caller's.
     """
-    key = jax.random.fold_in(state.key, state.step)
-    inputs = preprocess.normalize(images)
+    init_key, key = jax.random.split(jax.random.key(seed))
+    if params is None:
+        images = jnp.zeros((1, *model.config.image_size, 3), jnp.float32)
+        params = jax.jit(model.init)(init_key, images)["params"]
+    params = _copy(params)
+    return TrainState(
+        jnp.int32(0), params, optimizer.init(params), _copy(params) if ema else (), init_sam(sam, params), key
+    )
 
-    def loss_fn(params: Any) -> tuple[jax.Array, jax.Array]:
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a step does beside the model: each piece as its own module makes it.
+
+    optimizer, learning_rate: of `make_optimizer`. rho: of `rho_schedule`. frozen: of `frozen_mask`, for the pattern
+    that the optimizer has; None: nothing. ema_decay: None when the average is off.
+    """
+
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    sam: SAMConfig
+    rho: optax.Schedule
+    targets: TargetConfig
+    frozen: Any = None
+    ema_decay: float | None = None
+
+    def __post_init__(self) -> None:
+        decay = self.ema_decay
+        if decay is not None and (not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay < 1):
+            raise InputError(f"ema_decay is {decay!r}: it must be a number at least 0 and below 1, or none")
+
+
+def make_train_step(
+    model: ViT, preprocess: Preprocess, recipe: Recipe
+) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
+    """The function (state, (images, labels, mask)) -> (state, metrics), pure, to be compiled with the state donated.
+
+    images: uint8 [b, height, width, 3]. labels: int32 [b]. mask: bool [b]; False rows are padding and change nothing.
+    The keys of a step come from the run's key and the step's number, so that a resumed run draws what the whole run
+    drew. Images are mixed once, and both passes of SAM see the same images and the same dropout.
+
+    If the loss or the gradient is not finite, the state comes back as it was, its step number too, and "finite" is 0:
+    the loop should stop there, with the last good state in its hands.
+
+    Metrics, float32 scalars; those of SAM are explained by `SAMInfo`:
+
+    - "loss": at the parameters, of the unmasked rows; "accuracy": of them, against the labels before mixing;
+    - "gap", "grad_norm", "rho"; "gap_over_rho": to first order the gradient norm if all is well, 0 where rho is 0;
+    - "learning_rate"; "update_norm": of what the optimizer adds to the parameters; "finite": 1 or 0.
+    """
+    if not model.config.num_classes:
+        raise InputError("num_classes is 0: a model without a head has nothing to train towards")
+    targets_config, frozen = recipe.targets, recipe.frozen
+    perturbed = None if frozen is None else perturb_mask(frozen, recipe.sam.perturb, frozen)
+
+    def loss_fn(params: Any, batch: tuple[jax.Array, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inputs, targets, weights = batch
+        if frozen is not None:
+            # No gradient: none is computed, and none counts in a norm.
+            params = jax.tree.map(lambda w, is_frozen: jax.lax.stop_gradient(w) if is_frozen else w, params, frozen)
         logits, _ = model.apply({"params": params}, inputs, train=True, rngs={"dropout": key})
-        targets = optax.smooth_labels(jax.nn.one_hot(labels, model.config.num_classes), label_smoothing)
-        return optax.softmax_cross_entropy(logits, targets).mean(), logits
+        losses = cross_entropy(logits, targets, targets_config.loss)
+        return jnp.mean(weights * losses), jnp.argmax(logits, axis=-1)
 
-    (loss, logits), grads, info = sam_value_and_grad(loss_fn, rho)(state.params)
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = optax.apply_updates(state.params, updates)
-    accuracy = jnp.mean(jnp.argmax(logits, axis=-1) == labels, dtype=jnp.float32)
-    metrics = {"loss": loss, "accuracy": accuracy, "gap": info.gap, "grad_norm": info.grad_norm}
-    return TrainState(state.step + 1, params, opt_state, state.key), metrics
+    value_and_grad = sam_value_and_grad(loss_fn, recipe.sam, perturbed)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        images, labels, mask = batch
+        mix_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
+        weights = row_weights(mask)
+        targets = soft_targets(labels, model.config.num_classes, targets_config.label_smoothing)
+        inputs, targets = mix(mix_key, preprocess.normalize(images), targets, mask, targets_config)
+
+        (loss, predictions), grads, sam, info = value_and_grad(
+            state.params, (inputs, targets, weights), model_key, recipe.rho(state.step), state.step, state.sam
+        )
+        updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = average(state.ema, params, recipe.ema_decay, state.step) if recipe.ema_decay is not None else state.ema
+        new = TrainState(state.step + 1, params, opt_state, ema, sam, state.key)
+        # Known before the update, which can then happen in place.
+        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+
+        metrics = {
+            "loss": loss,
+            "accuracy": jnp.mean(weights * (predictions == labels)),
+            "gap": info.gap,
+            "grad_norm": info.grad_norm,
+            "rho": info.rho,
+            "gap_over_rho": jnp.where(info.rho > 0, info.gap / jnp.where(info.rho > 0, info.rho, 1.0), 0.0),
+            "learning_rate": recipe.learning_rate(state.step),
+            "update_norm": optax.tree.norm(updates),
+            "finite": finite,
+        }
+        kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new._replace(key=()), state._replace(key=()))
+        return kept._replace(key=state.key), {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+
+    return train_step
+
+
+def average(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
+    """d ema + (1 - d) params, d = min(decay, (1 + step) / (10 + step)): the start is forgotten quickly."""
+    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
+    return jax.tree.map(lambda a, w: d * a + (1.0 - d) * w, ema, params)
+
+
+def _copy(params: Any) -> Any:
+    return jax.tree.map(lambda leaf: jnp.array(leaf, jnp.float32), params)

@@ -11,6 +11,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
+from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.batches import LOOKAHEAD, Batch, device_batches, eval_batches, train_batches
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Record, Source, open_source
@@ -193,27 +194,147 @@ def test_digits_and_photos_go_through_the_same_path(clothing_test):
     np.testing.assert_array_equal(batch.images[5], Preprocess((32, 32))(image))
 
 
-def test_training_batches_depend_on_step_and_seed_alone():
-    source = source_of(13)
-    steps = lambda *span, seed=3, workers=2: [  # noqa: E731
-        (batch.names, np.asarray(batch.images))
-        for batch in train_batches(source, SMALL, 4, range(*span), seed, jitter, workers)
-    ]
-    whole = steps(9)
-    assert [names for names, _ in whole[5:]] == [names for names, _ in steps(5, 9)]
-    for (_, images), (_, again) in zip(whole, steps(9, workers=1), strict=True):
-        np.testing.assert_array_equal(images, again)
-    assert [names for names, _ in whole] != [names for names, _ in steps(9, seed=4)]
+def jitter(image: Image.Image, rng: np.random.Generator) -> np.ndarray:
+    return (SMALL(image) // 2 + rng.integers(0, 100, (4, 6, 3))).astype(np.uint8)
+
+
+def train(count=13, batch_size=4, steps=range(9), seed=3, transform=jitter, source=None, **options) -> list[Batch]:
+    return list(train_batches(source or source_of(count), transform, (4, 6), batch_size, steps, seed, **options))
+
+
+def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
+    for batch, other in zip(ours, theirs, strict=True):
+        assert (batch.names, batch.skipped) == (other.names, other.skipped)
+        for array, expected in zip(batch[:3], other[:3], strict=True):
+            np.testing.assert_array_equal(array, expected)
+            assert array.dtype == expected.dtype
+
+
+def test_an_epoch_is_a_permutation_cut_to_whole_batches():
+    batches = train()
+    assert all(batch.mask.all() and batch.skipped == () for batch in batches)
     # Three batches an epoch: twelve different records, one left out; another order and other pixels in the next.
-    first, second = ([name for names, _ in whole[start : start + 3] for name in names] for start in (0, 3))
+    first, second = ([name for batch in batches[k : k + 3] for name in batch.names] for k in (0, 3))
     assert len({*first}) == len({*second}) == 12
     assert first != second
-    with pytest.raises(InputError, match="more than the 13 images"):
-        train_batches(source, SMALL, 14, range(1), 0)
+    order = [*np.random.default_rng((3, 0)).permutation(13)[:12], *np.random.default_rng((3, 1)).permutation(13)[:12]]
+    assert first + second == [f"record-{i}" for i in order]
+    assert [label for batch in batches[:6] for label in np.asarray(batch.labels)] == [100 + i for i in order]
+    row, again = first.index("record-5"), second.index("record-5")
+    assert (batches[row // 4].images[row % 4] != batches[3 + again // 4].images[again % 4]).any()
 
 
-def jitter(pixels, rng):
-    return (pixels + rng.integers(0, 50)).astype(np.uint8)
+def test_pixels_come_of_seed_epoch_and_index():
+    (batch,) = train(steps=range(7, 8))  # the third epoch's second
+    source, index = source_of(13), np.random.default_rng((3, 2)).permutation(13)[4]
+    data = source[index].image
+    assert isinstance(data, bytes)
+    expected = jitter(Image.open(io.BytesIO(data)), np.random.default_rng((3, 2, index)))
+    np.testing.assert_array_equal(batch.images[0], expected)
+
+
+@pytest.mark.parametrize("start", [1, 4, 8])
+def test_training_resumes_anywhere(start):
+    assert_equal(train(steps=range(start, 9)), train()[start:])
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_training_workers_change_nothing(workers):
+    assert_equal(train(workers=workers), train())
+
+
+def test_training_seeds_differ():
+    assert [batch.names for batch in train()] != [batch.names for batch in train(seed=4)]
+
+
+@pytest.mark.parametrize("on_bad", ["stop", "skip"])
+@pytest.mark.parametrize("process_count", [2, 4])
+def test_training_processes_put_together_give_the_same_batches(process_count, on_bad):
+    broken = 6 if on_bad == "skip" else None
+    whole = train(source=source_of(13, broken), on_bad=on_bad)
+    seen: list[list[int]] = [[] for _ in range(process_count)]
+    parts = [
+        train(source=source_of(13, broken, seen[p]), process_index=p, process_count=process_count, on_bad=on_bad)
+        for p in range(process_count)
+    ]
+    joined = [
+        Batch(
+            *(np.concatenate([row[field] for row in rows]) for field in range(3)),
+            names=sum((row.names for row in rows), ()),
+            skipped=sum((row.skipped for row in rows), ()),
+        )
+        for rows in zip(*parts, strict=True)
+    ]
+    assert_equal(joined, whole)
+    assert [len(read) for read in seen] == [9 * 4 // process_count] * process_count  # its own records alone
+
+
+def test_a_broken_training_image_stops_in_place_of_its_batch():
+    place = np.random.default_rng((3, 0)).permutation(13).tolist().index(6)
+    batches = train_batches(source_of(13, broken=6), jitter, (4, 6), 4, range(9), 3)
+    assert all(next(batches).mask.all() for _ in range(place // 4))
+    with pytest.raises(InputError, match="image record-6 cannot be decoded"):
+        next(batches)
+    assert decoding_threads() == []
+
+
+def test_a_broken_training_image_is_skipped_and_told():
+    sound, batches = train(), train(source=source_of(13, broken=6), on_bad="skip")
+    skipped = 0
+    for expected, batch in zip(sound, batches, strict=True):
+        bad = [name == "record-6" for name in expected.names]
+        assert batch.mask.tolist() == [not skip for skip in bad]
+        assert batch.names == tuple("" if skip else name for name, skip in zip(expected.names, bad, strict=True))
+        assert not batch.images[bad].any()
+        assert not batch.labels[bad].any()
+        np.testing.assert_array_equal(batch.images[batch.mask], expected.images[batch.mask])
+        assert [message[: len("image record-6 ")] for message in batch.skipped] == ["image record-6 "] * sum(bad)
+        skipped += len(batch.skipped)
+    assert skipped == sum("record-6" in batch.names for batch in sound) > 0
+    device = list(device_batches(train(batch_size=8, source=source_of(9, broken=6), on_bad="skip"), on_devices()))
+    assert sum(len(batch.skipped) for batch in device) == 9 * 8 - sum(int(batch.mask.sum()) for batch in device) > 0
+
+
+def test_what_a_transform_refuses_is_told_by_name_and_its_bugs_are_not_skipped():
+    def refuse(image, rng):
+        raise InputError("it is a strip")
+
+    def crash(image, rng):
+        raise ZeroDivisionError
+
+    with pytest.raises(InputError, match=r"image record-\d+: it is a strip"):
+        train(transform=refuse)
+    (batch,) = train(transform=refuse, on_bad="skip", steps=range(1))
+    assert len(batch.skipped) == 4
+    assert not batch.mask.any()
+    with pytest.raises(ZeroDivisionError):
+        train(transform=crash, on_bad="skip")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 14}, "batch_size: 14 is more than the 13 images of test:13"),
+        ({"batch_size": 0}, "batch_size: 0 is not a positive multiple of 1"),
+        ({"process_count": 3}, "batch_size: 4 is not a positive multiple of 3, the process count"),
+        ({"process_count": 2, "process_index": -1}, "process_index: -1 is not within 0 and 1"),
+        ({"workers": 0}, "workers: 0 is not positive"),
+        ({"on_bad": "ignore"}, "on_bad: 'ignore' is neither stop nor skip"),
+        ({"seed": -1}, "seed: -1 is negative"),
+    ],
+)
+def test_bad_training_numbers_are_told_at_once(options, message):
+    with pytest.raises(InputError, match=message):
+        train_batches(source_of(13), jitter, (4, 6), **{"batch_size": 4, "steps": range(1), "seed": 0, **options})
+
+
+def test_photos_are_augmented(clothing_test):
+    augment, preprocess = Augment(policy="rand-m9-mstd0.5-inc1", erase=0.25), Preprocess((64, 48))
+    photos = open_source(f"folder:{clothing_test}")
+    transform = lambda image, rng: augment(image, preprocess, rng)  # noqa: E731
+    first, again = (list(train_batches(photos, transform, (64, 48), 8, range(2), 0, workers=w)) for w in (1, 3))
+    assert_equal(first, again)
+    assert first[0].images.shape == (8, 64, 48, 3)
 
 
 def test_a_strip_that_would_take_all_memory_is_refused_by_name():

@@ -1,70 +1,285 @@
-from functools import partial
+import dataclasses
+import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import pytest
 
 from fcvit_jax import parallel
+from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.preprocess import preset
+from fcvit_jax.errors import InputError
+from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT, ViTConfig
-from fcvit_jax.training.optimizer import adamw
-from fcvit_jax.training.step import init_state, train_step
+from fcvit_jax.training.optimizer import OptimizerConfig, frozen_mask, make_optimizer
+from fcvit_jax.training.sam import SAMConfig, rho_schedule
+from fcvit_jax.training.step import Recipe, init_state, make_train_step
+from fcvit_jax.training.targets import TargetConfig, cross_entropy, soft_targets
 
-CONFIG = ViTConfig((16, 16), 4, 16, 2, 2, 32, num_classes=3)
+CONFIG = ViTConfig((16, 16), 4, 16, 1, 2, 32, num_classes=3)
+DEEPER = dataclasses.replace(CONFIG, depth=2)
 PREPROCESS = preset("timm/augreg", (16, 16))
+STEPS = 40
+ADAMW = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.01)
+SGD = OptimizerConfig(name="sgd", learning_rate=0.1, schedule="constant", clip_norm=None)
+SAM, PLAIN = SAMConfig(), TargetConfig()
+MIXED = TargetConfig(label_smoothing=0.1, mixup=0.8, cutmix=1.0)
 
 
-def batch(seed=0):
+QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
+
+
+def batch(seed=0, rows=16):
     """Three kinds of images that a tiny model tells apart: red, green, blue, with noise."""
     rng = np.random.default_rng(seed)
-    labels = rng.integers(0, 3, 16)
-    images = rng.integers(0, 60, (16, 16, 16, 3))
-    images[np.arange(16), :, :, labels] += 120
-    return jnp.asarray(images, jnp.uint8), jnp.asarray(labels, jnp.int32)
+    labels = rng.integers(0, 3, rows)
+    images = rng.integers(0, 60, (rows, 16, 16, 3))
+    images[np.arange(rows), :, :, labels] += 120
+    return jnp.asarray(images, jnp.uint8), jnp.asarray(labels, jnp.int32), jnp.ones(rows, bool)
 
 
-def make(rho=0.05, drop_path=0.0):
-    model = ViT(CONFIG, drop_path=drop_path)
-    optimizer = adamw(3e-3, steps=60, warmup_steps=5, weight_decay=0.01, clip_norm=1.0)
-    step = jax.jit(partial(train_step, model, PREPROCESS, optimizer, rho, 0.1))
-    return init_state(model, optimizer, seed=0), step
+@functools.cache
+def compiled(model, config, sam, targets, ema) -> tuple[optax.GradientTransformation, Any]:
+    """The optimizer, and the step under jit: tests of one recipe share its compilation, most of what they cost."""
+    shapes = abstract_params(model.config)
+    optimizer, rate = make_optimizer(config, shapes, STEPS)
+    frozen = frozen_mask(shapes, config.freeze) if config.freeze else None
+    recipe = Recipe(optimizer, rate, sam, rho_schedule(sam, STEPS), targets, frozen, ema)
+    return optimizer, jax.jit(make_train_step(model, PREPROCESS, recipe), compiler_options=QUICKLY)
 
 
-def test_training_learns_with_and_without_sam():
-    for rho in (0.0, 0.05):
-        state, step = make(rho)
-        for seed in range(40):
-            state, metrics = step(state, *batch(seed))
-        assert metrics["accuracy"] == 1.0
-        assert metrics["loss"] < 0.7
-        assert (metrics["gap"] > 0) == (rho > 0)
-        assert int(state.step) == 40
+def make(config=SGD, sam=SAM, targets=PLAIN, ema=None, params=None, vit=CONFIG, **model):
+    built: Any = ViT(vit, **model)
+    optimizer, step = compiled(built, config, sam, targets, ema)
+    return init_state(built, optimizer, sam, seed=0, params=params, ema=ema is not None), step
+
+
+def random_params():
+    """All away from zero: a fresh head is zero, and so is the gradient below it."""
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda w: np.float32(0.2 * rng.standard_normal(w.shape)), abstract_params(CONFIG))
+
+
+PARAMS: Any = random_params()
+
+
+def assert_equal(one: Any, other: Any):
+    jax.tree.map(np.testing.assert_array_equal, one._replace(key=()), other._replace(key=()))
+
+
+def assert_close(one: Any, other: Any, atol):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=atol), one, other)
+
+
+@pytest.mark.parametrize(
+    ("sam", "model"),
+    [
+        (SAMConfig(rho=0.05, start_step=5, rho_final=0.02), {"dtype": jnp.bfloat16}),
+        (SAMConfig(rho=0.05), {"schedule": MergeSchedule.parse("global:2:r4", 2), "remat": True}),
+    ],
+    ids=["bfloat16", "merging"],
+)
+def test_training_learns_in_one_compilation(sam, model):
+    state, step = make(ADAMW, sam, TargetConfig(label_smoothing=0.1), vit=DEEPER, **model)
+    history = []
+    for seed in range(STEPS):
+        state, metrics = step(state, batch(seed))
+        history.append(jax.device_get(metrics))
+    assert all(x.dtype == np.float32 and x.shape == () and np.isfinite(x) for row in history for x in row.values())
+    seen = {name: np.stack([row[name] for row in history]) for name in history[0]}
+    steps = jnp.arange(STEPS)
+    np.testing.assert_allclose(seen["rho"], rho_schedule(sam, STEPS)(steps), rtol=1e-6)
+    np.testing.assert_allclose(seen["learning_rate"], make_optimizer(ADAMW, PARAMS, STEPS)[1](steps), rtol=1e-5)
+    for name in ("gap", "gap_over_rho"):
+        np.testing.assert_array_equal(seen[name] > 0, steps >= sam.start_step)
+    assert seen["accuracy"][-1] == 1
+    assert seen["loss"][-1] < 0.7
+    assert seen["finite"].all()
+    assert int(state.step) == STEPS
+    assert step._cache_size() == 1
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_remat_changes_nothing():
+    results = []
+    for remat in (False, True):
+        state, step = make(params=PARAMS, remat=remat, dropout=0.5)
+        state, metrics = step(state, batch())
+        results.append((state.params, metrics))
+    assert_close(*results, atol=2e-6)
+
+
+LIVELY: Any = dict(targets=MIXED, drop_path=0.5, dropout=0.1, ema=0.2, sam=SAMConfig(refresh_every=2))
 
 
 def test_a_resumed_run_draws_what_the_whole_run_drew():
-    state, step = make(drop_path=0.5)
+    state, step = make(**LIVELY)
     for seed in range(6):
         if seed == 3:
-            saved = jax.tree.map(lambda x: x, state)
-        state, _ = step(state, *batch(seed))
+            saved = state
+        state, _ = step(state, batch(seed))
     for seed in range(3, 6):
-        saved, _ = step(saved, *batch(seed))
-    jax.tree.map(np.testing.assert_array_equal, saved.params, state.params)
-    other = saved._replace(step=saved.step + 1)
-    assert not np.allclose(step(saved, *batch(9))[1]["loss"], step(other, *batch(9))[1]["loss"])
+        saved, _ = step(saved, batch(seed))
+    assert_equal(saved, state)
+    other = saved._replace(step=saved.step + 2)
+    assert not np.allclose(step(saved, batch(9))[1]["loss"], step(other, batch(9))[1]["loss"])
+
+
+def test_the_average_follows_its_formula():
+    state, step = make(**LIVELY, params=PARAMS)
+    expected = PARAMS
+    for t in range(4):
+        state, _ = step(state, batch(t))
+        decay = min(0.2, (1 + t) / (10 + t))
+        assert (decay < 0.2) == (t < 2)
+        expected = jax.tree.map(lambda a, w, d=decay: d * a + (1 - d) * w, expected, state.params)
+    assert_close(state.ema, expected, atol=1e-6)
 
 
 def test_one_device_equals_eight():
     mesh = parallel.data_mesh()
     results = []
     for spread in (False, True):
-        state, step = make()
-        images, labels = batch()
+        state, step = make(sam=SAMConfig(microbatches=2), targets=MIXED, params=PARAMS, ema=0.9, dropout=0.1)
+        images, labels, mask = batch()
+        rows = images, labels, mask.at[3].set(False)
         if spread:
-            state = jax.device_put(state, parallel.replicated(mesh))
-            images, labels = jax.device_put((images, labels), parallel.batched(mesh))
+            state, rows = jax.device_put(state, parallel.replicated(mesh)), jax.device_put(rows, parallel.batched(mesh))
+        step = step.lower(state, rows).compile()  # refuses any other shape or sharding
         for _ in range(3):
-            state, metrics = step(state, images, labels)
-        results.append((state.params, metrics["loss"]))
-    # Adam divides by the gradient's own size: where that is rounding alone, a step may point anywhere.
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), *results)
+            state, metrics = step(state, rows)
+        results.append((state._replace(key=()), metrics))
+    assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(state))
+    assert_close(*results, atol=2e-5)
+
+
+def test_a_learning_rate_of_zero_leaves_the_parameters_as_they_are():
+    state, step = make(dataclasses.replace(SGD, learning_rate=0.0, weight_decay=0.1), params=PARAMS)
+    for seed in range(5):
+        state, metrics = step(state, batch(seed))
+        assert metrics["update_norm"] == 0
+        assert metrics["gap"] > 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+
+
+def test_weight_decay_takes_from_the_parameters_not_from_the_perturbed_ones():
+    moved = []
+    for weight_decay in (0.0, 0.5):
+        state, step = make(dataclasses.replace(SGD, weight_decay=weight_decay), SAMConfig(rho=0.3), params=PARAMS)
+        moved.append(step(state, batch())[0].params)
+    without, decayed = moved
+    for path, kernel in jax.tree.leaves_with_path(PARAMS):
+        expected = 0.05 * kernel if path[-1].key == "kernel" else 0 * kernel
+        leaf, other = (next(x for p, x in jax.tree.leaves_with_path(tree) if p == path) for tree in (without, decayed))
+        np.testing.assert_allclose(leaf - other, expected, atol=1e-6, err_msg=str(path))
+
+
+def test_what_is_frozen_neither_changes_nor_is_perturbed_nor_counts():
+    config, rho = dataclasses.replace(SGD, weight_decay=0.5, freeze="embed|blocks_|norm"), 0.5
+    start, step = make(config, SAMConfig(rho=rho), params=PARAMS)
+    images, labels, mask = batch()
+    state, metrics = step(start, (images, labels, mask))
+
+    def loss(head):
+        logits, _ = ViT(CONFIG).apply({"params": {**PARAMS, "head": head}}, PREPROCESS.normalize(images))
+        return cross_entropy(logits, soft_targets(labels, 3, 0.0), "softmax").mean()
+
+    head = PARAMS["head"]
+    gradient = jax.grad(loss)(head)
+    norm = optax.tree.norm(gradient)
+    perturbed = jax.tree.map(lambda w, g: w + rho * g / norm, head, gradient)
+    assert float(metrics["grad_norm"]) == pytest.approx(float(norm), rel=1e-4)
+    assert float(metrics["gap"]) == pytest.approx(float(loss(perturbed) - loss(head)), rel=1e-3)
+    for part in PARAMS.keys() - {"head"}:
+        jax.tree.map(np.testing.assert_array_equal, state.params[part], PARAMS[part])
+    expected = jax.grad(loss)(perturbed)
+    np.testing.assert_allclose(state.params["head"]["bias"], head["bias"] - 0.1 * expected["bias"], atol=1e-5)
+
+
+def test_both_passes_see_the_same_images_and_the_same_dropout():
+    state, step = make(sam=SAMConfig(rho=1e-3), targets=MIXED, params=PARAMS, dropout=0.5, drop_path=0.3)
+    _, metrics = step(state, batch())
+    assert float(metrics["gap_over_rho"]) == pytest.approx(float(metrics["grad_norm"]), rel=0.02)
+    assert metrics["grad_norm"] > 0.1
+
+
+def test_padding_changes_nothing():
+    targets = dataclasses.replace(MIXED, cutmix=0.0)
+    state, step = make(sam=SAMConfig(microbatches=4), targets=targets, params=PARAMS, dropout=0.1)
+    images, labels, mask = batch()
+    mask = mask.at[jnp.asarray([0, 1, 4, 15])].set(False)
+    other = jnp.where(mask[:, None, None, None], images, 255), jnp.where(mask, labels, 7), mask
+    one, metrics = step(state, (images, labels, mask))
+    two, same = step(state, other)
+    assert_equal(one, two)
+    assert metrics == same
+    assert metrics["grad_norm"] > 0.1
+
+    nothing, metrics = step(state, (images, labels, jnp.zeros_like(mask)))
+    jax.tree.map(np.testing.assert_array_equal, nothing.params, state.params)
+    assert {float(metrics[name]) for name in ("loss", "accuracy", "gap", "grad_norm", "gap_over_rho")} == {0}
+    assert metrics["finite"] == 1
+
+
+def test_the_loss_is_the_mean_over_rows_however_padding_lies_in_the_microbatches():
+    images, labels, mask = batch()
+    rows = images, labels, mask.at[jnp.asarray([0, 4, 8, 1])].set(False)
+    logits, _ = ViT(CONFIG).apply({"params": PARAMS}, PREPROCESS.normalize(images))
+    kept = np.flatnonzero(rows[2])
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)[kept].mean()
+    accuracy = (np.argmax(logits, -1) == labels)[kept].mean()
+    results = []
+    for microbatches in (1, 4):
+        state, step = make(sam=SAMConfig(rho=0.3, microbatches=microbatches), params=PARAMS)
+        state, metrics = step(state, rows)
+        assert float(metrics["loss"]) == pytest.approx(float(expected), rel=1e-5)
+        assert float(metrics["accuracy"]) == pytest.approx(float(accuracy))
+        results.append(state.params)
+    assert_close(*results, atol=1e-5)
+
+
+def test_the_state_can_be_donated_and_the_callers_parameters_outlive_it():
+    params = jax.tree.map(jnp.copy, PARAMS)
+    state, step = make(params=params, ema=0.9)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves((state._replace(key=()), params))]
+    assert len({*buffers}) == len(buffers)
+    donating = jax.jit(step.__wrapped__, donate_argnums=0, compiler_options=QUICKLY)
+    before = state
+    for seed in range(2):
+        state, _ = donating(state, batch(seed))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves((before.params, before.ema, before.opt_state)))
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
+
+
+def test_a_step_that_is_not_finite_leaves_the_state_as_it_was():
+    optimizer, rate = make_optimizer(SGD, PARAMS, STEPS)
+    sam = SAMConfig()
+    rho = lambda step: jnp.where(step == 1, jnp.inf, 0.05)  # noqa: E731
+    recipe = Recipe(optimizer, rate, sam, rho, TargetConfig(), ema_decay=0.9)
+    start = init_state(ViT(CONFIG), optimizer, sam, 0, PARAMS, ema=True)
+    step = jax.jit(make_train_step(ViT(CONFIG), PREPROCESS, recipe), compiler_options=QUICKLY)
+    good, metrics = step(start, batch())
+    assert metrics["finite"] == 1
+    kept, metrics = step(good, batch(1))  # the loss is finite, the gradient is not
+    assert metrics["finite"] == 0
+    assert jnp.isfinite(metrics["loss"])
+    assert_equal(kept, good)
+
+    far = good._replace(step=jnp.int32(2), params=jax.tree.map(lambda w: 1e30 * w, good.params))
+    kept, metrics = step(far, batch(1))
+    assert not jnp.isfinite(metrics["loss"])
+    assert metrics["finite"] == 0
+    assert_equal(kept, far)
+
+
+def test_what_makes_no_sense_is_told():
+    optimizer, rate = make_optimizer(SGD, PARAMS, STEPS)
+    recipe = Recipe(optimizer, rate, SAMConfig(), rate, TargetConfig())
+    with pytest.raises(InputError, match="num_classes is 0"):
+        make_train_step(ViT(dataclasses.replace(CONFIG, num_classes=0)), PREPROCESS, recipe)
+    for decay in (1.0, -0.1, True, "0.9"):
+        with pytest.raises(InputError, match="ema_decay is"):
+            dataclasses.replace(recipe, ema_decay=decay)

@@ -1,0 +1,15 @@
+"""The twin of configs/digits_sam.py without SAM: the same everything, a radius of 0.
+
+python train_sam.py --config=configs/digits_adamw.py --workdir=W
+
+"""
+
+from ml_collections import ConfigDict
+
+from configs import digits_sam
+
+
+def get_config() -> ConfigDict:
+    config = digits_sam.get_config()
+    config.sam.rho = 0.0
+    return config

@@ -1,0 +1,30 @@
+"""Fine-tune a checkpoint with SAM on a folder of images, one folder a class.
+
+python train_sam.py --config=configs/finetune_folder.py --config.checkpoint=deit_s \
+    --config.train=folder:photos/train --config.test=folder:photos/test --workdir=W
+
+The learning rate and the radius are starting points for a few thousand images: full fine-tuning of ViTs with AdamW is
+done at 1e-5 to 1e-4, with SAM at a radius of 0.02 to 0.1 (0.1 to 0.2 from ViT-B on).
+"""
+
+from ml_collections import ConfigDict
+
+from configs.training import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.augment.scale = (0.35, 1.0)
+    config.targets.label_smoothing = 0.1
+    config.batch_size = 64
+    config.epochs = 10.0
+    config.warmup_epochs = 1.0
+    config.optimizer.learning_rate = 3e-5
+    config.optimizer.weight_decay = 0.05
+    config.optimizer.layer_decay = 0.75
+    config.sam.rho = 0.05
+    config.schedules = "tome_r8,s2winc7_r16"
+    config.eval_every = 200
+    config.save_every = 200
+    config.log_every = 20
+    return config

@@ -1,0 +1,33 @@
+"""Transfer to CIFAR-10 with SAM; CIFAR-100 and Oxford Pets by two fields. Not run here: the data sets were not at hand.
+
+python train_sam.py --config=configs/transfer.py --workdir=W
+python train_sam.py --config=configs/transfer.py --workdir=W --config.train=tfds:cifar100/train \
+    --config.test=tfds:cifar100/test
+python train_sam.py --config=configs/transfer.py --workdir=W --config.train=tfds:oxford_iiit_pet/train \
+    --config.test=tfds:oxford_iiit_pet/test --config.epochs=70 --config.warmup_epochs=14
+
+Source of the plain recipe: vision_transformer's (SGD with momentum 0.9, batches of 512, clipping at 1, cosine with
+warm-up, no weight decay, learning rate 0.01, 10,000 steps with 500 of warm-up for CIFAR); the radius is SAM's usual.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.training import defaults
+
+
+def get_config() -> ConfigDict:
+    config = defaults()
+    config.train = "tfds:cifar10/train"
+    config.test = "tfds:cifar10/test"
+    config.checkpoint = "vit_small_patch16_224.augreg_in21k_ft_in1k"
+    config.augment.scale = (0.05, 1.0)
+    config.batch_size = 512
+    config.epochs = 103.0  # 10,000 steps of CIFAR
+    config.warmup_epochs = 5.0
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.01
+    config.sam.rho = 0.05
+    config.schedules = "tome_r8,s2winc7_r16"
+    config.eval_every = 1000
+    config.save_every = 500
+    return config

@@ -1,0 +1,110 @@
+"""What a step trains towards: soft targets, the two losses, and images mixed with one another.
+
+Rows of padding weigh nothing anywhere. Shape letters: b batch, c classes.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from fcvit_jax.errors import InputError
+
+LOSSES = ("softmax", "sigmoid")
+
+
+@dataclasses.dataclass(frozen=True)
+class TargetConfig:
+    """Loss and targets. Raises InputError, naming the field, where a value makes no sense.
+
+    Where mixup and cutmix are both on, each batch is mixed by one of them, at even odds.
+    """
+
+    loss: str = "softmax"  # softmax | sigmoid: a binary decision for each class
+    label_smoothing: float = 0.0  # share of the target that is spread over all classes
+    mixup: float = 0.0  # alpha of mixup's Beta(alpha, alpha); 0: off
+    cutmix: float = 0.0  # alpha of CutMix's Beta(alpha, alpha); 0: off
+
+    def __post_init__(self) -> None:
+        if self.loss not in LOSSES:
+            raise InputError(f"targets.loss is {self.loss!r}: choose one of {', '.join(LOSSES)}")
+        for field, high in (("label_smoothing", 1), ("mixup", math.inf), ("cutmix", math.inf)):
+            value = getattr(self, field)
+            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < high:
+                below = "" if high == math.inf else f" and below {high}"
+                raise InputError(f"targets.{field} is {value!r}: it must be a number at least 0{below}")
+
+
+def soft_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
+    """(1 - smoothing) one-hot + smoothing / c: int32 [b] -> float32 [b, c]. Both losses take the same."""
+    return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
+
+
+def cross_entropy(logits: jax.Array, targets: jax.Array, loss: str) -> jax.Array:
+    """Cross-entropy of each row against soft targets, float32 [b, c] -> [b].
+
+    "sigmoid" is the sum over classes, as in big_vision; timm's default is their mean, c times less.
+    """
+    if loss == "softmax":
+        return optax.softmax_cross_entropy(logits, targets)
+    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
+
+
+def row_weights(mask: jax.Array) -> jax.Array:
+    """Weights whose product with a loss [b] has for mean that of the unmasked rows; 0 where there are none.
+
+    bool [b] -> float32 [b]. Padding weighs 0, the other rows alike, 1 on average: the mean of such means over equally
+    large parts of the batch is the batch's, however the padding is spread over them.
+    """
+    return mask * (mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0))
+
+
+def mix(
+    key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, config: TargetConfig
+) -> tuple[jax.Array, jax.Array]:
+    """Each image becomes share x itself + (1 - share) x its partner, the targets alike.
+
+    mixup, arXiv 1710.09412, equation 1: the share is lambda. CutMix, arXiv 1905.04899, equation 1: it is 0 in a box and
+    1 around it. lambda ~ Beta(alpha, alpha).
+
+    images: normalised float32 [b, height, width, 3]. targets: float32 [b, c]. mask: bool [b]; padding is mixed with
+    nothing. One draw serves the batch, as in the papers' code and in timm's default mode. The mean share over the
+    pixels weighs the targets: in CutMix the area that is left when the borders have clipped the box.
+
+    The partner is the row before, the first row's the last. Rows of a training batch are in random order, so any fixed
+    pairing is a random one, and this one moves a single row between neighbouring devices. The usual flip sends all
+    rows, and a swap of neighbours gathers the batch on every device where a device has an odd number of rows (measured
+    in the compiled code).
+    """
+    if not config.mixup and not config.cutmix:
+        return images, targets
+    _, height, width, _ = images.shape
+    kind_key, lambda_key, box_key = jax.random.split(key, 3)
+    is_mixup = jax.random.bernoulli(kind_key, 0.5 if config.mixup and config.cutmix else float(config.mixup > 0))
+    alpha = jnp.where(is_mixup, config.mixup, config.cutmix)
+    lam = jax.random.beta(lambda_key, alpha, alpha)
+    share = jnp.where(is_mixup, lam, cutmix_share(box_key, lam, (height, width)))
+    alone = ~(mask & _partner(mask))
+    share = jnp.where(alone[:, None, None], 1.0, share[None])
+    weight = share.mean(axis=(1, 2))[:, None]
+    share = share[..., None]
+    return share * images + (1 - share) * _partner(images), weight * targets + (1 - weight) * _partner(targets)
+
+
+def cutmix_share(key: jax.Array, lam: jax.Array, size: tuple[int, int]) -> jax.Array:
+    """0 in a box, 1 around it: float32 [height, width]. arXiv 1905.04899, section 3.1, and timm's `rand_bbox`.
+
+    The box has sqrt(1 - lam) of each side, and its centre lies anywhere in the image.
+    """
+    inside = []
+    for side, axis_key in zip(size, jax.random.split(key), strict=True):
+        cut = jnp.floor(side * jnp.sqrt(1 - lam)).astype(jnp.int32)
+        start = jax.random.randint(axis_key, (), 0, side) - cut // 2
+        inside.append((jnp.arange(side) >= start) & (jnp.arange(side) < start + cut))
+    return 1.0 - (inside[0][:, None] & inside[1][None]).astype(jnp.float32)
+
+
+def _partner(rows: jax.Array) -> jax.Array:
+    return jnp.roll(rows, 1, axis=0)
