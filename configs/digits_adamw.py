@@ -4,12 +4,12 @@ python train_sam.py --config=configs/digits_adamw.py --workdir=W
 
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs import digits_sam
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     config = digits_sam.get_config()
     config.sam.rho = 0.0
     return config

@@ -4,12 +4,14 @@ python train_sam.py --config=configs/digits_sam.py --workdir=W
 
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs.training import defaults
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     config = defaults()
     config.train = "digits:train"
     config.test = "digits:test"

@@ -7,12 +7,12 @@ The learning rate and the radius are starting points for a few thousand images: 
 done at 1e-5 to 1e-4, with SAM at a radius of 0.02 to 0.1 (0.1 to 0.2 from ViT-B on).
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs.training import defaults
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     config = defaults()
     config.augment.scale = (0.35, 1.0)
     config.targets.label_smoothing = 0.1

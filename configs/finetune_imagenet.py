@@ -8,12 +8,12 @@ Sources: a few epochs of SAM at the end of training give most of its effect (arX
 that precedes compression: CrAFT (arXiv 2305.04526). Learning rate and radius are starting points.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs.training import defaults
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     config = defaults()
     config.train = "tfds:imagenet2012/train"
     config.test = "tfds:imagenet2012/validation"

@@ -11,12 +11,12 @@ and 79.9 % for B/16. Each of 64 micro-batches is perturbed on its own, as 64 dev
 starting points.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs.training import defaults
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     config = defaults()
     config.train = "tfds:imagenet2012/train"
     config.test = "tfds:imagenet2012/validation"

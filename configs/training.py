@@ -13,7 +13,7 @@ from fcvit_jax.training.sam import SAMConfig
 from fcvit_jax.training.targets import TargetConfig
 
 
-def defaults() -> ConfigDict:
+def defaults() -> Any:
     config = ConfigDict()
     config.seed = 0
     config.train = placeholder(str)  # data sets: folder:PATH, digits:train, tfds:NAME/SPLIT

@@ -10,12 +10,12 @@ Source of the plain recipe: vision_transformer's (SGD with momentum 0.9, batches
 warm-up, no weight decay, learning rate 0.01, 10,000 steps with 500 of warm-up for CIFAR); the radius is SAM's usual.
 """
 
-from ml_collections import ConfigDict
+from typing import Any
 
 from configs.training import defaults
 
 
-def get_config() -> ConfigDict:
+def get_config() -> Any:
     config = defaults()
     config.train = "tfds:cifar10/train"
     config.test = "tfds:cifar10/test"
