@@ -1,0 +1,89 @@
+import contextlib
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, Mesh
+
+from fcvit_jax import parallel
+from fcvit_jax.errors import InputError
+from fcvit_jax.training.log import Log
+from fcvit_jax.training.states import States
+
+
+def mesh(count):
+    return Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+
+
+def state():
+    kernel = jnp.arange(512 * 256, dtype=jnp.float32).reshape(512, 256)
+    return {"params": {"kernel": kernel, "bias": jnp.ones(3)}, "key": jax.random.key(7), "ema": ()}
+
+
+def test_large_leaves_are_spread_and_small_ones_are_not():
+    places = parallel.fully_sharded(mesh(8), {**state()["params"], "odd": jnp.zeros((999, 333))})
+    spread = jax.device_put(state()["params"]["kernel"], places["kernel"])
+    assert spread.addressable_shards[0].data.shape == (64, 256)
+    assert places["bias"].is_fully_replicated
+    assert places["odd"].is_fully_replicated  # no axis divides
+
+
+def test_a_state_comes_back_on_another_number_of_devices(tmp_path):
+    placed = jax.device_put(state(), parallel.fully_sharded(mesh(8), state()))
+    with contextlib.closing(States(tmp_path)) as states:
+        assert states.latest() is None
+        for step in (1, 2, 3):
+            states.save(step, placed, {"best": step / 10})
+        states.wait()
+        assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
+    with contextlib.closing(States(tmp_path)) as states:
+        assert (states.latest(), states.notes()) == (3, {"best": 0.3})
+        for count in (1, 2):
+            places = parallel.fully_sharded(mesh(count), state())
+            shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state(), places)
+            back = states.restore(shapes)
+            assert len(back["params"]["kernel"].sharding.device_set) == count
+            np.testing.assert_array_equal(back["params"]["kernel"], placed["params"]["kernel"])
+            np.testing.assert_array_equal(jax.random.key_data(back["key"]), jax.random.key_data(placed["key"]))
+
+
+def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
+    with contextlib.closing(States(tmp_path)) as states:
+
+        def full(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(states._manager, "save", full)
+        with pytest.raises(InputError, match=r"cannot be written \(No space left on device\): make room"):
+            states.save(1, state(), {})
+
+
+def test_the_log_of_a_run_that_goes_on_has_no_row_twice(tmp_path):
+    log = Log(tmp_path, 0, tensorboard=False)
+    for step in (1, 2, 3):
+        log.write(step, {"loss": 1.0 / step})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')  # killed in the middle of a row
+    log = Log(tmp_path, 2, tensorboard=False)
+    log.write(3, {"loss": 0.5})
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
+
+
+def test_events_are_written_for_tensorboard(tmp_path):
+    pytest.importorskip("tensorboardX")
+    log = Log(tmp_path, 0, tensorboard=True)
+    log.write(1, {"loss": 1.0})
+    log.close()
+    (events,) = (tmp_path / "events").iterdir()
+    assert b"loss" in events.read_bytes()
+
+
+@pytest.mark.parametrize("where", ["here", "host:1,2", "host:1,2,2", "host,2,0", "host:1,two,0"])
+def test_where_the_processes_are_is_checked(where):
+    with pytest.raises(InputError, match="write auto, or HOST:PORT,COUNT,INDEX"):
+        parallel.start_processes(where)
