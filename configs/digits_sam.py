@@ -1,7 +1,9 @@
-"""A small ViT on scikit-learn's 1,437 training digits, from scratch, with SAM: the packaged checkpoint.
+"""A small ViT on scikit-learn's 1,437 training digits, from scratch, with SAM.
 
 python train_sam.py --config=configs/digits_sam.py --workdir=W
 
+The packaged checkpoint (351 of 360 right) has these numbers and comes from the trainer's first version. With 40 epochs
+instead of 50, and 4 of warm-up, this version ended at 340 of 360, after 4 min 36 s on two CPU cores.
 """
 
 from typing import Any
@@ -31,8 +33,8 @@ def get_config() -> Any:
     config.targets.label_smoothing = 0.1
 
     config.batch_size = 64
-    config.epochs = 40.0
-    config.warmup_epochs = 4.0
+    config.epochs = 50.0
+    config.warmup_epochs = 5.0
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.05
     config.sam.rho = 0.05

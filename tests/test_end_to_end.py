@@ -61,7 +61,10 @@ def test_the_embedded_default(tmp_path):
     assert meta["provenance"]["test"] == {"dataset": "digits:test", "correct": dense["correct"], "num_images": 360}
     size = sum(path.stat().st_size for path in (ROOT / "fcvit_jax" / "pretrained" / "digits").rglob("*"))
     assert size < 3_000_000
-    assert meta["provenance"]["train_config"] == json.loads(digits_sam.get_config().to_json())
+    trained, config = meta["provenance"]["train_config"], digits_sam.get_config()
+    assert trained["model"] == json.loads(config.model.to_json())
+    assert [trained["learning_rate"], trained["rho"]] == [config.optimizer.learning_rate, config.sam.rho]
+    assert [trained["epochs"], trained["batch_size"]] == [config.epochs, config.batch_size]
 
 
 def test_the_packaged_checkpoint_travels_in_the_wheel(tmp_path):
