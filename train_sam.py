@@ -302,11 +302,9 @@ class Window:
     def log(self, done: int) -> None:
         """Write the means. Raises InputError where a step was not finite: the parameters are those before it."""
         rows = [(names, {name: float(value) for name, value in row.items()}) for names, row in self.steps]
-        for back, (names, row) in enumerate(reversed(rows)):
-            if not row["finite"] and all(not later["finite"] for _, later in rows[len(rows) - back :]):
-                culprit = (done - back, names)
-        if any(not row["finite"] for _, row in rows):
-            at, names = culprit
+        bad = next((index for index, (_, row) in enumerate(rows) if not row["finite"]), None)
+        if bad is not None:
+            at, names = done - len(rows) + 1 + bad, rows[bad][0]
             raise InputError(
                 f"loss or gradient is not finite at step {at} (images {', '.join(names[:4])}, ...): lower "
                 "optimizer.learning_rate or sam.rho, and start in another --workdir; the last good state is in "

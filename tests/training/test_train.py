@@ -1,5 +1,6 @@
 """The trainer as a user runs it: resumed after kill -9 and SIGTERM, on several processes, with bad input."""
 
+import contextlib
 import json
 import os
 import random
@@ -9,8 +10,11 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -238,3 +242,12 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(States, "save", full)
     with pytest.raises(fc.InputError, match="No space left"):
         train_sam.train(tiny(epochs=0.25, warmup_epochs=0.0), tmp_path)
+
+
+def test_the_first_step_that_was_not_finite_is_named_though_later_ones_are(tmp_path):
+    run: Any = SimpleNamespace(workdir=tmp_path, steps=9, config=SimpleNamespace(tensorboard=False))
+    with contextlib.closing(train_sam.Window(run, 5)) as window:
+        finite = {"a": jnp.float32(1), "b": jnp.float32(0), "c": jnp.float32(1)}
+        window.steps = [((name,), {"finite": value}) for name, value in finite.items()]
+        with pytest.raises(fc.InputError, match=r"not finite at step 7 \(images b"):
+            window.log(8)
