@@ -198,6 +198,12 @@ def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any) -> N
         raise InputError(f"class_names: expected the names of {config.num_classes} classes, or none")
 
 
+def flat_params(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """The leaves of a parameter tree on the host, by path: "blocks_0/attn/qkv/kernel"."""
+    leaves: Any = traverse_util.flatten_dict(params, sep="/")
+    return {path: np.asarray(leaf) for path, leaf in leaves.items()}
+
+
 def leaf_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     """The shape of every leaf (anything that has one) of nested dicts, by its path: "blocks_0/attn/qkv/kernel"."""
     leaves: Any = traverse_util.flatten_dict(tree, sep="/")

@@ -1,9 +1,14 @@
-"""Small weight files in timm's layout, written from the table of timm's own names and shapes."""
+"""Small weight files, and what is said of them."""
+
+from pathlib import Path
 
 import numpy as np
+import pytest
 
 from fcvit_jax.checkpoint import abstract_params, leaf_shapes
 from fcvit_jax.convert.layouts import LAYOUTS
+from fcvit_jax.convert.readers import read_weights
+from fcvit_jax.errors import InputError
 from fcvit_jax.models.vit import ViTConfig
 
 # 2 layers, 128 wide (a width whose heads cannot be told), 4x4 patches of 8 pixels.
@@ -11,6 +16,7 @@ CONFIG = ViTConfig((32, 32), 8, 128, 2, 2, 256, num_classes=5)
 
 
 def state_dict(config=CONFIG, seed=0):
+    """In timm's layout, written from the table of timm's own names and shapes."""
     rng = np.random.default_rng(seed)
     width, mlp = config.embed_dim, config.mlp_dim
     shapes = {
@@ -71,3 +77,22 @@ def in_layout(name, config, seed=0):
             arrays[pattern.replace("#", str(block))] = rng.standard_normal((*stacked, *shape), np.float32) * 0.05
         filled.add(target)
     return arrays
+
+
+def torch_bytes(torch, tensor) -> bytes:
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def refusal(path: Path, ema: bool = False) -> str:
+    """The one line with which a file is refused, less the path that it must begin with."""
+    with pytest.raises(InputError) as caught:
+        read_weights(path, ema)
+    message = str(caught.value)
+    assert message.startswith(f"{path} ")
+    assert message.isprintable()
+    return message.removeprefix(f"{path} ")
+
+
+def write(path: Path, content: bytes) -> Path:
+    path.write_bytes(content)
+    return path

@@ -25,10 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
-import numpy as np
-from flax import traverse_util
-
-from fcvit_jax.checkpoint import check_target, load_checkpoint, save_checkpoint
+from fcvit_jax.checkpoint import check_target, flat_params, load_checkpoint, save_checkpoint
 from fcvit_jax.convert import export
 from fcvit_jax.convert.fetch import expected_sha256, locate, weight_file
 from fcvit_jax.convert.geometry import Grid, infer_config
@@ -161,10 +158,8 @@ def _read(args: argparse.Namespace) -> tuple[WeightFile, Sidecar | None]:
 
 def _read_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:
     checkpoint = load_checkpoint(path)
-    leaves: Any = traverse_util.flatten_dict(checkpoint.params, sep="/")
-    arrays = {name: np.asarray(value) for name, value in leaves.items()}
+    arrays, fields = flat_params(checkpoint.params), asdict(checkpoint.config)
     weights = WeightFile(checkpoint.path, "checkpoint", arrays, checkpoint.meta["files"], None, ())
-    fields = checkpoint.config.to_dict() | {"image_size": checkpoint.config.image_size}
     names, provenance = checkpoint.meta["class_names"], checkpoint.meta["provenance"]
     return weights, Sidecar(
         "fcvit_jax", (), fields, checkpoint.preprocess, tuple(names) if names else None, provenance=provenance

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from flax import traverse_util
 
 from fcvit_jax import checkpoint
-from fcvit_jax.checkpoint import staged
+from fcvit_jax.checkpoint import flat_params, staged
 from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Row
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
@@ -250,7 +249,7 @@ def _not_in_huggingface(config: ViTConfig) -> str | None:
 
 def _invert(table: Mapping[str, Row], params: Mapping[str, Any], skip: str) -> Arrays:
     """The leaves under the keys of a table; of two keys for a leaf the first, but for those that start with `skip`."""
-    leaves: Any = traverse_util.flatten_dict(params, sep="/")
+    leaves = flat_params(params)
     blocks = 1 + max(int(path.split("/")[0].removeprefix("blocks_")) for path in leaves if path.startswith("blocks_"))
     arrays, filled = {}, set()
     for pattern, (target, transform) in table.items():
@@ -258,7 +257,7 @@ def _invert(table: Mapping[str, Row], params: Mapping[str, Any], skip: str) -> A
             path, _, part = target.replace("#", str(number)).partition(":")
             if path not in leaves or (path, part) in filled or pattern.startswith(skip):
                 continue
-            value = np.asarray(leaves[path])
+            value = leaves[path]
             if part:
                 value = np.split(value, 3, axis=-1)["qkv".index(part)]
             arrays[pattern.replace("#", str(number))] = _INVERSE[transform](value)

@@ -1,14 +1,12 @@
 """What a run starts from: fresh parameters, or a checkpoint made to fit the data set and the image size."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
-from fcvit_jax.checkpoint import load_checkpoint
+from fcvit_jax.checkpoint import flat_params, load_checkpoint
 from fcvit_jax.convert.geometry import infer_config
 from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.data.preprocess import Preprocess, preset
@@ -42,10 +40,8 @@ def from_checkpoint(
     checkpoint = load_checkpoint(path)
     config, params, pixels, remarks = checkpoint.config, checkpoint.params, checkpoint.preprocess, []
     if image_size and image_size != config.image_size:
-        leaves: Any = traverse_util.flatten_dict(params, sep="/")
-        translation = translate({name: np.asarray(leaf) for name, leaf in leaves.items()})
-        fields = config.to_dict() | {"image_size": config.image_size}
-        config, grid = infer_config(translation, {str(path): fields}, {"image_size": image_size})
+        translation = translate(flat_params(params))
+        config, grid = infer_config(translation, {str(path): asdict(config)}, {"image_size": image_size})
         converted = assemble(translation, config, grid)
         params, remarks = converted.params, [*converted.remarks]
         pixels = replace(pixels, image_size=image_size)

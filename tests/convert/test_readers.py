@@ -16,6 +16,7 @@ import pytest
 
 from fcvit_jax.convert.readers import read_weights
 from fcvit_jax.errors import InputError
+from states import refusal, torch_bytes, write
 
 DTYPES = (
     "float64 float32 float16 bfloat16 float8_e4m3fn float8_e4m3fnuz float8_e5m2 float8_e5m2fnuz complex128 complex64 "
@@ -28,28 +29,9 @@ def torch():
     return pytest.importorskip("torch")
 
 
-def torch_bytes(torch, tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
 def safetensors_bytes(header: object, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
-
-
-def refusal(path: Path, ema: bool = False) -> str:
-    """The one line with which a file is refused, less the path that it must begin with."""
-    with pytest.raises(InputError) as caught:
-        read_weights(path, ema)
-    message = str(caught.value)
-    assert message.startswith(f"{path} ")
-    assert message.isprintable()
-    return message.removeprefix(f"{path} ")
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 # --- safetensors

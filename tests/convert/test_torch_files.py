@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from fcvit_jax.convert.readers import read_weights
-from fcvit_jax.errors import InputError
+from states import refusal, torch_bytes, write
 
 ZIP_AND_LEGACY = pytest.mark.parametrize("new", [True, False], ids=["zip", "legacy"])
 DTYPES = (
@@ -44,25 +44,6 @@ def fill(torch, tree: dict) -> dict:
         else leaf
         for key, leaf in tree.items()
     }
-
-
-def torch_bytes(torch, tensor) -> bytes:
-    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-
-
-def refusal(path: Path, ema: bool = False) -> str:
-    """The one line with which a file is refused, less the path that it must begin with."""
-    with pytest.raises(InputError) as caught:
-        read_weights(path, ema)
-    message = str(caught.value)
-    assert message.startswith(f"{path} ")
-    assert message.isprintable()
-    return message.removeprefix(f"{path} ")
-
-
-def write(path: Path, content: bytes) -> Path:
-    path.write_bytes(content)
-    return path
 
 
 # --- values
