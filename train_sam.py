@@ -250,9 +250,15 @@ class Test:
         run, config = self.run, self.run.config
         for name, schedule in run.evaluations.items():
             if name not in self.steps:
-                model = ViT(run.start.config, schedule)
                 self.steps[name] = compile_step(
-                    model, run.start.preprocess, params, config.batch_size, run.mesh, config.dtype
+                    ViT(run.start.config, schedule),
+                    run.start.preprocess,
+                    params,
+                    config.batch_size,
+                    run.mesh,
+                    config.dtype,
+                    run.test_set.scored,
+                    run.test_set.labels_per_image,
                 )
         host = eval_batches(
             run.test_set,
@@ -380,4 +386,4 @@ def tell(line: str) -> None:
 
 if __name__ == "__main__":
     default = Path(__file__).parent / "configs" / "digits_sam.py"
-    run_script(main, config=default, workdir="workdir/train_sam", distributed=True)
+    run_script(main, config=default, workdir="workdir/train_sam")

@@ -2,6 +2,7 @@
 
 python train_sam.py --config=configs/digits_adamw.py --workdir=W
 
+Gives packaged:digits_adamw: 355 of 360 right (98.61 %) after 968 steps.
 """
 
 from typing import Any

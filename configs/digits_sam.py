@@ -2,8 +2,8 @@
 
 python train_sam.py --config=configs/digits_sam.py --workdir=W
 
-The packaged checkpoint (351 of 360 right) has these numbers and comes from the trainer's first version. With 40 epochs
-instead of 50, and 4 of warm-up, this version ended at 340 of 360, after 4 min 36 s on two CPU cores.
+Gives packaged:digits: 352 of 360 right (97.78 %) after 968 steps and 4 min 37 s, start and tests included, on two CPU
+cores. The twin without SAM, configs/digits_adamw.py, ends at 355 of 360: on this set SAM is no gain in accuracy.
 """
 
 from typing import Any
@@ -25,16 +25,15 @@ def get_config() -> Any:
     config.model.depth = 6
     config.model.num_heads = 4
     config.model.mlp_dim = 256
-    config.drop_path = 0.05
 
     config.augment.crop = "eval"
     config.augment.flip = 0.0
-    config.augment.affine = ConfigDict({"degrees": 12.0, "shift": 0.06, "scale": (0.88, 1.12)})
+    config.augment.affine = ConfigDict({"degrees": 8.0, "shift": 0.04, "scale": (0.9, 1.1)})
     config.targets.label_smoothing = 0.1
 
     config.batch_size = 64
-    config.epochs = 50.0
-    config.warmup_epochs = 5.0
+    config.epochs = 44.0
+    config.warmup_epochs = 3.0
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.05
     config.sam.rho = 0.05

@@ -93,7 +93,8 @@ def save_checkpoint(
     """Write a checkpoint directory, atomically; of several processes, the first writes parameters that it has whole.
 
     provenance: JSON-able facts on where the parameters come from. Raises InputError where `path` exists (with
-    `overwrite`: exists and is not a checkpoint) or cannot be written, and where the parts do not fit each other.
+    `overwrite`: exists and is not a checkpoint), cannot be written or has no room left, and where the parts do not fit
+    each other.
     """
     path = check_target(path, overwrite)
     _check_fit(config, preprocess, class_names)
@@ -106,6 +107,7 @@ def save_checkpoint(
         "provenance": dict(provenance or {}),
         "versions": versions(),
     }
+    check_room(path.parent, params)
     with staged(path) as staging:
         import orbax.checkpoint as ocp
 
@@ -145,6 +147,27 @@ def writable_directory(path: Path) -> Path:
             return path
     except OSError as error:
         raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def check_room(directory: Path, tree: Any) -> None:
+    """Raises InputError where the arrays of a tree do not fit on the disk, which Orbax would notice half-way."""
+    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(directory).free
+    if needed > free:
+        room = f"{needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB free"
+        raise InputError(f"{directory} cannot be written (the disk is full: {room}): make room, and run it again")
+
+
+@contextlib.contextmanager
+def told_in_one_line(path: Path) -> Iterator[None]:
+    """A disk that is full after all, or fails, while `path` is written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # TensorStore raises ValueError
+        full = "No space left" in str(error)
+        if isinstance(error, InputError) or not (full or isinstance(error, OSError)):
+            raise
+        why = "the disk is full" if full else getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written ({why}): make room, and run it again") from None
 
 
 def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
@@ -237,20 +260,21 @@ def _restore(path: Path, config: ViTConfig, sharding: jax.sharding.Sharding) -> 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """A directory beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-    try:
-        yield staging
-        staging.chmod(0o755)
-        if path.exists():
-            retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-            os.replace(path, retired)
-            try:
+    with told_in_one_line(path):
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        try:
+            yield staging
+            staging.chmod(0o755)
+            if path.exists():
+                retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+                os.replace(path, retired)
+                try:
+                    os.replace(staging, path)
+                except BaseException:
+                    os.replace(retired, path)
+                    raise
+                shutil.rmtree(retired)
+            else:
                 os.replace(staging, path)
-            except BaseException:
-                os.replace(retired, path)
-                raise
-            shutil.rmtree(retired)
-        else:
-            os.replace(staging, path)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)

@@ -1,5 +1,6 @@
 import json
 import os
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -52,6 +53,24 @@ def test_a_working_directory_of_training_is_opened_too(tmp_path, params):
 def test_saving_is_whole_or_not_at_all(tmp_path, params, monkeypatch):
     monkeypatch.setattr("pathlib.Path.write_text", lambda *args, **kwargs: {}["broken"])  # after the parameters
     with pytest.raises(KeyError):
+        save_checkpoint(tmp_path / "ckpt", CONFIG, params, PREPROCESS)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: No space left")]
+)
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, params, monkeypatch, error):
+    """The two forms in which the operating system and TensorStore were seen to tell it."""
+
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr("orbax.checkpoint.StandardCheckpointer.save", full)
+    with pytest.raises(InputError, match=r"ckpt cannot be written \(the disk is full\): make room"):
+        save_checkpoint(tmp_path / "ckpt", CONFIG, params, PREPROCESS)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(InputError, match=r"the disk is full: 0\.0 MiB are needed, 0\.0 MiB free"):
         save_checkpoint(tmp_path / "ckpt", CONFIG, params, PREPROCESS)
     assert list(tmp_path.iterdir()) == []
 
@@ -158,7 +177,7 @@ def test_a_failed_overwrite_keeps_what_was_there(saved, params, monkeypatch):
         replace(source, target)
 
     monkeypatch.setattr("os.replace", second_fails)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(InputError, match=r"ckpt cannot be written \(disk full\)"):
         save_checkpoint(saved, CONFIG, jax.tree.map(lambda x: 2 * x, params), PREPROCESS, overwrite=True)
     monkeypatch.undo()
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(saved).params, params)

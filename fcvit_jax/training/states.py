@@ -1,11 +1,9 @@
 """The states of a run on disk, from which it goes on: Orbax's CheckpointManager, whole or not there."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fcvit_jax.errors import InputError
+from fcvit_jax.checkpoint import check_room, told_in_one_line
 
 
 class States:
@@ -17,7 +15,7 @@ class States:
     def __init__(self, directory: Path, keep: int = 2):
         import orbax.checkpoint as ocp
 
-        self._args = ocp.args
+        self._args, self._directory = ocp.args, directory
         options = ocp.CheckpointManagerOptions(max_to_keep=keep)
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
 
@@ -32,7 +30,8 @@ class States:
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
         """Begin to write a state; it is written while training goes on. Raises InputError where the disk is full."""
         args = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(notes))
-        with _told():
+        check_room(self._directory, state)
+        with told_in_one_line(self._directory):
             self._manager.save(step, args=args)
 
     def restore(self, abstract: Any) -> Any:
@@ -45,17 +44,8 @@ class States:
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises InputError where the disk is full."""
-        with _told():
+        with told_in_one_line(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        told = f"the state cannot be written ({error.strerror})"
-        raise InputError(f"{told}: make room, and run the same command again") from None

@@ -1,5 +1,6 @@
 import contextlib
 import json
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -56,7 +57,10 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
         monkeypatch.setattr(states._manager, "save", full)
-        with pytest.raises(InputError, match=r"cannot be written \(No space left on device\): make room"):
+        with pytest.raises(InputError, match=r"cannot be written \(the disk is full\): make room"):
+            states.save(1, state(), {})
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=2**19))
+        with pytest.raises(InputError, match=r"the disk is full: [\d.]+ MiB are needed, 0\.5 MiB free"):
             states.save(1, state(), {})
 
 

@@ -152,20 +152,37 @@ def test_another_configuration_is_refused_with_what_differs(whole):
     assert output.count("\n") == 1
 
 
-def test_two_processes_equal_one(tmp_path):
+def start_pair(workdir, **changes):
+    """Two processes with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    return [start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=2, **changes) for index in (0, 1)]
+
+
+def test_two_processes_equal_one(tmp_path):
     # Adam would divide gradients that are rounding alone, such as those of the keys' biases, by their own size.
-    changes = dict(epochs=0.5, warmup_epochs=0.25, fsdp=True, optimizer__name="sgd", optimizer__learning_rate=0.1)
-    both = [
-        start(tmp_path / "two", f"--distributed=127.0.0.1:{port},2,{index}", devices=2, **changes) for index in (0, 1)
-    ]
-    for process in both:
+    changes = dict(fsdp=True, optimizer__name="sgd", optimizer__learning_rate=0.1)
+    for process in start_pair(tmp_path / "two", **changes):
         finish(process)
     finish(start(tmp_path / "one", devices=4, **changes))
-    close = lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5)  # noqa: E731
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5)  # noqa: E731
     jax.tree.map(close, params(tmp_path / "two"), params(tmp_path / "one"))
+
+    # Killed after a state is written, they go on to the same parameters, bit for bit.
+    both, states = start_pair(tmp_path / "killed", **changes), tmp_path / "killed" / "states"
+    while all(process.poll() is None for process in both):
+        if states.exists() and any(place.name.isdigit() for place in states.iterdir()):
+            break
+        time.sleep(0.02)
+    for process in both:
+        process.kill()
+        process.communicate()
+    for process in both:
+        assert process.returncode == -signal.SIGKILL
+    for process in start_pair(tmp_path / "killed", **changes):
+        finish(process)
+    assert_same(params(tmp_path / "killed"), params(tmp_path / "two"))
 
 
 def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys):

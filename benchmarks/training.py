@@ -1,0 +1,153 @@
+"""What a training step costs: AdamW, SAM and LookSAM side by side in one run, memory, and the wait for data.
+
+    python benchmarks/training.py
+    python benchmarks/training.py --model vit_base_patch16_224 --batch_size 64 --dataset folder:photos/train
+
+Blocks of all contenders alternate, so that what else the machine does falls on all alike; the median counts. A block
+is five steps, in which LookSAM takes its second gradient once. Weights are random: cost does not depend on them.
+Activations are the memory that grows with the batch: what the compiled step needs for twice the batch, less what it
+needs for the batch.
+"""
+
+import argparse
+import dataclasses
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from fcvit_jax import parallel
+from fcvit_jax.checkpoint import abstract_params, versions
+from fcvit_jax.data.augment import Augment
+from fcvit_jax.data.batches import device_batches, train_batches
+from fcvit_jax.data.preprocess import Preprocess
+from fcvit_jax.data.sources import open_source
+from fcvit_jax.models import zoo
+from fcvit_jax.models.vit import ViT
+from fcvit_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fcvit_jax.training.sam import SAMConfig, rho_schedule
+from fcvit_jax.training.step import Recipe, init_state, make_train_step
+from fcvit_jax.training.targets import TargetConfig
+
+BLOCK = 5  # steps
+CONTENDERS = {
+    "AdamW": SAMConfig(rho=0.0),
+    "SAM": SAMConfig(rho=0.05),
+    "LookSAM-5": SAMConfig(rho=0.05, refresh_every=5),
+    "SAM, 4 micro-batches": SAMConfig(rho=0.05, microbatches=4),
+}
+
+
+class Contender:
+    """One compiled step with its own state."""
+
+    def __init__(self, model: ViT, preprocess: Preprocess, sam: SAMConfig, batch: Any):
+        params = abstract_params(model.config)
+        optimizer, learning_rate = make_optimizer(OptimizerConfig(learning_rate=1e-4), params, 10_000)
+        recipe = Recipe(optimizer, learning_rate, sam, rho_schedule(sam, 10_000), TargetConfig())
+        self.state = init_state(model, optimizer, sam, seed=0)
+        step = jax.jit(make_train_step(model, preprocess, recipe), donate_argnums=0)
+        self.step = step.lower(self.state, batch).compile()
+
+    def block(self, batches: Iterator[Any]) -> float:
+        """Seconds that five steps take, those of the batches counted."""
+        started = time.perf_counter()
+        for _ in range(BLOCK):
+            self.state, metrics = self.step(self.state, next(batches))
+        jax.block_until_ready(metrics)
+        return time.perf_counter() - started
+
+    def memory(self) -> int:
+        """Bytes that the step needs beside its arguments and results: activations, and gradients."""
+        analysis: Any = self.step.memory_analysis()
+        return analysis.temp_size_in_bytes
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="vit_small_patch16_224", help="architecture, by timm's name")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--image_size", type=int, help="pixels; the model's own by default")
+    parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each contender")
+    parser.add_argument("--dataset", help="photos to augment and feed to the step of SAM: how long does it wait?")
+    args = parser.parse_args()
+
+    entry = zoo.get(args.model)
+    size = (args.image_size, args.image_size) if args.image_size else entry.config.image_size
+    model = ViT(dataclasses.replace(entry.config, image_size=size))
+    preprocess = Preprocess(image_size=size)
+    rng = np.random.default_rng(0)
+
+    def batch_of(rows: int) -> Any:
+        return (
+            jax.device_put(rng.integers(0, 256, (rows, *size, 3), np.uint8)),
+            jax.device_put(rng.integers(0, model.config.num_classes, rows, np.int32)),
+            jax.device_put(np.ones(rows, np.bool_)),
+        )
+
+    batch = batch_of(args.batch_size)
+    contenders, activations = {}, {}
+    for name, sam in tqdm(CONTENDERS.items(), "compiling", leave=False):
+        contenders[name] = Contender(model, preprocess, sam, batch)
+        twice = Contender(model, preprocess, sam, batch_of(2 * args.batch_size))
+        activations[name] = twice.memory() - contenders[name].memory()
+    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    for warm in tqdm([True] + [False] * args.blocks, "timing", leave=False):
+        for name, contender in contenders.items():
+            time.sleep(0.1)  # threads that the one before left spinning go to sleep
+            took = contender.block(iter([batch] * BLOCK))
+            if not warm:
+                seconds[name].append(took)
+
+    device = jax.devices()[0].device_kind
+    print(f"{args.model} at {size[0]} px, batch {args.batch_size}, float32, {device}, JAX {versions()['jax']}")
+    print(f"{'':<22}{'ms/step':>10}{'spread':>9}{'/ AdamW':>9}{'activations':>13}{'/ SAM':>8}")
+    base = statistics.median(seconds["AdamW"])
+    for name, times in seconds.items():
+        middle, memory = statistics.median(times), activations[name]
+        print(
+            f"{name:<22}{1e3 * middle / BLOCK:>10.1f}{(max(times) - min(times)) / middle:>9.1%}{middle / base:>8.2f}x"
+            f"{memory / 2**20:>9.0f} MiB{memory / activations['SAM']:>7.2f}x"
+        )
+    if args.dataset:
+        print(f"SAM's step waits for data {waiting(args, contenders['SAM'], preprocess):.1%} of the time")
+
+
+def waiting(args: argparse.Namespace, contender: Contender, preprocess: Preprocess) -> float:
+    """The share of the time that the loop waits for augmented photos, after the first block."""
+    source = open_source(args.dataset)
+    steps = range((args.blocks + 1) * BLOCK)
+    augment, waited = Augment(), 0.0
+    host = train_batches(
+        source,
+        lambda image, rng: augment(image, preprocess, rng),
+        preprocess.image_size,
+        args.batch_size,
+        steps,
+        seed=0,
+    )
+
+    def timed() -> Iterator[Any]:
+        nonlocal waited
+        for _ in steps:
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            yield batch[:3]
+
+    batches = device_batches(host, parallel.batched(parallel.data_mesh()))
+    try:
+        fed = timed()
+        contender.block(fed)
+        waited, total = 0.0, sum(contender.block(fed) for _ in tqdm(range(args.blocks), "feeding", leave=False))
+        return waited / total
+    finally:
+        batches.close()
+
+
+if __name__ == "__main__":
+    main()
