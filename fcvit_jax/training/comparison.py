@@ -1,0 +1,156 @@
+"""Whether one minimum is flatter than another: ratios with bootstrap intervals, and a verdict.
+
+Intervals are percentiles of a bootstrap over the batches and, where there is noise, over its draws too (both axes at a
+time, arXiv 0712.1111: rather too wide than too narrow). Reports on the same batches are paired: both lose and gain the
+same batches in every replicate. They say how certain the difference of *these two* sets of parameters is. How other
+seeds of training would come out is not in them.
+"""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+
+from fcvit_jax.errors import InputError
+from fcvit_jax.training.report import FlatnessConfig, FlatnessReport
+
+WORST, AVERAGE = ("worst", "worst_adaptive"), ("average", "average_adaptive")
+FEWEST_BATCHES = 8  # a bootstrap over fewer is too sure of itself
+REPLICATES = 2000
+TAILS = (0.025, 0.975)
+
+
+@dataclasses.dataclass(frozen=True)
+class Ratio:
+    """One measure of both, and of the ratio the 95% interval; nan where the other's value may as well be 0.
+
+    radius: nan for the trace and the eigenvalue. reading: "lower" or "higher" than the other's where the difference has
+    the same sign in all but 2.5% of the replicates and stands out from float32's rounding; else "".
+    """
+
+    name: str
+    radius: float
+    value: float
+    other: float
+    ratio: float
+    low: float
+    high: float
+    reading: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """verdict: "flatter", "not flatter" or "inconclusive", said of the first report; reason: why, in one line."""
+
+    ratios: tuple[Ratio, ...]
+    paired: bool
+    verdict: str
+    reason: str
+
+    def write(self, path: Path) -> None:
+        """Write it as JSON, whole or not at all; what is nan becomes null."""
+        fields = dataclasses.asdict(self)
+        for row in fields["ratios"]:
+            row |= {key: None for key, value in row.items() if value != value}
+        partial = path.with_name(f".{path.name}.partial")
+        partial.write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n")
+        partial.replace(path)
+
+
+def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float = 0.25) -> Comparison:
+    """Compare two reports, at the radii they have in common.
+
+    The verdict counts four measures: the worst case and the average case, each with plain and with adaptive
+    perturbations. A single one can be had cheaply: larger weights look flatter without being so where perturbations are
+    plain, eigenvalue and trace vanish where cross-entropy saturates.
+
+    - "inconclusive" where the larger of the losses is more than 1 + loss_tolerance times the smaller: a network that
+      fits less well is flatter for that alone. Likewise with fewer than 8 batches.
+    - "flatter": each of the four is lower at two radii or more, and none is higher at any.
+    - "not flatter": some of the four is higher at two radii or more.
+    - "inconclusive" otherwise: intervals include 1, or the measures contradict each other.
+
+    Raises InputError as `check_comparable` does.
+    """
+    check_comparable(report.config, other.config, loss_tolerance)
+    fingerprint = report.conditions.get("fingerprint")
+    paired = fingerprint is not None and fingerprint == other.conditions.get("fingerprint")
+    floor = 10 * max(report.resolution, other.resolution)
+
+    ratios = []
+    for name in (name for name in report.curves if name in other.curves):
+        ours, theirs = report.curves[name], other.curves[name]
+        for i, radius in enumerate(ours.radii):
+            if radius in theirs.radii:
+                samples = ours.samples[i], theirs.samples[theirs.radii.index(radius)]
+                ratios.append(_ratio(name, radius, *samples, paired, 0.0 if name == "keskar" else floor))
+    ratios.append(_ratio("trace", math.nan, report.trace, other.trace, paired, 0.0))
+    for name in ("largest", "dominant"):
+        if name in report.eigenvalues and name in other.eigenvalues:
+            ours, theirs = (each.eigenvalues[name].samples[None] for each in (report, other))
+            ratios.append(_ratio(f"{name} eigenvalue", math.nan, ours, theirs, paired, 0.0))
+    verdict, reason = _judge(report, other, ratios, loss_tolerance)
+    return Comparison(tuple(ratios), paired, verdict, reason)
+
+
+def check_comparable(config: FlatnessConfig, other: FlatnessConfig, loss_tolerance: float) -> None:
+    """Raises InputError where two reports measure different things (m, loss, ascent), or the tolerance is none."""
+    if not 0 <= loss_tolerance < math.inf:
+        raise InputError(f"loss_tolerance is {loss_tolerance}: it must be a number, 0 or more")
+    for name in ("batch_size", "loss", "ascent_steps", "restarts"):
+        here, there = getattr(config, name), getattr(other, name)
+        if here != there:
+            raise InputError(f"{name} is {here} here and {there} in the other report: pass --{name} {there}")
+
+
+def interval(samples: np.ndarray) -> tuple[float, float]:
+    """The 95% interval of the mean of [draws, batches]."""
+    low, high = np.quantile(_replicates(samples, 0), TAILS)
+    return float(low), float(high)
+
+
+def _replicates(samples: np.ndarray, seed: int) -> np.ndarray:
+    """Means of [draws, batches] with both resampled. The same seed and shape: the same rows and columns."""
+    generator = np.random.default_rng(seed)
+    draws, batches = samples.shape
+    # The batches first, so that numbers of draws that differ do not undo the pairing.
+    columns = generator.multinomial(batches, np.full(batches, 1 / batches), REPLICATES)
+    rows = generator.multinomial(draws, np.full(draws, 1 / draws), REPLICATES)
+    return np.einsum("nd,db,nb->n", rows, samples, columns, optimize=True) / samples.size
+
+
+def _ratio(name: str, radius: float, ours: np.ndarray, theirs: np.ndarray, paired: bool, floor: float) -> Ratio:
+    value, other = float(ours.mean()), float(theirs.mean())
+    a, b = _replicates(ours, 0), _replicates(theirs, 0 if paired else 1)
+    least, most = np.quantile(a - b, TAILS)
+    reading = "" if abs(value - other) <= floor else "lower" if most < 0 else "higher" if least > 0 else ""
+    if other <= floor or np.quantile(b, TAILS[0]) <= 0:
+        return Ratio(name, radius, value, other, math.nan, math.nan, math.nan, reading)
+    low, high = np.quantile(np.divide(a, b, out=np.full_like(a, np.inf), where=b > 0), TAILS)
+    return Ratio(name, radius, value, other, value / other, float(low), float(high), reading)
+
+
+def _judge(
+    report: FlatnessReport, other: FlatnessReport, ratios: list[Ratio], loss_tolerance: float
+) -> tuple[str, str]:
+    smaller, larger = sorted((report.loss, other.loss))
+    if larger > (1 + loss_tolerance) * smaller:
+        return "inconclusive", (
+            f"the losses do not match: {report.loss:.4g} and {other.loss:.4g} are over {loss_tolerance:.0%} apart: "
+            "train both to the same loss, or set --loss_tolerance"
+        )
+    if (batches := min(len(report.losses), len(other.losses))) < FEWEST_BATCHES:
+        return "inconclusive", f"{batches} batches are too few for intervals: take {FEWEST_BATCHES} or more"
+    count = {
+        name: [sum(row.reading == reading for row in ratios if row.name == name) for reading in ("lower", "higher")]
+        for name in (*WORST, *AVERAGE)
+    }
+    told = ", ".join(f"{name} {lower} and {higher}" for name, (lower, higher) in count.items())
+    told = f"radii at which it is lower, and higher: {told}"
+    if all(lower >= 2 and not higher for lower, higher in count.values()):
+        return "flatter", told
+    if any(higher >= 2 for _, higher in count.values()):
+        return "not flatter", told
+    return "inconclusive", told

@@ -1,0 +1,168 @@
+"""Sharpness at a finite radius: how far the loss rises near the parameters, at worst and on average.
+
+The neighbourhood is a ball in u, and the parameters in it are w + T u, elementwise:
+
+    PLAIN     T = 1,        Euclidean norm     the ball that SAM climbs in (arXiv 2010.01412)
+    ADAPTIVE  T = |w|,      Euclidean norm     does not see weights that are rescaled while the function stays the same
+                                               (arXiv 2302.07011; ASAM, arXiv 2102.11600, with eta = 0)
+    BOX       T = |w| + 1,  largest |u_i|      Keskar's (arXiv 1609.04836, metric 2.1)
+
+All of it is measured for every batch of m examples alone, and averaged afterwards (m-sharpness, arXiv 2010.01412,
+section 4.1): results have an axis of batches, of which a bootstrap draws. For loss functions see `hessian`.
+"""
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcvit_jax.training.hessian import LossFn, random_like
+from fcvit_jax.training.sam import Params, global_norm, unit
+
+
+class Ball(NamedTuple):
+    """T = slope |w| + offset; the norm of u is the largest |u_i| in a box, else Euclidean."""
+
+    slope: float
+    offset: float
+    box: bool
+
+
+PLAIN, ADAPTIVE, BOX = Ball(0.0, 1.0, False), Ball(1.0, 0.0, False), Ball(1.0, 1.0, True)
+
+
+@partial(jax.jit, static_argnums=0)
+def uphill(loss_fn: LossFn, params: Params, batch: Any, ball: Ball) -> tuple[jax.Array, jax.Array, Params]:
+    """Loss and accuracy of a batch at the parameters, and the loss's gradient in u there (in PLAIN: the gradient)."""
+    (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
+    return loss, accuracy, jax.tree.map(jnp.multiply, _scale(params, ball), gradient)
+
+
+class WorstCase(NamedTuple):
+    """float64 arrays. one_step, found: [radii, batches]. losses: [batches], at the parameters.
+
+    one_step: the loss one step up the gradient, at SAM's own perturbation, less that at the parameters.
+    found: the largest rise over all points of all ascents, the start counted: a lower bound of the maximum, >= 0.
+    """
+
+    one_step: np.ndarray
+    found: np.ndarray
+    losses: np.ndarray
+
+
+def worst_case(
+    loss_fn: LossFn,
+    params: Params,
+    batches: Iterable[Any],
+    ball: Ball,
+    radii: tuple[float, ...],
+    key: jax.Array,
+    steps: int,
+    restarts: int = 0,
+) -> WorstCase:
+    """The rise of each batch's loss within each radius, by projected ascent from SAM's point and from random ones.
+
+    u_1 = radius d(T g(w)), u_k+1 = P(u_k + radius d(T g(w + T u_k))), with d(h) = h / ||h|| (in the box the signs of h)
+    and P the projection on the ball. An ascent has `steps` points and costs steps - 1 gradients; with 1 it is SAM's.
+    restarts: ascents more, that start at random on the surface. Memory: about six copies of the parameters.
+    """
+    one_step, found, losses = [], [], []
+    for index, batch in enumerate(batches):
+        loss, _, start = uphill(loss_fn, params, batch, ball)
+        starts = [start]
+        for restart in range(restarts):
+            starts.append(random_like(params, jax.random.fold_in(jax.random.fold_in(key, index), restart)))
+        rises = []
+        for radius in radii:
+            ascents = [_ascend(loss_fn, params, batch, start, ball, radius, steps) for start in starts]
+            rises.append([[float(point) - float(loss) for point in points] for points in ascents])
+        one_step.append([ascents[0][0] for ascents in rises])
+        found.append([max(0.0, *(best for _, best in ascents)) for ascents in rises])
+        losses.append(float(loss))
+    return WorstCase(np.array(one_step).T, np.array(found).T, np.array(losses))
+
+
+def average_case(
+    loss_fn: LossFn,
+    params: Params,
+    batches: Iterable[Any],
+    ball: Ball,
+    sigmas: tuple[float, ...],
+    key: jax.Array,
+    draws: int,
+) -> np.ndarray:
+    """The mean rise under noise, (L(w + T z) + L(w - T z)) / 2 - L(w) with z ~ N(0, sigma^2), for each draw and batch.
+
+    Returns float64 [sigmas, draws, batches]. The noise comes in pairs of opposite sign, in which the gradient cancels:
+    at second order what is left is sigma^2 (T z)'H(T z) / 2. A draw is the same noise for all batches and, but for its
+    size, all sigmas. `batches` is gone through once a draw. Memory: three copies of the parameters.
+    """
+    levels = []  # [sigma, batch], one for each draw
+    for draw in range(draws):
+        noise = random_like(params, jax.random.fold_in(key, draw))
+        sizes = sigmas if draw else (0.0, *sigmas)  # the loss at the parameters, once
+        around = [[float(_around(loss_fn, params, batch, noise, ball, size)) for size in sizes] for batch in batches]
+        levels.append(np.array(around).T)
+    centre, levels[0] = levels[0][0], levels[0][1:]
+    return np.stack(levels, axis=1) - centre[None, None]
+
+
+def resolution(loss_fn: LossFn, params: Params, batches: Iterable[Any], key: jax.Array) -> float:
+    """How much of a batch's rise is float32's rounding: rms over the batches, for noise of a unit in the last place."""
+    return float(np.sqrt(np.mean(average_case(loss_fn, params, batches, ADAPTIVE, (2.0**-23,), key, 1) ** 2)))
+
+
+def keskar_percent(worst: WorstCase) -> np.ndarray:
+    """100 (max - L) / (1 + L), metric 2.1 of arXiv 1609.04836, [radii, batches]; of a worst case in BOX."""
+    return 100.0 * worst.found / (1.0 + worst.losses[None])
+
+
+@partial(jax.jit, static_argnums=(0, 6))
+def _ascend(
+    loss_fn: LossFn, params: Params, batch: Any, start: Params, ball: Ball, radius: Any, steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """The loss at the first point, in the direction of `start`, and the largest of all points."""
+    scale = _scale(params, ball)
+
+    def loss_at(u: Params) -> jax.Array:
+        return loss_fn(jax.tree.map(lambda w, t, x: w + t * x, params, scale, u), batch)[0]
+
+    def climb(u: Params, _: None) -> tuple[Params, jax.Array]:
+        loss, gradient = jax.value_and_grad(loss_at)(u)
+        ahead = _steepest(gradient, ball.box)
+        return _project(jax.tree.map(lambda x, d: x + radius * d, u, ahead), ball.box, radius), loss
+
+    u = jax.tree.map(lambda d: radius * d, _steepest(start, ball.box))
+    u, losses = jax.lax.scan(climb, u, length=steps - 1)
+    losses = jnp.append(losses, loss_at(u))
+    return losses[0], losses.max()
+
+
+@partial(jax.jit, static_argnums=0)
+def _around(loss_fn: LossFn, params: Params, batch: Any, noise: Params, ball: Ball, sigma: Any) -> jax.Array:
+    """The mean loss at w + sigma T z and w - sigma T z."""
+    scale = _scale(params, ball)
+    losses = [
+        loss_fn(jax.tree.map(lambda w, t, z, s=sign: w + s * sigma * t * z, params, scale, noise), batch)[0]
+        for sign in (1.0, -1.0)
+    ]
+    return (losses[0] + losses[1]) / 2
+
+
+def _scale(params: Params, ball: Ball) -> Params:
+    return jax.tree.map(lambda w: ball.slope * jnp.abs(w) + ball.offset, params)
+
+
+def _steepest(tree: Params, box: Any) -> Params:
+    """The direction of length 1 in which a function of this gradient rises fastest; 0 where there is none."""
+    return jax.tree.map(lambda h, e: jnp.where(box, jnp.sign(h), e), tree, unit(tree))
+
+
+def _project(tree: Params, box: Any, radius: Any) -> Params:
+    """The nearest point of the ball."""
+    norm = global_norm(tree)
+    shrink = jnp.where(norm > radius, radius / norm, 1.0)
+    return jax.tree.map(lambda x: jnp.where(box, jnp.clip(x, -radius, radius), shrink * x), tree)

@@ -1,0 +1,52 @@
+import dataclasses
+import functools
+import io
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from fcvit_jax.training.figure import plot_flatness
+from fcvit_jax.training.measurement import measure
+from fcvit_jax.training.report import Curve, FlatnessConfig
+
+BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+
+
+@functools.cache
+def report(scale):
+    def loss(params, batch):
+        return batch * jnp.square(params["kernel"] - 1).sum(), batch
+
+    config = FlatnessConfig(ascent_steps=2, eigen_steps=2, probes=1, draws=2, line_points=5, plane_points=5)
+    return measure({"kernel": scale * jnp.ones((2, 2))}, loss, [jnp.float32(x) for x in (1.0, 1.2, 1.4)], config)
+
+
+def picture(*reports):
+    image = Image.open(io.BytesIO(plot_flatness(reports, ["one", "two"][: len(reports)])))
+    assert image.format == "PNG"
+    assert min(image.size) > 800
+    return np.asarray(image.convert("RGB"), np.int32)
+
+
+def drawn(image, color):
+    return (abs(image - np.array(color)[None, None]).sum(axis=2) < 30).sum()
+
+
+def test_one_report_and_two():
+    one, two = picture(report(1.5)), picture(report(1.5), report(2.0))
+    assert drawn(one, BLUE) > 2000
+    assert drawn(one, ORANGE) == 0
+    assert drawn(two, ORANGE) > 1000
+
+
+def test_without_slices():
+    bare = dataclasses.replace(report(1.5), line=None, plane=None)
+    assert 500 < drawn(picture(bare), BLUE) < drawn(picture(report(1.5)), BLUE)
+
+
+def test_rises_that_have_no_logarithm_are_left_out():
+    curves = dict(report(1.5).curves)
+    curves["average"] = Curve((0.1, 0.2), np.array([[[-1.0, -1.0, -1.0]], [[1.0, 2.0, -0.5]]]))
+    curves["worst"] = Curve((0.1, 0.2), np.zeros((2, 1, 3)))
+    assert drawn(picture(dataclasses.replace(report(1.5), curves=curves)), BLUE) > 500
