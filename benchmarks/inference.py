@@ -1,128 +1,353 @@
-"""Images a second of merged ViTs, side by side with timm in one run.
+"""Speed of merged ViTs: images/s, compile time, memory, and the share of what the machine's matmul reaches.
 
     python benchmarks/inference.py
-    python benchmarks/inference.py --model vit_base_patch16_224 --batch_size 8 --schedules dense,s2winc7_r16
+    python benchmarks/inference.py --peer timm --compile --json cpu.jsonl --plot cpu.png
+    python benchmarks/inference.py --models vit_base_patch16_224 --batch_sizes 1,8 --schedules dense,s2winc7_r16
 
-Blocks of all contenders alternate, so that what else the machine does falls on all alike; the median counts. Weights
-are random: speed does not depend on them. Every contender starts from normalised float32 images on its device.
+The GPU table of docs/performance.md, on a machine with an NVIDIA GPU, after pip install -e ".[cuda,parity]":
+
+    python benchmarks/inference.py --models vit_small_patch16_224,vit_base_patch16_224,vit_large_patch16_224 \\
+        --batch_sizes 1,64,256 --dtypes bfloat16 --schedules dense,tome_r8,s2dfe_r8,s2winc7_r8 \\
+        --peer timm --compile --json gpu.jsonl --plot gpu.png
+
+Blocks of calls of all contenders and of the matmul alternate, so that what else the machine does falls on all alike;
+the median counts, and the spread is (fastest - slowest) / median. All start from normalised images of their dtype on
+the device and end with logits there. On a GPU the calls of a block are queued and waited for together.
+
+Before anything is timed, every contender's logits are compared with those of our model in float32 on the same weights,
+random ones of a trained model's magnitude or a checkpoint's; a difference that rounding does not explain ends the run.
+
+With --peer timm, "timm" is timm's own forward for dense schedules, and for those that merge globally Token Merging on
+timm's modules (pytorch_tome.py); for those that merge in windows there is none.
+
+    /dense    images/s over those of the same contender's dense model
+    cut       GMACs of the dense model over GMACs
+    of cut    /dense over cut: 1 where all that is saved is gained
+    /timm     images/s over the fastest timm's under the same schedule
+    peak      2 x multiply-accumulates that are executed a second, over FLOP/s of the best matmul in this run
+    MiB       arguments, outputs and buffers of the compiled program; of PyTorch, what it held at most on the GPU
+    compile   tracing and compiling; of torch.compile, the first call
+    max diff  the largest difference of a logit from float32's, in standard deviations of the logits
+
+On Linux, glibc maps fresh memory for every buffer above 32 MiB, which slows both sides on CPU. To avoid it, set
+    MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
 """
 
 import argparse
+import datetime
+import importlib.metadata
+import io
 import json
 import os
+import platform
+import re
 import statistics
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from itertools import chain
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from contenders import (
+    DTYPES,
+    Case,
+    Run,
+    compile_program,
+    compute_logits,
+    prepare_matmuls,
+    prepare_ours,
+    prepare_timm,
+    random_params,
+)
+from tqdm import tqdm
 
-from fcvit_jax.checkpoint import abstract_params, versions
+from fcvit_jax.checkpoint import load_checkpoint, versions, writable_directory
+from fcvit_jax.errors import InputError, one_line_errors
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.schedule import parse_schedules
-from fcvit_jax.models.vit import ViT
+
+CHECKED = 8  # images at least
+COLOURS = {"fcvit_jax": "#0072b2", "timm": "#e69f00", "timm compiled": "#d55e00"}
+COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # title -> (field of a row, how it is written)
+    "images/s": ("images_per_second", "{:.1f}".format),
+    "spread": ("spread", "{:.1%}".format),
+    "compile": ("compile_seconds", "{:.1f} s".format),
+    "MiB": ("memory_bytes", lambda count: f"{count / 2**20:.0f}"),
+    "GMACs": ("gmacs", "{:.3f}".format),
+    "peak": ("peak_share", "{:.1%}".format),
+    "/dense": ("over_dense", "{:.2f}x".format),
+    "cut": ("gmacs_cut", "{:.2f}x".format),
+    "of cut": ("of_cut", "{:.2f}".format),
+    "/timm": ("over_timm", "{:.2f}x".format),
+    "max diff": ("max_difference", "{:.1e}".format),
+}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    args = parse(argv)
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory of a GPU to PyTorch
+    rows: list[dict[str, Any]] = []
+    with one_line_errors():
+        check_options(args)
+        for case in draw_cases(args):
+            found = compare(case, args)
+            print_table(case, found)
+            rows += found
+            if args.json:
+                write(args.json, "".join(json.dumps(row) + "\n" for row in rows).encode())
+            if args.plot:
+                write(args.plot, plot(rows))
+    print(f"peak resident memory of the process: {rows[-1]['process_peak_bytes'] / 2**20:.0f} MiB")
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    def words(text: str) -> list[str]:
+        return [word.strip() for word in text.split(",")]
+
+    def sizes(text: str) -> list[int]:
+        if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no list of batch sizes: write 8,32")
+        return [int(size) for size in text.split(",")]
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_small_patch16_224", help="architecture, by timm's name")
+    parser.add_argument("--models", type=words, default=["vit_small_patch16_224"], help="named as timm names them")
+    parser.add_argument("--image_size", type=int, help="pixels a side, if not those of the name")
+    parser.add_argument("--checkpoint", metavar="DIR", help="time this checkpoint instead of --models")
     parser.add_argument("--schedules", default="dense,tome_r13,s2dfe_r18,s2winc7_r16")
-    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--batch_sizes", type=sizes, default=[32])
+    parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(DTYPES)}")
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each contender")
     parser.add_argument("--block_seconds", type=float, default=2.0, help="a block is as many calls as fill this time")
-    parser.add_argument("--no_timm", action="store_true", help="leave out timm, which needs the parity extra")
-    parser.add_argument("--json", metavar="FILE", help="write the rows here too, a JSON object a line")
-    args = parser.parse_args()
+    parser.add_argument("--peer", choices=["timm"], help="time PyTorch too; needs the parity extra")
+    modes = ["default", "reduce-overhead", "max-autotune"]
+    told = "with --peer: torch.compile too, in this mode (default: default)"
+    parser.add_argument("--compile", nargs="?", const="default", choices=modes, help=told)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, a JSON object a line")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s there, as PNG")
+    return parser.parse_args(argv)
 
-    config = zoo.get(args.model).config
-    schedules = parse_schedules(args.schedules, config.depth)
-    images = np.random.default_rng(0).standard_normal((args.batch_size, *config.image_size, 3)).astype(np.float32)
-    contenders: dict[str, Callable[[], None]] = {}
-    params = random_params(config)
-    for name, schedule in schedules.items():
-        contenders[name] = ours(ViT(config, schedule), params, jnp.asarray(images))
-    if not args.no_timm:
-        contenders["timm dense"] = timm_dense(args.model, images)
 
-    rates = measure(contenders, args.batch_size, args.blocks, args.block_seconds)
-    threads = os.cpu_count()
-    print(f"{args.model}, batch {args.batch_size}, float32, {jax.devices()[0].device_kind} ({threads} cores)")
-    print(f"{'contender':<14}{'images/s':>10}{'spread':>9}{'GMACs':>8}{'/ dense':>9}{'GMACs cut':>11}{'/ timm':>9}")
+def check_options(args: argparse.Namespace) -> None:
+    """Raise InputError, before any long work, for what cannot work."""
+    if odd := [name for name in args.dtypes if name not in DTYPES]:
+        raise InputError(f"--dtypes: {odd[0]!r} is none of {', '.join(DTYPES)}")
+    if "tf32" in args.dtypes and jax.default_backend() != "gpu":
+        raise InputError("--dtypes: tf32 is a format of NVIDIA GPUs, and there is none here: leave it out")
+    if args.blocks < 1 or args.block_seconds <= 0:
+        raise InputError("--blocks and --block_seconds: both must be positive")
+    if args.checkpoint and args.image_size:
+        raise InputError("--image_size: the checkpoint has its own: leave it out")
+    if args.compile and not args.peer:
+        raise InputError("--compile: this is PyTorch's: pass --peer timm with it")
+    for path in filter(None, (args.json, args.plot)):
+        writable_directory(path.resolve().parent)
+    if args.peer:
+        try:
+            import pytorch_tome  # noqa: F401
+            import torch
+        except ImportError as error:
+            raise InputError(f'--peer timm: {error}: pip install -e ".[parity]"') from None
+        if jax.default_backend() == "gpu" and not torch.cuda.is_available():
+            raise InputError("--peer timm: PyTorch sees no GPU, and JAX does: install a PyTorch built for CUDA")
+
+
+def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
+    """One comparison after the other: the weights, the images, and the logits that every contender must give."""
+    for name in [args.checkpoint] if args.checkpoint else args.models:
+        if args.checkpoint:
+            checkpoint = load_checkpoint(name)
+            config, params, name = checkpoint.config, checkpoint.params, Path(name).name
+        else:
+            config = zoo.get(name).config
+            if args.image_size:
+                config = replace(config, image_size=(args.image_size, args.image_size))
+            params = random_params(config)
+        schedules = parse_schedules(args.schedules, config.depth)
+        for batch_size in args.batch_sizes:
+            shape = (ceil(CHECKED / batch_size), batch_size, *config.image_size, 3)
+            batches = np.random.default_rng(0).standard_normal(shape, np.float32)
+            references = {}
+            for key, schedule in tqdm(schedules.items(), desc=f"{name}: reference logits", leave=False):
+                call = compile_program(config, schedule, "float32", params, batches[0])
+                references[key] = compute_logits(call, params, batches)
+            for dtype in args.dtypes:
+                yield Case(name, config, params, schedules, batches, references, dtype)
+
+
+def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Build, check and time the contenders of a case; a row each, with all conditions."""
+    prepared = chain(prepare_ours(case), prepare_timm(case, args.compile) if args.peer else ())
+    contenders = list(tqdm(prepared, f"{case}: compiling and checking", unit=" contenders", leave=False))
+    matmuls = prepare_matmuls(case)
+    with tqdm(total=args.blocks * (len(contenders) + len(matmuls)), desc=f"{case}: timing", leave=False) as bar:
+        runs = [contender.run for contender in contenders] + list(matmuls.values())
+        calls_per_second = time_blocks(runs, args.blocks, args.block_seconds, bar.update)
+    flops_per_second = {
+        shape: 2 * prod(shape) * statistics.median(rates)
+        for shape, rates in zip(matmuls, calls_per_second[len(contenders) :], strict=True)
+    }
+    best = max(flops_per_second, key=lambda shape: flops_per_second[shape])
+    conditions = {
+        "model": case.model,
+        "image_size": case.config.image_size,
+        "batch_size": case.batch_size,
+        "dtype": case.dtype,
+        "weights": args.checkpoint or "random",
+        "blocks": args.blocks,
+        "block_seconds": args.block_seconds,
+        "matmul_gflops": flops_per_second[best] / 1e9,
+        "matmul_shape": best,
+        **describe_machine(args.peer),
+    }
+    medians = [statistics.median(rates) * case.batch_size for rates in calls_per_second]
+    rates = {(c.name, c.schedule): rate for c, rate in zip(contenders, medians, strict=False)}
     rows = []
-    for name, values in rates.items():
-        rate = statistics.median(values)
-        row = {
-            "contender": name,
-            "model": args.model,
-            "batch_size": args.batch_size,
-            "images_per_second": rate,
-            "spread": (max(values) - min(values)) / rate,
-            "gmacs": flops.gmacs(config, schedules.get(name)),
-            "over_dense": rate / statistics.median(rates["dense"]) if "dense" in rates else None,
-            "gmacs_cut": flops.gmacs(config) / flops.gmacs(config, schedules.get(name)),
-            "over_timm": rate / statistics.median(rates["timm dense"]) if "timm dense" in rates else None,
-            "device": jax.devices()[0].device_kind,
-            "versions": versions(),
-        }
-        rows.append(row)
-        ratios = [f"{row[key]:.2f}x" if row[key] else "-" for key in ("over_dense", "gmacs_cut", "over_timm")]
-        print(
-            f"{name:<14}{rate:>10.2f}{row['spread']:>9.1%}{row['gmacs']:>8.2f}{ratios[0]:>9}{ratios[1]:>11}{ratios[2]:>9}"
+    for contender, blocks in zip(contenders, calls_per_second, strict=False):
+        schedule = case.schedules[contender.schedule]
+        rate = rates[contender.name, contender.schedule]
+        cut = flops.gmacs(case.config) / flops.gmacs(case.config, schedule)
+        dense = rates.get((contender.name, "dense"))
+        timm = [rates[key] for key in rates if key[0] != "fcvit_jax" and key[1] == contender.schedule]
+        rows.append(
+            {
+                "contender": contender.name,
+                "schedule": contender.schedule,
+                "stages": str(schedule),
+                "images_per_second": rate,
+                "spread": (max(blocks) - min(blocks)) / statistics.median(blocks),
+                "compile_seconds": contender.compile_seconds,
+                "memory_bytes": contender.bytes,
+                "gmacs": flops.gmacs(case.config, schedule),
+                "executed_gmacs": contender.executed_gmacs,
+                "peak_share": 2e9 * contender.executed_gmacs * rate / flops_per_second[best],
+                "over_dense": rate / dense if dense else None,
+                "gmacs_cut": cut,
+                "of_cut": rate / dense / cut if dense else None,
+                "over_timm": rate / max(timm) if timm else None,
+                "max_difference": contender.max_difference,
+                **conditions,
+            }
         )
-    if args.json:
-        with open(args.json, "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    return rows
 
 
-def ours(model: ViT, params: dict, images: jax.Array) -> Callable[[], None]:
-    """One call of the jitted model, logits only, waited for."""
-    call = jax.jit(lambda params, images: model.apply({"params": params}, images)[0]).lower(params, images).compile()
-    return lambda: call(params, images).block_until_ready()
+def time_blocks(
+    runs: Sequence[Run], blocks: int, block_seconds: float, on_block: Callable[[], object]
+) -> list[list[float]]:
+    """Calls a second in every block of each, the blocks alternating."""
 
-
-def timm_dense(name: str, images: np.ndarray) -> Callable[[], None]:
-    """One call of timm's model in inference mode: PyTorch's fused attention, all cores."""
-    import timm
-    import torch
-
-    model = timm.create_model(name, pretrained=False).eval()
-    batch = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-
-    def call() -> None:
-        with torch.inference_mode():
-            model(batch)
-
-    return call
-
-
-def measure(
-    contenders: dict[str, Callable[[], None]], batch_size: int, blocks: int, block_seconds: float
-) -> dict[str, list[float]]:
-    """Images a second of every block of every contender, the blocks alternating."""
-    calls = {}
-    for name, call in contenders.items():
-        call()
+    def seconds(run: Run, calls: int) -> float:
+        time.sleep(0.1)  # threads that the one before left spinning go to sleep
         started = time.perf_counter()
-        call()
-        calls[name] = max(1, round(block_seconds / (time.perf_counter() - started)))
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
+        run(calls)
+        return time.perf_counter() - started
+
+    many = []
+    for run in runs:
+        run(1)
+        calls = 1
+        while (elapsed := seconds(run, calls)) < block_seconds / 4:
+            calls *= 4
+        many.append(max(1, round(calls * block_seconds / elapsed)))
+    rates: list[list[float]] = [[] for _ in runs]
     for _ in range(blocks):
-        for name, call in contenders.items():
-            time.sleep(0.1)  # threads that the one before left spinning go to sleep
-            started = time.perf_counter()
-            for _ in range(calls[name]):
-                call()
-            rates[name].append(batch_size * calls[name] / (time.perf_counter() - started))
+        for run, calls, found in zip(runs, many, rates, strict=True):
+            found.append(calls / seconds(run, calls))
+            on_block()
     return rates
 
 
-def random_params(config) -> dict:
-    """Parameters of a trained model's magnitude."""
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(rng.normal(0.0, 0.02, leaf.shape), jnp.float32), abstract_params(config)
-    )
+def describe_machine(peer: str | None) -> dict[str, Any]:
+    """Where and with what a row was measured, and the memory taken so far; malloc: settings that change its speed."""
+    import resource
+
+    device = jax.devices()[0]
+    name = device.device_kind
+    if device.platform == "cpu":
+        name = platform.processor() or platform.machine()
+        with suppress(OSError):
+            found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+            name = found[1] if found else name
+    malloc = {key: value for key, value in os.environ.items() if re.match("MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$", key)}
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    found = {"device": name, "platform": device.platform, "cores": cores, "malloc": malloc or "default"}
+    if peer:
+        import torch
+
+        found |= {"torch_threads": torch.get_num_threads()}
+    libraries = {key: importlib.metadata.version(key) for key in ("torch", "timm") if peer}
+    unit = 1 if sys.platform == "darwin" else 1024
+    return found | {
+        "versions": versions() | libraries,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "process_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit,
+        "device_peak_bytes": (device.memory_stats() or {}).get("peak_bytes_in_use"),
+    }
+
+
+def print_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> None:
+    row = rows[0]
+    m, k, n = row["matmul_shape"]
+    malloc = "malloc as it comes" if row["malloc"] == "default" else "malloc set"
+    print(f"{case}: {row['device']}, {row['cores']} cores, {malloc}")
+    print(f"matmul: {row['matmul_gflops']:.0f} GFLOP/s, [{m}, {k}] x [{k}, {n}]")
+    wide = max(len(row["schedule"]) for row in rows) + 2
+    print(f"{'contender':<15}{'schedule':<{wide}}" + "".join(f"{title:>10}" for title in COLUMNS))
+    for row in rows:
+        cells = ("-" if row[field] is None else text(row[field]) for field, text in COLUMNS.values())
+        print(f"{row['contender']:<15}{row['schedule']:<{wide}}" + "".join(f"{cell:>10}" for cell in cells))
+    print(flush=True)
+
+
+def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
+    """Images/s as bars, a panel a comparison, as PNG; above a bar, its speed-up over the same contender's dense."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        panels.setdefault(f"{row['model']}, batch {row['batch_size']}, {row['dtype']}", []).append(row)
+    across = min(3, len(panels))
+    down = ceil(len(panels) / across)
+    figure = Figure(figsize=(6 * across, 3.6 * down + 0.6), dpi=120, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(down, across, squeeze=False).flatten()
+    names = [name for name in COLOURS if any(row["contender"] == name for row in rows)]
+    for axes, (title, members) in zip(grid, panels.items(), strict=False):
+        schedules = list(dict.fromkeys(row["schedule"] for row in members))
+        for row in members:
+            place = schedules.index(row["schedule"]) + (names.index(row["contender"]) + 0.5) / (len(names) + 0.5)
+            name = row["contender"]
+            bars = axes.bar(place, row["images_per_second"], 0.9 / (len(names) + 0.5), color=COLOURS[name], label=name)
+            if row["over_dense"] and row["schedule"] != "dense":
+                axes.bar_label(bars, [f"{row['over_dense']:.2f}x"], fontsize=7)
+        middle = len(names) / 2 / (len(names) + 0.5)
+        labels = [schedule.replace(",", "\n") for schedule in schedules]
+        axes.set_xticks([index + middle for index in range(len(schedules))], labels, fontsize=8)
+        axes.set_title(title, fontsize=9)
+        axes.set_ylabel("images/s")
+        axes.spines[["top", "right"]].set_visible(False)
+    for axes in grid[len(panels) :]:
+        axes.set_visible(False)
+    handles = {label: handle for axes in grid for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Replace a file, whole or not at all."""
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)
 
 
 if __name__ == "__main__":

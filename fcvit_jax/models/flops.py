@@ -27,6 +27,19 @@ def macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> int:
     return patches + sum(layer_macs(config, schedule)) + head
 
 
+def executed_gmacs(config: ViTConfig, schedule: MergeSchedule | None = None) -> float:
+    """What is computed for the logits, in multiply-accumulates / 1e9 of one image: `gmacs`, but that the last layer of
+    a model that pools prefix tokens has queries, projection and MLP for these alone, and keys and values for all.
+    """
+    saved = 0
+    if count := config.pooled_tokens:
+        width = config.embed_dim
+        layer = (schedule or MergeSchedule.dense(config.depth)).plan(config)[-1]
+        queries, outputs = layer.tokens_in - count, layer.tokens_out - count
+        saved = queries * (2 * width**2 + 2 * layer.tokens_in * width) + 2 * outputs * width * config.mlp_dim
+    return (macs(config, schedule) - saved) / 1e9
+
+
 def gmacs(config: ViTConfig, schedule: MergeSchedule | None = None) -> float:
     """Multiply-accumulates / 1e9 of the whole model, for one image; the schedule defaults to dense."""
     return macs(config, schedule) / 1e9

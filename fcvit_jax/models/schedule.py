@@ -5,6 +5,7 @@ before anything is traced. DFE (dense first layers) and LGTM (local, then global
 global stage alone is Token Merging, arXiv 2210.09461.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator
@@ -170,13 +171,16 @@ class MergeSchedule:
 
 
 def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
-    """Read a comma-separated list of schedules into {text as given: schedule}, in order.
+    """Read a comma-separated list of schedules into {name: schedule}, in order; a name given twice counts once.
 
-    An explicit form holds commas of its own: it ends where its layers reach the depth.
+    A range of rates, LOW-HIGH or LOW-HIGH:STEP with both ends included, stands for the names that it spells:
+    `tome:0-16` for `tome_r0` to `tome_r16`, `s2dfe:2-20:2` for `s2dfe_r2`, `s2dfe_r4` to `s2dfe_r20`. An explicit form
+    holds commas of its own: it ends where its layers reach the depth.
     """
     schedules: dict[str, MergeSchedule] = {}
     pending: list[str] = []
-    for part in filter(None, (part.strip() for part in text.split(","))):
+    parts = filter(None, (part.strip() for part in text.split(",")))
+    for part in itertools.chain.from_iterable(map(_expand, parts)):
         pending.append(part)
         if ":" in part and sum(_parse_stage(stage).layers for stage in pending) < depth:
             continue
@@ -190,6 +194,7 @@ def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
     return schedules
 
 
+_LONGEST_RANGE = 1000
 _FORMS = "dense, tome_r13, s2dfe_r18, s2winc7_r16 or dense:2,local:5:r16:w2x2,global:5:r16"
 _STAGES = {
     re.compile(r"dense:(\d{1,9})"): Dense,
@@ -210,6 +215,21 @@ _NAMES = {
         Global(depth - c, r),
     ),
 }
+
+
+def _expand(text: str) -> list[str]:
+    """The names that a range of rates stands for; any other text is its own."""
+    found = re.fullmatch(r"(tome|s\d+dfe|s\d+winc\d+):(\d{1,9})-(\d{1,9})(?::(\d{1,9}))?", text)
+    if not found:
+        if re.match(r"(tome|s\d+dfe|s\d+winc\d+):", text):
+            raise InputError(f"{text!r} is not a range of schedules: write tome:0-16, or s2dfe:2-20:2 with a step")
+        return [text]
+    low, high, step = int(found[2]), int(found[3]), int(found[4] or 1)
+    rates = range(low, high + 1, step) if step else ()
+    if not 0 < len(rates) <= _LONGEST_RANGE:
+        why = f"has {len(rates):,} schedules; at most {_LONGEST_RANGE:,} will do" if rates else "is empty"
+        raise InputError(f"the range {text!r} {why}: write LOW-HIGH or LOW-HIGH:STEP, such as tome:0-16")
+    return [f"{found[1]}_r{r}" for r in rates]
 
 
 def _parse_stage(text: str) -> Stage:

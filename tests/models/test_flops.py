@@ -1,3 +1,4 @@
+import dataclasses
 from functools import partial
 from typing import Any
 
@@ -63,5 +64,18 @@ def test_every_layer_agrees_with_xla(text):
 def test_the_whole_model_agrees_with_xla(config):
     images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
     params = jax.eval_shape(ViT(config).init, jax.random.key(0), images)
-    counted = xla_macs(lambda params, images: ViT(config).apply(params, images)[0], params, images)
-    assert counted == pytest.approx(flops.macs(config), rel=0.05)
+    logits = xla_macs(lambda params, images: ViT(config).apply(params, images)[0], params, images)
+    assert logits == pytest.approx(flops.executed_gmacs(config) * 1e9, rel=0.05)
+    assert flops.executed_gmacs(config) < 0.75 * flops.gmacs(config)  # of two layers
+
+
+@pytest.mark.parametrize(
+    ("schedule", "executed"),
+    # By hand: of the last layer's n tokens in and o out, queries, projection, attention and MLP for one alone.
+    [("dense", 4.280), ("tome_r12", 2.760), ("s2dfe_r18", 2.749)],
+)
+def test_the_last_layer_is_executed_for_the_pooled_token(schedule, executed):
+    config = zoo.get("deit_small_patch16_224").config
+    assert round(flops.executed_gmacs(config, MergeSchedule.parse(schedule, 12)), 3) == executed
+    patches = dataclasses.replace(config, pool="avg")
+    assert flops.executed_gmacs(patches) == flops.gmacs(patches)

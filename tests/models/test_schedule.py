@@ -102,3 +102,31 @@ def test_a_list_of_schedules_may_mix_names_and_explicit_forms():
         parse_schedules("tome_r2,dense:1", 4)
     with pytest.raises(InputError, match="no schedule"):
         parse_schedules(" , ", 4)
+
+
+def test_a_range_of_rates_stands_for_its_names():
+    names = [*(f"tome_r{r}" for r in range(17)), *(f"s2dfe_r{r}" for r in range(2, 21, 2))]
+    assert list(parse_schedules("tome:0-16,s2dfe:2-20:2", 12)) == names
+    assert parse_schedules("dense, s2winc7:1-3 ,tome_r5,tome:4-6,dense:12", 12) == parse_schedules(
+        "dense,s2winc7_r1,s2winc7_r2,s2winc7_r3,tome_r5,tome_r4,tome_r6,dense:12", 12
+    )
+    assert list(parse_schedules("tome:3-3,s2dfe:1-6:4", 12)) == ["tome_r3", "s2dfe_r1", "s2dfe_r5"]
+    assert parse_schedules("tome:0-0", 12)["tome_r0"].plan(VIT_S) == MergeSchedule.dense(12).plan(VIT_S)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tome:16-0", "the range 'tome:16-0' is empty"),
+        ("tome:0-16:0", "the range 'tome:0-16:0' is empty"),
+        ("tome:0-1000", "has 1,001 schedules; at most 1,000"),
+        ("tome:0-9999999999", "is not a range of schedules"),
+        ("tome:4", "is not a range of schedules: write tome:0-16"),
+        ("s2dfe:2-", "is not a range of schedules"),
+        ("s2winc13:1-4", "does not fit a model of 12 layers"),
+        ("s3:1-4", "is not a stage of a schedule"),
+    ],
+)
+def test_ranges_that_make_no_sense(text, says):
+    with pytest.raises(InputError, match=says):
+        parse_schedules(f"dense,{text}", 12)

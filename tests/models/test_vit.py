@@ -60,6 +60,24 @@ def test_shapes_and_bookkeeping_of_every_variant(fields):
     assert unmerge_tokens(out["tokens"], out["source"]).shape == (2, 24, 24)
 
 
+@pytest.mark.parametrize(
+    "fields", [{}, {"dist_token": True, "pool": "dist_avg"}, {"layer_scale": 0.5, "fc_norm": True}]
+)
+@pytest.mark.parametrize("schedule", ["dense", "tome_r4"])
+def test_the_pooled_tokens_alone_give_what_all_tokens_give(fields, schedule):
+    config = replace(TINY, **fields)
+    params = random_params(config)
+    logits, out = apply(config, schedule, params)
+    params = jax.tree.map(np.asarray, params)
+    tokens = np.asarray(out["tokens"])[:, : config.pooled_tokens]
+    if config.fc_norm:
+        tokens = (tokens - tokens.mean(-1, keepdims=True)) / np.sqrt(tokens.var(-1, keepdims=True) + config.norm_eps)
+        tokens = tokens * params["norm"]["scale"] + params["norm"]["bias"]
+    heads = [params["head"], params["head_dist"]] if config.dist_token else [params["head"]]
+    by_hand = [tokens[:, place] @ head["kernel"] + head["bias"] for place, head in enumerate(heads)]
+    np.testing.assert_allclose(logits, sum(by_hand) / len(heads), atol=1e-4)
+
+
 @pytest.mark.parametrize("schedule", ["tome_r0", "s2dfe_r0", "s2winc3_r0", "local:4:r0:w2x2"])
 def test_r_zero_is_the_dense_model_bit_for_bit(schedule):
     params = random_params(TINY)

@@ -1,0 +1,198 @@
+"""What inference.py times: our model, timm's with Token Merging in PyTorch, and the matmuls that both are held against.
+
+Each is built, warmed up and, if a model, checked: its logits against those of our model in float32.
+"""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import prod, sqrt
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from fcvit_jax.checkpoint import abstract_params
+from fcvit_jax.errors import InputError
+from fcvit_jax.models import flops
+from fcvit_jax.models.schedule import MergeSchedule
+from fcvit_jax.models.vit import ViT, ViTConfig
+
+# name -> (dtype of the computation, precision of float32 products)
+DTYPES = {
+    "float32": (jnp.float32, "highest"),
+    "tf32": (jnp.float32, "tensorfloat32"),
+    "bfloat16": (jnp.bfloat16, "default"),
+}
+# How far logits may be from float32's, in standard deviations of those: the median image, and any image. Where two
+# proposals are equal but for rounding, another token merges, which moves the logits of that image.
+TOLERANCES = {"float32": (1e-3, 1.0), "tf32": (0.03, 1.0), "bfloat16": (0.2, 1.0)}
+SQUARES = {"cpu": (2048,)}  # sides of square matmuls; elsewhere:
+LARGE_SQUARES = (2048, 8192)
+
+Run = Callable[[int], None]  # so many calls, waited for
+Shape = tuple[int, int, int]  # of a matmul [m, k] x [k, n]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the contenders of one comparison share.
+
+    batches: float32 [m, b, height, width, 3]; the first is timed. references: float32 logits [m b, c] by schedule.
+    """
+
+    model: str
+    config: ViTConfig
+    params: dict[str, Any]
+    schedules: dict[str, MergeSchedule]
+    batches: np.ndarray
+    references: dict[str, np.ndarray]
+    dtype: str
+
+    @property
+    def batch_size(self) -> int:
+        return self.batches.shape[1]
+
+    def __str__(self) -> str:
+        height, width = self.config.image_size
+        return f"{self.model} at {height}x{width}, batch {self.batch_size}, {self.dtype}"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model ready to be timed. What is None does not exist, or nobody tells."""
+
+    name: str
+    schedule: str
+    run: Run
+    executed_gmacs: float
+    max_difference: float
+    compile_seconds: float | None
+    bytes: int | None
+
+
+def random_params(config: ViTConfig) -> dict[str, Any]:
+    """Parameters of a trained model's magnitude: kernels keep the variance, scales are about 1, the rest is small."""
+    rng = np.random.default_rng(0)
+
+    def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        numbers = rng.standard_normal(leaf.shape, np.float32)
+        match path[-1].key:
+            case "kernel":
+                return jnp.asarray(numbers / np.float32(sqrt(prod(leaf.shape[:-1]))))
+            case "scale" | "ls1" | "ls2":
+                return jnp.asarray(1 + 0.1 * numbers)
+            case _:
+                return jnp.asarray(0.1 * numbers)
+
+    return jax.tree_util.tree_map_with_path(draw, abstract_params(config))
+
+
+def prepare_ours(case: Case) -> Iterator[Contender]:
+    """Our model under every schedule, compiled and checked."""
+    dtype, _ = DTYPES[case.dtype]
+    # The weights in the dtype of the computation, as PyTorch's `model.to(dtype)` has them; norms compute in float32.
+    params = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if any("norm" in key.key for key in path) else leaf.astype(dtype), case.params
+    )
+    images = jnp.asarray(case.batches[0], dtype)
+    for name, schedule in case.schedules.items():
+        started = time.perf_counter()
+        call = compile_program(case.config, schedule, case.dtype, params, images)
+        seconds = time.perf_counter() - started
+        logits = compute_logits(call, params, case.batches.astype(dtype))
+        difference = largest_difference(f"{case}: {name}", logits, case.references[name], case.dtype)
+        # Less than the schedule's, where what nothing reads is not computed.
+        executed = flops.executed_gmacs(case.config, schedule)
+        memory = call.memory_analysis()
+        used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
+        used -= memory.alias_size_in_bytes
+        yield Contender("fcvit_jax", name, repeat(call, params, images), executed, difference, seconds, used)
+
+
+def compile_program(config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: Any) -> Any:
+    """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c]."""
+    kind, precision = DTYPES[dtype]
+    model = ViT(config, schedule, dtype=kind)
+    call = jax.jit(lambda params, images: model.apply({"params": params}, images)[0])
+    with jax.default_matmul_precision(precision):
+        return call.lower(params, images).compile()
+
+
+def compute_logits(call: Any, params: Any, batches: np.ndarray) -> np.ndarray:
+    """Batches [m, b, height, width, 3] -> logits [m b, c]."""
+    return np.concatenate([np.asarray(call(params, jnp.asarray(batch))) for batch in batches])
+
+
+def repeat(call: Any, *arguments: jax.Array | dict[str, Any]) -> Run:
+    """Calls of a compiled program: queued on a GPU, as PyTorch's are; on CPU, where they might overlap, one by one."""
+    one_by_one = jax.default_backend() == "cpu"
+
+    def run(calls: int) -> None:
+        result = None
+        for _ in range(calls):
+            result = call(*arguments)
+            if one_by_one:
+                result.block_until_ready()
+        jax.block_until_ready(result)
+
+    return run
+
+
+def prepare_timm(case: Case, mode: str | None) -> Iterator[Contender]:
+    """timm's model on the same weights, and Token Merging on it; what torch.compile cannot do is told and left out."""
+    import pytorch_tome as peer
+    import torch
+
+    torch.compiler.reset()
+    model = peer.load_timm(case.config, case.params).to("cuda" if jax.default_backend() == "gpu" else "cpu")
+    modules = {name: peer.with_schedule(model, case.config, schedule) for name, schedule in case.schedules.items()}
+    modules = {name: module for name, module in modules.items() if module is not None}
+    if case.dtype != "float32":  # rounding to bfloat16 may hide what is wrong with a program
+        peer.set_precision("float32")
+        for name, module in modules.items():
+            logits = peer.prepare(module, case.batches).logits
+            largest_difference(f"{case}: timm {name} in float32", logits, case.references[name], "float32")
+        model.to(getattr(torch, DTYPES[case.dtype][0].__name__))
+    peer.set_precision(case.dtype)
+    for name, module in modules.items():
+        for label, how in (("timm", None), ("timm compiled", mode))[: 2 if mode else 1]:
+            try:
+                prepared = peer.prepare(module, case.batches, how)
+            except Exception as error:
+                if how is None:
+                    raise
+                why = next(iter(str(error).splitlines()), "")
+                tqdm.write(f"{case}: torch.compile of {name} is left out: {type(error).__name__}: {why}")
+                continue
+            run, logits, seconds, used = prepared
+            difference = largest_difference(f"{case}: {label} {name}", logits, case.references[name], case.dtype)
+            yield Contender(label, name, run, flops.gmacs(case.config, case.schedules[name]), difference, seconds, used)
+
+
+def largest_difference(what: str, logits: np.ndarray, reference: np.ndarray, dtype: str) -> float:
+    """The largest difference of a logit, in standard deviations of the reference's. Raises InputError if too large."""
+    differences = np.abs(logits - reference).max(axis=1) / reference.std()
+    typical, largest = float(np.median(differences)), float(differences.max())
+    most_typical, most = TOLERANCES[dtype]
+    if not (typical <= most_typical and largest <= most):  # NaN is not
+        raise InputError(
+            f"{what}: logits are {typical:.2g} standard deviations from float32's in the median image and "
+            f"{largest:.2g} in the worst, more than {most_typical:g} and {most:g}: they are wrong, and are not timed"
+        )
+    return largest
+
+
+def prepare_matmuls(case: Case) -> dict[Shape, Run]:
+    """Products large enough to show what the machine can do, and those of the model's MLP, in the case's dtype."""
+    dtype, precision = DTYPES[case.dtype]
+    tokens, width, hidden = case.batch_size * case.config.num_tokens, case.config.embed_dim, case.config.mlp_dim
+    sides = SQUARES.get(jax.default_backend(), LARGE_SQUARES)
+    runs: dict[Shape, Run] = {}
+    for m, k, n in [*((side, side, side) for side in sides), (tokens, width, hidden), (tokens, hidden, width)]:
+        a, b = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(m, k), (k, n)]))
+        with jax.default_matmul_precision(precision):
+            runs[m, k, n] = repeat(jax.jit(jnp.matmul).lower(a, b).compile(), a, b)
+    return runs

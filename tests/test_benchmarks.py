@@ -1,0 +1,204 @@
+"""benchmarks/inference.py on a tiny checkpoint: its sums, its checks, and Token Merging in PyTorch."""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+import fcvit_jax as fc
+from fcvit_jax.checkpoint import abstract_params
+from fcvit_jax.data.preprocess import preset
+from fcvit_jax.errors import InputError
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT / "benchmarks"))  # where a script finds its neighbours
+contenders = importlib.import_module("contenders")
+inference = importlib.import_module("inference")
+
+TINY = fc.ViTConfig((64, 64), 16, 48, 2, 3, 96, num_classes=7)
+SCHEDULES = "dense,tome_r3,local:1:r4:w2x2,global:1:r3"
+DOCS = (ROOT / "docs" / "performance.md").read_text()
+COMMANDS = [
+    shlex.split(command.replace("\\\n", ""))
+    for command in re.findall(r"python benchmarks/inference\.py((?:[^\n`]*\\\n)*[^\n`]+)\n", DOCS)
+]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    path = tmp_path / "tiny"
+    fc.save_checkpoint(path, TINY, contenders.random_params(TINY), preset("timm/augreg", (64, 64)))
+    return path
+
+
+@pytest.fixture
+def run(checkpoint, monkeypatch, tmp_path):
+    """Run the benchmark on the tiny checkpoint, quickly; returns its rows."""
+    monkeypatch.setitem(contenders.SQUARES, "cpu", (64,))
+    quick = ["--batch_sizes", "2", "--blocks", "2", "--block_seconds", "0.01", "--json", str(tmp_path / "rows.jsonl")]
+
+    def run(*flags):
+        inference.main(["--checkpoint", str(checkpoint), "--schedules", SCHEDULES, *quick, *flags])
+        return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+
+    return run
+
+
+def test_every_contender_gets_a_row_with_its_conditions(run, tmp_path, capsys):
+    pytest.importorskip("timm")
+    rows = run("--dtypes", "float32,bfloat16", "--peer", "timm", "--plot", str(tmp_path / "bars.png"))
+    names = ["dense", "tome_r3", "local:1:r4:w2x2,global:1:r3"]
+    expected = [("fcvit_jax", name) for name in names] + [("timm", name) for name in names[:2]]
+    for dtype, smallest, largest in (("float32", 0.0, 1e-4), ("bfloat16", 1e-4, 0.2)):
+        members = [row for row in rows if row["dtype"] == dtype]
+        assert [(row["contender"], row["schedule"]) for row in members] == expected
+        rates = {(row["contender"], row["schedule"]): row["images_per_second"] for row in members}
+        for row in members:
+            schedule = fc.MergeSchedule.parse(row["schedule"], TINY.depth)
+            assert row["gmacs"] == fc.flops.gmacs(TINY, schedule)
+            assert row["gmacs_cut"] == fc.flops.gmacs(TINY) / row["gmacs"]
+            assert row["over_dense"] == rates[row["contender"], row["schedule"]] / rates[row["contender"], "dense"]
+            assert row["of_cut"] == pytest.approx(row["over_dense"] / row["gmacs_cut"])
+            count = fc.flops.executed_gmacs if row["contender"] == "fcvit_jax" else fc.flops.gmacs
+            assert row["executed_gmacs"] == count(TINY, schedule)
+            work = 2 * row["executed_gmacs"] * row["images_per_second"]
+            assert row["peak_share"] == pytest.approx(work / row["matmul_gflops"])
+            assert smallest <= row["max_difference"] < largest
+            assert {"device", "cores", "torch_threads", "malloc", "versions", "date", "batch_size"} <= row.keys()
+        assert [row["over_timm"] for row in members[1:3]] == [rates[expected[1]] / rates[expected[4]], None]
+        numbers = 2 * 64 * 64 * 3 + sum(leaf.size for leaf in jax.tree.leaves(abstract_params(TINY)))
+        for row in members[:3]:
+            assert row["compile_seconds"] > 0
+            assert 2 * numbers < row["memory_bytes"] < 12 * numbers
+    assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("matmul:") == 2
+
+
+def test_a_wrong_peer_is_not_timed_even_where_rounding_would_hide_it(run, monkeypatch, capsys):
+    peer = pytest.importorskip("pytorch_tome")
+    attend = peer.attend
+    monkeypatch.setattr(peer, "attend", lambda attention, x, size: attend(attention, x, None))
+    monkeypatch.setitem(contenders.TOLERANCES, "bfloat16", (100.0, 100.0))
+    with pytest.raises(SystemExit) as stopped:
+        run("--dtypes", "bfloat16", "--peer", "timm", "--schedules", "tome_r3")
+    assert stopped.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(
+        r"error: tiny at 64x64, batch 2, bfloat16: timm tome_r3 in float32: logits are .* are not timed", told
+    )
+
+
+def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys):
+    torch = pytest.importorskip("torch")
+    pytest.importorskip("timm")
+
+    def fail(*_, **__):
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    rows = run("--peer", "timm", "--compile", "--schedules", "tome_r3")
+    assert [row["contender"] for row in rows] == ["fcvit_jax", "timm"]
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert told.endswith("float32: torch.compile of tome_r3 is left out: RuntimeError: no compiler")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--dtypes float16", "error: --dtypes: 'float16' is none of float32, tf32, bfloat16"),
+        ("--dtypes tf32", "error: --dtypes: tf32 is a format of NVIDIA GPUs, and there is none here: leave it out"),
+        ("--compile", "error: --compile: this is PyTorch's: pass --peer timm with it"),
+        ("--checkpoint x --image_size 64", "error: --image_size: the checkpoint has its own: leave it out"),
+        ("--blocks 0", "error: --blocks and --block_seconds: both must be positive"),
+        ("--models vit", "error: unknown model 'vit'"),
+    ],
+)
+def test_what_cannot_work_is_told_in_one_line(flags, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        inference.main(flags.split())
+    assert stopped.value.code == 2
+    (told,) = capsys.readouterr().err.splitlines()
+    assert told.startswith(message)
+
+
+def test_blocks_alternate_and_rates_are_calls_over_seconds(monkeypatch):
+    now, order = [0.0], []
+
+    def costing(name, seconds):
+        def run(calls):
+            order.append((name, calls))
+            now[0] += seconds * calls
+
+        return run
+
+    clock = SimpleNamespace(perf_counter=lambda: now[0], sleep=lambda seconds: now.__setitem__(0, now[0] + seconds))
+    monkeypatch.setattr(inference, "time", clock)
+    done = []
+    rates = inference.time_blocks([costing("a", 0.5), costing("b", 0.125)], 3, 2.0, lambda: done.append(1))
+    np.testing.assert_allclose(rates, [[2.0] * 3, [8.0] * 3])
+    assert order[-6:] == [("a", 4), ("b", 16)] * 3
+    assert len(done) == 6
+
+
+def test_the_difference_is_in_standard_deviations_and_a_flipped_merge_may_pass():
+    reference = np.tile([[2.0, -2.0]], (4, 1))  # standard deviation 2
+    assert contenders.largest_difference("x", reference + 0.001, reference, "float32") == pytest.approx(0.0005)
+    one = reference.copy()
+    one[3, 0] += 1.0
+    assert contenders.largest_difference("x", one, reference, "float32") == 0.5
+    for wrong in (reference + 0.01, one + (one - reference) * 2, np.full_like(reference, np.nan)):
+        with pytest.raises(InputError, match="x: logits are"):
+            contenders.largest_difference("x", wrong, reference, "float32")
+
+
+@pytest.mark.parametrize("extra", [{}, {"reg_tokens": 3, "no_embed_class": True}, {"distilled": True}], ids=str)
+def test_token_merging_in_pytorch_equals_the_oracle(extra):
+    torch = pytest.importorskip("torch")
+    timm = pytest.importorskip("timm")
+    peer = pytest.importorskip("pytorch_tome")
+    reference = pytest.importorskip("reference")
+
+    size = dict(img_size=64, patch_size=8, embed_dim=48, depth=3, num_heads=3, num_classes=7)
+    torch.manual_seed(0)
+    if extra.get("distilled"):
+        model = timm.models.deit.VisionTransformerDistilled(**size)
+    else:
+        model = timm.models.vision_transformer.VisionTransformer(**size, **extra)
+    model = model.eval().double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.15 * torch.randn_like(parameter)
+    images = torch.randn(3, 3, 64, 64, dtype=torch.float64)
+    expected = reference.merged_forward(model, images, [("dense", 1), ("global", 1, 9), ("global", 1, 40)])
+    with torch.inference_mode():
+        logits, dense = peer.TokenMerging(model, (0, 9, 27))(images), model(images)
+    torch.testing.assert_close(logits, expected["logits"], atol=1e-5, rtol=0)
+    assert ((logits - dense).abs().amax(dim=1) > 0.01).all()
+
+
+def test_the_commands_of_the_page_are_understood_and_the_gpu_s_is_that_of_the_help():
+    assert len(COMMANDS) == 3
+    for command in COMMANDS:
+        args = inference.parse(command)
+        for model in args.models:
+            config = fc.zoo.get(model).config
+            assert inference.parse_schedules(args.schedules, config.depth)
+    (told,) = re.findall(r"( {4}python benchmarks/inference\.py --models vit_small.*?gpu\.png)", DOCS, flags=re.DOTALL)
+    assert told in str(inference.__doc__)
+
+
+def test_the_schedules_that_compare_stages_leave_equal_numbers_of_tokens():
+    args = inference.parse(COMMANDS[-1])
+    config = fc.zoo.get(args.models[0]).config
+    _, windows, everywhere = inference.parse_schedules(args.schedules, config.depth).values()
+    assert any(layer.windows for layer in windows.plan(config))
+    assert not any(layer.windows for layer in everywhere.plan(config))
+    assert windows.tokens(config) == everywhere.tokens(config)
+    assert fc.flops.gmacs(config, windows) == fc.flops.gmacs(config, everywhere)
