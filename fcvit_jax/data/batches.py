@@ -1,7 +1,11 @@
-"""Records to batches of one fixed shape, decoded by threads ahead of their use, and on to the devices."""
+"""Records to batches of one fixed shape, decoded by threads ahead of their use, and on to the devices.
+
+Threads suffice, because PIL lets others run while it decodes and resizes: what remains for one at a time is a tenth.
+"""
 
 import functools
 import math
+import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,20 +19,23 @@ from fcvit_jax.data.preprocess import Preprocess, decode
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 
-Row = tuple[np.ndarray, int, str]  # uint8 [height, width, 3], label, name
+Row = tuple[np.ndarray, int | tuple[int, ...], str]  # uint8 [height, width, 3], label or labels, name
 Transform = Callable[[Image.Image, np.random.Generator], np.ndarray]  # -> uint8 [height, width, 3]
 
 LOOKAHEAD = 2  # batches that are being decoded while another one is in use
+MOST_A_TASK = 16  # images that a thread takes at a time: to hand them over one by one costs a tenth of the speed
 
 
 class Batch(NamedTuple):
     """`b` rows of this process; where `mask` is False the row is padding: zeros, and the name is empty.
 
+    A row whose image has no label at all is masked too, but has its pixels and its name. Where an image may have
+    several labels (`Source.labels_per_image`), -1 stands behind those it has.
     `skipped` tells why, one message an image, for rows that are padding because their image is bad.
     """
 
     images: np.ndarray | jax.Array  # uint8 [b, height, width, 3]
-    labels: np.ndarray | jax.Array  # int32 [b]
+    labels: np.ndarray | jax.Array  # int32 [b], or [b, k] with k labels an image
     mask: np.ndarray | jax.Array  # bool [b]
     names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
@@ -39,6 +46,7 @@ def eval_batches(
     preprocess: Preprocess,
     batch_size: int,
     *,
+    start: int = 0,
     limit: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
@@ -51,8 +59,9 @@ def eval_batches(
 
     Args:
       batch_size: rows over all processes.
+      start: the first batch to yield, for a run that goes on; past the last one, there is none.
       limit: take the first so many records.
-      workers: decoding threads; by default what `ThreadPoolExecutor` finds fit for the machine.
+      workers: decoding threads, by default as many as cores; where images come slowly, over a network, take more.
 
     Raises:
       InputError: at once, if there is nothing to yield or the numbers do not fit; later, in place of the batch that
@@ -62,15 +71,17 @@ def eval_batches(
     rows = _rows(batch_size, process_index, process_count, workers)
     if limit is not None and limit < 1:
         raise InputError(f"limit: {limit} is not positive")
+    if start < 0:
+        raise InputError(f"start: {start} is negative")
     if count < 1:
         raise InputError(f"{source.spec}: no records")
-    first = [k * batch_size + process_index * rows for k in range(math.ceil(count / batch_size))]
-    shares = [range(start, max(start, min(start + rows, count))) for start in first]
+    first = [k * batch_size + process_index * rows for k in range(start, math.ceil(count / batch_size))]
+    shares = [range(index, max(index, min(index + rows, count))) for index in first]
 
     def load(index: int) -> Row:
         return _load(source, index, preprocess)
 
-    return _decode_ahead(load, preprocess.image_size, shares, rows, workers)
+    return _decode_ahead(load, preprocess.image_size, source.labels_per_image, shares, rows, workers)
 
 
 def train_batches(
@@ -96,7 +107,7 @@ def train_batches(
       transform: an RGB image and a generator to pixels, such as `Augment` with its preprocessing; called by threads.
       image_size: (height, width) of those pixels.
       batch_size: rows over all processes; each yields its share, and reads no more than that.
-      workers: decoding threads; by default what `ThreadPoolExecutor` finds fit for the machine.
+      workers: decoding threads, by default as many as cores.
       on_bad: what an image does that cannot be read or decoded: `stop` raises in place of its batch; `skip` leaves its
         row as padding, and tells why in `Batch.skipped`.
 
@@ -108,6 +119,8 @@ def train_batches(
         raise InputError(f"on_bad: {on_bad!r} is neither stop nor skip")
     if seed < 0:
         raise InputError(f"seed: {seed} is negative")
+    if source.labels_per_image > 1:
+        raise InputError(f"{source.spec} has several labels an image: it can be evaluated on, not trained on")
     an_epoch = len(source) // batch_size
     if an_epoch < 1:
         raise InputError(f"batch_size: {batch_size} is more than the {len(source)} images of {source.spec}")
@@ -125,7 +138,7 @@ def train_batches(
         epoch, index = item
         return _load(source, index, lambda image: transform(image, np.random.default_rng((seed, epoch, index))))
 
-    return _decode_ahead(load, image_size, map(share, steps), rows, workers, skip=on_bad == "skip")
+    return _decode_ahead(load, image_size, 1, map(share, steps), rows, workers, skip=on_bad == "skip")
 
 
 def _rows(batch_size: int, process_index: int, process_count: int, workers: int | None) -> int:
@@ -151,39 +164,67 @@ def _load(source: Source, index: int, transform: Callable[[Image.Image], np.ndar
 def _decode_ahead(
     load: Callable[[Any], Row],
     image_size: tuple[int, int],
+    labels_per_image: int,
     shares: Iterable[Sequence[Any]],
     rows: int,
     workers: int | None,
     skip: bool = False,
 ) -> Generator[Batch, None, None]:
-    """One batch a share, each of its items loaded by a thread; what is left of `rows`, or skipped, is padding."""
+    """One batch a share, its items loaded by threads; what is left of `rows`, or skipped, is padding."""
 
-    def assemble(futures: list[Future]) -> Batch:
+    def load_some(items: Sequence[Any], images: np.ndarray) -> list[tuple[Any, str] | InputError]:
+        """Pixels go to their place; labels and names, or errors, come back."""
+        told = []
+        for item, row in zip(items, images, strict=True):
+            try:
+                row[:], label, name = load(item)
+                told.append((label, name))
+            except InputError as error:
+                told.append(error)
+        return told
+
+    def submit(share: Sequence[Any]) -> tuple[np.ndarray, list[Future]]:
         images = np.zeros((rows, *image_size, 3), np.uint8)
-        labels = np.zeros(rows, np.int32)
+        size = max(1, min(MOST_A_TASK, len(share) // threads))
+        parts = [slice(first, min(first + size, len(share))) for first in range(0, len(share), size)]
+        return images, [pool.submit(load_some, share[part], images[part]) for part in parts]
+
+    def assemble(images: np.ndarray, tasks: list[Future]) -> Batch:
+        several = labels_per_image > 1
+        labels = np.full((rows, labels_per_image), -1, np.int32) if several else np.zeros(rows, np.int32)
         mask = np.zeros(rows, np.bool_)
         names, skipped = [""] * rows, []
-        for row, future in enumerate(futures):
-            try:
-                images[row], labels[row], names[row] = future.result()
-                mask[row] = True
-            except InputError as error:
+        for row, told in enumerate(told for task in tasks for told in task.result()):
+            if isinstance(told, InputError):
                 if not skip:
-                    raise
-                skipped.append(str(error))
+                    raise told
+                skipped.append(str(told))
+                continue
+            label, names[row] = told
+            if isinstance(label, tuple):
+                labels[row, : len(label)] = label
+            else:
+                labels[row] = label
+            mask[row] = label != ()
         return Batch(images, labels, mask, tuple(names), tuple(skipped))
 
-    pool = ThreadPoolExecutor(workers, thread_name_prefix="decode")
+    threads = workers or max(2, usable_cores())
+    pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
     try:
-        pending: deque[list[Future]] = deque()
+        pending: deque[tuple[np.ndarray, list[Future]]] = deque()
         for share in shares:
-            pending.append([pool.submit(load, item) for item in share])
+            pending.append(submit(share))
             if len(pending) > LOOKAHEAD:
-                yield assemble(pending.popleft())
+                yield assemble(*pending.popleft())
         while pending:
-            yield assemble(pending.popleft())
+            yield assemble(*pending.popleft())
     finally:  # also when the caller breaks off: no thread outlives the loop
         pool.shutdown(cancel_futures=True)
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_batches(

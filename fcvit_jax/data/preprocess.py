@@ -107,12 +107,15 @@ class Preprocess:
             raise InputError(
                 f"it is {image.width}x{image.height} and would be resized to {width}x{height}: crop it first"
             )
-        pixels = np.asarray(image.resize((width, height), INTERPOLATIONS[self.interpolation]))
+        resized = image.resize((width, height), INTERPOLATIONS[self.interpolation])
+        (down, to_down), (across, to_across) = map(_center, (height, width), self.image_size)
+        cut = resized.crop((across.start, down.start, across.stop, down.stop))
+        if cut.size == self.image_size[::-1]:
+            return np.asarray(cut)
         fill = [round(255 * value) for value in self.mean] if self.crop_mode == "border" else [0, 0, 0]
         cropped = np.empty((*self.image_size, 3), np.uint8)
         cropped[:] = fill
-        source, target = zip(*map(_center, pixels.shape[:2], self.image_size), strict=True)
-        cropped[target] = pixels[source]
+        cropped[to_down, to_across] = np.asarray(cut)
         return cropped
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
@@ -223,7 +226,8 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
                 image.load()
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
             image = image.convert("RGBA")  # the same colours as straight to RGB, but without a warning
-        return image.convert("RGB")
+        image.load()  # where it is RGB, convert would copy it
+        return image if image.mode == "RGB" else image.convert("RGB")
     except UnidentifiedImageError:
         why = "no known image format" if data else "the file is empty"
     except Exception as error:  # what a decoder raises on damaged bytes is anybody's guess

@@ -4,10 +4,9 @@ Records carry the files' own bytes: decoding is the job of one place, `preproces
 """
 
 import dataclasses
-import difflib
+import itertools
 import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +19,14 @@ FORMS = "folder:PATH, digits:train|test, tfds:NAME/SPLIT[@DATA_DIR]"
 
 
 class Record(NamedTuple):
-    """One labelled image: an encoded file's bytes, or uint8 pixels `[h, w, 3]` or `[h, w]`."""
+    """One labelled image: an encoded file's bytes, or uint8 pixels `[h, w, 3]` or `[h, w]`.
+
+    label: an index into the source's class names; where an image may have several labels a tuple of them, of which
+    any is right. An image whose tuple is empty is not counted.
+    """
 
     image: bytes | np.ndarray
-    label: int
+    label: int | tuple[int, ...]
     name: str
 
 
@@ -36,12 +39,17 @@ class Source:
       class_names: the name of each label.
       size: number of records.
       read: gives record i.
+      scored: the classes among which a prediction is made; None: all. ImageNet-A's images show 200 of ImageNet's
+        1,000 classes, and a model is asked which of the 200.
+      labels_per_image: 1, or the most that any image has; above 1, labels are tuples.
     """
 
     spec: str
     class_names: tuple[str, ...]
     size: int
     read: Callable[[int], Record] = dataclasses.field(repr=False)
+    scored: tuple[int, ...] | None = None
+    labels_per_image: int = 1
 
     def __len__(self) -> int:
         return self.size
@@ -59,8 +67,8 @@ def open_source(spec: str) -> Source:
       all are integers; a class without images keeps its label; hidden files are ignored.
     * `digits:train`, `digits:test`: scikit-learn's 1,797 hand-written digits, 8x8 pixels. Test is 36 of each class,
       360 in all; train is the 1,437 left (142, 146, 141, 147, 145, 146, 145, 143, 138 and 144 of class 0 to 9).
-    * `tfds:NAME/SPLIT[@DATA_DIR]`: a data set that TensorFlow Datasets has prepared as ArrayRecord. NAME may be
-      `name/config` and end in `:version`; SPLIT may be a slice such as `test[:50%]`. Nothing is downloaded, and
+    * `tfds:NAME/SPLIT[@DATA_DIR]`: a data set that TensorFlow Datasets has prepared, as ArrayRecord or TFRecord. NAME
+      may be `name/config` and end in `:version`; SPLIT may be a slice such as `test[:50%]`. Nothing is downloaded, and
       TensorFlow is not needed.
 
     Raises:
@@ -91,18 +99,20 @@ def _open_folder(spec: str, path: str) -> Source:
     numeric = all(name.isdecimal() for name in classes)
     classes.sort(key=(lambda name: (int(name), name)) if numeric else None)
 
-    files = [(name, label) for label, folder in enumerate(classes) for name in _images(root, folder)]
-    if not files:
+    found = [_images(root, folder) for folder in classes]
+    names = list(itertools.chain.from_iterable(found))
+    # An array: pairs of name and label would take twice the memory, 200 bytes a file.
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(some) for some in found])
+    if not names:
         raise InputError(f"{spec}: no images in the class folders of {path}; accepted are {' '.join(EXTENSIONS)}")
 
     def read(index: int) -> Record:
-        name, label = files[index]
         try:
-            return Record((root / name).read_bytes(), label, name)
+            return Record((root / names[index]).read_bytes(), int(labels[index]), names[index])
         except OSError as error:
-            raise InputError(f"image {root / name} cannot be read: {error.strerror}") from None
+            raise InputError(f"image {root / names[index]} cannot be read: {error.strerror}") from None
 
-    return Source(spec, tuple(classes), len(files), read)
+    return Source(spec, tuple(classes), len(names), read)
 
 
 def _images(root: Path, folder: str) -> list[str]:
@@ -118,8 +128,9 @@ def _images(root: Path, folder: str) -> list[str]:
             continue
         visited.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+        relative = Path(place).relative_to(root).as_posix()  # once a folder, not once an image
         images = (name for name in names if not name.startswith(".") and name.lower().endswith(EXTENSIONS))
-        found += [(Path(place) / name).relative_to(root).as_posix() for name in images]
+        found += [f"{relative}/{name}" for name in images]
     return sorted(found)
 
 
@@ -144,84 +155,6 @@ def _open_digits(spec: str, split: str) -> Source:
 
 
 def _open_tfds(spec: str, rest: str) -> Source:
-    target, _, data_dir = rest.partition("@")
-    name, slash, split = target.rpartition("/")
-    if not slash or not name or not split:
-        raise InputError(f"{spec}: write tfds:NAME/SPLIT[@DATA_DIR], such as tfds:imagenet2012/validation@/data/tfds")
-    data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
-    import tensorflow_datasets as tfds
+    from fcvit_jax.data.prepared import open_prepared
 
-    directory = _prepared_directory(spec, name, Path(data_dir).expanduser())
-    # From its files, never by name: by name TFDS may ask the network.
-    builder: Any = tfds.builder_from_directory(directory)
-    formats = sorted(file_format.value for file_format in builder.info.available_file_formats())
-    if "array_record" not in formats:
-        raise InputError(
-            f"{spec}: {name} is prepared as {' and '.join(formats)} in {directory}; random access needs array_record. "
-            f"Where TensorFlow is installed, run once: tfds convert_format --dataset_version_dir={directory} "
-            f"--out_file_format=array_record (or, into another folder: tfds build {name} --file_format=array_record "
-            "--data_dir=FOLDER)"
-        )
-    features = builder.info.features
-    image_key = _feature(spec, features, tfds.features.Image, "image")
-    label_key = _feature(spec, features, tfds.features.ClassLabel, "label")
-    # TFDS would decode with whichever of OpenCV and PIL is installed: take the files' own bytes.
-    encoded: Any = tfds.decode.SkipDecoding
-    skip = {key: encoded() for key, kind in features.items() if isinstance(kind, tfds.features.Image)}
-    try:
-        examples = builder.as_data_source(split, decoders=skip, file_format="array_record")
-    except (ValueError, KeyError, NotImplementedError) as error:
-        why = (str(error).splitlines() or [""])[0].strip("'\" .")
-        splits = ", ".join(builder.info.splits)
-        raise InputError(f"{spec}: split {split!r} cannot be read ({why}); there are {splits}") from None
-
-    def read(index: int) -> Record:
-        example = examples[index]
-        file_name = example.get("file_name", f"{split}/{index:08d}")
-        file_name = file_name.decode() if isinstance(file_name, bytes) else str(file_name)
-        label = int(example[label_key])
-        if label < 0:
-            raise InputError(f"{spec}: {file_name} has no label; this split cannot be scored")
-        return Record(example[image_key], label, file_name)
-
-    return Source(spec, tuple(features[label_key].names), len(examples), read)
-
-
-def _prepared_directory(spec: str, name: str, data_dir: Path) -> Path:
-    """The folder of the data set's version, the newest unless `name` ends in `:version`. Raises InputError."""
-    path, _, version = name.partition(":")
-    root = data_dir / path
-    found = {folder.parent.name: folder.parent for folder in root.glob("*/features.json")}
-    versions = {v: folder for v, folder in found.items() if re.fullmatch(r"\d+\.\d+\.\d+", v) and version in ("", v)}
-    if versions:
-        return versions[max(versions, key=lambda text: tuple(map(int, text.split("."))))]
-
-    import tensorflow_datasets as tfds
-
-    known = tfds.list_builders(with_community_datasets=False)  # the community's list would be fetched
-    data_set = path.partition("/")[0]
-    configs = sorted({folder.parents[1].name for folder in root.glob("*/*/features.json")})
-    if configs:
-        hint = f"give one of its configs, such as tfds:{path}/{configs[0]}/SPLIT (there are {', '.join(configs)})"
-    elif data_set in known or (data_dir / data_set).exists():
-        hint = (
-            "prepare it once, where TensorFlow is installed: "
-            f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
-        )
-    else:
-        near = difflib.get_close_matches(data_set, known)
-        hint = "TFDS knows no such data set" + (f"; did you mean {' or '.join(near)}?" if near else "")
-    raise InputError(f"{spec}: no {root / (version or 'VERSION') / 'features.json'}; {hint}")
-
-
-def _feature(spec: str, features: Mapping[str, Any], kind: type, name: str) -> str:
-    """The feature called `name`, or the only one of that kind. Raises InputError if that is not to be told."""
-    candidates = [key for key, feature in features.items() if isinstance(feature, kind)]
-    if name in candidates:
-        return name
-    if len(candidates) != 1:
-        count = "several" if candidates else "no"
-        raise InputError(
-            f"{spec}: {count} features of kind {kind.__name__} and none called {name!r} ({', '.join(features)})"
-        )
-    return candidates[0]
+    return open_prepared(spec, rest)
