@@ -14,4 +14,5 @@ def get_config() -> ConfigDict:
     config.dataset = ""  # to be given
     config.batch_size = 16  # large enough for a CPU; on GPUs pass 128 or more
     config.schedules = "dense,tome_r8,tome_r13,s2dfe_r16,s2winc7_r16"
+    config.gallery = 8
     return config

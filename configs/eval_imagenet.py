@@ -2,7 +2,7 @@
 
     python evaluate.py --config=configs/eval_imagenet.py --config.checkpoint=DIR --workdir=W
 
-The data set has to be there as ArrayRecord; where TensorFlow is installed, once:
+The data set has to be prepared, once, where TensorFlow is installed (one that is there as TFRecord will do too):
 
     tfds build imagenet2012 --file_format=array_record --manual_dir=FOLDER_WITH_ILSVRC2012_img_val.tar
 
@@ -20,4 +20,5 @@ def get_config() -> ConfigDict:
     config.dataset = "tfds:imagenet2012/validation"
     config.schedules = "dense,tome_r8,tome_r13,s2dfe_r12,s2dfe_r18,s2winc7_r12,s2winc7_r16"
     config.batch_size = 256
+    config.gallery = 8
     return config

@@ -1,8 +1,10 @@
 """What a user did wrong is told in one line; a traceback is kept for mistakes of ours."""
 
+import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class InputError(ValueError):
@@ -26,3 +28,10 @@ def one_line_errors() -> Iterator[None]:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """A command line whose mistakes are told in one line too."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (--help tells more)\n")

@@ -1,8 +1,10 @@
-"""What the two scripts share: --config and --workdir, and mistakes told in one line."""
+"""What the two scripts share: their flags, compiled programs kept for the next run, and mistakes told in one line."""
 
 import contextlib
+import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,22 +17,23 @@ from fcvit_jax import parallel
 from fcvit_jax.errors import one_line_errors
 
 flags.disclaim_key_flags()  # --help lists them as the script's own
+_CPU = Path("/proc/cpuinfo")
 
 
-def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, distributed: bool = False) -> None:
+def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) -> None:
     """Parse the command line and call `main` with the configuration (a `ConfigDict`) and the working directory.
 
     config: the file that --config names by default; it has a `get_config()`. workdir: the default of --workdir.
-    distributed: whether the script may run as several processes, and has the flag --distributed.
     """
     with _one_line():
         fields = "The experiment; --config.FIELD=VALUE overrides a field of it."
         config_flag = config_flags.DEFINE_config_file("config", str(config), fields, lock_config=True)
     place = "Where the results are written; those of an earlier run go."
     workdir_flag = flags.DEFINE_string("workdir", workdir, place)
+    kept = "Where compiled programs are kept for the next run; empty: nowhere. By default $JAX_COMPILATION_CACHE_DIR, "
+    flags.DEFINE_string("compile_cache", None, kept + "or fcvit_jax/jax in $XDG_CACHE_HOME or ~/.cache.")
     where = "Join other processes: auto (Slurm, Kubernetes, TPU), or HOST:PORT,COUNT,INDEX."
-    if distributed:
-        flags.DEFINE_string("distributed", "", where)
+    flags.DEFINE_string("distributed", "", where)
     jax.config.config_with_absl()
 
     def run(argv: list[str]) -> None:
@@ -39,10 +42,41 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, di
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         with one_line_errors():
-            parallel.start_processes(flags.FLAGS.distributed if distributed else "")
+            parallel.start_processes(flags.FLAGS.distributed)
+            keep_programs(flags.FLAGS.compile_cache)
             main(config_flag.value, Path(workdir_flag.value))
 
     app.run(run, flags_parser=_parse)
+
+
+def keep_programs(folder: str | None) -> None:
+    """Have JAX keep what it compiles, and find it there again. Where nothing can be written, nothing is kept.
+
+    folder: None for the default, "" for none.
+    """
+    options: Any = jax.config
+    if folder is None:
+        folder = options.jax_compilation_cache_dir or _default_cache()
+    options.update("jax_compilation_cache_dir", None)
+    if not folder:
+        return
+    with contextlib.suppress(OSError, RuntimeError):  # a read-only home, or none at all
+        place = Path(folder).expanduser()
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=place):
+            options.update("jax_compilation_cache_dir", str(place))
+    options.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    options.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _default_cache() -> str:
+    if jax.default_backend() == "cpu":
+        # On these XLA rejects, at length, what it compiled on the same CPU (openxla/xla, issue 44565).
+        with contextlib.suppress(OSError):
+            cpu = _CPU.read_text()
+            if "GenuineIntel" in cpu and "avx512f" in cpu:
+                return ""
+    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fcvit_jax", "jax")
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,10 +1,13 @@
-"""Accuracy of many schedules in one pass over the data: each image is decoded and sent to the device once."""
+"""Many schedules in one pass over the data: each image is decoded and sent to the device once.
+
+What comes back is the outcome of every image under every schedule; whatever is counted, is counted of those.
+"""
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +17,7 @@ from fcvit_jax import parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models.vit import ViT
 
 # What `dtype` may be: the computation's dtype, and the precision of float32 products, which GPUs would round to TF32.
@@ -24,29 +28,60 @@ DTYPES = {
 }
 
 
+class Outcome(NamedTuple):
+    """What became of the rows of one batch under one schedule.
+
+    rank: int32 [b], how many of the scored classes come before the right one (of several, before the first): 0 is
+        right, below 5 is among the first five. -1 is a row that does not count. Equal logits rank in the order of the
+        classes.
+    prediction: int32 [b], the scored class that comes first.
+    finite: bool [b], false where a row that counts has a logit that is no finite number.
+    kl: float32 [b], `divergence` from dense; None where it is not computed.
+    """
+
+    rank: Any
+    prediction: Any
+    finite: Any
+    kl: Any = None
+
+
 def eval_step(
     model: ViT,
     preprocess: Preprocess,
+    scored: tuple[int, ...] | None,
     params: Any,
-    totals: jax.Array,
     images: jax.Array,
     labels: jax.Array,
     mask: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[Outcome, jax.Array]:
     """Classify one batch.
 
-    totals: int32 [4], counted so far: right first guesses, labels among the first five, images, images whose logits are
-    not finite. images: uint8 [b, height, width, 3]; labels: int32 [b]; mask: bool [b], False for padding.
-    Returns the new totals and the logits, float32 [b, c]. Equal logits rank in the order of the classes.
+    scored: the outputs among which a prediction is made, None for all. images: uint8 [b, height, width, 3]; labels:
+    int32 [b], or [b, k] padded with -1, of which any is right; mask: bool [b], False for padding and for images without
+    a label. Returns the outcome and the logits of all outputs, float32 [b, c].
     """
     logits, _ = model.apply({"params": params}, preprocess.normalize(images))
-    own = jnp.take_along_axis(logits, labels[:, None], axis=1)
-    classes = jnp.arange(logits.shape[1], dtype=jnp.int32)[None]
-    ahead = (logits > own) | ((logits == own) & (classes < labels[:, None]))
-    rank = jnp.sum(ahead, axis=1, dtype=jnp.int32)
+    scores, classes = _select(logits, scored)
+    labels = labels.reshape(len(labels), -1)  # [b, k]
+    own = jnp.take_along_axis(logits, jnp.maximum(labels, 0), axis=1)[..., None]
+    ahead = (scores[:, None] > own) | ((scores[:, None] == own) & (classes[None, None] < labels[..., None]))
+    rank = jnp.where(labels >= 0, jnp.sum(ahead, axis=2, dtype=jnp.int32), classes.size).min(axis=1)
     finite = jnp.isfinite(logits).all(axis=1)
-    counted = jnp.stack([finite & (rank < 1), finite & (rank < 5), jnp.ones_like(mask), ~finite])
-    return totals + jnp.sum(counted & mask[None], axis=1, dtype=jnp.int32), logits
+    return Outcome(jnp.where(mask, rank, -1), classes[scores.argmax(axis=1)], finite | ~mask), logits
+
+
+def divergence(scored: tuple[int, ...] | None, dense: jax.Array, logits: jax.Array) -> jax.Array:
+    """KL(dense || other) in nats, float32 [b], of the softmax over the scored outputs. Both logits: float32 [b, c]."""
+    p, q = (jax.nn.log_softmax(_select(values, scored)[0]) for values in (dense, logits))
+    return jnp.sum(jnp.exp(p) * (p - q), axis=1)
+
+
+def _select(logits: jax.Array, scored: tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
+    """The logits of the scored outputs, in their order, and which outputs they are of."""
+    if scored is None:
+        return logits, jnp.arange(logits.shape[1], dtype=jnp.int32)
+    classes = jnp.asarray(sorted(scored), jnp.int32)
+    return logits[:, classes], classes
 
 
 @dataclass(frozen=True)
@@ -57,17 +92,25 @@ class CompiledStep:
     call: jax.stages.Compiled
     compile_seconds: float
 
-    def start(self) -> jax.Array:
-        """Totals of nothing, where `call` wants them."""
-        return jax.device_put(jnp.zeros(4, jnp.int32), self.call.input_shardings[0][1])
+    def __call__(self, params: Any, batch: Batch) -> tuple[Outcome, jax.Array]:
+        """Start it. The outcome will lie whole on every device, the logits spread by rows."""
+        return self.call(params, batch.images, batch.labels, batch.mask)
 
 
 def compile_step(
-    model: ViT, preprocess: Preprocess, params: Any, batch_size: int, mesh: jax.sharding.Mesh, dtype: str = "float32"
+    model: ViT,
+    preprocess: Preprocess,
+    params: Any,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    dtype: str = "float32",
+    scored: tuple[int, ...] | None = None,
+    labels_per_image: int = 1,
 ) -> CompiledStep:
     """Compile `eval_step` for batches of one size, the rows spread over the devices of the mesh.
 
-    params: the parameters, replicated. dtype: a key of `DTYPES`; it replaces the model's own.
+    params: the parameters, replicated. dtype: a key of `DTYPES`; it replaces the model's own. scored,
+    labels_per_image: as the `Source` has them.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -76,17 +119,70 @@ def compile_step(
     model = model.clone(dtype=compute)
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
-    step = jax.jit(partial(eval_step, model, preprocess), out_shardings=(everywhere, rows))
+    step = jax.jit(partial(eval_step, model, preprocess, scored), out_shardings=(everywhere, rows))
     started = time.perf_counter()
     with jax.default_matmul_precision(precision):
         call = step.lower(
             params,
-            jax.ShapeDtypeStruct((4,), jnp.int32, sharding=everywhere),
             shape((batch_size, *model.config.image_size, 3), jnp.uint8),
-            shape((batch_size,), jnp.int32),
+            shape((batch_size, labels_per_image) if labels_per_image > 1 else (batch_size,), jnp.int32),
             shape((batch_size,), jnp.bool_),
         ).compile()
     return CompiledStep(model, call, time.perf_counter() - started)
+
+
+def classify(
+    steps: Mapping[str, CompiledStep],
+    params: Any,
+    batches: Iterable[Batch],
+    compare: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    times: Times | None = None,
+) -> Iterator[tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]]:
+    """Run every schedule on every batch: yields the batch, the outcomes on the host, and the logits on the device.
+
+    One batch is being computed while the one before it is handed out, and while the one after it is waited for: never
+    more, so that they do not pile up in the device's memory.
+
+    steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
+    compare: `divergence` for the logits of dense and of each other schedule; needs dense among the steps.
+    times: is told what the host waits for. Raises InputError where a model's logits are not finite.
+    """
+    times = times or Times()
+
+    def start(batch: Batch) -> tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]:
+        outcomes, logits = {}, {}
+        for name, step in steps.items():
+            outcomes[name], logits[name] = step(params, batch)
+        if compare:
+            for name in (name for name in steps if name != "dense"):  # in one order in all processes
+                outcomes[name] = outcomes[name]._replace(kl=compare(logits["dense"], logits[name]))
+        return batch, outcomes, logits
+
+    def finish(
+        batch: Batch, outcomes: dict[str, Outcome], logits: dict[str, jax.Array]
+    ) -> tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]:
+        with times("computing"):
+            fetched = jax.device_get(outcomes)
+            outcomes = {name: fetched[name] for name in steps}  # it comes back sorted by name
+        for name, outcome in outcomes.items():
+            if broken := int((~outcome.finite).sum()):
+                raise InputError(
+                    f"schedule {name}: the logits of {broken} of {(outcome.rank >= 0).sum()} images are not finite "
+                    f"({', '.join(batch.names[:3])}, ...); try another dtype"
+                )
+        return batch, outcomes, logits
+
+    computing, waiting = None, iter(batches)
+    while True:
+        with times("waiting for data"):
+            batch = next(waiting, None)
+        with times("computing"):
+            started = start(batch) if batch is not None else None
+        if computing is not None:
+            yield finish(*computing)
+        if started is None:
+            return
+        computing = started
 
 
 @dataclass(frozen=True)
@@ -97,6 +193,14 @@ class Accuracy:
     correct5: int
     num_images: int
 
+    @classmethod
+    def of(cls, rank: np.ndarray) -> "Accuracy":
+        """rank: int [n], as an `Outcome` has it. Raises InputError where no image counts."""
+        rank = rank[rank >= 0]
+        if not rank.size:
+            raise InputError("no image was evaluated: the data set has none with a label")
+        return cls(int((rank < 1).sum()), int((rank < 5).sum()), rank.size)
+
     @property
     def top1(self) -> float:
         return self.correct / self.num_images
@@ -106,36 +210,10 @@ class Accuracy:
         return self.correct5 / self.num_images
 
 
-def evaluate(
-    steps: Mapping[str, CompiledStep],
-    params: Any,
-    batches: Iterable[Batch],
-    on_batch: Callable[[Batch, Mapping[str, jax.Array]], None] | None = None,
-) -> dict[str, Accuracy]:
-    """Run every schedule on every batch.
-
-    steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
-    on_batch: called with each batch and the logits, [b, c] a schedule, once they are computed.
-    Raises InputError where a model's logits are not finite, or where there is no image.
-    """
-    totals = {name: step.start() for name, step in steps.items()}
-    for batch in batches:
-        logits = {}
-        for name, step in steps.items():
-            totals[name], logits[name] = step.call(params, totals[name], batch.images, batch.labels, batch.mask)
-        # Wait here: otherwise the host runs ahead, and batches pile up in the device's memory.
-        jax.block_until_ready(totals)
-        if on_batch:
-            on_batch(batch, logits)
-
-    results = {}
-    for name, total in totals.items():
-        correct, correct5, seen, broken = map(int, np.asarray(total))
-        if broken:
-            raise InputError(
-                f"schedule {name}: the logits of {broken} of {seen} images are not finite; try another dtype"
-            )
-        if not seen:
-            raise InputError("no image was evaluated: the data set is empty")
-        results[name] = Accuracy(correct, correct5, seen)
-    return results
+def evaluate(steps: Mapping[str, CompiledStep], params: Any, batches: Iterable[Batch]) -> dict[str, Accuracy]:
+    """The accuracy of every schedule. Arguments and errors are those of `classify` and `Accuracy.of`."""
+    ranks: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int32)] for name in steps}
+    for _, outcomes, _ in classify(steps, params, batches):
+        for name, outcome in outcomes.items():
+            ranks[name].append(outcome.rank)
+    return {name: Accuracy.of(np.concatenate(found)) for name, found in ranks.items()}

@@ -2,9 +2,9 @@
 
 import os
 import re
-import tempfile
+import shutil
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -12,57 +12,63 @@ import numpy as np
 
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.outcomes import Outcomes
 
 
 class LogitsWriter:
-    """Collects logits batch by batch; `close` writes one file a schedule: `logits` float32 [n, c], `labels`, `names`.
+    """Logits batch by batch, in files under `directory/.logits`; `save` makes of them what a user reads."""
 
-    A context manager: the files appear when the block ends well, and nothing is left when it does not.
-    """
+    def __init__(self, directory: Path, schedules: Sequence[str], shape: tuple[int, int], start: int = 0):
+        """shape: images, classes. start: rows that an interrupted run has written; with 0 the files are made anew.
 
-    def __init__(self, directory: Path, schedules: Iterable[str], num_images: int, num_classes: int):
-        if jax.process_count() > 1:
-            raise InputError("save_logits works in a single process only: leave it out")
-        self._directory = directory
-        self._scratch = tempfile.TemporaryDirectory(prefix=".logits-", dir=directory)
-        folder = Path(self._scratch.name)
-        self._paths = {name: folder / f"{index}.npy" for index, name in enumerate(schedules)}
-        self._arrays = {
-            name: np.lib.format.open_memmap(path, "w+", np.float32, (num_images, num_classes))
-            for name, path in self._paths.items()
-        }
-        self._labels = np.zeros(num_images, np.int32)
-        self._names: list[str] = []
+        Raises InputError where the files cannot be made, or are not there any more.
+        """
+        self._directory, self._folder, self._rows = directory, directory / ".logits", start
+        try:
+            if not start:
+                self.remove(directory)
+                self._folder.mkdir()
+            self._arrays = {
+                name: np.lib.format.open_memmap(
+                    self._folder / f"{index}.npy", "r+" if start else "w+", np.float32, shape
+                )
+                for index, name in enumerate(schedules)
+            }
+            if not start:
+                self._reserve()
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"{self._folder} cannot be used for the logits ({error}): make room, or start in another --workdir"
+            ) from None
+
+    def _reserve(self) -> None:
+        """Take the room on the disk: where it is missing later, writing to a mapped file kills the process."""
+        for path in self._folder.iterdir() if hasattr(os, "posix_fallocate") else ():
+            with path.open("r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
 
     def add(self, batch: Batch, logits: Mapping[str, jax.Array]) -> None:
-        """Append the rows of a batch that are not padding."""
-        rows = np.flatnonzero(np.asarray(batch.mask))
-        start, stop = len(self._names), len(self._names) + len(rows)
+        """Append the rows of a batch that count."""
+        counts = np.asarray(batch.mask)
+        start, self._rows = self._rows, self._rows + int(counts.sum())
         for name, values in logits.items():
-            self._arrays[name][start:stop] = np.asarray(values)[rows]
-        self._labels[start:stop] = np.asarray(batch.labels)[rows]
-        self._names += [batch.names[row] for row in rows]
+            self._arrays[name][start : self._rows] = np.asarray(values)[counts]
 
-    def close(self) -> None:
-        """Write the files."""
-        for name, path in self._paths.items():
-            self._arrays[name].flush()
-            target = Path(self._scratch.name) / "whole.npz"
-            with zipfile.ZipFile(target, "w", allowZip64=True) as archive:
-                archive.write(path, "logits.npy")
-                for key, array in (("labels", self._labels), ("names", np.asarray(self._names))):
-                    with archive.open(f"{key}.npy", "w") as member:
+    def save(self, outcomes: Outcomes) -> None:
+        """Write one file a schedule: `logits` float32 [n, c], `labels` and `names`; each whole or not at all."""
+        for name, logits in self._arrays.items():
+            partial = self._folder / "whole.npz"
+            arrays = {"logits": logits[: self._rows], "labels": outcomes.labels, "names": outcomes.names}
+            with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+                for key, array in arrays.items():
+                    with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
                         np.lib.format.write_array(member, array, allow_pickle=False)
-            os.replace(target, self._directory / f"logits_{file_name(name)}.npz")
+            os.replace(partial, self._directory / f"logits_{file_name(name)}.npz")
 
-    def __enter__(self) -> "LogitsWriter":
-        return self
-
-    def __exit__(self, kind: object, value: object, trace: object) -> None:
-        if kind is None:
-            self.close()
-        self._arrays.clear()
-        self._scratch.cleanup()
+    @staticmethod
+    def remove(directory: Path) -> None:
+        """Remove the files that `save` reads."""
+        shutil.rmtree(directory / ".logits", ignore_errors=True)
 
 
 def file_name(schedule: str) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+from jax.experimental import multihost_utils
 
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.evaluation.accuracy import CompiledStep
@@ -33,17 +34,19 @@ def measure_throughput(
     """
 
     def seconds(step: CompiledStep, calls: int) -> float:
-        totals = step.start()
         started = time.perf_counter()
+        outcome: Any = None
         for _ in range(calls):
-            totals, _ = step.call(params, totals, batch.images, batch.labels, batch.mask)
-        jax.block_until_ready(totals)
+            outcome, _ = step(params, batch)
+        jax.block_until_ready(outcome)
         return time.perf_counter() - started
 
     calls = {}
     for name, step in steps.items():
         seconds(step, 1)
         calls[name] = max(1, round(block_seconds / seconds(step, 1)))
+    if jax.process_count() > 1:  # each took its own time, and all must call alike
+        calls = {name: int(many) for name, many in multihost_utils.broadcast_one_to_all(calls).items()}
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(blocks):
         for name, step in steps.items():

@@ -1,5 +1,6 @@
 import dataclasses
-from typing import Any
+import functools
+import time
 
 import jax
 import jax.numpy as jnp
@@ -7,14 +8,13 @@ import numpy as np
 import pytest
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.batches import device_batches, eval_batches
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import compile_step, eval_step, evaluate
-from fcvit_jax.evaluation.logits import LogitsWriter, file_name
+from fcvit_jax.evaluation.accuracy import Accuracy, classify, compile_step, divergence, eval_step, evaluate
 from fcvit_jax.evaluation.throughput import measure_throughput
+from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT, ViTConfig
 
@@ -75,26 +75,61 @@ def test_every_image_counts_once_on_any_number_of_devices(params, batch_size, de
         assert results[name].top1 == results[name].correct / 13
 
 
-def test_ranks_ties_padding_and_numbers_that_are_not_finite():
-    rows = [[3, 1, 2, 0, 0, 0, 0], [1] * 7, [1] * 7, [0, 9, 8, 7, 6, 5, 4], [np.nan] * 7, [3, 1, 2, 0, 0, 0, 0]]
-    logits = jnp.asarray(rows, jnp.float32)
+ROWS = [[3, 1, 2, 0, 0, 0, 0], [1] * 7, [1] * 7, [0, 9, 8, 7, 6, 5, 4], [np.nan] * 7, [3, np.nan, 2, 0, 0, 0, 0]]
+MASK = [True, True, True, True, True, False]
 
-    class Fixed:
-        def apply(self, variables, images):
-            return logits, {}
 
-    labels = jnp.asarray([0, 0, 1, 0, 0, 0], jnp.int32)
-    mask = jnp.asarray([True, True, True, True, True, False])
+class Fixed:
+    """A model that always answers the same."""
+
+    def apply(self, variables, images):
+        return jnp.asarray(ROWS, jnp.float32), {}
+
+
+def outcome(labels, scored=None):
     images = jnp.zeros((6, 16, 16, 3), jnp.uint8)
-    totals, _ = eval_step(Fixed(), PREPROCESS, {}, jnp.ones(4, jnp.int32), images, labels, mask)  # pyright: ignore
-    # Right: the first and, of seven equal logits, class 0; in the first five also the second of the seven.
-    assert totals.tolist() == [1 + 2, 1 + 3, 1 + 5, 1 + 1]
+    labels, mask = jnp.asarray(labels, jnp.int32), jnp.asarray(MASK)
+    found, logits = eval_step(Fixed(), PREPROCESS, scored, {}, images, labels, mask)  # pyright: ignore
+    np.testing.assert_array_equal(logits, np.asarray(ROWS, np.float32))
+    return found
+
+
+def test_ranks_ties_padding_and_numbers_that_are_not_finite():
+    found = outcome([0, 0, 1, 0, 0, 0])
+    assert found.rank.tolist()[:4] == [0, 0, 1, 6]  # of seven equal logits, class 0 comes first
+    assert found.rank.tolist()[5] == -1
+    assert found.prediction.tolist()[:4] == [0, 0, 0, 1]
+    assert found.finite.tolist() == [True, True, True, True, False, True]
+    assert Accuracy.of(np.asarray(found.rank)) == Accuracy(correct=3, correct5=4, num_images=5)
+
+
+def test_a_prediction_among_some_classes_only():
+    found = outcome([2, 5, 5, 5, 2, 2], scored=(5, 2, 6))
+    assert found.prediction.tolist()[:4] == [2, 2, 2, 2]
+    assert found.rank.tolist()[:4] == [0, 1, 1, 1]
+
+
+def test_any_of_several_labels_is_right():
+    labels = [[2, 0, -1], [6, 4, -1], [3, -1, -1], [0, 6, 2], [0, -1, -1], [0, 1, -1]]
+    assert outcome(labels).rank.tolist()[:4] == [0, 4, 3, 1]
+    assert outcome(labels, scored=(0, 2, 3, 4, 6)).rank.tolist()[:4] == [0, 3, 2, 0]
+
+
+def test_divergence_by_hand():
+    p, q = np.array([0.5, 0.25, 0.25]), np.array([0.25, 0.25, 0.5])
+    dense, other = (jnp.log(jnp.asarray([row, row], jnp.float32)) for row in (p, q))
+    shifted = jnp.asarray([[0.0], [7.0]], jnp.float32)  # the softmax does not see it
+    expected = 0.5 * np.log(2) + 0.25 * np.log(0.5)
+    np.testing.assert_allclose(divergence(None, dense, other + shifted), [expected] * 2, atol=1e-6)
+    np.testing.assert_allclose(divergence(None, other, other + shifted), [0, 0], atol=1e-6)
+    # Among classes 0 and 2 alone: 2/3 and 1/3 against 1/3 and 2/3.
+    np.testing.assert_allclose(divergence((2, 0), dense, other), [np.log(2) / 3] * 2, atol=1e-6)
 
 
 def test_logits_that_are_not_finite_stop_the_evaluation(params):
     broken = jax.tree.map(lambda x: x * np.float32(np.inf), params)
     steps, placed, rows = compiled(broken, 8, 1, ["dense"])
-    with pytest.raises(InputError, match="dense: the logits of 8 of 8 images are not finite"):
+    with pytest.raises(InputError, match=r"dense: the logits of 8 of 8 images are not finite \(image 0, "):
         evaluate(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 8), rows))
 
 
@@ -124,44 +159,47 @@ def test_one_compile_a_schedule_and_none_for_later_batches(params):
         evaluate(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 4), rows))
 
 
-def test_a_batch_is_computed_before_the_next_is_asked_for():
-    # Otherwise the host runs ahead, and batches and logits pile up on the device.
-    config = ViTConfig((64, 64), 4, 128, 4, 2, 512, num_classes=7)
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(config))
-    step = compile_step(ViT(config), preset("timm/augreg", (64, 64)), params, 64, mesh_of(1))
-    computed: list[bool] = []
+def test_one_batch_is_computed_while_another_is_handed_out_and_never_more(params):
+    steps, placed, rows = compiled(params, 8, 1)
+    log: list[str] = []
 
-    def on_batch(batch: Any, logits: Any) -> None:
-        computed.append(logits["dense"].is_ready())
+    def watched(batches):
+        for number, batch in enumerate(batches):
+            log.append(f"read {number}")
+            yield batch
 
-    rows = parallel.batched(mesh_of(1))
-    batches = device_batches(eval_batches(noise(128, 64), preset("timm/augreg", (64, 64)), 64), rows)
-    evaluate({"dense": step}, params, batches, on_batch)
-    assert computed == [True, True]
-
-
-def test_saved_logits_are_those_of_the_model(params, tmp_path):
-    source = noise(13)
-    steps, placed, rows = compiled(params, 8, 8)
-    with LogitsWriter(tmp_path, steps, 13, 7) as writer:
-        evaluate(steps, placed, device_batches(eval_batches(source, PREPROCESS, 8), rows), writer.add)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [f"logits_{name}.npz" for name in sorted(SCHEDULES)]
-    for name in SCHEDULES:
-        saved = np.load(tmp_path / f"logits_{name}.npz", allow_pickle=False)
-        model = ViT(CONFIG, MergeSchedule.parse(name, 3))
-        pixels = np.stack([np.asarray(source[index].image) for index in range(13)])
-        expected, _ = model.apply({"params": params}, PREPROCESS.normalize(pixels))
-        np.testing.assert_allclose(saved["logits"], expected, atol=1e-4)
-        assert saved["labels"].tolist() == [source[index].label for index in range(13)]
-        assert saved["names"].tolist() == [f"image {index}" for index in range(13)]
-        assert (saved["logits"].argmax(1) == saved["labels"]).sum() == by_hand(params, source, name)[0]
+    spied = {"dense": dataclasses.replace(steps["dense"], call=Spy(steps["dense"].call, lambda: log.append("start")))}
+    batches = watched(device_batches(eval_batches(noise(20), PREPROCESS, 8), rows))
+    for number, (batch, outcomes, _) in enumerate(classify(spied, placed, batches)):
+        assert isinstance(outcomes["dense"].rank, np.ndarray)
+        assert batch.names[0] == f"image {8 * number}"
+        log.append(f"out {number}")
+    assert log == ["read 0", "start", "read 1", "start", "out 0", "read 2", "start", "out 1", "out 2"]
 
 
-def test_an_interrupted_evaluation_leaves_no_logits(tmp_path):
-    with pytest.raises(KeyError), LogitsWriter(tmp_path, ["dense"], 13, 7):
-        raise KeyError
-    assert list(tmp_path.iterdir()) == []
-    assert file_name("dense:2,local:5:r16:w2x2") == "dense-2-local-5-r16-w2x2"
+def test_the_waiting_is_told_apart(params):
+    steps, placed, rows = compiled(params, 8, 1, ["dense"])
+    times = Times()
+
+    def late(batches):
+        for batch in batches:
+            time.sleep(0.1)
+            yield batch
+
+    batches = late(device_batches(eval_batches(noise(16), PREPROCESS, 8), rows))
+    assert len(list(classify(steps, placed, batches, times=times))) == 2
+    assert times.seconds.keys() == {"waiting for data", "computing"}
+    assert times.seconds["waiting for data"] >= 0.2
+
+
+def test_what_lies_on_the_device_does_not_grow_with_the_images(params):
+    steps, placed, rows = compiled(params, 8, 1)
+    alive: list[int] = []
+    compare = jax.jit(functools.partial(divergence, None))
+    for _ in classify(steps, placed, device_batches(eval_batches(noise(120), PREPROCESS, 8), rows), compare):
+        alive.append(sum(array.nbytes for array in jax.live_arrays()))
+    assert len(alive) == 15
+    assert max(alive[3:12]) == min(alive[3:12])  # in between, as many batches are ahead
 
 
 class Spy:
@@ -169,7 +207,6 @@ class Spy:
 
     def __init__(self, call, tell):
         self._call, self._tell = call, tell
-        self.input_shardings = call.input_shardings
 
     def __call__(self, *args):
         self._tell()

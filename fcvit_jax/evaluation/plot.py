@@ -1,0 +1,203 @@
+"""The trade-off as a picture: top-1 against multiply-accumulates and against images a second."""
+
+import io
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from fcvit_jax.evaluation import published
+from fcvit_jax.evaluation.rows import Row, Run, family, rate
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Okabe and Ito's palette, which the colour-blind tell apart, less its yellow, which white swallows; black is dense.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c99", "#8a6d3b")
+_MARKERS = "osD^vPXh"
+_DASHES = ("-", "-.", ":")
+GREY = "#7f7f7f"
+_THIN: dict[str, Any] = dict(linewidth=0.9, linestyle="--", marker="x", markersize=4, alpha=0.65)  # published curves
+
+
+class Line(NamedTuple):
+    """The rows of one family of schedules in one run. marker, dash: indices, so that colour alone need not tell."""
+
+    name: str
+    family: str
+    run: Run
+    rows: tuple[Row, ...]
+    colour: str
+    marker: int
+    dash: int
+
+
+def lines(runs: Sequence[Run]) -> list[Line]:
+    """The lines of a plot, dense models among them: a colour a family, of several runs a marker and dash each."""
+    families = dict.fromkeys(family(row["schedule"]) for run in runs for row in run.rows)
+    order = [name for name in families if name != "dense"]
+    found = []
+    for number, run in enumerate(runs):
+        grouped: dict[str, list[Row]] = {}
+        for row in run.rows:
+            if row.get("top1") is not None:
+                grouped.setdefault(family(row["schedule"]), []).append(row)
+        for name, rows in grouped.items():
+            index = -1 if name == "dense" else order.index(name)
+            colour = "#000000" if name == "dense" else COLOURS[index % len(COLOURS)]
+            title, marker = (f"{run.name}: {name}", number) if len(runs) > 1 else (name, index)
+            found.append(Line(title, name, run, tuple(rows), colour, marker, number))
+    return found
+
+
+def published_curves(runs: Sequence[Run]) -> dict[str, list[published.Curve]]:
+    """Published curves of the runs' weights by the legend's text; none unless the runs saw the images they are of."""
+    seen = [row for run in runs for row in run.rows if row.get("reference_top1") is not None]
+    curves: dict[str, list[published.Curve]] = {}
+    for model in dict.fromkeys(row.get("model") for row in seen):
+        for curve in published.curves(model or ""):
+            curves.setdefault(f"published ({curve.source.label})", []).append(curve)
+    return curves
+
+
+def plot_pareto(runs: Sequence[Run]) -> bytes:
+    """The figure of `draw_pareto` as PNG."""
+    picture = io.BytesIO()
+    draw_pareto(runs).savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def draw_pareto(runs: Sequence[Run]) -> "Figure":
+    """Top-1 with its interval against GMACs and, where timed, against images/s.
+
+    One line a family of schedules; published curves of the same weights thin behind them, over GMACs alone, since their
+    images/s are another machine's. At least one row must have an accuracy.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    drawn, curves = lines(runs), published_curves(runs)
+    rows = [row for line in drawn for row in line.rows]
+    panels = [
+        ("gmacs", "GMACs an image (fewer is cheaper)"),
+        ("images_per_second", "images/s, model alone (more is faster)"),
+    ]
+    panels = [(key, label) for key, label in panels if any(row.get(key) for row in rows)]
+    figure = Figure(figsize=(6.4 * len(panels), 5.2), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    for axes, (key, label) in zip(grid, panels, strict=True):
+        if key == "gmacs":
+            _draw_published(axes, curves, {line.family: line.colour for line in drawn})
+        for line in drawn:
+            _draw_line(axes, line, key)
+        for run in runs:
+            if run.dense and run.dense.get("top1") is not None:
+                style = dict(color="#999999", linestyle=":", linewidth=1, zorder=0)
+                text = "dense - 1 point" if run is runs[0] else None
+                axes.axhline(100 * run.dense["top1"] - 1, label=text, **style)
+        axes.set_xlabel(label)
+        axes.set_ylabel("top-1 (%)")
+        axes.margins(0.07)
+        axes.grid(color="#e6e6e6", linewidth=0.8)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = grid[0].get_legend_handles_labels()
+    for label in curves:
+        handles.append(Line2D([], [], color=GREY, **_THIN))
+        labels.append(label)
+    columns = min(4 * len(panels), len(labels))
+    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    titles = [f"{run.name}: " * (len(runs) > 1) + ", ".join(describe(run)) for run in runs]
+    for text in (figure.suptitle("\n".join(titles), fontsize=9), *legend.get_texts()):
+        text.set_parse_math(False)  # a path may hold a dollar sign
+    figure.draw_without_rendering()  # places the axes, which the labels need to know, and must not move again
+    figure.set_layout_engine("none")
+    for axes, (key, _) in zip(grid, panels, strict=True):
+        _label_rates(axes, drawn, key)
+    return figure
+
+
+def describe(run: Run) -> tuple[str, str]:
+    """Which weights on which data; on how many images, in which precision and where."""
+    row = run.rows[0]
+    parts = [f"{row['num_images']:,} images"] if row.get("num_images") else []
+    parts += [str(row[key]) for key in ("dtype", "device") if row.get(key)]
+    return f"{row.get('checkpoint')} on {row.get('dataset')}", ", ".join(parts)
+
+
+def _draw_line(axes: Any, line: Line, key: str) -> None:
+    rows = sorted((row for row in line.rows if row.get(key)), key=lambda row: row[key])
+    if not rows:
+        return
+    x, y = [row[key] for row in rows], [100 * row["top1"] for row in rows]
+    dense = line.family == "dense"
+    marker, size = ("*", 13) if dense else (_MARKERS[line.marker % len(_MARKERS)], 5)
+    style = dict(marker=marker, markersize=size, linestyle=_DASHES[line.dash % len(_DASHES)])
+    axes.plot(x, y, color=line.colour, label=line.name, linewidth=1.6, markeredgecolor="white", **style)
+    bounds = [(row[key], row.get("top1_low"), row.get("top1_high")) for row in rows]
+    bounds = [(place, 100 * low, 100 * high) for place, low, high in bounds if low is not None and high is not None]
+    if bounds:
+        axes.vlines(*zip(*bounds, strict=True), color=line.colour, alpha=0.3, linewidth=1.2)
+
+
+def _draw_published(axes: Any, curves: dict[str, list[published.Curve]], colours: dict[str, str]) -> None:
+    for curve in itertools.chain(*curves.values()):
+        points = sorted((curve.gmacs(point), point.top1) for point in curve.points if point.top1 is not None)
+        axes.plot(*zip(*points, strict=True), color=colours.get(curve.family, GREY), zorder=1.5, **_THIN)
+
+
+def _label_rates(axes: Any, drawn: Sequence[Line], key: str) -> None:
+    """Write the rates at the points, the ends of each line first; what would cover a line or a label is left out."""
+    from matplotlib.patheffects import withStroke
+
+    renderer, point = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
+    spots, taken = [], []
+    for line in drawn:
+        rows = sorted((row for row in line.rows if row.get(key)), key=lambda row: row[key])
+        places = [axes.transData.transform((row[key], 100 * row["top1"])) for row in rows]
+        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
+            inner = min(index, len(rows) - 1 - index)
+            spots.append(((inner > 0, inner % 2), row, place, line.colour))
+            taken.append((*(place - 3 * point), *(place + 3 * point)))
+        for start, end in itertools.pairwise(places):
+            steps = max(2, round(np.abs(end - start).max() / (4 * point)))
+            taken += [(*(place - point), *(place + point)) for place in np.linspace(start, end, steps)]
+    halo = withStroke(linewidth=2, foreground="white")
+    for _, row, (x, y), colour in sorted(spots, key=lambda spot: spot[0]):
+        if rate(row["schedule"]) is None:
+            continue
+        spot = (row[key], 100 * row["top1"])
+        label = axes.annotate(f"r={rate(row['schedule'])}", spot, (0, 0), textcoords="offset points")
+        label.set(fontsize=7, color=colour, path_effects=[halo], zorder=4)
+        box = label.get_window_extent(renderer)
+        for left, low in _offsets(box.width, box.height, 4 * point):
+            wanted = (x + left, y + low, x + left + box.width, y + low + box.height)
+            if not any(_overlap(wanted, other) for other in taken):
+                label.set_position((left / point, low / point))
+                taken.append(wanted)
+                break
+        else:
+            label.remove()
+
+
+def _offsets(width: float, height: float, gap: float) -> tuple[tuple[float, float], ...]:
+    """Where a label's lower left corner may stand, seen from its point: the better places first."""
+    right, left, middle = gap, -gap - width, -width / 2
+    above, below, beside = gap, -gap - height, -height / 2
+    return (
+        (right, above),
+        (left, below),
+        (right, below),
+        (left, above),
+        (middle, 2 * gap),
+        (middle, below - gap),
+        (right, beside),
+    )
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    """Whether two boxes (left, low, right, high) share an area."""
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -1,0 +1,157 @@
+"""Result rows as `evaluate.py` writes them: one JSON object a merge schedule, with all its conditions.
+
+Rows of earlier versions lack fields, and a field that was not measured is null: read them with `row.get`.
+"""
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fcvit_jax.errors import InputError
+
+Row = Mapping[str, Any]
+
+# The fields that a schedule's result consists of; all others say under which conditions it was measured.
+RESULTS = (
+    *("schedule", "stages", "top1", "top1_low", "top1_high", "top5", "correct", "gained", "lost", "mcnemar_p"),
+    *("agreement", "kl", "gmacs", "gmacs_executed", "tokens_out", "images_per_second", "images_per_second_spread"),
+    *("speedup", "compile_seconds", "reference_top1", "reference_sigmas"),
+)
+_TEXTS = ("schedule", "stages")
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of one evaluation.
+
+    per_class: {"classes": names, "images": counts, "correct": {schedule: counts}}, or None. gallery: PNG files.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    per_class: Mapping[str, Any] | None = None
+    gallery: tuple[Path, ...] = ()
+
+    @property
+    def dense(self) -> Row | None:
+        return next((row for row in self.rows if row["schedule"] == "dense"), None)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there are accuracies, and not the schedules' costs alone."""
+        return any(row.get("top1") is not None for row in self.rows)
+
+    def change(self, row: Row) -> float | None:
+        """Points of top-1 against the dense model; None where either was not measured."""
+        if self.dense is None or self.dense.get("top1") is None or row.get("top1") is None:
+            return None
+        return 100 * (row["top1"] - self.dense["top1"])
+
+
+def read_run(path: Path, rows: Sequence[Row] | None = None) -> Run:
+    """Read a working directory of `evaluate.py`, or the results.jsonl in one, with what lies beside it.
+
+    rows: those of the run, where they are at hand. Raises InputError that names the file and the line.
+    """
+    directory = path if path.is_dir() else path.parent
+    if rows is None:
+        rows = _read_rows(directory / "results.jsonl" if path.is_dir() else path)
+    gallery = tuple(sorted((directory / "gallery").glob("*.png")))
+    return Run(directory.resolve().name, tuple(rows), _read_per_class(directory / "per_class.json"), gallery)
+
+
+def family(schedule: str) -> str:
+    """The schedule's name without its rate: schedules that differ in nothing else share a line of a plot."""
+    return re.sub(r":r\d+", ":r", re.sub(r"_r\d+$", "", schedule))
+
+
+def rate(schedule: str) -> int | None:
+    """The r of a schedule; None where it has none, or several."""
+    found = set(re.findall(r"[_:]r(\d+)", schedule))
+    return int(found.pop()) if len(found) == 1 else None
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """What differs between the rows beside their schedules, a line each: such rows are no fair comparison."""
+    rows = [(run.name, row) for run in runs for row in run.rows]
+    lines = [
+        _difference("preprocessing", [(name, row.get("preprocess")) for name, row in rows]),
+        _difference("data sets", [(name, _labelled(row)) for name, row in rows]),
+        _difference("numbers of images", [(name, row.get("num_images")) for name, row in rows]),
+    ]
+    for model in dict.fromkeys(row.get("model") for _, row in rows if row.get("model")):
+        weights = [(name, row.get("weights_sha256")) for name, row in rows if row.get("model") == model]
+        lines.append(_difference(f"weights of the same model, {model},", weights))
+    speed = [(name, _machine(row)) for name, row in rows if row.get("images_per_second")]
+    lines.append(_difference("devices, batches or dtypes (images/s)", speed))
+    return [line for line in lines if line]
+
+
+def _labelled(row: Row) -> str | None:
+    return f"{row['dataset']} with {row['real_labels']}" if row.get("real_labels") else row.get("dataset")
+
+
+def _machine(row: Row) -> str | None:
+    parts = [row.get(key) for key in ("num_devices", "device", "batch_size", "dtype")]
+    return None if None in parts else "{} x {}, batch {}, {}".format(*parts)
+
+
+def _difference(noun: str, values: Sequence[tuple[str, Any]]) -> str:
+    """One line where there is more than one value; what a row does not say is not held against it."""
+    found: dict[Any, list[str]] = {}
+    for name, value in values:
+        if value is not None:
+            found.setdefault(value, []).append(name)
+    if len(found) < 2:
+        return ""
+    told = (f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in found.items())
+    return f"rows of different {noun} are compared: {'; '.join(told)}"
+
+
+def _read_rows(path: Path) -> list[Row]:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path} is absent: name a working directory of evaluate.py, or a results.jsonl") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a results.jsonl: {error}") from None
+    rows = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise InputError(f"{path} has no rows: run evaluate.py again")
+    return rows
+
+
+def _parse(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("schedule"), str):
+        raise InputError(f"{place}: not a result row, which is a JSON object with a schedule; run evaluate.py again")
+    for field in RESULTS:
+        value = row.get(field)
+        if field not in _TEXTS and value is not None and not _is_number(value):
+            raise InputError(f"{place}: field {field!r} is {value!r} and should be a number; run evaluate.py again")
+    return row
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_per_class(path: Path) -> Mapping[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        table = json.loads(path.read_text())
+        columns = [table["images"], *table["correct"].values()]
+        whole = all(len(column) == len(table["classes"]) and all(map(_is_number, column)) for column in columns)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is damaged: remove it, or run evaluate.py again")
+    return table

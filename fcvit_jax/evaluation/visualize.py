@@ -1,0 +1,271 @@
+"""Draw which patches of an image became one token.
+
+  python -m fcvit_jax.evaluation.visualize                              the packaged model on digits, offline
+  python -m fcvit_jax.evaluation.visualize --checkpoint DIR --images photos --schedules tome_r8,s2winc7_r16
+  python -m fcvit_jax.evaluation.visualize ... --stages                 how it comes about, layer by layer
+
+Writes one PNG an image, NNN_name.png: the image as the model sees it, resized and cropped, and beside it what each
+schedule leaves after the last layer. The patches of one token are filled with the mean colour of their pixels and have
+outlines of one colour, wherever in the image they lie; a patch that is still a token of its own has one in a shade of
+its own colour. With --stages a row is a schedule, and a column the end of a merging stage of any of them, or half-way
+to it. Prefix tokens (class, registers) never merge, and are not counted.
+"""
+
+import argparse
+import contextlib
+import glob
+import io
+import itertools
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from tqdm import tqdm
+
+from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, writable_directory
+from fcvit_jax.data.batches import eval_batches
+from fcvit_jax.data.preprocess import Preprocess
+from fcvit_jax.data.sources import EXTENSIONS, FORMS, Record, Source, open_source
+from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
+from fcvit_jax.evaluation.logits import file_name
+from fcvit_jax.evaluation.outcomes import write_whole
+from fcvit_jax.models.schedule import Dense, MergeSchedule, parse_schedules
+from fcvit_jax.models.vit import ViT
+
+PANEL = 320  # pixels: smaller images are enlarged, by a whole number, to this at least
+MARGIN, LINE, FONT = 10, 19, 15  # pixels: around a panel, of a line of its caption, of the letters
+
+
+class Panel(NamedTuple):
+    """A picture, uint8 [h, w, 3], and the two lines above it."""
+
+    title: str
+    detail: str
+    picture: np.ndarray
+
+
+def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray) -> list[np.ndarray]:
+    """Which token each patch is in after each layer: int32 [b, grid_h, grid_w] a layer.
+
+    images: uint8 [b, height, width, 3], as `checkpoint.preprocess` gives them. The numbers are 0 to the layer's patch
+    tokens - 1, each of them used. Compiled once a schedule and batch size. Raises InputError where the schedule or the
+    images do not fit the model.
+    """
+    config = checkpoint.config
+    with jax.default_matmul_precision("highest"):  # as accuracy is measured: coarser keys merge other tokens
+        sources = _sources(ViT(config, schedule), checkpoint.preprocess, checkpoint.params, images)
+    return [np.asarray(source).reshape(-1, *config.grid) - np.int32(config.num_prefix_tokens) for source in sources]
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _sources(model: ViT, preprocess: Preprocess, params: Any, images: jax.Array) -> list[jax.Array]:
+    out: Any = model.apply({"params": params}, preprocess.normalize(images))[1]
+    return [layer["source"] for layer in out["layers"]]
+
+
+def fill(image: np.ndarray, regions: np.ndarray, patch_size: int) -> np.ndarray:
+    """The image, uint8 [h, w, 3], with every region in the mean colour of its pixels.
+
+    regions: int [grid_h, grid_w], any numbers from 0. Exact: whole numbers are added, divided once in float64, rounded.
+    """
+    rows, columns = regions.shape
+    patches = image.reshape(rows, patch_size, columns, patch_size, 3).sum(axis=(1, 3), dtype=np.int64)
+    pixels = patch_size**2 * np.maximum(np.bincount(regions.flat), 1)
+    sums = [np.bincount(regions.flat, patches[..., channel].flat) for channel in range(3)]
+    return _enlarge(np.rint(np.stack(sums, axis=-1) / pixels[:, None]).astype(np.uint8)[regions], patch_size)
+
+
+def outline(picture: np.ndarray, regions: np.ndarray, width: int = 1) -> np.ndarray:
+    """The picture, uint8 [h, w, 3], with a line `width` pixels wide along the inside of every region's border.
+
+    A region of several patches has a colour, the same around all its parts; one of a single patch its own, shaded.
+    """
+    side = picture.shape[0] // regions.shape[0]
+    _, first, index, count = np.unique(regions, return_index=True, return_inverse=True, return_counts=True)
+    index = _enlarge(index.reshape(regions.shape), side)
+    around, (height, length) = np.pad(index, width, constant_values=-1), index.shape
+    border = np.zeros(index.shape, np.bool_)
+    for down, across in itertools.product((0, width, 2 * width), repeat=2):
+        border |= around[down : down + height, across : across + length] != index
+    bright = picture.mean(axis=-1, keepdims=True) > 127
+    shade = np.where(bright, picture - picture // 6, picture + (255 - picture) // 6)
+    rank = np.argsort(np.argsort(np.where(count > 1, first, regions.size)))  # in reading order, single patches last
+    line = np.where(count[index][..., None] > 1, _colours(rank)[index], shade)
+    return np.where(border[..., None], line, picture)
+
+
+def _colours(index: np.ndarray) -> np.ndarray:
+    """Colours, uint8 [_, 3], of the numbers 0, 1, ...: hues a golden angle apart, in turn bright, pale and dark."""
+    saturation, value = np.array([(0.85, 1.0), (0.4, 1.0), (0.95, 0.65)])[index % 3].T[..., None]
+    place = (np.array([5, 3, 1]) + 6 * 0.618034 * index[:, None]) % 6
+    return np.rint(255 * value * (1 - saturation * np.clip(np.minimum(place, 4 - place), 0, 1))).astype(np.uint8)
+
+
+def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
+    return array.repeat(factor, axis=0).repeat(factor, axis=1)
+
+
+def draw_gallery(
+    checkpoint: Checkpoint,
+    schedules: Mapping[str, MergeSchedule],
+    images: np.ndarray,
+    names: Sequence[str],
+    folder: Path,
+    *,
+    stages: bool = False,
+    columns: int | None = None,
+) -> None:
+    """Write `folder/NNN_name.png` for every image, each whole or not at all; the names are made safe.
+
+    images: uint8 [n, height, width, 3], as `checkpoint.preprocess` gives them. stages: a row a schedule, a column a
+    layer of `stage_layers`. columns: panels a row, where there are no stages; by default all.
+    Raises InputError where the folder cannot be written, or a schedule or the images do not fit the model.
+    """
+    config = checkpoint.config
+    checkpoint = replace(checkpoint, params=jax.device_put(checkpoint.params))  # once, and not with every call
+    layers = stage_layers(schedules.values(), config.depth) if stages else [config.depth]
+    scale = -(-PANEL // max(config.image_size))
+    digits = max(3, len(str(len(images) - 1)))
+    writable_directory(folder)
+    with tqdm(desc="drawing", total=len(images) * len(schedules), unit="panel", leave=False, disable=None) as bar:
+        for number, (image, name) in enumerate(zip(images, names, strict=True)):
+            original = Panel("original", f"{config.grid[0]}x{config.grid[1]} patches", _enlarge(image, scale))
+            rows = []
+            for title, schedule in schedules.items():
+                rows.append(_panels(checkpoint, title, schedule, image, layers, scale))
+                bar.update()
+            if stages:
+                rows = [[original, *row] for row in rows] or [[original]]
+            else:
+                panels = [original, *itertools.chain(*rows)]
+                many = columns or len(panels)
+                rows = [panels[start : start + many] for start in range(0, len(panels), many)]
+            picture = io.BytesIO()
+            draw_sheet(rows).save(picture, "PNG")
+            stem, suffix = os.path.splitext(name)
+            stem = file_name(stem if suffix.lower() in EXTENSIONS else name)[:100]
+            write_whole(folder / f"{number:0{digits}}_{stem}.png", picture.getvalue())
+
+
+def _panels(
+    checkpoint: Checkpoint, title: str, schedule: MergeSchedule, image: np.ndarray, layers: Sequence[int], scale: int
+) -> list[Panel]:
+    """What a schedule has left of an image after each of the layers."""
+    patch_size = checkpoint.config.patch_size
+    width = max(1, round(scale * patch_size / 16))
+    maps = regions(checkpoint, schedule, image[None])
+    panels = []
+    for layer in layers:
+        after = maps[layer - 1][0]
+        picture = outline(_enlarge(fill(image, after, patch_size), scale), after, width)
+        panels.append(Panel(title, f"{after.max() + 1} of {after.size} tokens after layer {layer}", picture))
+    return panels
+
+
+def stage_layers(schedules: Iterable[MergeSchedule], depth: int) -> list[int]:
+    """The layers, counted from 1, that end a merging stage of any schedule, the last layer, and those half-way."""
+    ends = {0, depth}
+    for schedule in schedules:
+        reached = itertools.accumulate(stage.layers for stage in schedule.stages)
+        ends |= {end for stage, end in zip(schedule.stages, reached, strict=True) if not isinstance(stage, Dense)}
+    pairs = itertools.pairwise(sorted(ends))
+    return sorted({layer for start, end in pairs for layer in ((start + end + 1) // 2, end)})
+
+
+def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
+    """Panels of one size, row by row, under their captions, on white."""
+    font = ImageFont.load_default(FONT)
+    panels = [panel for row in rows for panel in row]
+    height, width = panels[0].picture.shape[:2]
+    height += 2 * LINE + MARGIN
+    width = MARGIN + max(width, *(int(font.getlength(text)) + 1 for panel in panels for text in panel[:2]))
+    sheet = Image.new("RGB", (max(map(len, rows)) * width + MARGIN, len(rows) * height + MARGIN), "white")
+    pen = ImageDraw.Draw(sheet)
+    for down, row in enumerate(rows):
+        for across, panel in enumerate(row):
+            x, y = MARGIN + across * width, MARGIN + down * height
+            pen.text((x, y), panel.title, "black", font)
+            pen.text((x, y + LINE), panel.detail, "dimgrey", font)
+            sheet.paste(Image.fromarray(panel.picture), (x, y + 2 * LINE))
+    return sheet
+
+
+def open_images(path: str) -> Source:
+    """A file, the images of a folder at any depth in the order of their names, or a data set by its spec.
+
+    Raises InputError where there is no such thing, or no image in it.
+    """
+    root = Path(path).expanduser()
+    if not os.path.exists(root):
+        if ":" in path:
+            return open_source(path)
+        raise InputError(f"images {path!r}: there is no such file or folder; give one, or a data set: {FORMS}")
+    if root.is_file():
+        root, names = root.parent, [root.name]
+    else:
+        found = glob.iglob("**/*", root_dir=root, recursive=True)  # none that is hidden
+        names = sorted(name for name in found if name.lower().endswith(EXTENSIONS))
+    if not names:
+        raise InputError(f"images {path!r}: none in this folder; accepted are {' '.join(EXTENSIONS)}")
+
+    def read(index: int) -> Record:
+        try:
+            return Record((root / names[index]).read_bytes(), 0, names[index])
+        except OSError as error:
+            raise InputError(f"image {root / names[index]} cannot be read: {error.strerror}") from None
+
+    return Source(path, (), len(names), read)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    args = _parser().parse_args(argv)
+    with one_line_errors():
+        source = open_images(args.images)
+        checkpoint = load_checkpoint(args.checkpoint)
+        schedules = parse_schedules(args.schedules, checkpoint.config.depth)
+        for schedule in schedules.values():
+            schedule.plan(checkpoint.config)
+        count = min(args.limit, len(source))
+        with contextlib.closing(eval_batches(source, checkpoint.preprocess, count, limit=count)) as batches:
+            batch = next(batches)
+        pictures = {"stages": args.stages, "columns": args.columns}
+        draw_gallery(checkpoint, schedules, np.asarray(batch.images), batch.names, args.workdir, **pictures)
+        print(f"written: {count} pictures in {args.workdir}")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
+    return int(text)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="python -m fcvit_jax.evaluation.visualize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+    def add(flag: str, metavar: str, default: Any, help: str, type: Any = str) -> None:
+        parser.add_argument(flag, metavar=metavar, default=default, type=type, help=f"{help}; by default {default}")
+
+    add("--checkpoint", "DIR", "packaged:digits", "a checkpoint, a train_sam.py working directory, or packaged:NAME")
+    add("--images", "PATH", "digits:test", f"a file, a folder (images at any depth), or a data set: {FORMS}")
+    add("--schedules", "A,B", "tome_r12,s2dfe_r15,s2winc5_r16", "names or explicit forms, as evaluate.py takes them")
+    add("--workdir", "W", "workdir/visualize", "where the pictures go; those of the same name are replaced", Path)
+    add("--limit", "N", 12, "draw the first N images", _positive)
+    layout = parser.add_mutually_exclusive_group()
+    layout.add_argument("--stages", action="store_true", help="a row a schedule, with the layers on the way")
+    layout.add_argument("--columns", metavar="N", type=_positive, help="panels a row; by default all are in one")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

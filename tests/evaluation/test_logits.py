@@ -1,0 +1,71 @@
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from fcvit_jax.data.batches import Batch
+from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.logits import LogitsWriter, file_name
+from fcvit_jax.evaluation.outcomes import Outcomes
+
+NAMES = ("dense", "dense:1,global:2:r3")
+RNG = np.random.default_rng(0)
+LOGITS = [{name: jnp.asarray(RNG.normal(size=(4, 3)), jnp.float32) for name in NAMES} for _ in range(3)]
+MASKS = [[True] * 4, [True, False, True, True], [True, False, False, False]]  # one has no label, three are padding
+LABELS = np.arange(8, dtype=np.int32) % 3
+WHOLE = Outcomes(np.array([f"image {i}" for i in range(8)]), LABELS, LABELS[None], LABELS[None], LABELS[None])
+
+
+def batch(index):
+    rows = np.zeros((4, 2, 2, 3), np.uint8)
+    return Batch(rows, np.zeros(4, np.int32), np.array(MASKS[index]), ("",) * 4)
+
+
+def expected(name):
+    return np.concatenate([np.asarray(LOGITS[k][name])[MASKS[k]] for k in range(3)])
+
+
+def check(directory):
+    assert sorted(path.name for path in directory.glob("*.npz")) == [
+        "logits_dense-1-global-2-r3.npz",
+        "logits_dense.npz",
+    ]
+    for name in NAMES:
+        saved = np.load(directory / f"logits_{file_name(name)}.npz", allow_pickle=False)
+        assert saved["logits"].dtype == np.float32
+        np.testing.assert_array_equal(saved["logits"], expected(name))
+        np.testing.assert_array_equal(saved["labels"], LABELS)
+        np.testing.assert_array_equal(saved["names"], WHOLE.names)
+
+
+def test_rows_that_count_in_order(tmp_path):
+    writer = LogitsWriter(tmp_path, NAMES, (11, 3))
+    for k in range(3):
+        writer.add(batch(k), LOGITS[k])
+    writer.save(WHOLE)
+    check(tmp_path)
+    LogitsWriter.remove(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_an_interrupted_run_goes_on_with_the_rows_that_are_there(tmp_path):
+    first = LogitsWriter(tmp_path, NAMES, (11, 3))
+    first.add(batch(0), LOGITS[0])
+    first.add(batch(1), LOGITS[2])  # of a batch whose outcomes were not written any more: to be written over
+    second = LogitsWriter(tmp_path, NAMES, (11, 3), start=4)
+    for k in (1, 2):
+        second.add(batch(k), LOGITS[k])
+    second.save(WHOLE)
+    check(tmp_path)
+
+
+def test_the_room_is_taken_beforehand(tmp_path):
+    LogitsWriter(tmp_path, NAMES, (1000, 1000))
+    taken = sum(512 * path.stat().st_blocks for path in (tmp_path / ".logits").iterdir())
+    assert taken >= 2 * 4_000_000
+
+
+def test_files_that_are_gone_are_told(tmp_path):
+    with pytest.raises(InputError, match=r"\.logits cannot be used"):
+        LogitsWriter(tmp_path, NAMES, (11, 3), start=4)
+    with pytest.raises(InputError, match=r"\.logits cannot be used"):
+        LogitsWriter(tmp_path / "nowhere", NAMES, (11, 3))

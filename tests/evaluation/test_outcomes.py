@@ -1,0 +1,123 @@
+import numpy as np
+import pytest
+
+from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.outcomes import Journal, Outcomes, concatenate, save_outcomes
+
+RUN = {"dataset": "noise", "batch_size": 4, "versions": {"jax": "1"}}
+
+
+def part(index, rows=4):
+    """Outcomes of one batch under two schedules, all numbers of their own."""
+    numbers = np.arange(rows, dtype=np.int32) + 100 * index
+    return Outcomes(
+        np.array([f"a/ä {number}.png" for number in numbers]),
+        numbers,
+        np.stack([numbers, -numbers]),
+        np.stack([2 * numbers, 3 * numbers]),
+        np.stack([numbers / 8, numbers / 3]).astype(np.float32),
+    )
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for mine, other in zip(ours, theirs, strict=True):
+        for a, b in zip(mine, other, strict=True):
+            assert a.dtype.kind == b.dtype.kind
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.fixture
+def written(tmp_path):
+    """A journal of three batches; the second has no image that counts."""
+    parts = [part(0), part(1, rows=0), part(2, rows=3)]
+    journal = Journal(tmp_path / "journal", RUN)
+    for each in parts:
+        journal.append(each)
+    return tmp_path / "journal", parts
+
+
+def test_a_run_goes_on_behind_its_last_batch(written):
+    path, parts = written
+    journal = Journal(path, dict(reversed(RUN.items())))
+    assert_same(journal.parts, parts)
+    journal.append(part(3))
+    assert_same(Journal(path, RUN).parts, [*parts, part(3)])
+    whole = concatenate(journal.parts)
+    assert whole.names.tolist()[3:5] == ["a/ä 3.png", "a/ä 200.png"]
+    assert whole.rank.shape == (2, 11)
+    assert whole.labels.tolist() == [0, 1, 2, 3, 200, 201, 202, 300, 301, 302, 303]
+
+
+def test_wherever_it_is_torn_the_whole_batches_before_are_kept(written):
+    path, parts = written
+    content = path.read_bytes()
+    ends, again = [content.index(b"\n") + 1], Journal(path.with_name("again"), RUN)
+    for each in parts:
+        again.append(each)
+        ends.append(path.with_name("again").stat().st_size)
+    assert ends[-1] == len(content)
+    for size in sorted(
+        {*range(0, len(content), 97), *ends, *(end - 1 for end in ends), *(end + 1 for end in ends[:-1])}
+    ):
+        path.write_bytes(content[:size])
+        whole = sum(size >= end for end in ends[1:])
+        assert_same(Journal(path, RUN).parts, parts[:whole])
+    # What is appended takes the place of the torn block.
+    path.write_bytes(content[:-1])
+    Journal(path, RUN).append(part(2))
+    assert_same(Journal(path, RUN).parts, [parts[0], parts[1], part(2)])
+    path.write_bytes(content[: ends[0] // 2])  # not even the first line
+    Journal(path, RUN).append(parts[0])
+    assert_same(Journal(path, RUN).parts, [parts[0]])
+
+
+def test_a_flipped_bit_ends_what_is_believed(written):
+    path, parts = written
+    content = bytearray(path.read_bytes())
+    content[-40] ^= 1
+    path.write_bytes(content)
+    assert_same(Journal(path, RUN).parts, parts[:2])
+
+
+def test_two_runs_in_one_folder_count_no_batch_twice(tmp_path):
+    one, other = Journal(tmp_path / "journal", RUN), Journal(tmp_path / "journal", RUN)
+    one.append(part(0))
+    block = (tmp_path / "journal").read_bytes()
+    with (tmp_path / "journal").open("ab") as file:  # as if the other had appended its own first batch
+        file.write(block[block.index(b"\n") + 1 :])
+    assert_same(Journal(tmp_path / "journal", RUN).parts, [part(0)])
+    other.append(part(0))
+    assert_same(Journal(tmp_path / "journal", RUN).parts, [part(0)])
+
+
+def test_another_run_is_told_and_overwritten_by_the_first_batch(written):
+    path, _ = written
+    before = path.read_bytes()
+    journal = Journal(path, RUN | {"batch_size": 8, "limit": 3})
+    assert journal.parts == []
+    assert journal.differs == ("batch_size", "limit")
+    assert path.read_bytes() == before
+    journal.append(part(7))
+    assert Journal(path, RUN).differs == ("batch_size", "limit")
+    assert_same(Journal(path, RUN | {"batch_size": 8, "limit": 3}).parts, [part(7)])
+    path.write_bytes(b"not a journal")
+    assert Journal(path, RUN).differs == ("batch_size", "dataset", "versions")
+
+
+def test_a_full_disk_is_told(tmp_path):
+    journal = Journal(tmp_path / "gone" / "journal", RUN)
+    with pytest.raises(InputError, match="journal cannot be written"):
+        journal.append(part(0))
+    assert journal.parts == []
+    with pytest.raises(InputError, match=r"outcomes\.npz cannot be written"):
+        save_outcomes(tmp_path / "gone" / "outcomes.npz", ["dense", "tome_r2"], part(0))
+
+
+def test_the_saved_file_is_read_without_this_library(tmp_path):
+    save_outcomes(tmp_path / "outcomes.npz", ["dense", "tome_r2"], part(1))
+    saved = np.load(tmp_path / "outcomes.npz", allow_pickle=False)
+    assert set(saved) == {"schedules", "names", "labels", "rank", "prediction", "kl"}
+    assert saved["schedules"].tolist() == ["dense", "tome_r2"]
+    assert_same([Outcomes(**{key: saved[key] for key in Outcomes._fields})], [part(1)])
+    assert [path.name for path in tmp_path.iterdir()] == ["outcomes.npz"]

@@ -1,0 +1,66 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from fcvit_jax.evaluation.statistics import mcnemar, per_class, sigmas, wilson
+
+
+def test_wilson_is_where_the_score_test_turns():
+    # The definition: at both ends, the fraction observed lies z standard errors of that end away.
+    for correct, n, z in (
+        (81, 263, 1.959963984540054),
+        (3, 10, 1.959963984540054),
+        (40_701, 50_000, 1.959963984540054),
+    ):
+        for end in wilson(correct, n):
+            assert abs(sigmas(correct, n, end)) == pytest.approx(z, rel=1e-9)
+    low, high = wilson(81, 263)  # Newcombe 1998, table I
+    assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
+    assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=5e-5))  # likewise
+    assert wilson(20, 20) == (pytest.approx(1 - 0.1611, abs=5e-5), 1.0)
+
+
+def test_wilson_is_that_of_scipy():
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    for (correct, n), confidence in itertools.product(((0, 7), (5, 7), (7, 7), (307, 372)), (0.9, 0.95, 0.99)):
+        interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
+        assert wilson(correct, n, confidence) == pytest.approx((interval.low, interval.high), abs=1e-12)
+
+
+def test_mcnemar_by_hand():
+    assert mcnemar(0, 0) == 1.0
+    assert mcnemar(1, 0) == 1.0
+    assert mcnemar(0, 5) == 2 / 32
+    assert mcnemar(1, 5) == 2 * (1 + 6) / 64
+    assert mcnemar(5, 1) == mcnemar(1, 5)
+    assert mcnemar(3, 3) == 1.0  # both tails hold the middle
+    assert mcnemar(0, 3000) == 0.0  # below what a float holds
+
+
+def test_mcnemar_is_scipys_binomial_test():
+    binomtest = pytest.importorskip("scipy.stats").binomtest
+    for gained, lost in ((2, 9), (6, 10), (40, 41), (500, 620), (1200, 1201)):
+        assert mcnemar(gained, lost) == pytest.approx(binomtest(gained, gained + lost).pvalue, rel=1e-9)
+
+
+def test_mcnemar_keeps_its_level():
+    # Of pairs that a fair coin makes, at most 5 % are called different at 0.05; a test that is too eager calls more.
+    n = 40
+    chance = [math.comb(n, k) / 2**n for k in range(n + 1)]
+    assert sum(p for k, p in enumerate(chance) if mcnemar(k, n - k) < 0.05) <= 0.05
+
+
+def test_counts_by_class():
+    images, correct = per_class(np.array([2, 0, 2, 2]), np.array([True, False, False, True]), 4)
+    assert images.tolist() == [1, 0, 3, 0]
+    assert correct.tolist() == [0, 0, 2, 0]
+    several = np.array([[1, 3], [3, -1], [0, -1]])
+    images, correct = per_class(several, np.array([True, False, True]), 4)
+    assert images.tolist() == [1, 1, 0, 2]
+    assert correct.tolist() == [1, 1, 0, 1]
+
+
+def test_sigmas():
+    assert sigmas(75, 100, 0.8) == pytest.approx(-0.05 / 0.04)

@@ -1,0 +1,430 @@
+"""The evaluation as a user runs it: its rows, interrupted and gone on with, on several devices and processes."""
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+import fcvit_jax as fc
+from configs import eval_digits
+from fcvit_jax import flags
+from fcvit_jax.data import imagenet
+from fcvit_jax.data.preprocess import preset
+from fcvit_jax.data.sources import Record, Source
+from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation import job, results, run
+from fcvit_jax.evaluation.statistics import mcnemar, wilson
+
+ROOT = Path(__file__).parents[1]
+CLASSES = tuple("abcdefg")
+CONFIG = fc.ViTConfig((16, 16), 4, 16, 3, 2, 32, num_classes=len(CLASSES))
+PREPROCESS = preset("timm/augreg,crop_pct=1.0", (16, 16))
+SCHEDULES = ("dense", "tome_r3", "s1winc1_r4")
+RNG = np.random.default_rng(0)
+PIXELS = RNG.integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    params = fc.ViT(CONFIG).init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    noisy = [np.asarray(leaf) + RNG.normal(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
+    path = tmp_path_factory.mktemp("weights") / "checkpoint"
+    provenance = {"model": "vit_tiny_patch16_224", "sha256": "ab12"}
+    return fc.save_checkpoint(
+        path, CONFIG, tree.unflatten(noisy), PREPROCESS, class_names=CLASSES, provenance=provenance
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Thirteen images of noise in seven classes; in the folder's order, image i has the pixels `PIXELS[i]`."""
+    path = tmp_path_factory.mktemp("photos")
+    for index, pixels in enumerate(PIXELS):
+        (path / CLASSES[index // 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path / CLASSES[index // 2] / f"{index:02d}.png")
+    return path
+
+
+@pytest.fixture
+def settings(checkpoint, folder):
+    def make(**changes):
+        config: Any = eval_digits.get_config()
+        fields = dict(
+            checkpoint=str(checkpoint), dataset=f"folder:{folder}", schedules=",".join(SCHEDULES), batch_size=8
+        )
+        for name, value in ({"throughput_blocks": 0} | fields | changes).items():
+            config[name] = value
+        return job.Settings(**config)
+
+    return make
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """Have a source of our own opened in place of a data set."""
+    return lambda source: monkeypatch.setattr(job, "open_source", lambda spec: source)
+
+
+def logits_by_hand(checkpoint):
+    """Each schedule's logits, image by image, in float64."""
+    loaded = fc.load_checkpoint(checkpoint)
+    found = {}
+    for name in SCHEDULES:
+        model = fc.ViT(CONFIG, fc.MergeSchedule.parse(name, 3))
+        pixels = PREPROCESS.normalize(jax.numpy.asarray(PIXELS))
+        found[name] = np.asarray(model.apply({"params": loaded.params}, pixels)[0], np.float64)
+    return found
+
+
+def ranks(logits, labels, scored=range(7)):
+    """The place of the first right label in the order of the scored logits."""
+    order = [sorted(scored, key=lambda c: (-row[c], c)) for row in logits]
+    return np.array([min(of.index(label) for label in each) for of, each in zip(order, labels, strict=True)])
+
+
+def log_softmax(rows):
+    return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
+
+
+def test_rows_and_files_are_what_is_counted_by_hand(checkpoint, settings, tmp_path):
+    (tmp_path / "logits_old.npz").write_bytes(b"of an earlier run")
+    (tmp_path / "notes.txt").write_text("the user's")
+    rows = run.run(settings(save_logits=True, gallery=2), tmp_path)
+    labels = [index // 2 for index in range(13)]
+    logits = logits_by_hand(checkpoint)
+    dense = ranks(logits["dense"], [[label] for label in labels])
+    saved = np.load(tmp_path / "outcomes.npz")
+    assert saved["schedules"].tolist() == [row["schedule"] for row in rows] == list(SCHEDULES)
+    assert saved["labels"].tolist() == labels
+    assert saved["names"].tolist() == [f"{CLASSES[index // 2]}/{index:02d}.png" for index in range(13)]
+    for index, (name, row) in enumerate(zip(SCHEDULES, rows, strict=True)):
+        rank = ranks(logits[name], [[label] for label in labels])
+        np.testing.assert_array_equal(saved["rank"][index], rank)
+        np.testing.assert_array_equal(saved["prediction"][index], logits[name].argmax(axis=1))
+        correct = int((rank == 0).sum())
+        gained, lost = int(((rank == 0) & (dense > 0)).sum()), int(((rank > 0) & (dense == 0)).sum())
+        p, q = log_softmax(logits["dense"]), log_softmax(logits[name])
+        divergences = (np.exp(p) * (p - q)).sum(axis=1)
+        np.testing.assert_allclose(saved["kl"][index], divergences, atol=1e-5)
+        assert row["kl"] == pytest.approx(divergences.mean(), abs=1e-5)
+        assert (row["correct"], row["num_images"], row["top1"]) == (correct, 13, correct / 13)
+        assert row["top5"] == (rank < 5).sum() / 13
+        assert (row["top1_low"], row["top1_high"]) == wilson(correct, 13)
+        assert (row["gained"], row["lost"], row["mcnemar_p"]) == (gained, lost, mcnemar(gained, lost))
+        assert row["agreement"] == (logits[name].argmax(1) == logits["dense"].argmax(1)).mean()
+        assert (row["classes_scored"], row["images_excluded"]) == (7, 0)
+        assert (row["model"], row["reference_top1"], row["reference_sigmas"]) == ("vit_tiny_patch16_224", None, None)
+        np.testing.assert_allclose(np.load(tmp_path / f"logits_{name}.npz")["logits"], logits[name], atol=1e-4)
+    assert rows[0]["gmacs"] > rows[1]["gmacs"]
+    assert rows[0]["seconds"].keys() == {"compiling", "waiting for data", "computing", "on the host"}
+    assert results.remarks(rows)[0].startswith("time: ")
+    table = json.loads((tmp_path / "per_class.json").read_text())
+    assert (table["classes"], table["images"]) == (list(CLASSES), [2] * 6 + [1])
+    right = (dense == 0).tolist()
+    assert table["correct"]["dense"] == [sum(right[2 * c : 2 * c + 2]) for c in range(7)]
+    assert len(list((tmp_path / "gallery").glob("*.png"))) == 2
+    assert (tmp_path / "notes.txt").exists()
+    assert not (tmp_path / "logits_old.npz").exists()
+    run.forget(tmp_path)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_some_classes_several_labels_and_images_without_one(checkpoint, settings, serve, tmp_path):
+    labels: list[tuple[int, ...]] = [(index % 6,) if index % 3 else (2, 5) for index in range(13)]
+    labels[4] = labels[11] = ()
+    read = lambda i: Record(PIXELS[i], labels[i], f"image {i}")  # noqa: E731
+    serve(Source("variant", CLASSES, 13, read, scored=(5, 0, 1, 2, 3, 4), labels_per_image=2))
+    rows = run.run(settings(), tmp_path)
+    there = [index for index in range(13) if labels[index]]
+    logits = logits_by_hand(checkpoint)
+    for name, row in zip(SCHEDULES, rows, strict=True):
+        rank = ranks(logits[name][there], [labels[index] for index in there], range(6))
+        assert (row["correct"], row["num_images"]) == ((rank == 0).sum(), 11)
+        assert row["top5"] == (rank < 5).sum() / 11
+        assert (row["classes_scored"], row["images_excluded"]) == (6, 2)
+    assert np.load(tmp_path / "outcomes.npz")["labels"].tolist()[:2] == [[2, 5], [1, -1]]
+    table = json.loads((tmp_path / "per_class.json").read_text())
+    classes = dict(zip(table["classes"], table["images"], strict=True))
+    assert classes == {CLASSES[c]: sum(c in each for each in labels) for c in (1, 2, 4, 5)}
+
+
+def test_without_dense_nothing_is_compared(settings, tmp_path):
+    (row,) = run.run(settings(schedules="tome_r3", limit=5), tmp_path)
+    assert [row[key] for key in ("gained", "lost", "mcnemar_p", "agreement", "kl")] == [None] * 5
+    assert row["num_images"] == 5
+
+
+def test_a_sweep_begins_with_dense_and_nothing_merged_is_dense(settings, tmp_path):
+    rows = run.run(settings(schedules="tome_r5", sweep="tome:0-4:2"), tmp_path)
+    assert [row["schedule"] for row in rows] == ["dense", "tome_r5", "tome_r0", "tome_r2", "tome_r4"]
+    dense, none = rows[0], rows[2]
+    assert (none["gmacs"], none["tokens_out"], none["correct"]) == (
+        dense["gmacs"],
+        dense["tokens_out"],
+        dense["correct"],
+    )
+    assert (none["agreement"], none["gained"], none["lost"]) == (1.0, 0, 0)
+    assert none["kl"] == pytest.approx(0, abs=1e-6)
+
+
+class Stop(Exception):
+    """What ends a run in the middle of a test."""
+
+
+@contextlib.contextmanager
+def interrupted(monkeypatch, batches):
+    """A run that breaks off behind so many batches of this life, with half of the next one written."""
+    append, done = run.Journal.append, []
+
+    def stop(self, outcomes):
+        before = self._path.stat().st_size if self._path.exists() else 0
+        append(self, outcomes)
+        done.append(outcomes)
+        if len(done) > batches:
+            os.truncate(self._path, (before + self._path.stat().st_size) // 2)
+            raise Stop
+
+    with monkeypatch.context() as patch, contextlib.suppress(Stop):
+        patch.setattr(run.Journal, "append", stop)
+        yield
+        pytest.fail("the run was not interrupted")
+
+
+def counts(rows):
+    return [(row["schedule"], row["correct"], row["top5"], row["gained"], row["lost"], row["kl"]) for row in rows]
+
+
+def test_interrupted_it_goes_on_and_counts_every_image_once(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(run.parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    two = settings(batch_size=2, save_logits=True, schedules="dense,tome_r3")
+    whole = run.run(two, tmp_path / "whole")
+    for batches in (3, 2):
+        with interrupted(monkeypatch, batches):
+            run.run(two, tmp_path / "parts")
+    capsys.readouterr()
+    read, starts = run.eval_batches, []
+    monkeypatch.setattr(run, "eval_batches", lambda *a, **k: starts.append(k["start"]) or read(*a, **k))
+    rows = run.run(two, tmp_path / "parts")
+    assert starts == [0, 5]
+    assert "it goes on after 10 of 13 images" in capsys.readouterr().out
+    assert counts(rows) == counts(whole)
+    for name in ("outcomes.npz", *(f"logits_{name}.npz" for name in ("dense", "tome_r3"))):
+        ours, theirs = (np.load(tmp_path / place / name) for place in ("parts", "whole"))
+        for key in theirs:
+            np.testing.assert_array_equal(ours[key], theirs[key])
+    # Its files are there until they are forgotten: killed now, it has nothing left to count.
+    again = run.run(two, tmp_path / "parts")
+    assert starts == [0, 5, 0, 7]
+    assert counts(again) == counts(whole)
+
+
+def test_another_run_in_the_folder_is_begun_anew(settings, tmp_path, monkeypatch, capsys):
+    with interrupted(monkeypatch, 1):
+        run.run(settings(schedules="dense", save_logits=True), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".outcomes", ".logits"}
+    rows = run.run(settings(schedules="dense", dtype="bfloat16"), tmp_path)
+    assert "the interrupted run there differs in dtype, save_logits; this one starts anew" in capsys.readouterr().out
+    assert rows[0]["num_images"] == 13
+    run.forget(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {"outcomes.npz", "per_class.json"}
+
+
+def test_a_run_that_counted_nothing_leaves_nothing(settings, serve, tmp_path):
+    def read(index):
+        raise InputError(f"image {index} cannot be read")
+
+    serve(Source("broken", CLASSES, 13, read))
+    with pytest.raises(InputError, match="image 0 cannot be read"):
+        run.run(settings(schedules="dense", save_logits=True), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_does_not_grow_by_pixels(settings, serve, tmp_path, monkeypatch):
+    size = 200_000  # bytes an image
+    side = round((size / 3) ** 0.5)
+    serve(Source("many", CLASSES, 400, lambda i: Record(np.zeros((side, side, 3), np.uint8), i % 7, f"image {i}")))
+    held = []
+    append = run.Journal.append
+
+    def watch(self, outcomes):
+        append(self, outcomes)
+        held.append(tracemalloc.get_traced_memory()[0])
+
+    monkeypatch.setattr(run.Journal, "append", watch)
+    tracemalloc.start()
+    try:
+        run.run(settings(schedules="dense", workers=1), tmp_path)
+    finally:
+        tracemalloc.stop()
+    assert len(held) == 50
+    early, late = np.mean(held[10:20]), np.mean(held[30:40])
+    assert late - early < 160 * 1000  # bytes: the outcomes of 160 images, and not one image's pixels each
+
+
+def test_gmacs_need_neither_data_nor_weights(settings, tmp_path):
+    rows = run.run(
+        settings(checkpoint="vit_small_patch16_224", dataset="", gmacs_only=True, sweep="tome:13-13"), tmp_path
+    )
+    assert [row["schedule"] for row in rows] == ["dense", "tome_r3", "s1winc1_r4", "tome_r13"]
+    assert rows[0]["gmacs"] == pytest.approx(4.60, abs=0.01)
+    assert rows[3]["gmacs"] == pytest.approx(2.70, abs=0.01)
+    assert (rows[3]["tokens_out"], rows[3]["stages"]) == (197 - 12 * 13, "global:12:r13")
+    weights = settings(checkpoint="deit_small_patch16_224.fb_in1k", gmacs_only=True, schedules="dense")
+    assert run.run(weights, tmp_path)[0]["model"] == "deit_small_patch16_224.fb_in1k"
+
+
+def known(spec, size=50_000, classes=None, model: str | None = "deit_small_patch16_224.fb_in1k", pixels=224):
+    source = Source(spec, classes or imagenet.synsets(), size, lambda index: Record(b"", 0, ""))
+    config = dataclasses.replace(fc.zoo.get("deit_small_patch16_224").config, image_size=(pixels, pixels))
+    loaded = fc.Checkpoint(Path(), config, {}, fc.Preprocess(), {"provenance": {"model": model}})
+    return job.reported_top1(source, loaded)
+
+
+def test_what_is_reported_is_that_of_these_weights_and_images():
+    assert known("tfds:imagenet2012/validation") == 0.79856
+    assert known("tfds:imagenet2012:5.1.0/validation[:1000]@/data", size=1000) == 0.79856
+    assert known("folder:val") == 0.79856
+    assert known("folder:val", classes=imagenet.synsets()[::-1]) == 0.79856
+    assert known("folder:val", size=49_999) is None
+    assert known("folder:val", classes=tuple(map(str, range(1000)))) is None
+    assert known("tfds:imagenet2012/train", size=1_281_167) is None
+    assert known("tfds:imagenet2012_real/validation") is None
+    assert known("folder:val", model="deit_small_patch16_224") is None
+    assert known("folder:val", model=None) is None
+    assert known("folder:val", pixels=384) is None
+
+
+def test_what_is_not_what_is_reported_is_warned_of():
+    row = {"model": "M", "top1": 0.7, "reference_top1": 0.8, "preprocess": "P", "reference_sigmas": -25.0}
+    (line,) = results.remarks([row, row | {"reference_sigmas": 2.9}, row | {"reference_sigmas": None}])
+    assert line == (
+        "warning: M is reported with a top-1 of 80.00%, and has 70.00% here: -25.0 standard errors (pixels: P)"
+    )
+
+
+def start(workdir, *more: Any, devices: Any = 1, cache: Any = "", **fields: Any):
+    """evaluate.py as a process."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    command = [sys.executable, str(ROOT / "evaluate.py"), f"--workdir={workdir}", f"--compile_cache={cache}", *more]
+    return subprocess.Popen(
+        [*command, *(f"--config.{name}={value}" for name, value in fields.items())],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def start_two(workdir, **fields: Any):
+    """Two processes of two devices each."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=2, **fields) for index in (0, 1)]
+
+
+def finish(process):
+    output, errors = process.communicate(timeout=600)
+    assert process.returncode == 0, errors
+    return output, errors
+
+
+def outcomes(workdir):
+    return dict(np.load(workdir / "outcomes.npz"))
+
+
+def assert_same_outcomes(ours, theirs):
+    for key in ("schedules", "names", "labels", "rank", "prediction"):
+        np.testing.assert_array_equal(ours[key], theirs[key])
+    np.testing.assert_allclose(ours["kl"], theirs["kl"], atol=1e-5)
+
+
+def test_one_device_eight_devices_and_two_processes_count_the_same(checkpoint, folder, settings, tmp_path):
+    fields = dict(checkpoint=checkpoint, dataset=f"folder:{folder}", schedules=",".join(SCHEDULES), batch_size=8)
+    both = start_two(tmp_path / "two", throughput_blocks=1, **fields)
+    one = start(tmp_path / "one", throughput_blocks=0, **fields)
+    assert run.run(settings(), tmp_path / "eight")[0]["num_devices"] == 8
+    quiet = [finish(process)[0] for process in both][1]
+    finish(one)
+    assert [line for line in quiet.splitlines() if not line.startswith("[Gloo]")] == []
+    rows = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
+    assert (rows[0]["num_devices"], rows[0]["num_processes"]) == (4, 2)
+    assert all(row["images_per_second"] > 0 for row in rows)
+    assert len(outcomes(tmp_path / "one")["names"]) == 13
+    for place in ("two", "eight"):
+        assert_same_outcomes(outcomes(tmp_path / place), outcomes(tmp_path / "one"))
+
+
+def test_killed_at_any_moment_on_any_devices_it_ends_in_the_same_outcomes(tmp_path):
+    fields = dict(batch_size=4, throughput_blocks=0, schedules="dense,tome_r12", cache=tmp_path / "cache")
+    finish(start(tmp_path / "whole", **fields))
+    parts = tmp_path / "parts"
+    for processes in (start_two(parts, **fields), [start(parts, devices=4, **fields)]):
+        journal = parts / ".outcomes"
+        before = journal.stat().st_size if journal.exists() else 0
+        while processes[0].poll() is None and not (journal.exists() and journal.stat().st_size > before):
+            time.sleep(0.001)
+        for process in processes:
+            process.kill()
+            process.communicate()
+    programs = lambda: {path.name for path in (tmp_path / "cache").glob("jit_eval_step-*")}  # noqa: E731
+    kept = programs()
+    assert len(kept) >= 2
+    output, errors = finish(start(parts, **fields))
+    done = re.search(r"it goes on after (\d+) of 360 images", output)
+    assert done
+    assert 8 <= int(done[1]) < 360
+    assert errors == ""  # and XLA takes its own programs from the cache without a word
+    assert len(outcomes(parts)["names"]) == 360
+    assert_same_outcomes(outcomes(parts), outcomes(tmp_path / "whole"))
+    assert not list(parts.glob(".*"))
+    assert programs() == kept
+
+
+@pytest.fixture
+def jax_cache():
+    """JAX's options for compiled programs, as they are put back afterwards."""
+    names = ["dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes"]
+    names = [f"jax_compilation_cache_{name}" if name == "dir" else f"jax_{name}" for name in names]
+    before = {name: getattr(jax.config, name) for name in names}
+    yield lambda: jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+def test_compiled_programs_are_kept_where_they_can_be(jax_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(flags, "_CPU", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text("vendor_id : GenuineIntel\nflags : avx2")
+    flags.keep_programs(None)
+    assert jax_cache() == str(tmp_path / "cache" / "fcvit_jax" / "jax")
+    assert (tmp_path / "cache" / "fcvit_jax" / "jax").stat().st_mode & 0o777 == 0o700
+    flags.keep_programs("")
+    assert jax_cache() is None
+    (tmp_path / "cpuinfo").write_text("vendor_id : GenuineIntel\nflags : avx2 avx512f")
+    flags.keep_programs(None)
+    assert jax_cache() is None
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))  # as JAX_COMPILATION_CACHE_DIR does
+    flags.keep_programs(None)
+    assert jax_cache() == str(tmp_path / "mine")
+    flags.keep_programs(str(tmp_path / "flag"))
+    assert jax_cache() == str(tmp_path / "flag")
+    (tmp_path / "file").write_text("")
+    flags.keep_programs(str(tmp_path / "file" / "below"))  # cannot be made, even by root
+    assert jax_cache() is None
+    flags.keep_programs("/proc/nothing")
+    assert jax_cache() is None
