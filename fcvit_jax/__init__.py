@@ -13,6 +13,7 @@ from fcvit_jax.checkpoint import load_checkpoint as load_checkpoint
 from fcvit_jax.checkpoint import save_checkpoint as save_checkpoint
 from fcvit_jax.data.preprocess import Preprocess as Preprocess
 from fcvit_jax.errors import InputError as InputError
+from fcvit_jax.export import export as export
 from fcvit_jax.models import flops as flops
 from fcvit_jax.models import zoo as zoo
 from fcvit_jax.models.merging import unmerge_tokens as unmerge_tokens

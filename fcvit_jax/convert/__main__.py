@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any, cast
 
 from fcvit_jax.checkpoint import check_target, flat_params, load_checkpoint, save_checkpoint
 from fcvit_jax.convert import export
@@ -34,7 +34,7 @@ from fcvit_jax.convert.readers import WeightFile, read_weights
 from fcvit_jax.convert.sidecar import Sidecar, read_sidecar
 from fcvit_jax.convert.translation import Converted, Row, Translation, assemble, translate
 from fcvit_jax.data.preprocess import PRESETS, Preprocess, preset
-from fcvit_jax.errors import InputError, naming, one_line_errors
+from fcvit_jax.errors import InputError, OneLineParser, naming, one_line_errors
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.vit import GELUS, POOLS, ViTConfig
 
@@ -343,13 +343,8 @@ def _epsilon(text: str) -> float:
     return value
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help tells more)\n")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = OneLineParser(
         prog="python -m fcvit_jax.convert",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
