@@ -22,12 +22,15 @@ def naming(name: object) -> Iterator[None]:
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn an `InputError` into `error: ...` on standard error and exit status 2."""
+    """Turn an `InputError` into `error: ...` on standard error and exit status 2; Ctrl-C into a line and 130."""
     try:
         yield
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(130) from None
 
 
 class OneLineParser(argparse.ArgumentParser):

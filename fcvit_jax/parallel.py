@@ -20,6 +20,8 @@ def start_processes(where: str) -> None:
     """
     if not where:
         return
+    # Between CPUs one program after the other: with several in flight, their collectives once waited for ever.
+    jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         if where == "auto":
             jax.distributed.initialize()

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -318,7 +319,11 @@ def test_what_is_not_what_is_reported_is_warned_of():
 
 def start(workdir, *more: Any, devices: Any = 1, cache: Any = "", **fields: Any):
     """evaluate.py as a process."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONFAULTHANDLER": "1",
+    }
     command = [sys.executable, str(ROOT / "evaluate.py"), f"--workdir={workdir}", f"--compile_cache={cache}", *more]
     return subprocess.Popen(
         [*command, *(f"--config.{name}={value}" for name, value in fields.items())],
@@ -338,7 +343,11 @@ def start_two(workdir, **fields: Any):
 
 
 def finish(process):
-    output, errors = process.communicate(timeout=600)
+    try:
+        output, errors = process.communicate(timeout=600)
+    except subprocess.TimeoutExpired:  # what hangs says where
+        process.send_signal(signal.SIGABRT)
+        pytest.fail(process.communicate()[1])
     assert process.returncode == 0, errors
     return output, errors
 

@@ -28,7 +28,16 @@ from fcvit_jax.models.vit import ViT
 
 PANELS = 6  # of the gallery, at most, beside each image
 JOURNAL = ".outcomes"  # in the working directory, until the results are written
-FINISHED = ("logits_*.npz", "outcomes.npz", "per_class.json", "gallery/[0-9]*_*.png")  # of an earlier run: they go
+FINISHED = (  # of an earlier run: they go
+    "results.jsonl",
+    "results.csv",
+    "report.html",
+    "pareto.png",
+    "outcomes.npz",
+    "per_class.json",
+    "logits_*.npz",
+    "gallery/[0-9]*_*.png",
+)
 
 
 def run(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
@@ -43,8 +52,10 @@ def run(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
     if settings.gmacs_only:
         if jax.process_index():
             return []
+        rows = gmacs_rows(settings)
         writable_directory(workdir)
-        return gmacs_rows(settings)
+        clear(workdir)
+        return rows
     job, times = prepare(settings, workdir), Times()
     read(job).close()  # complains of numbers that make no sense
     with times("compiling"):
@@ -61,6 +72,16 @@ def forget(workdir: Path) -> None:
     """Remove what an interrupted run would need to go on."""
     (workdir / JOURNAL).unlink(missing_ok=True)
     LogitsWriter.remove(workdir)
+
+
+def clear(workdir: Path) -> None:
+    """Remove the results of an earlier run: they must not stand beside those of another."""
+    forget(workdir)
+    for stale in (path for pattern in FINISHED for path in workdir.glob(pattern)):
+        try:
+            stale.unlink()
+        except OSError as error:
+            raise InputError(f"{stale} cannot be removed ({error.strerror}): take another --workdir") from None
 
 
 def compile_steps(job: Job) -> dict[str, CompiledStep]:
@@ -125,9 +146,7 @@ def begin(job: Job) -> tuple[Journal, LogitsWriter | None]:
     else:
         if journal.differs:
             print(f"{workdir}: the interrupted run there differs in {', '.join(journal.differs)}; this one starts anew")
-        forget(workdir)
-        for stale in (path for pattern in FINISHED for path in workdir.glob(pattern)):
-            stale.unlink()
+        clear(workdir)
     writer = None
     if job.settings.save_logits:
         shape = job.num_records, job.checkpoint.config.num_classes
