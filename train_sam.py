@@ -9,11 +9,13 @@ with the same --workdir, a run goes on where it was; on SIGTERM it saves and sto
 command on each with --distributed=auto (Slurm, Kubernetes, TPU), or --distributed=HOST:PORT,COUNT,INDEX.
 
 Writes into the working directory: checkpoint/ (the last parameters), best/ (those of the best test accuracy),
-metrics.jsonl, events/ (for TensorBoard, if tensorboardX is installed) and states/ (to go on from).
+metrics.jsonl, events/ (for TensorBoard, if tensorboardX is installed) and states/ (to go on from); with
+--config.flatness=true also flatness.json and flatness.png, how flat the minimum is that it ended in.
 """
 
 import contextlib
 import json
+import shlex
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -40,6 +42,7 @@ from fcvit_jax.models import zoo
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training import sam
+from fcvit_jax.training.flatness import main as flatness
 from fcvit_jax.training.log import Log
 from fcvit_jax.training.optimizer import OptimizerConfig, frozen_mask, make_optimizer
 from fcvit_jax.training.start import Start, from_checkpoint, from_scratch
@@ -47,7 +50,7 @@ from fcvit_jax.training.states import States
 from fcvit_jax.training.step import Recipe, TrainState, init_state, make_train_step
 from fcvit_jax.training.targets import TargetConfig
 
-FREE = ("keep", "log_every", "save_every", "tensorboard", "workers")  # what a run may change when it goes on
+FREE = ("flatness", "keep", "log_every", "save_every", "tensorboard", "workers")  # what may change when a run goes on
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -59,6 +62,8 @@ def main(config: Any, workdir: Path) -> None:
     else:
         counted = f"{accuracy.correct}/{accuracy.num_images}"
         tell(f"test top-1 {accuracy.top1:.2%} ({counted}); written: {workdir}/checkpoint")
+        if config.flatness:
+            measure_flatness(config, workdir)
 
 
 @dataclass(frozen=True)
@@ -377,6 +382,15 @@ def termination() -> Iterator[Callable[[int], bool]]:
         yield lambda step: bool(came)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def measure_flatness(config: Any, workdir: Path) -> None:
+    """Write flatness.json and flatness.png beside the checkpoint, measured on the training images."""
+    arguments = ["--checkpoint", str(workdir), "--dataset", config.train]
+    if jax.process_count() > 1:
+        tell(f"one process measures flatness: run python -m fcvit_jax.training.flatness {shlex.join(arguments)}")
+    else:
+        flatness(arguments)
 
 
 def tell(line: str) -> None:

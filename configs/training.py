@@ -42,6 +42,7 @@ def defaults() -> Any:
     config.sam_after_warmup = False  # a radius of 0 during the warm-up
 
     config.schedules = "dense"  # what is evaluated, beside dense
+    config.flatness = False  # measure at the end how flat the minimum is, on training images: flatness.json, .png
     config.eval_every = 1000  # steps
     config.save_every = 1000
     config.log_every = 50

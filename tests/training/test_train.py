@@ -232,6 +232,15 @@ def test_bad_configurations_are_one_line(changes, says, tmp_path):
         train_sam.train(config, tmp_path)
 
 
+def test_flatness_is_measured_at_the_end_where_it_is_asked_for(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(train_sam, "flatness", measured.append)
+    train_sam.main(tiny(epochs=0.25, warmup_epochs=0.0), tmp_path)
+    assert measured == []
+    train_sam.main(tiny(epochs=0.25, warmup_epochs=0.0, flatness=True), tmp_path)  # of the run that is complete
+    assert measured == [["--checkpoint", str(tmp_path), "--dataset", "digits:train"]]
+
+
 def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path):
     with pytest.raises(fc.InputError, match=r"not finite at step \d+ \(images digits/\d+"):
         train_sam.train(tiny(optimizer__learning_rate=1e30, optimizer__clip_norm=1e30), tmp_path)
