@@ -60,7 +60,9 @@ def open_prepared(spec: str, rest: str) -> Source:
             raise InputError(f"{spec}: {file_name} has {labels.size} labels, and no image of ReaL's has so many")
         return Record(image, tuple(map(int, labels)) if several else int(labels[0]), file_name)
 
-    scored = {"imagenet_a": imagenet.IMAGENET_A, "imagenet_r": imagenet.IMAGENET_R}.get(builder.info.name)
+    # TFDS names all 1,000 classes in these; prepared from their folders, the sets name their own 200.
+    variants = {"imagenet_a": imagenet.IMAGENET_A, "imagenet_r": imagenet.IMAGENET_R}
+    scored = variants.get(builder.info.name) if len(class_names) == imagenet.NUM_CLASSES else None
     return Source(spec, tuple(class_names), len(records), read, scored, most_labels)
 
 

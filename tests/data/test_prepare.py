@@ -14,8 +14,9 @@ from PIL import Image
 
 from configs import eval_digits
 from fcvit_jax.checkpoint import abstract_params
-from fcvit_jax.data import prepare
+from fcvit_jax.data import imagenet, prepare
 from fcvit_jax.data.batches import eval_batches
+from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Record, Source, open_source
 from fcvit_jax.errors import InputError
@@ -140,6 +141,21 @@ def test_what_is_there_stays(folder, tmp_path):
     refused("digits:x: x is no image file, so there are no bytes to keep", array, name="another")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in out.iterdir()) == ["occupied", "photos"]
+
+
+@pytest.mark.parametrize(("name", "scored"), [("imagenet_a", imagenet.IMAGENET_A), ("imagenet_r", imagenet.IMAGENET_R)])
+def test_some_of_imagenets_classes_are_scored_as_their_folder_is(tmp_path, name, scored):
+    """The folder is called as TFDS calls the data set, which names all 1,000 classes, where this one names 200."""
+    for index in scored:
+        path = tmp_path / name / imagenet.synsets()[index] / "x.png"
+        path.parent.mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(path)
+    prepare.main([str(tmp_path / name), str(tmp_path / "data")])
+    for spec in (f"tfds:{name}/test@{tmp_path / 'data'}", f"folder:{tmp_path / name}"):
+        source = match_head(open_source(spec), 1000, None, "a model")
+        assert source.scored == scored
+        assert source.class_names == imagenet.synsets()
+        assert [record.label for record in source] == list(scored)
 
 
 def test_class_names_that_a_list_cannot_hold_are_refused(tmp_path):
