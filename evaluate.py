@@ -21,7 +21,7 @@ from typing import Any
 from fcvit_jax.evaluation.job import Settings
 from fcvit_jax.evaluation.report import format_table, write_report
 from fcvit_jax.evaluation.results import remarks
-from fcvit_jax.evaluation.run import forget, run
+from fcvit_jax.evaluation.run import forget, holds_accuracies, run
 from fcvit_jax.flags import run_script
 
 
@@ -30,13 +30,16 @@ def main(config: Any, workdir: Path) -> None:
     rows = run(settings, workdir)
     if not rows:  # another process has them
         return
-    written = write_report(rows, workdir)
+    if settings.gmacs_only and holds_accuracies(workdir):
+        written = f"nothing is written: {workdir} has an evaluation's results, or an interrupted one; they stay"
+    else:
+        written = f"written: {', '.join(write_report(rows, workdir))} in {workdir}"
     if not settings.gmacs_only:
         forget(workdir)
     print(format_table(rows))
     for line in remarks(rows):
         print(line)
-    print(f"written: {', '.join(written)} in {workdir}")
+    print(written)
 
 
 if __name__ == "__main__":

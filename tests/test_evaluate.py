@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import evaluate
 import fcvit_jax as fc
 from configs import eval_digits
 from fcvit_jax import flags
@@ -286,6 +287,37 @@ def test_gmacs_need_neither_data_nor_weights(settings, tmp_path):
     assert (rows[3]["tokens_out"], rows[3]["stages"]) == (197 - 12 * 13, "global:12:r13")
     weights = settings(checkpoint="deit_small_patch16_224.fb_in1k", gmacs_only=True, schedules="dense")
     assert run.run(weights, tmp_path)[0]["model"] == "deit_small_patch16_224.fb_in1k"
+
+
+def test_costs_take_nothing_from_an_evaluation(settings, tmp_path, monkeypatch, capsys):
+    config: Any = eval_digits.get_config()
+    config.gmacs_only, config.schedules = True, "dense,tome_r12"
+
+    def kept(workdir):
+        before = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}
+        evaluate.main(config, workdir)
+        assert {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()} == before
+        told = capsys.readouterr().out.splitlines()
+        assert told[0].split()[:3] == ["schedule", "tokens", "GMACs"]
+        return told[-1]
+
+    with interrupted(monkeypatch, 1):
+        run.run(settings(schedules="dense", save_logits=True), tmp_path / "parts")
+    rows = run.run(settings(schedules="dense"), tmp_path / "whole")
+    evaluate.write_report(rows, tmp_path / "whole")
+    run.forget(tmp_path / "whole")
+    for name in ("parts", "whole"):
+        assert kept(tmp_path / name) == (
+            f"nothing is written: {tmp_path / name} has an evaluation's results, or an interrupted one; they stay"
+        )
+    (tmp_path / "whole" / "outcomes.npz").unlink()  # the table alone will do
+    assert kept(tmp_path / "whole").startswith("nothing is written")
+    # Costs take the place of costs.
+    for _ in range(2):
+        evaluate.main(config, tmp_path / "costs")
+        assert (
+            capsys.readouterr().out.splitlines()[-1] == f"written: results.jsonl, results.csv in {tmp_path / 'costs'}"
+        )
 
 
 def known(spec, size=50_000, classes=None, model: str | None = "deit_small_patch16_224.fb_in1k", pixels=224):

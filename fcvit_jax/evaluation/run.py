@@ -53,8 +53,9 @@ def run(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
         if jax.process_index():
             return []
         rows = gmacs_rows(settings)
-        writable_directory(workdir)
-        clear(workdir)
+        if not holds_accuracies(workdir):
+            writable_directory(workdir)
+            clear(workdir)
         return rows
     job, times = prepare(settings, workdir), Times()
     read(job).close()  # complains of numbers that make no sense
@@ -72,6 +73,13 @@ def forget(workdir: Path) -> None:
     """Remove what an interrupted run would need to go on."""
     (workdir / JOURNAL).unlink(missing_ok=True)
     LogitsWriter.remove(workdir)
+
+
+def holds_accuracies(workdir: Path) -> bool:
+    """Whether an evaluation has left its results there, or a part of them: those are not cleared for mere costs."""
+    results = workdir / "results.jsonl"
+    counted = any((workdir / name).exists() for name in (JOURNAL, "outcomes.npz"))
+    return counted or (results.exists() and '"top1"' in results.read_text(errors="replace"))
 
 
 def clear(workdir: Path) -> None:
