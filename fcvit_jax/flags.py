@@ -43,6 +43,7 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) ->
             logging.set_verbosity(logging.WARNING)
         with one_line_errors():
             parallel.start_processes(flags.FLAGS.distributed)
+        with parallel.ending_together(), one_line_errors():
             keep_programs(flags.FLAGS.compile_cache)
             main(config_flag.value, Path(workdir_flag.value))
 

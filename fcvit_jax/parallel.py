@@ -1,8 +1,18 @@
-"""Devices: one mesh axis over all hosts, the ways an array lies on it, and how several processes start."""
+"""Devices: one mesh axis over all hosts, the ways an array lies on it, and how several processes start and end."""
 
+import collections
+import contextlib
+import os
+import re
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
 from typing import Any
 
 import jax
+from jax._src import distributed  # its store of keys, which has no public name; Orbax relies on it too
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fcvit_jax.errors import InputError
@@ -10,32 +20,103 @@ from fcvit_jax.errors import InputError
 # Smaller leaves are kept whole on every device: to gather them costs more than they weigh.
 _SMALLEST_SHARDED = 2**16  # numbers
 
+# How the processes tell each other that one has stopped, and that all have finished.
+_STOPPED, _FINISHED = "fcvit_jax/stopped", "fcvit_jax/finished"
+_TOLD = "error: another process stopped: see its message"
+_LOOK = 0.5  # seconds between two looks at whether another process has stopped
+_DAY_MS = 24 * 60 * 60 * 1000
+_EXCHANGE = re.compile("gloo|nccl|coordination|barrier|unavailable|deadline", re.IGNORECASE)
+
 
 def start_processes(where: str) -> None:
     """Join the other processes of this run; to be called before anything else touches JAX.
 
     where: "" for a run of one process; "auto" leaves it to JAX to find out from Slurm, Open MPI, Kubernetes or a TPU
     pod; "HOST:PORT,COUNT,INDEX" says it: the address of process 0, how many processes there are, which one this is.
-    Raises InputError where that has another form or the others are not found.
+    Raises InputError where that has another form, the others are not found, or they have other numbers of devices.
     """
     if not where:
         return
+    found = re.fullmatch(r"(.*:\d+),(\d+),(\d+)", where)
+    if where != "auto" and not (found and int(found[3]) < int(found[2])):
+        raise InputError(
+            f"--distributed {where!r}: write auto, or HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1"
+        )
     # Between CPUs one program after the other: with several in flight, their collectives once waited for ever.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        if where == "auto":
+        if found:
+            jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
+        else:
             jax.distributed.initialize()
-            return
-        address, count, index = where.split(",")
-        if ":" not in address or not 0 <= int(index) < int(count):
-            raise ValueError
-        jax.distributed.initialize(address, int(count), int(index))
     except ValueError:
         raise InputError(
-            f"--distributed {where!r}: write auto, or HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1"
+            "--distributed auto: nothing here tells of other processes (Slurm, Open MPI, Kubernetes or a TPU pod "
+            "does); write HOST:PORT,COUNT,INDEX"
         ) from None
     except RuntimeError as error:
-        raise InputError(f"--distributed {where!r}: the processes do not find each other ({error})") from error
+        why = str(error).splitlines()[0]
+        raise InputError(f"--distributed {where!r}: the processes do not find each other ({why})") from error
+    owners = collections.Counter(device.process_index for device in jax.devices())
+    counts = [count for _, count in sorted(owners.items())]
+    if len(set(counts)) > 1:
+        raise InputError(
+            f"--distributed: the processes have {', '.join(map(str, counts))} devices, and a batch is shared out "
+            "evenly; give each as many (CUDA_VISIBLE_DEVICES)"
+        )
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[None]:
+    """Where one of several processes fails inside, the others end too: within seconds, and with one line.
+
+    Left alone, they would wait for it in the next exchange, and break off in its midst after minutes. One that was
+    killed, and so could not tell, is noticed when that happens. Whoever is done waits for the others.
+    """
+    client: Any = distributed.global_state.client
+    if client is None:  # a process by itself
+        yield
+        return
+    ending = threading.Lock()  # whoever has it, says why this process ends
+    watching = threading.Thread(target=_watch, args=(client, ending), daemon=True)
+    watching.start()
+    try:
+        yield
+        client.wait_at_barrier(_FINISHED, _DAY_MS)
+        ending.acquire()
+    except BaseException as error:
+        ending.acquire()
+        status = error.code if isinstance(error, SystemExit) else 1
+        if isinstance(error, jax.errors.JaxRuntimeError) and _EXCHANGE.search(str(error)):
+            print(f"{_TOLD} ({str(error).splitlines()[0]})", file=sys.stderr)
+            status = 2
+        elif not isinstance(error, SystemExit):
+            traceback.print_exc()
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone, so are the keys
+            client.key_value_set(_STOPPED, "", allow_overwrite=True)
+        _leave(status if isinstance(status, int) else 1)
+    watching.join()
+
+
+def _watch(client: Any, ending: threading.Lock) -> None:
+    while not ending.locked():
+        time.sleep(_LOOK)
+        try:
+            client.key_value_try_get(_STOPPED)
+        except jax.errors.JaxRuntimeError:  # there is no such key
+            continue
+        if ending.acquire(blocking=False):
+            print(_TOLD, file=sys.stderr)
+            _leave(2)
+
+
+def _leave(status: int) -> None:
+    """End the process as it stands: at a usual exit JAX would wait for the others."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # So that all have looked before the exchanges break; and last goes process 0, which takes the keys along.
+    time.sleep(_LOOK * (2 if jax.process_index() else 6))
+    os._exit(status)
 
 
 def data_mesh() -> Mesh:
@@ -74,4 +155,8 @@ def fully_sharded(mesh: Mesh, tree: Any) -> Any:
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises InputError where a batch does not spread evenly over the devices."""
     if batch_size < 1 or batch_size % mesh.size:
-        raise InputError(f"batch_size is {batch_size}: it must be a positive multiple of the {mesh.size} devices")
+        nearest = max(1, round(batch_size / mesh.size)) * mesh.size
+        raise InputError(
+            f"batch_size is {batch_size}: it must be a positive multiple of the {mesh.size} devices; the nearest is "
+            f"config.batch_size={nearest}"
+        )

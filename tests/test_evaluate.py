@@ -5,6 +5,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from PIL import Image
 import evaluate
 import fcvit_jax as fc
 from configs import eval_digits
-from fcvit_jax import flags
+from fcvit_jax import flags, parallel
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
@@ -366,12 +367,15 @@ def start(workdir, *more: Any, devices: Any = 1, cache: Any = "", **fields: Any)
     )
 
 
-def start_two(workdir, **fields: Any):
-    """Two processes of two devices each."""
+def start_two(workdir, devices=(2, 2), **fields: Any):
+    """Two processes, by default of two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=2, **fields) for index in (0, 1)]
+    return [
+        start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=devices[index], **fields)
+        for index in (0, 1)
+    ]
 
 
 def finish(process):
@@ -408,6 +412,74 @@ def test_one_device_eight_devices_and_two_processes_count_the_same(checkpoint, f
     assert len(outcomes(tmp_path / "one")["names"]) == 13
     for place in ("two", "eight"):
         assert_same_outcomes(outcomes(tmp_path / place), outcomes(tmp_path / "one"))
+
+
+OTHER = "error: another process stopped: see its message"
+
+
+def complaints(processes):
+    """What processes that fail say, each less what JAX's transport says of itself."""
+    told = []
+    for process in processes:
+        output, errors = process.communicate(timeout=60)
+        assert process.returncode == 2, output + errors
+        told.append("".join(f"{line}\n" for line in (output + errors).splitlines() if not line.startswith("[Gloo]")))
+    return told
+
+
+def test_where_one_process_fails_the_others_end_at_once_and_each_says_a_line(checkpoint, folder, tmp_path):
+    broken = tmp_path / "photos"
+    shutil.copytree(folder, broken)
+    (broken / "c" / "05.png").write_bytes(b"x")  # the second process decodes it: of a batch of 8 images 4 to 7
+    fields = dict(schedules="dense", batch_size=8, throughput_blocks=0)
+    two = start_two(tmp_path / "two", dataset=f"folder:{broken}", checkpoint=checkpoint, **fields)
+    two[1].wait(timeout=120)
+    ended = time.monotonic()
+    two[0].wait(timeout=60)
+    assert time.monotonic() - ended < 10  # and not when the exchange gives up, after 30 seconds
+    assert complaints(two) == [f"{OTHER}\n", "error: image c/05.png cannot be decoded: no known image format\n"]
+    # What the first process alone finds out, before it begins and when the others are done.
+    (tmp_path / "file").write_text("")
+    (tmp_path / "late").mkdir()
+    (tmp_path / "late" / "gallery").write_text("")
+    for place, culprit in (("file", "file"), ("late", "late/gallery")):
+        first, second = complaints(start_two(tmp_path / place, gallery=1, **fields))
+        assert first.startswith(f"error: {tmp_path}/{culprit} ")
+        assert first.count("\n") == 1
+        assert second == f"{OTHER}\n"
+
+
+def test_a_process_that_is_killed_is_missed_by_the_others(tmp_path):
+    two = start_two(tmp_path, schedules="dense", batch_size=4, throughput_blocks=0)
+    while two[1].poll() is None and not (tmp_path / ".outcomes").exists():
+        time.sleep(0.001)
+    two[1].kill()
+    two[1].communicate()
+    (told,) = complaints(two[:1])
+    assert told.startswith(OTHER)
+    assert told.count("\n") == 1
+    assert (tmp_path / ".outcomes").exists()  # from which it goes on
+
+
+def test_how_processes_find_each_other_is_told_in_one_line(tmp_path):
+    def told(where):
+        with pytest.raises(InputError) as caught:
+            parallel.start_processes(where)
+        return str(caught.value)
+
+    form = "write auto, or HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1"
+    for where in ("a,2,0", "a:1,2", "a:1,2,2", "a:1,2,x"):
+        assert told(where) == f"--distributed {where!r}: {form}"
+    process = start(tmp_path, "--distributed=auto")
+    assert complaints([process]) == [
+        "error: --distributed auto: nothing here tells of other processes (Slurm, Open MPI, Kubernetes or a TPU pod "
+        "does); write HOST:PORT,COUNT,INDEX\n"
+    ]
+    line = (
+        "error: --distributed: the processes have 1, 2 devices, and a batch is shared out evenly; give each as many "
+        "(CUDA_VISIBLE_DEVICES)\n"
+    )
+    assert complaints(start_two(tmp_path, devices=(1, 2))) == [line, line]
 
 
 def test_killed_at_any_moment_on_any_devices_it_ends_in_the_same_outcomes(tmp_path):

@@ -237,5 +237,10 @@ def test_dtype_and_batch_size_are_checked(params):
         compile_step(model, PREPROCESS, params, 8, mesh_of(1), "float16")
     with pytest.raises(InputError, match="batch_size is 12: it must be a positive multiple of the 8 devices"):
         compile_step(model, PREPROCESS, params, 12, mesh_of(8))
+    for wrong, nearest in ((1, 8), (0, 8), (-3, 8), (19, 16), (21, 24)):
+        with pytest.raises(
+            InputError, match=rf"batch_size is {wrong}: .*; the nearest is config\.batch_size={nearest}$"
+        ):
+            parallel.check_batch_size(wrong, mesh_of(8))
     step = compile_step(model, PREPROCESS, params, 8, mesh_of(1), "bfloat16")
     assert step.model.dtype == jnp.bfloat16
