@@ -321,11 +321,20 @@ def test_costs_take_nothing_from_an_evaluation(settings, tmp_path, monkeypatch, 
         )
 
 
-def known(spec, size=50_000, classes=None, model: str | None = "deit_small_patch16_224.fb_in1k", pixels=224):
-    source = Source(spec, classes or imagenet.synsets(), size, lambda index: Record(b"", 0, ""))
+def known(
+    spec,
+    size=50_000,
+    classes=None,
+    model: str | None = "deit_small_patch16_224.fb_in1k",
+    pixels=224,
+    limit=None,
+    **more: Any,
+):
+    more = {"ordered": spec.startswith("folder:")} | more
+    source = Source(spec, classes or imagenet.synsets(), size, lambda index: Record(b"", 0, ""), **more)
     config = dataclasses.replace(fc.zoo.get("deit_small_patch16_224").config, image_size=(pixels, pixels))
     loaded = fc.Checkpoint(Path(), config, {}, fc.Preprocess(), {"provenance": {"model": model}})
-    return job.reported_top1(source, loaded)
+    return job.reported_top1(source, loaded, limit)
 
 
 def test_what_is_reported_is_that_of_these_weights_and_images():
@@ -340,6 +349,17 @@ def test_what_is_reported_is_that_of_these_weights_and_images():
     assert known("folder:val", model="deit_small_patch16_224") is None
     assert known("folder:val", model=None) is None
     assert known("folder:val", pixels=384) is None
+    # The first images of a folder are its first classes; those of a shuffled set are a sample.
+    assert known("folder:val", limit=49_999) is None
+    assert known("folder:val", limit=50_000) == 0.79856
+    assert known("tfds:imagenet2012/validation", limit=1000) == 0.79856
+    # The folder as our own command has prepared it, under whatever name.
+    for spec in ("tfds:val/test@data", "tfds:imagenet2012/validation@data"):
+        assert known(spec, ordered=True) == 0.79856
+        assert known(spec, ordered=True, limit=1000) is None
+        assert known(spec, ordered=True, size=1000) is None
+    assert known("tfds:val/test@data") is None
+    assert known("tfds:val/test@data", ordered=True, labels_per_image=9) is None
 
 
 def test_what_is_not_what_is_reported_is_warned_of():

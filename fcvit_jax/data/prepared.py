@@ -63,7 +63,8 @@ def open_prepared(spec: str, rest: str) -> Source:
     # TFDS names all 1,000 classes in these; prepared from their folders, the sets name their own 200.
     variants = {"imagenet_a": imagenet.IMAGENET_A, "imagenet_r": imagenet.IMAGENET_R}
     scored = variants.get(builder.info.name) if len(class_names) == imagenet.NUM_CLASSES else None
-    return Source(spec, tuple(class_names), len(records), read, scored, most_labels)
+    ordered = builder.info.disable_shuffling  # as our own command writes a folder; TFDS shuffles while it prepares
+    return Source(spec, tuple(class_names), len(records), read, scored, most_labels, ordered)
 
 
 def _records(spec: str, builder: Any, split: str, directory: Path) -> TFRecords | Sequence[bytes]:

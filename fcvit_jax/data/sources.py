@@ -42,6 +42,7 @@ class Source:
       scored: the classes among which a prediction is made; None: all. ImageNet-A's images show 200 of ImageNet's
         1,000 classes, and a model is asked which of the 200.
       labels_per_image: 1, or the most that any image has; above 1, labels are tuples.
+      ordered: the records stand class by class: the first of them are no sample.
     """
 
     spec: str
@@ -50,6 +51,7 @@ class Source:
     read: Callable[[int], Record] = dataclasses.field(repr=False)
     scored: tuple[int, ...] | None = None
     labels_per_image: int = 1
+    ordered: bool = False
 
     def __len__(self) -> int:
         return self.size
@@ -112,7 +114,7 @@ def _open_folder(spec: str, path: str) -> Source:
         except OSError as error:
             raise InputError(f"image {root / names[index]} cannot be read: {error.strerror}") from None
 
-    return Source(spec, tuple(classes), len(names), read)
+    return Source(spec, tuple(classes), len(names), read, ordered=True)
 
 
 def _images(root: Path, folder: str) -> list[str]:

@@ -91,7 +91,7 @@ def prepare(settings: Settings, workdir: Path) -> Job:
         schedule.plan(checkpoint.config)
     if jax.process_index() == 0:
         writable_directory(workdir)
-    reported = None if settings.real_labels else reported_top1(opened, checkpoint)
+    reported = None if settings.real_labels else reported_top1(opened, checkpoint, settings.limit)
     return Job(settings, workdir, mesh, source, checkpoint, schedules, reported)
 
 
@@ -112,17 +112,20 @@ def fingerprint(job: Job) -> dict[str, Any]:
     }
 
 
-def reported_top1(source: Source, checkpoint: Checkpoint) -> float | None:
+def reported_top1(source: Source, checkpoint: Checkpoint, limit: int | None = None) -> float | None:
     """What the zoo reports of these weights as they are, where the source has ImageNet's validation images.
 
-    source: as it was opened: its class names tell a folder of the 50,000 from another.
+    source: as it was opened: its class names and size tell a folder of the 50,000, prepared or not, from another. All
+    must be evaluated where they stand class by class; of those that TFDS has shuffled, some are a fair sample.
     """
     name, config = checkpoint.meta["provenance"].get("model"), checkpoint.config
     if name not in zoo.names():
         return None
     model = zoo.get(name)
-    prepared = re.match(r"tfds:imagenet2012(:[\d.]+)?/validation(\[|@|$)", source.spec)
-    folder = source.spec.startswith("folder:") and len(source) == 50_000
-    folder = folder and sorted(source.class_names) == list(imagenet.synsets())
+    if source.ordered:
+        whole = len(source) == 50_000 <= (limit or 50_000) and source.labels_per_image == 1
+        there = whole and sorted(source.class_names) == list(imagenet.synsets())
+    else:
+        there = re.match(r"tfds:imagenet2012(:[\d.]+)?/validation(\[|@|$)", source.spec)
     same = (config.image_size, config.num_classes) == (model.config.image_size, model.config.num_classes)
-    return model.top1 if same and (prepared or folder) else None
+    return model.top1 if same and there else None

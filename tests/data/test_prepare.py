@@ -51,6 +51,8 @@ def test_the_command(folder, tmp_path, capsys):
     prepare.main([str(folder), str(out)])
     assert capsys.readouterr().out == f"5 images of 3 classes: tfds:my_photos/test@{out}\n"
     assert_same(open_source(f"tfds:my_photos/test@{out}"), open_source(f"folder:{folder}"))
+    assert open_source(f"tfds:my_photos/test@{out}").ordered
+    assert open_source(f"folder:{folder}").ordered
     assert [path.name for path in out.iterdir()] == ["my_photos"]
     # A second split of the same classes goes into the same data set.
     shutil.rmtree(folder / "dog")

@@ -82,6 +82,7 @@ def test_tfds_gives_the_files_own_bytes(data_dir):
         records = list(pool.map(source.__getitem__, range(5)))
     order = [int(record.name[len("photo_")]) for record in records]  # TFDS shuffles while it prepares
     assert sorted(order) == [0, 1, 2, 3, 4]
+    assert not source.ordered
     for record, i in zip(records, order, strict=True):
         assert record.image == jpeg(i)
         assert record.label == [2, 0, 1][i % 3]
