@@ -23,3 +23,6 @@ from fcvit_jax.models.schedule import Local as Local
 from fcvit_jax.models.schedule import MergeSchedule as MergeSchedule
 from fcvit_jax.models.vit import ViT as ViT
 from fcvit_jax.models.vit import ViTConfig as ViTConfig
+from fcvit_jax.training.sam import SAMConfig as SAMConfig
+from fcvit_jax.training.sam import sam_transformation as sam_transformation
+from fcvit_jax.training.sam import sam_value_and_grad as sam_value_and_grad

@@ -4,7 +4,7 @@ The gradient is taken at w + e, where e leads uphill inside a ball of radius rho
 parameters themselves are never perturbed. g(w) is the gradient of the batch, unit(x) = x / ||x|| over all leaves:
 
     SAM      arXiv 2010.01412, equations 2 and 3    e = rho unit(g(w)),  estimate g(w + e)
-    ASAM     arXiv 2102.11600                       e = rho T unit(T g(w)),  T = |w| + eta on weights and 1 elsewhere
+    ASAM     arXiv 2102.11600                       e = rho T unit(T g(w)),  T = |w| + eta or 1, see `SAMConfig`
     GSAM     arXiv 2203.08065, algorithm 1          g(w + e) less alpha times the part of g(w) orthogonal to it
     LookSAM  arXiv 2203.02714, algorithm 1          SAM every k-th step; between, g(w) + alpha ||g(w)|| v, with v the
                                                     unit(part of g(w + e) orthogonal to g(w)) of the last SAM step
@@ -34,7 +34,10 @@ class SAMConfig:
     """Which gradient to estimate, and where. Raises InputError that names the field.
 
     A radius of SAM is not one of ASAM, which wants about ten times as much. ASAM has other definitions in circulation;
-    with this one and eta = 0, rescaling weights so that the function stays the same changes nothing.
+    with this one and eta = 0, rescaling weights so that the function stays the same changes nothing. Its T is |w| + eta
+    on leaves of two axes and more (kernels, tokens, position embeddings) and 1 on the others (biases, the norms' scales,
+    LayerScale); the authors' code goes by names instead: |w| + eta on what PyTorch calls "weight", kernels and the
+    norms' scales, and 1 on biases, tokens and position embeddings.
     """
 
     rho: float = 0.05  # radius; 0: the plain gradient in one pass, bit for bit
@@ -149,7 +152,7 @@ def perturbation(
     mask: bools, False for leaves that stay where they are and do not count in the norm. ||e / T|| is rho.
     """
     params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
-    # A leaf of one axis is a bias or a norm, to which the paper's T does not apply.
+    # Of which leaves T is |w| + eta, and where the authors' code has it otherwise: see `SAMConfig`.
     scale = jax.tree.map(lambda w: jnp.abs(w) + eta if adaptive and w.ndim > 1 else jnp.ones_like(w), params)
     mask = jax.tree.map(lambda _: True, params) if mask is None else mask
     ascent = jax.tree.map(lambda t, g, m: t * g.astype(t.dtype) if m else jnp.zeros_like(t), scale, grads, mask)
@@ -256,7 +259,12 @@ def sam_transformation(
     inner = optax.with_extra_args_support(optimizer)
 
     def update(updates: Params, state: Any, params: Params = None, **extra: Any) -> Any:
-        grad_fn = extra.pop("grad_fn")
+        grad_fn = extra.pop("grad_fn", None)
+        if grad_fn is None or params is None:
+            raise InputError(
+                "sam_transformation: update(grads, state, params, grad_fn=...) needs the parameters, and a function of "
+                "them that gives the gradients of the same batch"
+            )
         if cfg.rho:
             updates = grad_fn(_climb(cfg, mask, params, updates, cfg.rho))
         return inner.update(updates, state, params, **extra)

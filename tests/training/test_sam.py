@@ -11,6 +11,7 @@ import optax
 import optax.contrib
 import pytest
 
+import fcvit_jax
 from fcvit_jax import parallel
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.vit import ViT, ViTConfig
@@ -172,7 +173,7 @@ def test_rho_zero_is_the_plain_gradient_bit_for_bit():
     # A radius of 0 where the configuration has no room for it costs a second pass, and gives the same.
     _, grads, _, info = estimate(SAMConfig(rho=0.1), params, batch, dropout_loss, rho=0.0)
     assert error(grads, expected[1]) < 1e-6
-    assert info.gap == 0
+    assert float(info.gap) == pytest.approx(0, abs=2e-7 * float(info.loss))  # of two programs, each with its rounding
 
 
 def test_a_vanishing_gradient_gives_zeros_and_no_nan():
@@ -325,7 +326,7 @@ def test_the_whole_radius_is_spent_on_what_is_perturbed(perturb):
     e = perturbation(params, grads, 0.3, mask=mask)
     chosen = {"kernels": e["head"]["kernel"], "norms": e["norm1"]}[perturb]
     assert norm(chosen) == pytest.approx(0.3, rel=1e-6)
-    assert norm(e) == norm(chosen)  # nothing else moves
+    assert np.count_nonzero(flat(e)) == np.count_nonzero(flat(chosen))  # nothing else moves
     expected, _ = mlp_gradient(jax.tree.map(jnp.add, params, e), batch, KEY)
     function = jax.jit(sam.sam_value_and_grad(mlp_loss, SAMConfig(rho=0.3), mask))
     _, grads, _, _ = function(params, batch, KEY, 0.3, 0, SAMState(()))
@@ -384,6 +385,14 @@ def test_gsam_takes_off_the_part_of_the_clean_gradient_across_the_adversarial_on
     difference = flat(grads) - flat(adversarial)
     assert abs(difference @ flat(adversarial)) < 1e-5 * np.linalg.norm(difference) * norm(adversarial)
     np.testing.assert_allclose(flat(info), flat(expected_info), rtol=1e-5)
+
+
+def test_gsam_that_takes_nothing_off_is_sam():
+    # 1e-12, because where the configuration has 0 the subtraction is left out.
+    params, batch = mlp_params(), mlp_batch()
+    expected = estimate(SAMConfig(rho=0.5), params, batch)
+    tiny = estimate(SAMConfig(rho=0.5, gap_weight=1e-12), params, batch)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-7), tiny, expected)
 
 
 @pytest.mark.parametrize("parts", [{}, {"microbatches": 4}, {"microbatches": 4, "scope": "microbatch"}])
@@ -601,3 +610,19 @@ def test_the_optax_shell_knows_rho_adaptive_and_masks():
     for field, value in {"rho_final": 0.1, "start_step": 1, "gap_weight": 0.1, "refresh_every": 2}.items():
         with pytest.raises(InputError, match=f"sam.{field} is {value}: only sam_value_and_grad knows it"):
             sam.sam_transformation(optax.sgd(0.1), SAMConfig(**{field: value}))
+
+
+@pytest.mark.parametrize("rho", [0.1, 0.0])
+def test_the_optax_shell_asks_for_its_function(rho):
+    params, shell = mlp_params(), sam.sam_transformation(optax.sgd(0.1), SAMConfig(rho=rho))
+    state = shell.init(params)
+    for given in ({}, {"params": params}, {"grad_fn": lambda params: params}):
+        with pytest.raises(
+            InputError, match=r"sam_transformation: update\(grads, state, params, grad_fn=\.\.\.\) needs"
+        ):
+            shell.update(params, state, **given)
+
+
+def test_what_a_loop_of_ones_own_needs_is_at_the_top():
+    for name in ("SAMConfig", "sam_transformation", "sam_value_and_grad"):
+        assert getattr(fcvit_jax, name) is getattr(sam, name)
