@@ -278,3 +278,16 @@ def staged(path: Path) -> Iterator[Path]:
                 os.replace(staging, path)
         finally:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what writers of `path` left beside it when they were killed.
+
+    Where one was killed between taking the old directory away and putting the new one there, the old one comes back.
+    """
+    random = "?" * 8  # as `mkdtemp` has it
+    with told_in_one_line(path):
+        for retired in path.parent.glob(f".{path.name}.old-{random}"):
+            shutil.rmtree(retired) if path.exists() else os.replace(retired, path)
+        for staging in path.parent.glob(f".{path.name}.partial-{random}"):
+            shutil.rmtree(staging)

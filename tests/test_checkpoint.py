@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import load_checkpoint, save_checkpoint
+from fcvit_jax.checkpoint import load_checkpoint, save_checkpoint, sweep
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.vit import ViT, ViTConfig
@@ -182,3 +182,34 @@ def test_a_failed_overwrite_keeps_what_was_there(saved, params, monkeypatch):
     monkeypatch.undo()
     jax.tree.map(np.testing.assert_array_equal, load_checkpoint(saved).params, params)
     assert [path.name for path in saved.parent.iterdir()] == ["ckpt"]
+
+
+def test_what_a_killed_writer_left_goes_and_what_it_took_away_comes_back(saved, params, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    replace, calls = os.replace, []
+
+    def killed_at(count):
+        def call(source, target):
+            calls.append(source)
+            if len(calls) >= count:
+                raise Killed  # and nothing can be done any more: the ones that would mend it fail too
+            replace(source, target)
+
+        return call
+
+    doubled = jax.tree.map(lambda x: 2 * x, params)
+    for count in (1, 2):
+        calls.clear()
+        monkeypatch.setattr("os.replace", killed_at(count))
+        monkeypatch.setattr("shutil.rmtree", lambda *args, **kwargs: None)
+        with pytest.raises(Killed):
+            save_checkpoint(saved, CONFIG, doubled, PREPROCESS, overwrite=True)
+        monkeypatch.undo()
+        assert saved.exists() == (count == 1)
+        (saved.parent / ".ckpt.partial-mine").mkdir(exist_ok=True)  # no name that a writer makes
+        assert len(list(saved.parent.iterdir())) == 3 + (count == 1)
+        sweep(saved)
+        assert sorted(path.name for path in saved.parent.iterdir()) == [".ckpt.partial-mine", "ckpt"]
+        jax.tree.map(np.testing.assert_array_equal, load_checkpoint(saved).params, params)
