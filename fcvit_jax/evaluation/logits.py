@@ -28,11 +28,11 @@ class LogitsWriter:
             if not start:
                 self.remove(directory)
                 self._folder.mkdir()
+            files = {name: self._folder / f"{index}.npy" for index, name in enumerate(schedules)}
             self._arrays = {
-                name: np.lib.format.open_memmap(
-                    self._folder / f"{index}.npy", "r+" if start else "w+", np.float32, shape
-                )
-                for index, name in enumerate(schedules)
+                name: np.lib.format.open_memmap(path, "r+" if start else "w+", np.float32, shape)
+                for name, path in files.items()
+                if not start or path.exists() or not self._target(name).exists()  # `save` had come further
             }
             if not start:
                 self._reserve()
@@ -41,29 +41,46 @@ class LogitsWriter:
                 f"{self._folder} cannot be used for the logits ({error}): make room, or start in another --workdir"
             ) from None
 
+    def _target(self, schedule: str) -> Path:
+        return self._directory / f"logits_{file_name(schedule)}.npz"
+
     def _reserve(self) -> None:
-        """Take the room on the disk: where it is missing later, writing to a mapped file kills the process."""
-        for path in self._folder.iterdir() if hasattr(os, "posix_fallocate") else ():
-            with path.open("r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
+        """Take the room on the disk: where it is missing later, writing to a mapped file kills the process.
+
+        `save` needs that of one file more.
+        """
+        sizes = {path: path.stat().st_size for path in self._folder.iterdir()}
+        sizes[self._folder / "whole.npz"] = max(sizes.values())
+        for path, size in sizes.items() if hasattr(os, "posix_fallocate") else ():
+            with path.open("r+b" if path.exists() else "wb") as file:
+                os.posix_fallocate(file.fileno(), 0, size)
 
     def add(self, batch: Batch, logits: Mapping[str, jax.Array]) -> None:
         """Append the rows of a batch that count."""
         counts = np.asarray(batch.mask)
         start, self._rows = self._rows, self._rows + int(counts.sum())
-        for name, values in logits.items():
-            self._arrays[name][start : self._rows] = np.asarray(values)[counts]
+        for name, array in self._arrays.items():
+            array[start : self._rows] = np.asarray(logits[name])[counts]
 
     def save(self, outcomes: Outcomes) -> None:
-        """Write one file a schedule: `logits` float32 [n, c], `labels` and `names`; each whole or not at all."""
+        """Write one file a schedule: `logits` float32 [n, c], `labels` and `names`; each whole or not at all.
+
+        What it was read from is removed. Raises InputError where there is no room.
+        """
         for name, logits in self._arrays.items():
-            partial = self._folder / "whole.npz"
+            partial, target = self._folder / "whole.npz", self._target(name)
             arrays = {"logits": logits[: self._rows], "labels": outcomes.labels, "names": outcomes.names}
-            with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
-                for key, array in arrays.items():
-                    with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                        np.lib.format.write_array(member, array, allow_pickle=False)
-            os.replace(partial, self._directory / f"logits_{file_name(name)}.npz")
+            try:
+                with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
+                    for key, array in arrays.items():
+                        with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
+                            np.lib.format.write_array(member, array, allow_pickle=False)
+                os.replace(partial, target)
+                Path(str(logits.filename)).unlink()
+            except OSError as error:
+                raise InputError(
+                    f"{target} cannot be written ({error.strerror}): make room and start again; nothing is counted anew"
+                ) from None
 
     @staticmethod
     def remove(directory: Path) -> None:

@@ -58,10 +58,28 @@ def test_an_interrupted_run_goes_on_with_the_rows_that_are_there(tmp_path):
     check(tmp_path)
 
 
+def test_what_cannot_be_written_is_told_and_written_the_next_time(tmp_path):
+    first = LogitsWriter(tmp_path, NAMES, (11, 3))
+    for k in range(3):
+        first.add(batch(k), LOGITS[k])
+    occupied = tmp_path / f"logits_{file_name(NAMES[1])}.npz"
+    occupied.mkdir()
+    with pytest.raises(InputError, match=r"logits_dense-1-.*npz cannot be written \(Is a directory\): make room and"):
+        first.save(WHOLE)
+    # Room is given back schedule by schedule: the first stands, and what it was read from is gone.
+    assert sorted(path.name for path in (tmp_path / ".logits").glob("*.npy")) == ["1.npy"]
+    occupied.rmdir()
+    LogitsWriter(tmp_path, NAMES, (11, 3), start=8).save(WHOLE)
+    check(tmp_path)
+    LogitsWriter(tmp_path, NAMES, (11, 3), start=8).save(WHOLE)  # nothing is left to do
+    check(tmp_path)
+    assert not list((tmp_path / ".logits").glob("*.npy"))
+
+
 def test_the_room_is_taken_beforehand(tmp_path):
     LogitsWriter(tmp_path, NAMES, (1000, 1000))
     taken = sum(512 * path.stat().st_blocks for path in (tmp_path / ".logits").iterdir())
-    assert taken >= 2 * 4_000_000
+    assert taken >= 3 * 4_000_000  # of two schedules, and of one while it is written anew
 
 
 def test_files_that_are_gone_are_told(tmp_path):
