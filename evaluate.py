@@ -20,8 +20,8 @@ from typing import Any
 
 from fcvit_jax.evaluation.job import Settings
 from fcvit_jax.evaluation.report import format_table, write_report
-from fcvit_jax.evaluation.results import remarks
 from fcvit_jax.evaluation.run import forget, holds_accuracies, run
+from fcvit_jax.evaluation.times import format_times
 from fcvit_jax.flags import run_script
 
 
@@ -37,8 +37,8 @@ def main(config: Any, workdir: Path) -> None:
     if not settings.gmacs_only:
         forget(workdir)
     print(format_table(rows))
-    for line in remarks(rows):
-        print(line)
+    if "seconds" in rows[0]:
+        print(format_times(rows[0]["seconds"]))
     print(written)
 
 

@@ -28,8 +28,9 @@ from fcvit_jax.data import imagenet
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation import job, results, run
+from fcvit_jax.evaluation import job, run
 from fcvit_jax.evaluation.statistics import mcnemar, wilson
+from fcvit_jax.evaluation.times import format_times
 
 ROOT = Path(__file__).parents[1]
 CLASSES = tuple("abcdefg")
@@ -106,6 +107,10 @@ def log_softmax(rows):
 def test_rows_and_files_are_what_is_counted_by_hand(checkpoint, settings, tmp_path):
     (tmp_path / "logits_old.npz").write_bytes(b"of an earlier run")
     (tmp_path / "notes.txt").write_text("the user's")
+    torn = [".results.jsonl.partial", ".report.html.partial", "gallery/.000_photo.png.partial"]  # by a kill
+    (tmp_path / "gallery").mkdir()
+    for name in torn:
+        (tmp_path / name).write_bytes(b"a half")
     rows = run.run(settings(save_logits=True, gallery=2), tmp_path)
     labels = [index // 2 for index in range(13)]
     logits = logits_by_hand(checkpoint)
@@ -133,14 +138,15 @@ def test_rows_and_files_are_what_is_counted_by_hand(checkpoint, settings, tmp_pa
         assert (row["model"], row["reference_top1"], row["reference_sigmas"]) == ("vit_tiny_patch16_224", None, None)
         np.testing.assert_allclose(np.load(tmp_path / f"logits_{name}.npz")["logits"], logits[name], atol=1e-4)
     assert rows[0]["gmacs"] > rows[1]["gmacs"]
-    assert rows[0]["seconds"].keys() == {"compiling", "waiting for data", "computing", "on the host"}
-    assert results.remarks(rows)[0].startswith("time: ")
+    assert rows[0]["seconds"].keys() == {"compiling", "waiting for data", "computing", "on the host", "pictures"}
+    assert format_times(rows[0]["seconds"]).startswith("time: ")
     table = json.loads((tmp_path / "per_class.json").read_text())
     assert (table["classes"], table["images"]) == (list(CLASSES), [2] * 6 + [1])
     right = (dense == 0).tolist()
     assert table["correct"]["dense"] == [sum(right[2 * c : 2 * c + 2]) for c in range(7)]
     assert len(list((tmp_path / "gallery").glob("*.png"))) == 2
     assert (tmp_path / "notes.txt").exists()
+    assert not any((tmp_path / name).exists() for name in torn)
     assert not (tmp_path / "logits_old.npz").exists()
     run.forget(tmp_path)
     assert not list(tmp_path.glob(".*"))
@@ -169,6 +175,9 @@ def test_without_dense_nothing_is_compared(settings, tmp_path):
     (row,) = run.run(settings(schedules="tome_r3", limit=5), tmp_path)
     assert [row[key] for key in ("gained", "lost", "mcnemar_p", "agreement", "kl")] == [None] * 5
     assert row["num_images"] == 5
+    (row,) = run.run(settings(schedules="tome_r3", limit=5, throughput_blocks=1), tmp_path)
+    assert row["images_per_second"] > 0
+    assert row["seconds"]["timing"] > 0
 
 
 def test_a_sweep_begins_with_dense_and_nothing_merged_is_dense(settings, tmp_path):
@@ -362,12 +371,25 @@ def test_what_is_reported_is_that_of_these_weights_and_images():
     assert known("tfds:val/test@data", ordered=True, labels_per_image=9) is None
 
 
-def test_what_is_not_what_is_reported_is_warned_of():
-    row = {"model": "M", "top1": 0.7, "reference_top1": 0.8, "preprocess": "P", "reference_sigmas": -25.0}
-    (line,) = results.remarks([row, row | {"reference_sigmas": 2.9}, row | {"reference_sigmas": None}])
-    assert line == (
-        "warning: M is reported with a top-1 of 80.00%, and has 70.00% here: -25.0 standard errors (pixels: P)"
+def test_published_accuracies_stand_in_the_rows_of_those_weights_and_images(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "reported_top1", lambda *args: 0.8)
+    load, provenance = job.load_checkpoint, {"model": "vit_small_patch16_224.augreg_in21k_ft_in1k"}
+
+    def named(*args):
+        return dataclasses.replace(loaded := load(*args), meta=loaded.meta | {"provenance": provenance})
+
+    monkeypatch.setattr(job, "load_checkpoint", named)
+    wanted = settings(schedules="dense,tome_r1,tome_r13,s1winc1_r4")
+    rows = run.run(wanted, tmp_path)
+    assert rows[0]["reference_top1"] == 0.8
+    assert [row["published_top1"] for row in rows] == [0.8141, None, 0.7932, None]
+    assert {row["published_gmacs"] for row in rows} == {None}
+    monkeypatch.setattr(job, "reported_top1", lambda *args: None)  # on other images
+    assert {row["published_top1"] for row in run.run(wanted, tmp_path)} == {None}
+    costs = run.run(
+        settings(checkpoint="vit_small_patch16_224", gmacs_only=True, schedules="s2dfe_r18"), tmp_path / "c"
     )
+    assert (costs[0]["published_top1"], costs[0]["published_gmacs"]) == (0.7973, 2.787)
 
 
 def start(workdir, *more: Any, devices: Any = 1, cache: Any = "", **fields: Any):

@@ -77,7 +77,12 @@ def _introduction(runs: Sequence[Run]) -> Iterable[str]:
     for run in runs:
         what, where = plot.describe(run)
         told = f"{run.name}: {what}, {where}" if len(runs) > 1 else where
-        yield f'<p><span class="soft">{escape(told)}</span><br>{escape(" ".join(table.findings(run)))}</p>'
+        findings = table.findings(run)
+        warnings = [sentence for sentence in findings if sentence.startswith("warning: ")]
+        for warning in warnings:
+            yield f'<p class="warning">{escape(warning.replace("w", "W", 1))}</p>'
+        others = " ".join(sentence for sentence in findings if sentence not in warnings)
+        yield f'<p><span class="soft">{escape(told)}</span><br>{escape(others)}</p>'
 
 
 def _line(line: plot.Line) -> dict[str, Any]:

@@ -90,6 +90,13 @@ def points(model: str | None) -> dict[str, Point]:
     return named
 
 
+def fields(model: str | None, schedule: str) -> dict[str, float | None]:
+    """What a result row says of others' results: published_top1, a fraction as the row's own, and published_gmacs."""
+    point = points(model).get(schedule)
+    top1, gmacs = (point.top1, point.gmacs) if point else (None, None)
+    return {"published_top1": None if top1 is None else round(top1 / 100, 6), "published_gmacs": gmacs}
+
+
 @cache
 def _read() -> tuple[Curve, ...]:
     table = json.loads(Path(__file__).with_suffix(".json").read_text())

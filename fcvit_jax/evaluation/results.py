@@ -9,12 +9,13 @@ import jax
 import numpy as np
 
 from fcvit_jax.checkpoint import load_checkpoint, versions
+from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep
 from fcvit_jax.evaluation.job import Job, Settings
 from fcvit_jax.evaluation.outcomes import Outcomes
 from fcvit_jax.evaluation.statistics import mcnemar, per_class, sigmas, wilson
 from fcvit_jax.evaluation.throughput import Rate
-from fcvit_jax.evaluation.times import Times, format_times
+from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViTConfig
@@ -101,6 +102,7 @@ def gmacs_rows(settings: Settings) -> list[Row]:
             "schedule": key,
             "stages": str(schedule),
             **cost_fields(schedule, config),
+            **published.fields(model, key),
             "checkpoint": name,
             "model": model,
         }
@@ -149,24 +151,13 @@ def result_rows(
                 "reference_top1": known,
                 "reference_sigmas": sigmas(accuracy["correct"], accuracy["num_images"], known) if known else None,
                 **cost_fields(schedule, checkpoint.config),
+                **published.fields(conditions["model"] if job.reported else None, name),  # of the same images
                 **speed_fields(rates.get(name), rates.get("dense")),
                 "compile_seconds": steps[name].compile_seconds,
                 **conditions,
             }
         )
     return rows
-
-
-def remarks(rows: list[Row]) -> list[str]:
-    """What to say beside the table: where the time went, and where dense is not what is reported of its weights."""
-    lines = [format_times(rows[0]["seconds"])] if "seconds" in rows[0] else []
-    for row in rows:
-        if abs(row.get("reference_sigmas") or 0) > 3:
-            lines.append(
-                f"warning: {row['model']} is reported with a top-1 of {row['reference_top1']:.2%}, and has "
-                f"{row['top1']:.2%} here: {row['reference_sigmas']:+.1f} standard errors (pixels: {row['preprocess']})"
-            )
-    return lines
 
 
 def device_name() -> str:

@@ -19,7 +19,7 @@ Row = Mapping[str, Any]
 RESULTS = (
     *("schedule", "stages", "top1", "top1_low", "top1_high", "top5", "correct", "gained", "lost", "mcnemar_p"),
     *("agreement", "kl", "gmacs", "gmacs_executed", "tokens_out", "images_per_second", "images_per_second_spread"),
-    *("speedup", "compile_seconds", "reference_top1", "reference_sigmas"),
+    *("speedup", "compile_seconds", "reference_top1", "reference_sigmas", "published_top1", "published_gmacs"),
 )
 _TEXTS = ("schedule", "stages")
 

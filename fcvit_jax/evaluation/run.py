@@ -62,10 +62,10 @@ def run(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
     with times("compiling"):
         steps = compile_steps(job)
     outcomes = count(job, steps, times)
-    rates = measure(job, steps)
+    rates = measure(job, steps, times)
     if outcomes is None:
         return []
-    write(job, outcomes)
+    write(job, outcomes, times)
     return result_rows(job, outcomes, steps, rates, times)
 
 
@@ -85,7 +85,9 @@ def holds_accuracies(workdir: Path) -> bool:
 def clear(workdir: Path) -> None:
     """Remove the results of an earlier run: they must not stand beside those of another."""
     forget(workdir)
-    for stale in (path for pattern in FINISHED for path in workdir.glob(pattern)):
+    names = map(Path, FINISHED)
+    patterns = [*FINISHED, *(str(name.with_name(f".{name.name}.partial")) for name in names)]  # killed while writing
+    for stale in (path for pattern in patterns for path in workdir.glob(pattern)):
         try:
             stale.unlink()
         except OSError as error:
@@ -178,36 +180,41 @@ def read(job: Job, start: int = 0, limit: int | None = None) -> Generator[Batch,
     return device_batches(host, parallel.batched(job.mesh))
 
 
-def measure(job: Job, steps: Mapping[str, CompiledStep]) -> dict[str, Rate]:
+def measure(job: Job, steps: Mapping[str, CompiledStep], times: Times) -> dict[str, Rate]:
     """Images/s on the first batch, {} where that is not wanted."""
     blocks = job.settings.throughput_blocks
     if blocks < 1:
         return {}
     with contextlib.closing(read(job, limit=min(job.settings.batch_size, job.num_records))) as one:
         batch = next(one)
-    with progress(desc="timing", total=blocks * len(steps), unit="block") as bar:
+    with times("timing"), progress(desc="timing", total=blocks * len(steps), unit="block") as bar:
         return measure_throughput(steps, job.checkpoint.params, batch, blocks, on_block=bar.update)
 
 
-def write(job: Job, outcomes: Outcomes) -> None:
+def write(job: Job, outcomes: Outcomes, times: Times) -> None:
     """The files beside the rows."""
-    settings, checkpoint, workdir = job.settings, job.checkpoint, job.workdir
-    save_outcomes(workdir / "outcomes.npz", list(job.schedules), outcomes)
+    save_outcomes(job.workdir / "outcomes.npz", list(job.schedules), outcomes)
     table = class_table(outcomes, job.schedules, job.source.class_names)
-    write_whole(workdir / "per_class.json", json.dumps(table).encode())
-    if settings.gallery < 1:
-        return
+    write_whole(job.workdir / "per_class.json", json.dumps(table).encode())
+    if job.settings.gallery > 0:
+        with times("pictures"):
+            draw(job)
+
+
+def draw(job: Job) -> None:
+    """The gallery: what the first images are merged to."""
     from fcvit_jax.evaluation.visualize import draw_gallery
 
+    checkpoint = job.checkpoint
     merged = [name for name in job.schedules if name != "dense"]
     places = np.linspace(0, len(merged) - 1, PANELS).round() if merged else ()
     shown = {merged[int(place)]: job.schedules[merged[int(place)]] for place in places}
-    many = min(settings.gallery, job.num_records)
+    many = min(job.settings.gallery, job.num_records)
     with contextlib.closing(eval_batches(job.source, checkpoint.preprocess, many, limit=many)) as batches:
         first = next(batches)
     # On one device of this process: the others may have no part in it.
     alone = replace(checkpoint, params=jax.tree.map(np.asarray, checkpoint.params))
-    draw_gallery(alone, shown, np.asarray(first.images), first.names, workdir / "gallery", columns=4)
+    draw_gallery(alone, shown, np.asarray(first.images), first.names, job.workdir / "gallery", columns=4)
 
 
 def progress(*args: Any, **kwargs: Any) -> tqdm:

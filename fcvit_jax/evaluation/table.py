@@ -5,7 +5,6 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.rows import Row, Run, family
 
 WIDTH = 100
@@ -26,7 +25,22 @@ class Column(NamedTuple):
 
 def columns(run: Run, runs: Sequence[Run] = ()) -> list[Column]:
     """The columns behind the schedule's name, less those that no row of the run has a value for, or of all `runs`."""
-    table = [
+    measured = {
+        column.title
+        for other in runs or (run,)
+        for column in _columns(other)
+        if any(column.value(row) is not None for row in other.rows)
+    }
+    return [column for column in _columns(run) if column.title in measured]
+
+
+def _columns(run: Run) -> list[Column]:
+    dense = run.dense
+
+    def saved(row: Row) -> float | None:
+        return dense["gmacs"] / row["gmacs"] if dense and dense.get("gmacs") and row.get("gmacs") else None
+
+    return [
         _column("top-1 %", "top1", "{:.2f}", 100),
         Column("95 % interval", _interval, lambda row: row.get("top1_low")),
         Column("change", lambda row: _change(run, row), run.change),
@@ -34,46 +48,34 @@ def columns(run: Run, runs: Sequence[Run] = ()) -> list[Column]:
         _column("agree %", "agreement", "{:.1f}", 100),
         _column("KL", "kl", "{:.4f}", wide=True),
         _column("images", "num_images", "{:,}"),
-        Column("GMACs", lambda row: _gmacs(row.get("gmacs")), lambda row: row.get("gmacs")),
         _column("tokens", "tokens_out", "{}", wide=True),
+        Column("GMACs", lambda row: _gmacs(row.get("gmacs")), lambda row: row.get("gmacs")),
+        _derived("saved", saved, "{:.2f}x", wide=True),
+        _column("GMACs, published", "published_gmacs", "{:.2f}", wide=True),
+        _column("published", "published_top1", "{:.2f}", 100),
         Column("images/s", _images_per_second, lambda row: row.get("images_per_second")),
         _column("speed-up", "speedup", "{:.2f}x"),
     ]
-    return _measured(table, [row for other in runs or (run,) for row in other.rows])
 
 
 def format_table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text, with what the columns mean and the common conditions below.
-
-    Rows without accuracies are told by their multiply-accumulates, beside the published ones where there are any.
-    """
-    run = Run("", tuple(rows))
-    if not run.evaluated:
-        return "\n".join([*_align(_cost_columns(run), rows), "", *_wrap(_cost_remarks(run))])
-    first = rows[0]
-    conditions = [
-        f"{first.get('checkpoint')} on {first.get('dataset')}; pixels: {first.get('preprocess')}",
-        f"{first.get('dtype')}, batch {first.get('batch_size')}, {first.get('num_devices')} x {first.get('device')}",
-    ]
-    return "\n".join(
-        [
-            *_align([column for column in columns(run) if not column.wide], rows),
-            "",
-            *_wrap([*conditions, *findings(run), *meanings(run)]),
+    """The rows as aligned text, with what the columns mean and the common conditions below."""
+    run, first = Run("", tuple(rows)), rows[0]
+    shown = [column for column in columns(run) if not (run.evaluated and column.wide)]
+    if run.evaluated:
+        told = [
+            f"{first.get('checkpoint')} on {first.get('dataset')}; pixels: {first.get('preprocess')}",
+            "{}, batch {}, {} x {}".format(*map(first.get, ("dtype", "batch_size", "num_devices", "device"))),
+            *findings(run),
         ]
-    )
+    else:
+        told = [f"{first.get('checkpoint')}: nothing was evaluated."]
+    return "\n".join([*_align(shown, rows), "", *_wrap([*told, *meanings(run, shown)])])
 
 
 def findings(run: Run) -> list[str]:
-    """What stands out, a sentence each."""
-    told, dense = [], run.dense
-    if dense and dense.get("reference_top1") is not None and dense.get("top1") is not None:
-        apart = dense.get("reference_sigmas")
-        sigmas = "" if apart is None else f", {abs(apart):.1f} standard errors apart"
-        told.append(
-            f"dense has {100 * dense['top1']:.2f} %, published is {100 * dense['reference_top1']:.2f} %{sigmas}."
-        )
-    told += [_within_a_point(run)]
+    """What stands out, a sentence each; what should be looked into begins with "warning: "."""
+    told = [_against_reported(run.dense), _within_a_point(run)]
     if excluded := max(row.get("images_excluded") or 0 for row in run.rows):
         told.append(f"{excluded:,} images are left out of all counts.")
     if (spread := max(row.get("images_per_second_spread") or 0 for row in run.rows)) > 0.25:
@@ -81,17 +83,23 @@ def findings(run: Run) -> list[str]:
     return [sentence for sentence in told if sentence]
 
 
-def meanings(run: Run) -> list[str]:
-    """What the columns mean, a sentence each."""
+def meanings(run: Run, shown: Sequence[Column] = ()) -> list[str]:
+    """What the columns mean, by default all that the run has, a sentence each."""
     words = {
         "change": "points of top-1 against dense",
         "agree %": "first guesses equal to dense's",
         "GMACs": "1e9 multiply-accumulates of one image",
+        "saved": "those of dense over these",
+        "tokens": "left after the last layer",
     }
-    titles = {column.title for column in columns(run)}
+    titles = {column.title for column in shown or columns(run)}
     told = ["; ".join(f"{title}: {text}" for title, text in words.items() if title in titles) + "."]
     if any(map(differs, run.rows)):
         told.append("* more than chance: McNemar's test on the same images, p < 0.05, each row by itself.")
+    if "published" in titles:
+        told.append(
+            "published: others' top-1 % with these weights, most of it read off figures; see docs/published.md."
+        )
     if "images/s" in titles:
         told.append("images/s: the model alone, compiled and warm, the median of blocks; no decoding, no transfer.")
     return told
@@ -100,6 +108,16 @@ def meanings(run: Run) -> list[str]:
 def differs(row: Row) -> bool:
     """Whether other images are right than under the dense model, by McNemar's test at 5 %."""
     return row.get("mcnemar_p") is not None and row["mcnemar_p"] < 0.05
+
+
+def _against_reported(dense: Row | None) -> str:
+    """How far the dense model is from what is reported of its weights; a warning beyond three standard errors."""
+    if not dense or dense.get("reference_top1") is None or dense.get("top1") is None:
+        return ""
+    told = f"dense has {100 * dense['top1']:.2f} %, published is {100 * dense['reference_top1']:.2f} %"
+    apart = dense.get("reference_sigmas")
+    told += "" if apart is None else f", {abs(apart):.1f} standard errors apart"
+    return f"warning: {told} (pixels: {dense.get('preprocess')})." if abs(apart or 0) > 3 else f"{told}."
 
 
 def _within_a_point(run: Run) -> str:
@@ -119,50 +137,19 @@ def _within_a_point(run: Run) -> str:
     return told + "."
 
 
-def _cost_columns(run: Run) -> list[Column]:
-    dense, points = run.dense, published.points(run.rows[0].get("model"))
-
-    def saved(row: Row) -> float | None:
-        return dense["gmacs"] / row["gmacs"] if dense else None
-
-    def plotted(field: str) -> Callable[[Row], float | None]:
-        return lambda row: getattr(points.get(row["schedule"]), field, None)
-
-    table = [
-        _column("tokens", "tokens_out", "{}"),
-        Column("GMACs", lambda row: _gmacs(row.get("gmacs")), lambda row: row.get("gmacs")),
-        _derived("saved", saved, "{:.2f}x"),
-        _derived("GMACs, published", plotted("gmacs"), "{:.2f}"),
-        _derived("top-1 %, published", plotted("top1"), "{:.2f}"),
-    ]
-    return _measured(table, run.rows)
-
-
-def _cost_remarks(run: Run) -> list[str]:
-    first = run.rows[0]
-    told = [
-        f"{first.get('checkpoint')}: nothing was evaluated.",
-        "GMACs: 1e9 multiply-accumulates of one image; tokens: left after the last layer.",
-    ]
-    points = published.points(first.get("model"))
-    if any(row["schedule"] in points for row in run.rows):
-        told.append("published: by others for these weights, most of it read off figures; see docs/published.md.")
-    return told
-
-
 def _column(title: str, field: str, form: str, scale: float = 1, wide: bool = False) -> Column:
     def value(row: Row) -> float | None:
         return None if row.get(field) is None else scale * row[field]
 
-    return _derived(title, value, form)._replace(wide=wide)
+    return _derived(title, value, form, wide)
 
 
-def _derived(title: str, value: Callable[[Row], float | None], form: str) -> Column:
+def _derived(title: str, value: Callable[[Row], float | None], form: str, wide: bool = False) -> Column:
     def text(row: Row) -> str:
         found = value(row)
         return "-" if found is None else form.format(found)
 
-    return Column(title, text, value)
+    return Column(title, text, value, wide)
 
 
 def _interval(row: Row) -> str:
@@ -182,10 +169,6 @@ def _gmacs(value: float | None) -> str:
 def _images_per_second(row: Row) -> str:
     speed = row.get("images_per_second")
     return "-" if speed is None else f"{speed:.1f}" if speed < 100 else f"{speed:,.0f}"
-
-
-def _measured(table: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
-    return [column for column in table if any(column.value(row) is not None for row in rows)]
 
 
 def _align(table: Sequence[Column], rows: Sequence[Row]) -> list[str]:

@@ -131,6 +131,17 @@ def test_published_curves_are_thin_lines_of_their_own(make_run):
     assert point["gmacs"] == pytest.approx(2.70, abs=0.01)
 
 
+def test_what_is_far_from_what_is_reported_is_warned_of_on_the_page(make_run):
+    warning = (
+        '<p class="warning">Warning: dense has 90.00 %, published is 91.00 %, 3.5 standard errors apart (pixels: P).'
+    )
+    for sigmas, times in ((-3.5, 1), (-2.9, 0)):
+        page = render_page([make_run(reference_top1=0.91, reference_sigmas=sigmas)])
+        assert page.count(warning) == times
+        assert page.count("standard errors apart") == 1
+        assert page.count('<p class="warning">') == times
+
+
 def test_text_from_data_is_escaped(make_rows, tmp_path):
     rows = make_rows(
         checkpoint=NASTY, dataset=NASTY, device=NASTY, preprocess=NASTY, versions={NASTY: NASTY}, model=NASTY

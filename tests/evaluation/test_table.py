@@ -1,5 +1,6 @@
 import pytest
 
+from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.rows import Run
 from fcvit_jax.evaluation.table import WIDTH, columns, differs, findings, format_table
 
@@ -61,10 +62,23 @@ def test_a_sweep_stays_within_the_width(make_rows):
             {"reference_top1": 0.91, "reference_sigmas": -1.23},
             "dense has 90.00 %, published is 91.00 %, 1.2 standard errors apart.",
         ),
+        (
+            {"reference_top1": 0.91, "reference_sigmas": -3.01},
+            "warning: dense has 90.00 %, published is 91.00 %, 3.0 standard errors apart (pixels: P).",
+        ),
+        ({"reference_top1": 0.91}, "dense has 90.00 %, published is 91.00 %."),
     ],
 )
 def test_findings(make_run, changes, expected):
     assert sum(expected in told for told in findings(make_run(**changes))) == 1
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "warned"), [(3.0, False), (-3.0, False), (3.01, True), (-3.01, True), (None, False)]
+)
+def test_what_is_not_what_is_reported_is_warned_of(make_run, sigmas, warned):
+    told = findings(make_run(reference_top1=0.91, reference_sigmas=sigmas))
+    assert any(sentence.startswith("warning: ") for sentence in told) == warned
 
 
 def test_no_schedule_within_a_point(make_run):
@@ -77,6 +91,9 @@ def test_columns_of_several_runs_are_the_same(make_run):
     timed, untimed = make_run("a"), make_run("b", images_per_second=None, speedup=None, kl=None)
     titles = [[column.title for column in columns(run, [timed, untimed])] for run in (timed, untimed)]
     assert titles[0] == titles[1]
+    alone = Run("c", untimed.rows[1:])  # without dense, of which nothing is a change
+    assert "change" not in [column.title for column in columns(alone)]
+    assert [column.title for column in columns(alone, [timed, alone])] == titles[0]
     assert {"KL", "images/s"} <= set(titles[0])
     assert "KL" not in [column.title for column in columns(untimed)]
     values = {column.title: column.value(timed.rows[2]) for column in columns(timed)}
@@ -87,7 +104,8 @@ def test_columns_of_several_runs_are_the_same(make_run):
 
 def costs(*rows, model):
     keys = ("schedule", "gmacs", "tokens_out")
-    return [{**dict(zip(keys, row, strict=True)), "checkpoint": "C", "model": model} for row in rows]
+    common = {"checkpoint": "C", "model": model}
+    return [{**dict(zip(keys, row, strict=True)), **published.fields(model, row[0]), **common} for row in rows]
 
 
 def test_costs_stand_beside_the_published_ones():
@@ -97,6 +115,19 @@ def test_costs_stand_beside_the_published_ones():
     assert lines[3].split() == ["s2dfe_r18", "18", "2.78", "1.65x", "2.79", "79.73"]
     assert lines[4].split() == ["s2dfe_r17", "27", "2.88", "1.60x", "-", "-"]
     assert any(line.startswith("published:") for line in lines)
+
+
+def test_measured_accuracies_stand_beside_the_published_ones(make_rows, make_run):
+    rows = [row | published.fields("vit_small_patch16_224", row["schedule"]) for row in make_rows()]
+    lines = format_table(rows).splitlines()
+    assert lines[0].split()[-4:] == ["GMACs", "published", "images/s", "speed-up"]
+    assert [line.split()[-3] for line in lines[2:6]] == ["81.41", "80.73", "79.32", "80.53"]
+    assert max(map(len, lines)) <= WIDTH
+    assert any(line.startswith("published:") for line in lines)
+    assert "published" not in format_table(make_rows())
+    titles = [column.title for column in columns(Run("r", tuple(rows)))]
+    assert titles[titles.index("GMACs") :][:4] == ["GMACs", "saved", "GMACs, published", "published"]
+    assert "published" not in [column.title for column in columns(make_run())]
 
 
 def test_costs_of_a_model_that_nobody_published():
