@@ -22,7 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from fcvit_jax.data.sources import Source, open_source
-from fcvit_jax.errors import InputError, one_line_errors
+from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 
 VERSION, FEATURES = "1.0.0", {"image", "label", "file_name"}
 IMAGES_PER_FILE, MOST_FILES = 1000, 256  # more images a file where there would be more files: readers keep all open
@@ -30,7 +30,7 @@ IMAGES_PER_FILE, MOST_FILES = 1000, 256  # more images a file where there would 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
         prog="python -m fcvit_jax.data.prepare",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
