@@ -17,7 +17,7 @@ from PIL import Image
 
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.labels import match_head
-from fcvit_jax.data.sources import Source, open_source
+from fcvit_jax.data.sources import Record, Source, open_source
 from fcvit_jax.errors import InputError
 
 tfds_warnings = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -190,16 +190,51 @@ def test_imagenets_variants_are_scored_as_they_are_meant(tmp_path):
     example = {"image": io.BytesIO(jpeg(1)), "label": "n01498041"}  # the first of A's classes, a stingray
     prepare(tmp_path, features, {"test": [example]}, "ImagenetA")
     prepare(tmp_path, features, {"test": [example]}, "ImagenetR")
-    prepare(tmp_path, features, {"test": [example]}, "ImagenetV2", "matched-frequency")
+    variants = [f"imagenet_v2/{config}" for config in ("matched-frequency", "threshold-0.7", "topimages")]
+    for variant in variants:
+        prepare(tmp_path, features, {"test": [example]}, "ImagenetV2", variant.partition("/")[2])
     for name, scored in (
         ("imagenet_a", imagenet.IMAGENET_A),
         ("imagenet_r", imagenet.IMAGENET_R),
-        ("imagenet_v2/matched-frequency", None),
+        *((variant, None) for variant in variants),
     ):
         source = match_head(open_source(f"tfds:{name}/test@{tmp_path}"), 1000, None, "a model")
         assert source.scored == scored
         assert source.class_names == synsets
         assert source[0].label == 6
+
+
+@tfds_warnings
+@pytest.mark.parametrize(
+    ("name", "number", "file"),
+    [("cifar10", 10, "test/00000000"), ("cifar100", 100, "test/00000000"), ("oxford_iiit_pet", 37, "a photo.jpg")],
+)
+def test_of_several_pictures_and_labels_it_takes_the_image_and_its_class(tmp_path, name, number, file):
+    """With the features that TFDS gives these sets: a coarse label, a species, a mask beside the image."""
+    import tensorflow_datasets as tfds
+
+    picture, mask = jpeg(3), io.BytesIO()
+    Image.fromarray(np.zeros((32, 32), np.uint8)).save(mask, "PNG")
+    small = io.BytesIO()
+    Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(small, "PNG")
+    if name.startswith("cifar"):
+        picture = small.getvalue()  # its features want 32x32 pixels, as PNG
+    known: Any = {
+        "image": io.BytesIO(picture),
+        "label": number - 1,
+        "coarse_label": 4,
+        "species": 1,
+        "file_name": "a photo.jpg",
+        "id": "a photo",
+        "segmentation_mask": mask,
+        "head_bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
+    }
+    features = dict(tfds.builder(name, data_dir=tmp_path / "none").info.features)
+    body = "".join(part.capitalize() for part in name.split("_"))
+    prepare(tmp_path, features, {"test": [{key: known[key] for key in features}]}, body)
+    source = open_source(f"tfds:{name}/test@{tmp_path}")
+    assert len(source.class_names) == number
+    assert list(source) == [Record(picture, number - 1, file)]
 
 
 @tfds_warnings
