@@ -109,9 +109,9 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
 
     x: [b, n, d], any float dtype; size: [b, n] float32. Returns the same for n - r tokens. Sums run in float32.
     """
-    new_size = _add_merged(size[..., None], matching)
-    total = _add_merged(x.astype(jnp.float32) * size[..., None], matching)
-    return (total / new_size).astype(x.dtype), new_size[..., 0]
+    weighted = jnp.concatenate([x.astype(jnp.float32) * size[..., None], size[..., None]], axis=-1)
+    total = _add_merged(weighted, matching)
+    return (total[..., :-1] / total[..., -1:]).astype(x.dtype), total[..., -1]
 
 
 def _add_merged(x: jax.Array, matching: Matching) -> jax.Array:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax.errors import InputError
+from fcvit_jax.models.attention import attend
 from fcvit_jax.models.merging import follow_patches, match_tokens, merge_tokens
 from fcvit_jax.models.schedule import Layer, MergeSchedule
 
@@ -153,8 +154,9 @@ class ViT(nn.Module):
     Under jit, what is not used of `out` is not computed. Where prefix tokens are pooled, the logits need nothing else
     of the last layer: it is computed for these tokens alone, without merging, and once more for all if its tokens are
     used. That is exact, and 7 % less to compute for a dense ViT-S/16 (`flops.executed_gmacs`). Parameters are float32;
-    `dtype` is that of the computation. With `train=True`, dropout and stochastic depth (rising linearly over the
-    layers) need `rngs={"dropout": key}`.
+    `dtype` is that of the computation, and `attention` the kernel of `attention.attend`. With `train=True`, dropout and
+    stochastic depth (rising linearly over the layers) need `rngs={"dropout": key}`; the last layer's two computations
+    then drop different numbers.
     `schedule` defaults to dense; one that does not fit the model raises InputError when the model is first applied.
     """
 
@@ -164,6 +166,7 @@ class ViT(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     remat: bool = False
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
@@ -183,7 +186,7 @@ class ViT(nn.Module):
         pooled = x
         for index, layer in enumerate(schedule.plan(config)):
             drop_path = self.drop_path * index / max(config.depth - 1, 1)
-            block = kind(config, self.dtype, self.dropout, drop_path, name=f"blocks_{index}")
+            block = kind(config, self.dtype, self.dropout, drop_path, self.attention, name=f"blocks_{index}")
             if index == config.depth - 1 and config.pooled_tokens:
                 pooled, _, _ = block(x, size, layer, train, config.pooled_tokens)
             x, size, matching = block(x, size, layer, train, 0)
@@ -259,11 +262,12 @@ class Block(nn.Module):
     dtype: Any
     dropout: float
     drop_path: float
+    attention: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, size: jax.Array, layer: Layer, train: bool, only: int = 0):
         config = self.config
-        attention = Attention(config, self.dtype, name="attn")
+        attention = Attention(config, self.dtype, self.attention, name="attn")
         # Before the first merge every size is 1 and its logarithm nothing.
         sizes = size if layer.tokens_in < config.num_tokens else None
         y, keys = attention(_norm(config, "norm1")(x), sizes, only or x.shape[1])
@@ -290,12 +294,13 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention in [b, n, d], of the first `queries` tokens, q of them, to all.
 
-    Returns the output [b, q, d] and the keys' mean over the heads, float32 [b, n, k]. With `size` [b, n], log(size) is
-    added to the logits of each key: proportional attention, arXiv 2210.09461, equation 1.
+    Returns the output [b, q, d] and the keys' mean over the heads, float32 [b, n, k]. With `size` [b, n], attention is
+    proportional to it, unless the configuration says otherwise.
     """
 
     config: ViTConfig
     dtype: Any
+    kernel: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, size: jax.Array | None, queries: int) -> tuple[jax.Array, jax.Array]:
@@ -304,11 +309,8 @@ class Attention(nn.Module):
         head_width = width // config.num_heads
         q, k, v = QKV(config, self.dtype, name="qkv")(x, queries)
         q *= jnp.asarray(head_width**-0.5, q.dtype)
-        logits = jnp.einsum("bhnk,bhmk->bhnm", q, k, preferred_element_type=jnp.float32)
-        if size is not None and config.proportional_attention:
-            logits += jnp.log(size)[:, None, None, :]
-        weights = nn.softmax(logits).astype(self.dtype)
-        y = jnp.einsum("bhnm,bhmk->bhnk", weights, v).transpose(0, 2, 1, 3).reshape(batch, queries, width)
+        y = attend(q, k, v, size if config.proportional_attention else None, self.kernel)
+        y = y.transpose(0, 2, 1, 3).reshape(batch, queries, width)
         y = nn.Dense(width, dtype=self.dtype, kernel_init=_init, name="proj")(y)
         return y, k.astype(jnp.float32).mean(axis=1)
 
