@@ -145,7 +145,8 @@ was measured with this library. The column "computed" has the multiply-accumulat
 the same schedule. Made by `python -m fcvit_jax.evaluation.published` from `fcvit_jax/evaluation/published.json`.
 
 Measure the same schedules yourself with [configs/paper_vit_s.py](../configs/paper_vit_s.py), `paper_vit_b.py`,
-`paper_vit_l.py`, `paper_deit_s.py` and `paper_vit_b_sam.py`; the reports draw the digitised curves behind the measured.
+`paper_vit_l.py`, `paper_deit_s.py` and `paper_vit_b_sam.py`; the reports have the published top-1 beside the measured,
+and draw the digitised curves behind.
 
 Sources:
 """

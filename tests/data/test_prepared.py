@@ -229,12 +229,12 @@ def test_of_several_pictures_and_labels_it_takes_the_image_and_its_class(tmp_pat
         "segmentation_mask": mask,
         "head_bbox": tfds.features.BBox(0.0, 0.0, 1.0, 1.0),
     }
-    features = dict(tfds.builder(name, data_dir=tmp_path / "none").info.features)
+    features: Any = tfds.builder(name, data_dir=tmp_path / "none").info.features
     body = "".join(part.capitalize() for part in name.split("_"))
-    prepare(tmp_path, features, {"test": [{key: known[key] for key in features}]}, body)
+    prepare(tmp_path, dict(features), {"test": [{key: known[key] for key in features}]}, body)
     source = open_source(f"tfds:{name}/test@{tmp_path}")
     assert len(source.class_names) == number
-    assert list(source) == [Record(picture, number - 1, file)]
+    assert [source[i] for i in range(len(source))] == [Record(picture, number - 1, file)]
 
 
 @tfds_warnings
