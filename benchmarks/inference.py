@@ -8,7 +8,7 @@ The GPU table of docs/performance.md, on a machine with an NVIDIA GPU, after pip
 
     python benchmarks/inference.py --models vit_small_patch16_224,vit_base_patch16_224,vit_large_patch16_224 \\
         --batch_sizes 1,64,256 --dtypes bfloat16 --schedules dense,tome_r8,s2dfe_r8,s2winc7_r8 \\
-        --peer timm --compile --json gpu.jsonl --plot gpu.png
+        --attention xla,cudnn --peer timm --compile --json gpu.jsonl --plot gpu.png
 
 Blocks of calls of all contenders and of the matmul alternate, so that what else the machine does falls on all alike;
 the median counts, and the spread is (fastest - slowest) / median. All start from normalised images of their dtype on
@@ -21,8 +21,10 @@ With --peer timm, "timm" is timm's own forward for dense schedules, and for thos
 timm's modules (pytorch_tome.py); for those that merge in windows there is none.
 
     /dense    images/s over those of the same contender's dense model
+    executed  GMACs that are computed: of the last layer only what the logits need
     cut       GMACs of the dense model over GMACs
     of cut    /dense over cut: 1 where all that is saved is gained
+    of exec   the same, of the GMACs executed
     /timm     images/s over the fastest timm's under the same schedule
     peak      2 x multiply-accumulates that are executed a second, over FLOP/s of the best matmul in this run
     MiB       arguments, outputs and buffers of the compiled program; of PyTorch, what it held at most on the GPU
@@ -70,20 +72,23 @@ from tqdm import tqdm
 from fcvit_jax.checkpoint import load_checkpoint, versions, writable_directory
 from fcvit_jax.errors import InputError, one_line_errors
 from fcvit_jax.models import flops, zoo
+from fcvit_jax.models.attention import KERNELS
 from fcvit_jax.models.schedule import parse_schedules
 
 CHECKED = 8  # images at least
-COLOURS = {"fcvit_jax": "#0072b2", "timm": "#e69f00", "timm compiled": "#d55e00"}
+COLOURS = {"fcvit_jax": "#0072b2", "fcvit_jax cudnn": "#56b4e9", "timm": "#e69f00", "timm compiled": "#d55e00"}
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # title -> (field of a row, how it is written)
     "images/s": ("images_per_second", "{:.1f}".format),
     "spread": ("spread", "{:.1%}".format),
     "compile": ("compile_seconds", "{:.1f} s".format),
     "MiB": ("memory_bytes", lambda count: f"{count / 2**20:.0f}"),
     "GMACs": ("gmacs", "{:.3f}".format),
+    "executed": ("gmacs_executed", "{:.3f}".format),
     "peak": ("peak_share", "{:.1%}".format),
     "/dense": ("over_dense", "{:.2f}x".format),
     "cut": ("gmacs_cut", "{:.2f}x".format),
     "of cut": ("of_cut", "{:.2f}".format),
+    "of exec": ("of_executed_cut", "{:.2f}".format),
     "/timm": ("over_timm", "{:.2f}x".format),
     "max diff": ("max_difference", "{:.1e}".format),
 }
@@ -123,6 +128,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--schedules", default="dense,tome_r13,s2dfe_r18,s2winc7_r16")
     parser.add_argument("--batch_sizes", type=sizes, default=[32])
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(DTYPES)}")
+    told = "kernels of our attention in bfloat16, xla,cudnn to compare them"
+    parser.add_argument("--attention", type=words, default=["xla"], help=told)
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each contender")
     parser.add_argument("--block_seconds", type=float, default=2.0, help="a block is as many calls as fill this time")
     parser.add_argument("--peer", choices=["timm"], help="time PyTorch too; needs the parity extra")
@@ -140,6 +147,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--dtypes: {odd[0]!r} is none of {', '.join(DTYPES)}")
     if "tf32" in args.dtypes and jax.default_backend() != "gpu":
         raise InputError("--dtypes: tf32 is a format of NVIDIA GPUs, and there is none here: leave it out")
+    if odd := [name for name in args.attention if name not in KERNELS]:
+        raise InputError(f"--attention: {odd[0]!r} is none of {', '.join(KERNELS)}")
+    if "cudnn" in args.attention and ("bfloat16" not in args.dtypes or jax.default_backend() != "gpu"):
+        raise InputError("--attention: cudnn takes an NVIDIA GPU and --dtypes bfloat16: leave it out")
     if args.blocks < 1 or args.block_seconds <= 0:
         raise InputError("--blocks and --block_seconds: both must be positive")
     if args.checkpoint and args.image_size:
@@ -170,6 +181,8 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
                 config = replace(config, image_size=(args.image_size, args.image_size))
             params = random_params(config)
         schedules = parse_schedules(args.schedules, config.depth)
+        for schedule in schedules.values():
+            schedule.plan(config)  # complains of windows that do not fit before anything is compiled
         for batch_size in args.batch_sizes:
             shape = (ceil(CHECKED / batch_size), batch_size, *config.image_size, 3)
             batches = np.random.default_rng(0).standard_normal(shape, np.float32)
@@ -183,7 +196,9 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Build, check and time the contenders of a case; a row each, with all conditions."""
-    prepared = chain(prepare_ours(case), prepare_timm(case, args.compile) if args.peer else ())
+    kernels = args.attention if case.dtype == "bfloat16" else ["xla"]
+    ours = (prepare_ours(replace(case, attention=kernel)) for kernel in kernels)
+    prepared = chain(*ours, prepare_timm(case, args.compile) if args.peer else ())
     contenders = list(tqdm(prepared, f"{case}: compiling and checking", unit=" contenders", leave=False))
     matmuls = prepare_matmuls(case)
     with tqdm(total=args.blocks * (len(contenders) + len(matmuls)), desc=f"{case}: timing", leave=False) as bar:
@@ -208,13 +223,18 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     }
     medians = [statistics.median(rates) * case.batch_size for rates in calls_per_second]
     rates = {(c.name, c.schedule): rate for c, rate in zip(contenders, medians, strict=False)}
+    executed = {(c.name, c.schedule): c.executed_gmacs for c in contenders}
     rows = []
     for contender, blocks in zip(contenders, calls_per_second, strict=False):
         schedule = case.schedules[contender.schedule]
         rate = rates[contender.name, contender.schedule]
         cut = flops.gmacs(case.config) / flops.gmacs(case.config, schedule)
         dense = rates.get((contender.name, "dense"))
-        timm = [rates[key] for key in rates if key[0] != "fcvit_jax" and key[1] == contender.schedule]
+        executed = next(
+            (c.executed_gmacs for c in contenders if (c.name, c.schedule) == (contender.name, "dense")), None
+        )
+        cut_executed = executed / contender.executed_gmacs if executed else None
+        timm = [rates[key] for key in rates if key[0].startswith("timm") and key[1] == contender.schedule]
         rows.append(
             {
                 "contender": contender.name,
@@ -225,11 +245,12 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "compile_seconds": contender.compile_seconds,
                 "memory_bytes": contender.bytes,
                 "gmacs": flops.gmacs(case.config, schedule),
-                "executed_gmacs": contender.executed_gmacs,
+                "gmacs_executed": contender.executed_gmacs,
                 "peak_share": 2e9 * contender.executed_gmacs * rate / flops_per_second[best],
                 "over_dense": rate / dense if dense else None,
                 "gmacs_cut": cut,
                 "of_cut": rate / dense / cut if dense else None,
+                "of_executed_cut": rate / dense / cut_executed if dense else None,
                 "over_timm": rate / max(timm) if timm else None,
                 "max_difference": contender.max_difference,
                 **conditions,

@@ -62,13 +62,18 @@ def test_every_contender_gets_a_row_with_its_conditions(run, tmp_path, capsys):
         rates = {(row["contender"], row["schedule"]): row["images_per_second"] for row in members}
         for row in members:
             schedule = fc.MergeSchedule.parse(row["schedule"], TINY.depth)
+            count = fc.flops.executed_gmacs if row["contender"] == "fcvit_jax" else fc.flops.gmacs
             assert row["gmacs"] == fc.flops.gmacs(TINY, schedule)
             assert row["gmacs_cut"] == fc.flops.gmacs(TINY) / row["gmacs"]
             assert row["over_dense"] == rates[row["contender"], row["schedule"]] / rates[row["contender"], "dense"]
             assert row["of_cut"] == pytest.approx(row["over_dense"] / row["gmacs_cut"])
-            count = fc.flops.executed_gmacs if row["contender"] == "fcvit_jax" else fc.flops.gmacs
-            assert row["executed_gmacs"] == count(TINY, schedule)
-            work = 2 * row["executed_gmacs"] * row["images_per_second"]
+            dense = next(
+                each for each in members if (each["contender"], each["schedule"]) == (row["contender"], "dense")
+            )
+            cut = dense["gmacs_executed"] / row["gmacs_executed"]
+            assert row["of_executed_cut"] == pytest.approx(row["over_dense"] / cut)
+            assert row["gmacs_executed"] == count(TINY, schedule)
+            work = 2 * row["gmacs_executed"] * row["images_per_second"]
             assert row["peak_share"] == pytest.approx(work / row["matmul_gflops"])
             assert smallest <= row["max_difference"] < largest
             assert {"device", "cores", "torch_threads", "malloc", "versions", "date", "batch_size"} <= row.keys()
@@ -114,6 +119,12 @@ def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys
     [
         ("--dtypes float16", "error: --dtypes: 'float16' is none of float32, tf32, bfloat16"),
         ("--dtypes tf32", "error: --dtypes: tf32 is a format of NVIDIA GPUs, and there is none here: leave it out"),
+        ("--attention flash", "error: --attention: 'flash' is none of xla, cudnn"),
+        ("--attention cudnn", "error: --attention: cudnn takes an NVIDIA GPU and --dtypes bfloat16: leave it out"),
+        (
+            "--models vit_small_patch14_dinov2 --schedules s2winc7_r8",
+            "error: schedule dense:1,local:6:r8:w2x2,global:5:r8",
+        ),
         ("--compile", "error: --compile: this is PyTorch's: pass --peer timm with it"),
         ("--checkpoint x --image_size 64", "error: --image_size: the checkpoint has its own: leave it out"),
         ("--blocks 0", "error: --blocks and --block_seconds: both must be positive"),
@@ -153,7 +164,9 @@ def test_the_difference_is_in_standard_deviations_and_a_flipped_merge_may_pass()
     one = reference.copy()
     one[3, 0] += 1.0
     assert contenders.largest_difference("x", one, reference, "float32") == 0.5
-    for wrong in (reference + 0.01, one + (one - reference) * 2, np.full_like(reference, np.nan)):
+    two = one.copy()
+    two[1, 1] += 1.0
+    for wrong in (reference + 0.01, one + (one - reference) * 2, two, np.full_like(reference, np.nan)):
         with pytest.raises(InputError, match="x: logits are"):
             contenders.largest_difference("x", wrong, reference, "float32")
 
