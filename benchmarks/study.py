@@ -1,0 +1,217 @@
+"""Do flatter minima lose less when tokens merge? One command trains, evaluates and measures one model: one stored row.
+
+    python benchmarks/study.py digits adamw 0
+    python benchmarks/study.py clothing sam 2 --checkpoint clothing --photos photos
+
+The arms of a setting share the initialisation, the data, their order and augmentation, the learning rate and all else
+but what `ARMS` names: AdamW, AdamW with as many gradients as SAM computes, SAM, ASAM and GSAM. Each model is evaluated
+under the setting's merge schedules, dense among them, and its flatness is measured on training images. Whether it is
+flatter is said against the AdamW of the same seed, which therefore comes first. A run that is interrupted goes on when
+the same command is given again; one whose row is there is not run twice.
+
+digits: a small ViT from scratch, on scikit-learn's digits, offline. clothing: any checkpoint, fine-tuned whole for an
+epoch at 112 pixels on PHOTOS/train and tested on PHOTOS/test, one folder a class.
+
+benchmarks/study_report.py makes tables and plots of the rows.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts and configs/ are not installed
+
+import numpy as np  # noqa: E402
+
+import train_sam  # noqa: E402
+from configs import digits_sam, eval_digits, finetune_folder  # noqa: E402
+from fcvit_jax.checkpoint import load_checkpoint, versions  # noqa: E402
+from fcvit_jax.data.sources import open_source  # noqa: E402
+from fcvit_jax.errors import InputError, OneLineParser, one_line_errors  # noqa: E402
+from fcvit_jax.evaluation import run as evaluation  # noqa: E402
+from fcvit_jax.evaluation.job import Settings  # noqa: E402
+from fcvit_jax.evaluation.report import write_report  # noqa: E402
+from fcvit_jax.flags import keep_programs  # noqa: E402
+from fcvit_jax.training.comparison import compare  # noqa: E402
+from fcvit_jax.training.hessian import standard_error  # noqa: E402
+from fcvit_jax.training.measurement import measure_checkpoint  # noqa: E402
+from fcvit_jax.training.report import FlatnessConfig, FlatnessReport  # noqa: E402
+
+ROWS = ROOT / "docs" / "flatness_and_compression" / "runs.jsonl"
+NEVER = 10**9  # steps
+KEPT = ("schedule", "stages", "gmacs", "correct", "num_images", "top1", "gained", "lost", "agreement", "kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setting:
+    """What all arms of it share. config: of train_sam.py. rho: the radius of SAM; ASAM's is ten times as large."""
+
+    config: Callable[[argparse.Namespace], Any]
+    rho: float
+    schedules: str
+    flatness: FlatnessConfig
+
+
+def digits(args: argparse.Namespace) -> Any:
+    config = digits_sam.get_config()
+    config.epochs = 20.0
+    config.warmup_epochs = 2.0
+    return config
+
+
+def clothing(args: argparse.Namespace) -> Any:
+    config = finetune_folder.get_config()
+    config.checkpoint = args.checkpoint
+    config.train, config.test = f"folder:{args.photos}/train", f"folder:{args.photos}/test"
+    config.image_size = 112
+    config.batch_size = 32
+    config.epochs = 1.0
+    config.warmup_epochs = 0.1
+    config.optimizer.learning_rate = 1e-4
+    return config
+
+
+SETTINGS = {
+    "digits": Setting(
+        digits,
+        0.05,
+        "dense,tome_r8,tome_r16,tome_r32,s2dfe_r8,s2dfe_r16,s2dfe_r32,s2winc5_r8,s2winc5_r16,s2winc5_r32",
+        FlatnessConfig(plane_points=0, line_points=0, epsilon=(1e-3,)),
+    ),
+    "clothing": Setting(
+        clothing,
+        0.02,
+        "dense,tome_r4,tome_r8,tome_r16,s2dfe_r4,s2dfe_r8,s2dfe_r16,s2winc7_r4,s2winc7_r8,s2winc7_r16",
+        FlatnessConfig(
+            limit=128,
+            rho=(0.05, 0.2),
+            adaptive_rho=(0.5, 1.0),
+            epsilon=(1e-3,),
+            sigma=(0.005, 0.01),
+            adaptive_sigma=(0.1, 0.2),
+            draws=4,
+            ascent_steps=3,
+            eigen_steps=8,
+            probes=4,
+            line_points=0,
+            plane_points=0,
+        ),
+    ),
+}
+# What an arm changes, of the setting with the radius rho. twice: as many epochs, and so as many gradients as SAM has.
+ARMS: dict[str, Callable[[float], dict[str, Any]]] = {
+    "adamw": lambda rho: {"sam.rho": 0.0},
+    "adamw_twice": lambda rho: {"sam.rho": 0.0},
+    "sam": lambda rho: {"sam.rho": rho},
+    "asam": lambda rho: {"sam.rho": 10 * rho, "sam.adaptive": True},
+    "gsam": lambda rho: {"sam.rho": rho, "sam.gap_weight": 0.4},
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = _parser().parse_args(argv)
+    with one_line_errors():
+        name = f"{args.setting} {args.arm} {args.seed}"
+        if any(name == f"{row['setting']} {row['arm']} {row['seed']}" for row in read(ROWS)):
+            raise InputError(f"{ROWS} has the row of {name}: delete it to run again")
+        keep_programs(None)
+        row = run(args)
+        ROWS.parent.mkdir(exist_ok=True)
+        with ROWS.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        merged = np.mean([each["top1"] for each in row["schedules"][1:]])
+        print(
+            f"{name}: dense {row['schedules'][0]['top1']:.2%}, merged {merged:.2%} on "
+            f"average, loss {row['flatness']['loss']:.4g}; written into {ROWS.name}"
+        )
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The stored rows; none where there is no file yet."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def run(args: argparse.Namespace) -> dict[str, Any]:
+    setting, place = SETTINGS[args.setting], args.workdir / args.setting
+    config = setting.config(args)
+    config.seed = args.seed
+    config.update_from_flattened_dict(ARMS[args.arm](setting.rho))
+    if args.arm == "adamw_twice":
+        config.epochs *= 2
+        config.warmup_epochs *= 2
+    config.schedules, config.eval_every, config.tensorboard = "dense", NEVER, False  # tested once, at the end
+    workdir, twin = place / f"{args.arm}_{args.seed}", place / f"adamw_{args.seed}" / "flatness.json"
+    if args.arm != "adamw" and not twin.exists():
+        raise InputError(f"{twin} is absent: run the arm adamw of this seed first, which the others are compared with")
+    train_sam.train(config, workdir)
+
+    fields = eval_digits.get_config().to_dict() | {
+        "checkpoint": str(workdir),
+        "dataset": config.test,
+        "schedules": setting.schedules,
+        "throughput_blocks": 0,
+    }
+    evaluated = evaluation.run(Settings.of(fields), workdir / "evaluation")
+    write_report(evaluated, workdir / "evaluation")
+    evaluation.forget(workdir / "evaluation")
+
+    checkpoint = load_checkpoint(workdir)
+    report = measure_checkpoint(checkpoint, open_source(config.train), setting.flatness)
+    report.write(workdir / "flatness.json")
+    comparison = compare(report, FlatnessReport.read(twin)) if args.arm != "adamw" else None
+    steps = checkpoint.meta["provenance"]["steps"]
+    return {
+        "setting": args.setting,
+        "arm": args.arm,
+        "seed": args.seed,
+        "config": json.loads(config.to_json()),
+        "steps": steps,
+        "gradients": steps * (2 if config.sam.rho else 1),
+        "schedules": [{key: each[key] for key in KEPT} for each in evaluated],
+        "flatness": summary(report),
+        "against_adamw": comparison and {"verdict": comparison.verdict, "reason": comparison.reason},
+        "device": evaluated[0]["device"],
+        "versions": versions(),
+        "date": date.today().isoformat(),
+    }
+
+
+def summary(report: FlatnessReport) -> dict[str, Any]:
+    """What is measured of the minimum, without the samples behind it. curves: means by radius."""
+    return {
+        "num_images": report.conditions["num_images"],
+        "config": dataclasses.asdict(report.config),
+        "loss": report.loss,
+        "accuracy": float(report.accuracies.mean()),
+        "weight_norm": report.weight_norm,
+        "gradient_norm": report.gradient_norm,
+        "eigenvalue": report.eigenvalues["largest"].value,
+        "eigenvalue_residual": report.eigenvalues["largest"].residual,
+        "trace": float(report.trace.mean()),
+        "trace_error": standard_error(report.trace),
+        "curves": {
+            name: dict(zip(map(str, curve.radii), curve.samples.mean(axis=(1, 2)).tolist(), strict=True))
+            for name, curve in report.curves.items()
+        },
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument("arm", choices=ARMS)
+    parser.add_argument("seed", type=int)
+    parser.add_argument("--checkpoint", default="clothing", help="clothing: where to start (default: clothing)")
+    parser.add_argument("--photos", default="photos", help="clothing: holds train/ and test/ (default: photos)")
+    parser.add_argument("--workdir", type=Path, default=Path("workdir/study"), help="default: workdir/study")
+    return parser
+
+
+if __name__ == "__main__":
+    main()

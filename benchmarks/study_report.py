@@ -1,0 +1,316 @@
+"""The tables and plots of docs/flatness_and_compression.md, made of the rows that are stored beside it.
+
+    python benchmarks/study_report.py           writes them anew
+    python benchmarks/study_report.py --check   writes nothing, and fails where a table is not what the rows make
+
+A table stands in the page between `<!-- SETTING: TABLE -->` and `<!-- end -->`. A value is the mean over the seeds with
+the half width of its 95 % interval (Student's t); a difference is taken seed by seed, and its p is that of the paired
+t-test. Intervals and tests are about the seeds of training: the test images are the same throughout.
+"""
+
+import argparse
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
+from fcvit_jax.evaluation.outcomes import write_whole
+from fcvit_jax.evaluation.plot import COLOURS, plot_pareto
+from fcvit_jax.evaluation.rows import Run, family, rate, read_run
+from fcvit_jax.evaluation.statistics import mcnemar
+from study import ARMS, ROWS, read
+
+PAGE = ROWS.parents[1] / "flatness_and_compression.md"
+ABLATION = ROWS.with_name("ablation.jsonl")
+BLOCK = re.compile(r"(<!-- (\w+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+TITLES = {"adamw": "AdamW", "adamw_twice": "AdamW, twice as long", "sam": "SAM", "asam": "ASAM", "gsam": "GSAM"}
+MEASURES = {
+    "worst": "worst case, radius",
+    "worst_adaptive": "worst case, adaptive, radius",
+    "average": "average case, noise",
+    "average_adaptive": "average case, adaptive, noise",
+    "keskar": "Keskar's, %, epsilon",
+}
+
+Rows = Sequence[dict[str, Any]]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="compare, and write nothing")
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        if absent := [path for path in (PAGE, ROWS, ABLATION) if not path.exists()]:
+            raise InputError(f"{absent[0]} is absent: run benchmarks/study.py, and write the page around its tables")
+        before = PAGE.read_text()
+        after = fill(before, read(ROWS), read(ABLATION))
+        if args.check:
+            if after != before:
+                raise InputError(f"{PAGE} is not what the rows make: run benchmarks/study_report.py")
+            return
+        write_whole(PAGE, after.encode())
+        for setting in dict.fromkeys(row["setting"] for row in read(ROWS)):
+            write_whole(ROWS.with_name(f"{setting}.png"), plot(select(read(ROWS), setting)))
+        run = read_run(ABLATION)
+        write_whole(ABLATION.with_suffix(".png"), plot_pareto([Run("ablation", run.rows)]))
+
+
+def fill(page: str, runs: Rows, ablation: Rows) -> str:
+    """The page with every table between its marks made anew."""
+
+    def table(found: re.Match[str]) -> str:
+        _, setting, name, _ = found.groups()
+        if setting == "ablation":
+            return f"{found[1]}{ABLATIONS[name](ablation)}{found[4]}"
+        return f"{found[1]}{TABLES[name](select(runs, setting))}{found[4]}"
+
+    return BLOCK.sub(table, page)
+
+
+def select(rows: Rows, setting: str) -> Rows:
+    return [row for row in rows if row["setting"] == setting]
+
+
+def by_arm(rows: Rows) -> dict[str, Rows]:
+    """The rows of each arm, in the order of the seeds."""
+    arms = {arm: sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["seed"]) for arm in ARMS}
+    return {arm: members for arm, members in arms.items() if members}
+
+
+def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def mean(values: Sequence[float], form: str) -> str:
+    """Mean and half width of the 95 % interval over the seeds."""
+    values = np.asarray(values, float)
+    if len(values) < 2:
+        return format(values.mean(), form)
+    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
+    return f"{values.mean():{form}} ± {half:{form.lstrip('+')}}"
+
+
+# What of a run is compared. merged: over all schedules but dense.
+def dense(row: dict[str, Any]) -> float:
+    return 100 * row["schedules"][0]["top1"]
+
+
+def merged(row: dict[str, Any]) -> float:
+    return float(np.mean([100 * each["top1"] for each in row["schedules"][1:]]))
+
+
+def drop(row: dict[str, Any]) -> float:
+    return dense(row) - merged(row)
+
+
+def divergence(row: dict[str, Any]) -> float:
+    return float(np.mean([each["kl"] for each in row["schedules"][1:]]))
+
+
+def conditions(rows: Rows) -> str:
+    arms = by_arm(rows)
+    body = [
+        [
+            TITLES[arm],
+            f"{members[0]['config']['sam']['rho']:g}",
+            f"{members[0]['config']['epochs']:g}",
+            f"{members[0]['gradients']:,}",
+            ", ".join(str(row["seed"]) for row in members),
+        ]
+        for arm, members in arms.items()
+    ]
+    return markdown(["", "radius", "epochs", "gradients", "seeds"], body)
+
+
+def per_schedule(value: Callable[[dict[str, Any], int], float], form: str) -> Callable[[Rows], str]:
+    """A table with a line a schedule and a column an arm."""
+
+    def table(rows: Rows) -> str:
+        arms = by_arm(rows)
+        body = [
+            [
+                f"`{each['schedule']}`",
+                f"{each['gmacs']:.4g}",
+                *(mean([value(row, index) for row in members], form) for members in arms.values()),
+            ]
+            for index, each in enumerate(rows[0]["schedules"])
+        ]
+        return markdown(["schedule", "GMACs", *(TITLES[arm] for arm in arms)], body)
+
+    return table
+
+
+def measures(row: dict[str, Any]) -> dict[str, float]:
+    """Every measure of flatness of a run, by its title."""
+    flatness = row["flatness"]
+    named = {"largest eigenvalue": flatness["eigenvalue"], "trace": flatness["trace"]}
+    for name, title in MEASURES.items():
+        named |= {f"{title} {radius}": value for radius, value in flatness["curves"][name].items()}
+    return named
+
+
+def flatness(rows: Rows) -> str:
+    arms = by_arm(rows)
+    facts = {
+        "loss on training images": lambda row: row["flatness"]["loss"],
+        "norm of the weights": lambda row: row["flatness"]["weight_norm"],
+    }
+    facts |= {title: (lambda row, title=title: measures(row)[title]) for title in measures(rows[0])}
+    body = [
+        [title, *(mean([value(row) for row in members], ".3g") for members in arms.values())]
+        for title, value in facts.items()
+    ]
+    verdicts = ["verdict against AdamW, seed by seed"]
+    for members in arms.values():
+        said = [row["against_adamw"]["verdict"] for row in members if row["against_adamw"]]
+        verdicts.append(", ".join(f"{said.count(each)} {each}" for each in dict.fromkeys(said)) or "-")
+    return markdown(["", *(TITLES[arm] for arm in arms)], [*body, verdicts])
+
+
+def paired(rows: Rows) -> str:
+    """Differences of the sharpness-aware arms from both AdamWs, over the seeds that both have."""
+    arms, body = by_arm(rows), []
+    columns = {"dense, points": dense, "merged, points": merged, "drop, points": drop, "ln KL": log_divergence}
+    for arm in ("sam", "asam", "gsam", "adamw_twice"):
+        for base in ("adamw", "adamw_twice"):
+            if arm == base or arm not in arms or base not in arms:
+                continue
+            theirs = {row["seed"]: row for row in arms[base]}
+            pairs = [(row, theirs[row["seed"]]) for row in arms[arm] if row["seed"] in theirs]
+            cells = [difference([value(a) - value(b) for a, b in pairs]) for value in columns.values()]
+            body.append([f"{TITLES[arm]} less {TITLES[base]}", str(len(pairs)), *cells])
+    return markdown(["", "seeds", *columns], body)
+
+
+def log_divergence(row: dict[str, Any]) -> float:
+    return float(np.log(divergence(row)))
+
+
+def difference(values: Sequence[float]) -> str:
+    told = mean(values, "+.2f")
+    if len(values) < 2 or np.ptp(values) < 1e-9:  # without a spread there is no test
+        return told
+    return f"{told} (p {stats.ttest_1samp(values, 0.0).pvalue:.2g})"
+
+
+def relation(rows: Rows) -> str:
+    """Spearman's rank correlation over all runs of the setting, of whichever arm."""
+    if len(rows) < 4:
+        return ""
+    body = []
+    facts = {"loss on training images": [row["flatness"]["loss"] for row in rows]}
+    facts |= {title: [measures(row)[title] for row in rows] for title in measures(rows[0])}
+    for title, values in facts.items():
+        cells = []
+        for value in (drop, divergence, merged):
+            found: Any = stats.spearmanr(values, [value(row) for row in rows])
+            cells.append(f"{found.statistic:+.2f} (p {found.pvalue:.2g})")
+        body.append([title, *cells])
+    return markdown([f"over {len(rows)} runs", "drop of top-1", "KL to dense", "merged top-1"], body)
+
+
+TABLES: dict[str, Callable[[Rows], str]] = {
+    "conditions": conditions,
+    "accuracy": per_schedule(lambda row, i: 100 * row["schedules"][i]["top1"], ".2f"),
+    "drop": per_schedule(lambda row, i: dense(row) - 100 * row["schedules"][i]["top1"], "+.2f"),
+    "divergence": per_schedule(lambda row, i: row["schedules"][i]["kl"], ".2g"),
+    "flatness": flatness,
+    "paired": paired,
+    "relation": relation,
+}
+
+
+def families(names: Sequence[str]) -> Callable[[Rows], str]:
+    """A line a rate, a column a family: images right and GMACs."""
+
+    def table(rows: Rows) -> str:
+        found = {(family(row["schedule"]), rate(row["schedule"])): row for row in rows}
+        rates = sorted({r for name, r in found if name in names and r is not None})
+        body = [
+            [str(r), *(cell(found[name, r]) if (name, r) in found else "" for name in names)]
+            for r in rates
+            if sum((name, r) in found for name in names) > 1
+        ]
+        return markdown(["r", *(f"`{name}`" for name in names)], body)
+
+    return table
+
+
+def cell(row: dict[str, Any]) -> str:
+    return f"{row['correct']} at {row['gmacs']:.2f}"
+
+
+def ablation_full(rows: Rows) -> str:
+    """Every schedule, the costliest first."""
+    body = [
+        [
+            f"`{row['schedule']}`",
+            f"{row['gmacs']:.2f}",
+            f"{row['correct']}",
+            f"{100 * row['top1']:.1f} ({100 * row['top1_low']:.1f} to {100 * row['top1_high']:.1f})",
+            f"{row['gained']} / {row['lost']}",
+            f"{mcnemar(row['gained'], row['lost']):.2g}",
+            f"{row['agreement']:.1%}",
+            f"{row['kl']:.2g}",
+        ]
+        for row in sorted(rows, key=lambda row: -row["gmacs"])
+    ]
+    head = ["schedule", "GMACs", f"right of {rows[0]['num_images']}", "top-1, %", "gained / lost", "p", "agree", "KL"]
+    return markdown(head, body)
+
+
+ABLATIONS: dict[str, Callable[[Rows], str]] = {
+    "prefix": families(["tome", "s1dfe", "s2dfe", "s3dfe", "s4dfe"]),
+    "switch": families(["s1dfe", "s2winc3", "s2winc5", "s2winc7", "s2winc9", "s2winc12"]),
+    "all": ablation_full,
+}
+
+
+def plot(rows: Rows) -> bytes:
+    """Top-1 and KL over GMACs, means over the seeds, and KL over sharpness, a point a run; PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(15, 4.8), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, kl, scatter = figure.subplots(1, 3)
+    names = [each["schedule"] for each in rows[0]["schedules"]]
+    groups = dict.fromkeys(family(name) for name in names[1:])
+    sharpest = next(reversed([title for title in measures(rows[0]) if title.startswith(MEASURES["worst"] + " ")]))
+    for colour, (arm, members) in zip(COLOURS, by_arm(rows).items(), strict=False):
+        for style, group in zip(("-", "--", ":"), groups, strict=False):
+            shown = [i for i, name in enumerate(names) if family(name) == group]
+            x = [rows[0]["schedules"][i]["gmacs"] for i in shown]
+            for axes, key, scale in ((accuracy, "top1", 100), (kl, "kl", 1)):
+                values = scale * np.array([[row["schedules"][i][key] for i in shown] for row in members])
+                label = TITLES[arm] if style == "-" else None
+                axes.plot(x, values.mean(axis=0), style, color=colour, marker="o", markersize=4, label=label)
+                axes.vlines(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.3)
+        scatter.plot(
+            [measures(row)[sharpest] for row in members],
+            [divergence(row) for row in members],
+            "o",
+            color=colour,
+            label=TITLES[arm],
+        )
+    lines = ", ".join(f"{style} {group}" for style, group in zip(("solid", "dashed", "dotted"), groups, strict=False))
+    accuracy.set(xlabel=f"GMACs ({lines})", ylabel="top-1, %; bars: all seeds", title="accuracy")
+    kl.set(
+        xlabel="GMACs", ylabel="KL to the dense model, nats", yscale="log", title="how far merging moves predictions"
+    )
+    scatter.set(xlabel=sharpest, ylabel="mean KL to the dense model", xscale="log", yscale="log", title="a point a run")
+    for axes in (accuracy, kl, scatter):
+        axes.grid(alpha=0.3)
+    accuracy.legend(fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+if __name__ == "__main__":
+    main()
