@@ -51,6 +51,7 @@ def eval_batches(
     process_index: int = 0,
     process_count: int = 1,
     workers: int | None = None,
+    on_bad: str = "stop",
 ) -> Generator[Batch, None, None]:
     """Every record once and in order, in batches of one shape: the last is padded, and its padding masked.
 
@@ -62,13 +63,14 @@ def eval_batches(
       start: the first batch to yield, for a run that goes on; past the last one, there is none.
       limit: take the first so many records.
       workers: decoding threads, by default as many as cores; where images come slowly, over a network, take more.
+      on_bad: as in `train_batches`.
 
     Raises:
       InputError: at once, if there is nothing to yield or the numbers do not fit; later, in place of the batch that
         holds it, for an image that cannot be decoded.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    rows = _rows(batch_size, process_index, process_count, workers)
+    rows, skip = _rows(batch_size, process_index, process_count, workers), _skips(on_bad)
     if limit is not None and limit < 1:
         raise InputError(f"limit: {limit} is not positive")
     if start < 0:
@@ -81,7 +83,7 @@ def eval_batches(
     def load(index: int) -> Row:
         return _load(source, index, preprocess)
 
-    return _decode_ahead(load, preprocess.image_size, source.labels_per_image, shares, rows, workers)
+    return _decode_ahead(load, preprocess.image_size, source.labels_per_image, shares, rows, workers, skip)
 
 
 def train_batches(
@@ -114,9 +116,7 @@ def train_batches(
     Raises:
       InputError: at once, if the data set is smaller than a batch or the numbers do not fit; later, for a bad image.
     """
-    rows = _rows(batch_size, process_index, process_count, workers)
-    if on_bad not in ("stop", "skip"):
-        raise InputError(f"on_bad: {on_bad!r} is neither stop nor skip")
+    rows, skip = _rows(batch_size, process_index, process_count, workers), _skips(on_bad)
     if seed < 0:
         raise InputError(f"seed: {seed} is negative")
     if source.labels_per_image > 1:
@@ -138,7 +138,14 @@ def train_batches(
         epoch, index = item
         return _load(source, index, lambda image: transform(image, np.random.default_rng((seed, epoch, index))))
 
-    return _decode_ahead(load, image_size, 1, map(share, steps), rows, workers, skip=on_bad == "skip")
+    return _decode_ahead(load, image_size, 1, map(share, steps), rows, workers, skip)
+
+
+def _skips(on_bad: str) -> bool:
+    """Whether bad images are skipped. Raises InputError where the word is another."""
+    if on_bad not in ("stop", "skip"):
+        raise InputError(f"on_bad: {on_bad!r} is neither stop nor skip")
+    return on_bad == "skip"
 
 
 def _rows(batch_size: int, process_index: int, process_count: int, workers: int | None) -> int:
