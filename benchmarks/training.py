@@ -10,17 +10,17 @@ needs for the batch.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from fcvit_jax import parallel
 from fcvit_jax.checkpoint import abstract_params, versions
 from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.batches import device_batches, train_batches
@@ -32,6 +32,7 @@ from fcvit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fcvit_jax.training.sam import SAMConfig, rho_schedule
 from fcvit_jax.training.step import Recipe, init_state, make_train_step
 from fcvit_jax.training.targets import TargetConfig
+from fcvit_jax.training.window import Wait
 
 BLOCK = 5  # steps
 CONTENDERS = {
@@ -53,11 +54,12 @@ class Contender:
         step = jax.jit(make_train_step(model, preprocess, recipe), donate_argnums=0)
         self.step = step.lower(self.state, batch).compile()
 
-    def block(self, batches: Iterator[Any]) -> float:
-        """Seconds that five steps take, those of the batches counted."""
+    def block(self, batches: Iterator[Any], on_step: Callable[[Any], None] = lambda metrics: None) -> float:
+        """Seconds that five steps take, with the batches'. on_step: is told of each that is dispatched."""
         started = time.perf_counter()
         for _ in range(BLOCK):
             self.state, metrics = self.step(self.state, next(batches))
+            on_step(metrics)
         jax.block_until_ready(metrics)
         return time.perf_counter() - started
 
@@ -118,35 +120,24 @@ def main() -> None:
 
 
 def waiting(args: argparse.Namespace, contender: Contender, preprocess: Preprocess) -> float:
-    """The share of the time that the loop waits for augmented photos, after the first block."""
+    """The share of the time in which the device has nothing to do but wait for photos, after the first block."""
     source = open_source(args.dataset)
-    steps = range((args.blocks + 1) * BLOCK)
-    augment, waited = Augment(), 0.0
+    augment = Augment()
     host = train_batches(
         source,
         lambda image, rng: augment(image, preprocess, rng),
         preprocess.image_size,
         args.batch_size,
-        steps,
+        range((args.blocks + 1) * BLOCK),
         seed=0,
     )
-
-    def timed() -> Iterator[Any]:
-        nonlocal waited
-        for _ in steps:
-            asked = time.perf_counter()
-            batch = next(batches)
-            waited += time.perf_counter() - asked
-            yield batch[:3]
-
-    batches = device_batches(host, parallel.batched(parallel.data_mesh()))
-    try:
-        fed = timed()
-        contender.block(fed)
-        waited, total = 0.0, sum(contender.block(fed) for _ in tqdm(range(args.blocks), "feeding", leave=False))
-        return waited / total
-    finally:
-        batches.close()
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # on which the contenders are
+    with contextlib.closing(device_batches(host, one)) as batches, contextlib.closing(Wait()) as wait:
+        fed = (batch[:3] for batch in wait.timed(batches))
+        contender.block(fed, wait.started)
+        wait.seconds = 0.0
+        total = sum(contender.block(fed, wait.started) for _ in tqdm(range(args.blocks), "feeding", leave=False))
+        return wait.seconds / total
 
 
 if __name__ == "__main__":

@@ -5,41 +5,55 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fcvit_jax.checkpoint import told_in_one_line
+
 
 class Log:
     """Rows of numbers by step, appended to DIR/metrics.jsonl and DIR/events.
 
-    A run that goes on from a step drops the rows after it: they will be written again.
+    A run that goes on from a step drops the rows behind it, and that step's tests: they will be written again. The rows
+    before stay where they are on the disk. Raises InputError where it is full.
     """
 
     def __init__(self, directory: Path, from_step: int, tensorboard: bool):
-        path = directory / "metrics.jsonl"
-        rows = path.read_text().splitlines() if path.exists() else []
-        path.write_text("".join(f"{row}\n" for row in rows if _step(row) <= from_step))
-        self._file = path.open("a")
+        self._path = directory / "metrics.jsonl"
+        with told_in_one_line(self._path):
+            self._file = self._path.open("ab+")
+            self._file.truncate(_kept(self._path.read_bytes(), from_step))
         self._events: Any = None
         if tensorboard:
-            with contextlib.suppress(ImportError):  # pip install "fcvit-jax[tensorboard]"
+            try:
                 from tensorboardX import SummaryWriter
-
+            except ImportError:
+                print('no events for TensorBoard: pip install "fcvit-jax[tensorboard]", or tensorboard=false')
+            else:
                 self._events = SummaryWriter(str(directory / "events"), purge_step=from_step + 1)
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **row}) + "\n")
-        self._file.flush()
+        with told_in_one_line(self._path):
+            self._file.write(json.dumps({"step": step, **row}).encode() + b"\n")
+            self._file.flush()
         if self._events:
             for name, value in row.items():
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
+            self._file.close()
         if self._events:
             self._events.close()
 
 
-def _step(row: str) -> float:
-    """The step of a row; of one that a killed run left unfinished, one that is dropped."""
-    try:
-        return json.loads(row)["step"]
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+def _kept(content: bytes, from_step: int) -> int:
+    """The length of the rows that a run needs which goes on from that step."""
+    length = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            row = json.loads(line)
+            tested = any(name.startswith("test/") for name in row)
+            if not line.endswith(b"\n") or row["step"] > from_step - tested:
+                break
+        except (ValueError, KeyError, TypeError, AttributeError):  # of a run that was killed while it wrote it
+            break
+        length += len(line)
+    return length

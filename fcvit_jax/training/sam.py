@@ -35,9 +35,9 @@ class SAMConfig:
 
     A radius of SAM is not one of ASAM, which wants about ten times as much. ASAM has other definitions in circulation;
     with this one and eta = 0, rescaling weights so that the function stays the same changes nothing. Its T is |w| + eta
-    on leaves of two axes and more (kernels, tokens, position embeddings) and 1 on the others (biases, the norms' scales,
-    LayerScale); the authors' code goes by names instead: |w| + eta on what PyTorch calls "weight", kernels and the
-    norms' scales, and 1 on biases, tokens and position embeddings.
+    on leaves of two axes and more (kernels, tokens, position embeddings), 1 on the others (biases, norms, LayerScale);
+    the authors' code goes by names instead: |w| + eta on what PyTorch calls "weight", which the scales of norms are
+    too, and 1 on biases, tokens and position embeddings.
     """
 
     rho: float = 0.05  # radius; 0: the plain gradient in one pass, bit for bit

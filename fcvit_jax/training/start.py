@@ -1,44 +1,59 @@
-"""What a run starts from: fresh parameters, or a checkpoint made to fit the data set and the image size."""
+"""What a run starts from: fresh parameters, or a checkpoint made to fit the data sets and the image size."""
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
+import numpy as np
 
 from fcvit_jax.checkpoint import flat_params, load_checkpoint
 from fcvit_jax.convert.geometry import infer_config
 from fcvit_jax.convert.translation import assemble, translate
+from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.preprocess import Preprocess, preset
+from fcvit_jax.data.sources import Source
+from fcvit_jax.errors import InputError
 from fcvit_jax.models.vit import ViTConfig
 
 
 @dataclass(frozen=True)
 class Start:
-    """params: float32 tree, or None for fresh ones. remarks: what was changed, a line each, to be said aloud."""
+    """The model, and the data sets with labels that index its outputs.
+
+    provenance: of the checkpoint. remarks: what was changed in it, a line each, to be said aloud.
+    """
 
     config: ViTConfig
     preprocess: Preprocess
-    params: Any
-    provenance: dict[str, Any] | None
-    remarks: tuple[str, ...]
+    train_set: Source
+    test_set: Source
+    provenance: dict[str, Any] | None = None
+    remarks: tuple[str, ...] = ()
 
 
-def from_scratch(model: dict[str, Any], preprocess: str, num_classes: int) -> Start:
+def from_scratch(model: dict[str, Any], preprocess: str, train_set: Source, test_set: Source) -> Start:
     """model: fields of ViTConfig. preprocess: a preset. Raises InputError where they make no sense."""
-    config = ViTConfig(num_classes=num_classes, **model)
-    return Start(config, preset(preprocess, config.image_size), None, None, ())
+    config = ViTConfig(num_classes=len(train_set.class_names), **model)
+    return Start(config, preset(preprocess, config.image_size), train_set, _like(train_set, test_set))
 
 
 def from_checkpoint(
-    path: str | Path, class_names: tuple[str, ...], image_size: tuple[int, int] | None, preprocess: str | None
-) -> Start:
-    """A checkpoint, with a new head (zeros) where its classes are not these, and resampled to another image size.
+    path: str | Path,
+    train_set: Source,
+    test_set: Source,
+    image_size: tuple[int, int] | None = None,
+    preprocess: str | None = None,
+) -> tuple[Start, Any]:
+    """A checkpoint's model, and its parameters (float32, NumPy's: they go to the devices where they are wanted).
 
-    preprocess: a preset in place of the checkpoint's own. Raises InputError where the checkpoint cannot be read.
+    The head stays where the training set has all of its classes, under whatever names `match_head` knows them; else
+    there is a new one, zeros, for the classes of the training set. preprocess: a preset in place of the checkpoint's
+    own. Raises InputError where the checkpoint cannot be read, or the test set has other classes.
     """
     checkpoint = load_checkpoint(path)
-    config, params, pixels, remarks = checkpoint.config, checkpoint.params, checkpoint.preprocess, []
+    config, pixels, remarks = checkpoint.config, checkpoint.preprocess, []
+    params: Any = checkpoint.params
     if image_size and image_size != config.image_size:
         translation = translate(flat_params(params))
         config, grid = infer_config(translation, {str(path): asdict(config)}, {"image_size": image_size})
@@ -47,12 +62,32 @@ def from_checkpoint(
         pixels = replace(pixels, image_size=image_size)
     if preprocess:
         pixels = preset(preprocess, config.image_size)
-    names, there = checkpoint.meta["class_names"], config.num_classes
-    if there != len(class_names) or (names and tuple(names) != class_names):
-        why = f"{there} classes, the data set {len(class_names)}" if there != len(class_names) else "other classes"
+    params = jax.tree.map(np.asarray, params)
+    names = checkpoint.meta.get("class_names")
+    if kept := _covering(train_set, config.num_classes, names, str(path)):
+        train_set, test_set = kept, match_head(test_set, config.num_classes, names, str(path))
+    else:
+        there, wanted = config.num_classes, len(train_set.class_names)
+        why = f"{there} classes, the data set {wanted}" if there != wanted else "other classes"
         remarks.append(f"{path} has {why}: its head is replaced by zeros")
-        params, config = _new_head(params, config, len(class_names))
-    return Start(config, pixels, params, checkpoint.meta["provenance"], tuple(remarks))
+        params, config = _new_head(params, config, wanted)
+        test_set = _like(train_set, test_set)
+    return Start(config, pixels, train_set, test_set, checkpoint.meta["provenance"], tuple(remarks)), params
+
+
+def _covering(train_set: Source, num_classes: int, class_names: list[str] | None, where: str) -> Source | None:
+    """The training set with labels that index the head's outputs; None where it has other classes, or only some."""
+    try:
+        matched = match_head(train_set, num_classes, class_names, where)
+    except InputError:
+        return None
+    return matched if matched.scored is None else None
+
+
+def _like(train_set: Source, test_set: Source) -> Source:
+    """The test set with labels that index the outputs of a head for the training set's classes."""
+    names = list(train_set.class_names)
+    return match_head(test_set, len(names), names, f"a model trained on {train_set.spec}")
 
 
 def _new_head(params: Any, config: ViTConfig, num_classes: int) -> tuple[Any, ViTConfig]:
@@ -60,5 +95,6 @@ def _new_head(params: Any, config: ViTConfig, num_classes: int) -> tuple[Any, Vi
     config = replace(config, num_classes=num_classes, representation_size=0)
     width = config.embed_dim * (2 if config.pool == "token_avg" else 1)
     for name in ("head", "head_dist") if config.pool == "dist_avg" else ("head",):
-        params[name] = {"kernel": jnp.zeros((width, num_classes)), "bias": jnp.zeros(num_classes)}
+        kernel, bias = np.zeros((width, num_classes), np.float32), np.zeros(num_classes, np.float32)
+        params[name] = {"kernel": kernel, "bias": bias}
     return params, config

@@ -16,8 +16,11 @@ class States:
         import orbax.checkpoint as ocp
 
         self._args, self._directory = ocp.args, directory
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+        self._manager: Any = ocp.CheckpointManager(directory.absolute(), options=options)
+        # Several processes count how often they ask whether a signal came (`termination`): Orbax's own question, with
+        # numbers of its own in between, would set that count back.
+        self._manager.reached_preemption = lambda step: False
 
     def latest(self) -> int | None:
         """The step of the newest state."""

@@ -36,6 +36,11 @@ class TrainState(NamedTuple):
     sam: SAMState
     key: jax.Array
 
+    @property
+    def weights(self) -> Any:
+        """The parameters that are evaluated and written: their average where there is one."""
+        return self.ema if self.ema else self.params
+
 
 def init_state(
     model: ViT,

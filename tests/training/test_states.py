@@ -1,5 +1,8 @@
 import contextlib
 import json
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -64,6 +67,36 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
             states.save(1, state(), {})
 
 
+def test_a_disk_that_turns_out_full_is_one_line(tmp_path, monkeypatch):
+    """A real one, of half a megabyte, where this user may mount it."""
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        monkeypatch.setattr("fcvit_jax.training.states.check_room", lambda *_: None)
+        with contextlib.closing(States(tmp_path / "states")) as states:
+            rng = np.random.default_rng(0)  # what Orbax cannot compress
+            large = {"kernel": jnp.asarray(rng.standard_normal(2**19), jnp.float32)}
+
+            def write():
+                states.save(1, large, {})
+                states.wait()
+
+            with pytest.raises(InputError, match=r"states cannot be written \(the disk is full\): make room"):
+                write()
+    finally:
+        subprocess.run(["umount", tmp_path], check=True)
+
+
+def test_what_a_killed_run_left_half_written_goes(tmp_path):
+    (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
+    with contextlib.closing(States(tmp_path)) as states:
+        assert states.latest() is None
+        states.save(8, state(), {})
+        states.wait()
+    assert [path.name for path in tmp_path.iterdir()] == ["8"]
+
+
 def test_the_log_of_a_run_that_goes_on_has_no_row_twice(tmp_path):
     log = Log(tmp_path, 0, tensorboard=False)
     for step in (1, 2, 3):
@@ -76,6 +109,46 @@ def test_the_log_of_a_run_that_goes_on_has_no_row_twice(tmp_path):
     log.close()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}, {"step": 3, "loss": 0.5}]
+
+
+def test_the_rows_that_are_kept_stay_where_they_are_and_tests_of_the_step_are_made_again(tmp_path, monkeypatch):
+    path, kept = (
+        tmp_path / "metrics.jsonl",
+        '{"step": 4, "loss": 1}\n{"step": 4, "test/dense": 0.5}\n{"step": 8, "loss": 2}\n',
+    )
+    for behind in (
+        "",
+        '{"step": 8, "test/dense": 0.6}\n',
+        '{"step": 9}\n{"step": 8}\n',
+        '{"step": 8}',
+        "nonsense\n",
+        "[1]\n",
+    ):
+        path.write_text(kept + behind)
+        with monkeypatch.context() as patch:
+            patch.delattr("pathlib.Path.write_text")
+            patch.delattr("pathlib.Path.write_bytes")
+            Log(tmp_path, 8, tensorboard=False).close()
+        assert path.read_text() == kept
+
+
+def test_a_log_on_a_full_disk_is_one_line(tmp_path):
+    log = Log(tmp_path, 0, tensorboard=False)
+    log._file.close()
+    log._file = Path("/dev/full").open("ab")  # noqa: SIM115
+    with pytest.raises(InputError, match=r"metrics\.jsonl cannot be written \(the disk is full\): make room"):
+        log.write(1, {"loss": 1.0})
+    log.close()
+
+
+def test_where_no_events_can_be_written_it_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    for wanted in (True, False):
+        log = Log(tmp_path, 0, tensorboard=wanted)
+        log.write(1, {"loss": 1.0})
+        log.close()
+    (told,) = capsys.readouterr().out.splitlines()
+    assert told == 'no events for TensorBoard: pip install "fcvit-jax[tensorboard]", or tensorboard=false'
 
 
 def test_events_are_written_for_tensorboard(tmp_path):

@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -149,6 +150,8 @@ def test_one_device_equals_eight():
         if spread:
             state, rows = jax.device_put(state, parallel.replicated(mesh)), jax.device_put(rows, parallel.batched(mesh))
         step = step.lower(state, rows).compile()  # refuses any other shape or sharding
+        moves = set(re.findall(r"all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter", step.as_text()))
+        assert moves == ({"all-reduce", "collective-permute"} if spread else set())  # the batch is gathered nowhere
         for _ in range(3):
             state, metrics = step(state, rows)
         results.append((state._replace(key=()), metrics))
@@ -158,11 +161,37 @@ def test_one_device_equals_eight():
 
 def test_a_learning_rate_of_zero_leaves_the_parameters_as_they_are():
     state, step = make(dataclasses.replace(SGD, learning_rate=0.0, weight_decay=0.1), params=PARAMS)
-    for seed in range(5):
+    for seed in range(10):
         state, metrics = step(state, batch(seed))
         assert metrics["update_norm"] == 0
         assert metrics["gap"] > 0
     jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+
+
+def test_clipping_bounds_the_step_and_leaves_the_perturbation_alone():
+    free, clipped = (dataclasses.replace(SGD, clip_norm=norm) for norm in (None, 1e-3))
+    seen = []
+    for config in (free, clipped):
+        state, step = make(config, SAMConfig(rho=0.3), params=PARAMS)
+        seen.append(jax.device_get(step(state, batch())[1]))
+    for name in ("gap", "grad_norm", "rho", "loss"):
+        assert seen[1][name] == pytest.approx(seen[0][name], rel=1e-5)
+    assert seen[0]["gap"] > 0.01
+    assert seen[0]["update_norm"] > 1e-2
+    assert seen[1]["update_norm"] == pytest.approx(0.1 * 1e-3, rel=1e-4)
+
+
+def test_four_microbatches_take_less_than_a_third_of_the_memory():
+    """What grows with the batch: needed for twice the batch, less needed for the batch."""
+    needed = {}
+    for parts in (1, 4):
+        state, step = make(sam=SAMConfig(microbatches=parts), vit=ViTConfig((16, 16), 4, 64, 1, 2, 256, num_classes=3))
+        sizes = [
+            step.lower(state, batch(rows=rows)).compile().memory_analysis().temp_size_in_bytes for rows in (64, 128)
+        ]
+        needed[parts] = sizes[1] - sizes[0]
+    assert needed[1] > 3e6
+    assert needed[4] < needed[1] / 3
 
 
 def test_weight_decay_takes_from_the_parameters_not_from_the_perturbed_ones():

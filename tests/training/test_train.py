@@ -17,11 +17,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AxisType, Mesh
 from PIL import Image
 
 import fcvit_jax as fc
 import train_sam
 from configs import digits_sam
+from configs.training import defaults
+from fcvit_jax import flags, parallel
+from fcvit_jax.training.states import States
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -34,8 +39,10 @@ TINY = {
     "epochs": 1.0,
     "warmup_epochs": 0.25,
     "drop_path": 0.2,
+    "sam.refresh_every": 2,
+    "ema_decay": 0.9,
     "schedules": "tome_r2",
-    "eval_every": 1000,
+    "eval_every": 22,
     "save_every": 5,
     "log_every": 4,
     "tensorboard": False,
@@ -80,6 +87,66 @@ def params(workdir):
     return fc.load_checkpoint(workdir).params
 
 
+def states_in(workdir):
+    """The steps of the states on disk."""
+    return sorted(int(path.name) for path in (workdir / "states").glob("*") if path.name.isdigit())
+
+
+def wait_for(found, process):
+    while process.poll() is None and not found():
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def programs(tmp_path_factory):
+    """What was compiled for one run in this process serves the next: it is most of what a tiny run costs."""
+    flags.keep_programs(str(tmp_path_factory.mktemp("programs")))
+    compilation_cache.reset_cache()
+    yield
+    flags.keep_programs("")
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def devices(monkeypatch, programs):
+    """Of how many devices a run in this process is to know: a program for eight takes minutes on a small machine."""
+
+    def few(count):
+        mesh = Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
+        monkeypatch.setattr(parallel, "data_mesh", lambda: mesh)
+
+    few(1)
+    return few
+
+
+@pytest.fixture
+def stop_at(monkeypatch):
+    """Have the next run in this process find, at its n-th question, that a signal came."""
+
+    def at(number):
+        @contextlib.contextmanager
+        def termination():
+            asked = []
+            yield lambda: asked.append(None) or len(asked) >= number
+
+        monkeypatch.setattr(train_sam, "termination", termination)
+
+    return at
+
+
+def photos(folder, count=16, size=(24, 20), broken=0):
+    """Two kinds of pictures, of which the first few of the first kind are broken."""
+    chance = np.random.default_rng(0)
+    for name, low in (("bright", 160), ("dark", 0)):
+        (folder / name).mkdir(parents=True)
+        for index in range(count):
+            pixels = chance.integers(low, low + 90, (*size, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{index:02}.png")
+    for index in range(broken):
+        (folder / "bright" / f"{index:02}.png").write_bytes(b"nothing")
+    return f"folder:{folder}"
+
+
 def assert_same(a, b):
     jax.tree.map(np.testing.assert_array_equal, a, b)
 
@@ -92,8 +159,17 @@ def rows(workdir):
 def whole(tmp_path_factory):
     """A run of 44 steps that nothing disturbed."""
     workdir = tmp_path_factory.mktemp("whole")
+    began = time.monotonic()
     finish(start(workdir))
+    (workdir / "seconds").write_text(str(time.monotonic() - began))
     return workdir
+
+
+def assert_equals_whole(workdir, whole):
+    for name in ("checkpoint", "best"):
+        assert_same(params(workdir / name), params(whole / name))
+        facts = [fc.load_checkpoint(place / name).meta["provenance"] for place in (workdir, whole)]
+        assert (facts[0]["steps"], facts[0]["test"]) == (facts[1]["steps"], facts[1]["test"])
 
 
 def test_the_run_leaves_what_it_says(whole):
@@ -109,39 +185,58 @@ def test_the_run_leaves_what_it_says(whole):
 
 
 def test_killed_at_any_moment_it_ends_in_the_same_parameters(whole, tmp_path):
-    chance = random.Random(0)
-    for _ in range(3):
+    chance, seconds = random.Random(0), float((whole / "seconds").read_text())
+    for _ in range(10):
         process = start(tmp_path)
-        steps = tmp_path / "states"
-        # Not before its first state in this life, and then at any moment.
-        before = set(steps.glob("*")) if steps.exists() else set()
-        waited = time.monotonic()
-        while process.poll() is None and time.monotonic() - waited < 120:
-            if steps.exists() and set(steps.glob("*")) - before:
-                break
-            time.sleep(0.02)
-        time.sleep(chance.uniform(0, 0.5))
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(chance.uniform(0, seconds))
         process.kill()
         process.communicate()
     output = finish(start(tmp_path))
     assert "test top-1" in output
-    assert_same(params(tmp_path), params(whole))
+    assert_equals_whole(tmp_path, whole)
     ours, theirs = ([row["step"] for row in rows(place)] for place in (tmp_path, whole))
     assert ours[-1] == theirs[-1]
     assert len(ours) == len(set(ours)) + 1  # none twice but the last, which is logged and tested
+    litter = [path.name for path in (*tmp_path.iterdir(), *(tmp_path / "states").iterdir()) if "-" in path.name]
+    assert litter == []
 
 
 def test_sigterm_saves_and_loses_no_step(whole, tmp_path):
     process = start(tmp_path, save_every=1000)
     log = tmp_path / "metrics.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text()):
-        time.sleep(0.02)
+    wait_for(lambda: log.exists() and log.read_text(), process)
     process.send_signal(signal.SIGTERM)
     assert "stopped and saved" in finish(process)
-    (state,) = (int(path.name) for path in (tmp_path / "states").iterdir() if path.name.isdigit())
+    *_, state = states_in(tmp_path)
     assert 4 <= state < 44
+    stopped = fc.load_checkpoint(tmp_path)  # evaluate.py has something to read
+    assert stopped.meta["provenance"]["steps"] == state
+    assert stopped.meta["provenance"]["test"] is None
     finish(start(tmp_path, save_every=1000))
-    assert_same(params(tmp_path), params(whole))
+    assert_equals_whole(tmp_path, whole)
+
+
+def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for(tmp_path, devices, stop_at):
+    config = tiny(epochs=0.25, warmup_epochs=0.0, eval_every=4, save_every=1000)
+    with pytest.MonkeyPatch.context() as undisturbed:
+        undisturbed.setattr(train_sam, "termination", lambda: contextlib.nullcontext(lambda: False))
+        accuracy = train_sam.train(config, tmp_path / "whole")
+    # Each step asks once; an evaluation, of 12 batches, asks after each of them and at its end.
+    for question, state, tested in ((4 + 3, 4, []), (5, 4, []), (13 + 4 + 3, 8, [4]), (13 + 3, 11, [4, 8])):
+        stop_at(question)
+        stopped = tmp_path / "stopped"
+        assert train_sam.train(config, stopped) is None
+        assert states_in(stopped)[-1] == state
+        assert fc.load_checkpoint(stopped).meta["provenance"]["steps"] == state
+        assert [row["step"] for row in rows(stopped) if "test/dense" in row] == tested
+        assert (stopped / "best").exists() == bool(tested)
+    stop_at(1000)
+    assert train_sam.train(config, tmp_path / "stopped") == accuracy
+    assert_equals_whole(tmp_path / "stopped", tmp_path / "whole")
+    steps = [[(row["step"], "loss" in row) for row in rows(tmp_path / name)] for name in ("stopped", "whole")]
+    assert steps[0][-1] == steps[1][-1]
+    assert [step for step, logged in steps[0] if not logged] == [step for step, logged in steps[1] if not logged]
 
 
 def test_another_configuration_is_refused_with_what_differs(whole):
@@ -160,43 +255,74 @@ def start_pair(workdir, **changes):
     return [start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=2, **changes) for index in (0, 1)]
 
 
-def test_two_processes_equal_one(tmp_path):
+def test_two_processes_equal_one(whole, tmp_path):
     # Adam would divide gradients that are rounding alone, such as those of the keys' biases, by their own size.
-    changes = dict(fsdp=True, optimizer__name="sgd", optimizer__learning_rate=0.1)
+    changes = dict(fsdp=True, optimizer__name="sgd", optimizer__learning_rate=0.1, checkpoint=whole, epochs=0.5)
     for process in start_pair(tmp_path / "two", **changes):
         finish(process)
     finish(start(tmp_path / "one", devices=4, **changes))
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5)  # noqa: E731
     jax.tree.map(close, params(tmp_path / "two"), params(tmp_path / "one"))
+    tests = [fc.load_checkpoint(tmp_path / name).meta["provenance"]["test"] for name in ("one", "two")]
+    assert tests[0] == tests[1]
 
     # Killed after a state is written, they go on to the same parameters, bit for bit.
-    both, states = start_pair(tmp_path / "killed", **changes), tmp_path / "killed" / "states"
-    while all(process.poll() is None for process in both):
-        if states.exists() and any(place.name.isdigit() for place in states.iterdir()):
-            break
-        time.sleep(0.02)
+    both, killed = start_pair(tmp_path / "killed", **changes), tmp_path / "killed"
+    wait_for(lambda: states_in(killed), both[0])
     for process in both:
         process.kill()
         process.communicate()
     for process in both:
         assert process.returncode == -signal.SIGKILL
-    for process in start_pair(tmp_path / "killed", **changes):
+    # So they do after SIGTERM, which both obey at the same step.
+    before, both = states_in(killed), start_pair(killed, save_every=1000, **changes)
+    wait_for(lambda: any(row["step"] > before[-1] for row in rows(killed)), both[0])
+    for process in both:
+        process.send_signal(signal.SIGTERM)
+    assert "stopped and saved" in finish(both[0])
+    finish(both[1])
+    assert before[-1] < states_in(killed)[-1] < 22
+    for process in start_pair(killed, **changes):
         finish(process)
-    assert_same(params(tmp_path / "killed"), params(tmp_path / "two"))
+    assert_same(params(killed), params(tmp_path / "two"))
 
 
-def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys):
-    chance = np.random.default_rng(0)
-    for name in ("bright", "dark"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for index in range(16):
-            low = 160 if name == "bright" else 0
-            pixels = chance.integers(low, low + 90, (40, 48, 3)).astype(np.uint8)
-            Image.fromarray(pixels).save(tmp_path / "photos" / name / f"{index}.png")
+def test_a_checkpoint_goes_on_where_it_ended_on_several_devices(whole, tmp_path, devices):
+    devices(2)
+    config = tiny(checkpoint=str(whole), preprocess=None, optimizer__learning_rate=0.0, epochs=0.25, warmup_epochs=0.0)
+    accuracy = train_sam.train(config, tmp_path)
+    ended = fc.load_checkpoint(whole)
+    assert accuracy is not None
+    assert accuracy.correct == ended.meta["provenance"]["test"]["correct"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params(tmp_path), ended.params)
+
+
+def test_sharded_leaves_are_trained_to_the_same(tmp_path, devices, monkeypatch):
+    devices(2)
+    monkeypatch.setattr(parallel, "_SMALLEST_SHARDED", 1)
+    loop, shards = train_sam.loop, {}
+    for fsdp in (True, False):
+
+        def watched(job, state, *rest, fsdp=fsdp):
+            tree = (state.params, state.opt_state, state.ema, state.sam)
+            shards[fsdp] = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree)]
+            return loop(job, state, *rest)
+
+        monkeypatch.setattr(train_sam, "loop", watched)
+        changes = dict(optimizer__name="sgd", optimizer__learning_rate=0.1, epochs=0.25, warmup_epochs=0.0)
+        train_sam.train(tiny(fsdp=fsdp, **changes), tmp_path / str(fsdp))
+    assert all(shards[False])
+    assert sum(shards[True]) < 0.1 * len(shards[True])  # all but counters and the like
+    close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5)  # noqa: E731
+    jax.tree.map(close, params(tmp_path / "True"), params(tmp_path / "False"))
+
+
+def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
+    devices(2)
     config = tiny(checkpoint="packaged:digits", image_size=48, preprocess=None, batch_size=16, epochs=6.0)
     config.model = {}
-    config.train = config.test = f"folder:{tmp_path / 'photos'}"
-    config.schedules = "tome_r8"
+    config.train = config.test = photos(tmp_path / "photos", size=(40, 48))
+    config.ema_decay, config.schedules = 0.0, "tome_r8"
     accuracy = train_sam.train(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert "packaged:digits has 10 classes, the data set 2: its head is replaced by zeros" in printed
@@ -223,6 +349,15 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys):
         ({"test": "folder:/nowhere"}, "no folder"),
         ({"eval_every": 0}, "eval_every is 0"),
         ({"checkpoint": "/nowhere"}, "no such checkpoint directory"),
+        ({"train": ""}, "config.train is missing: pass --config.train=..., a data set such as folder:PATH"),
+        ({"test": ""}, "config.test is missing: pass --config.test=..."),
+        ({"preprocess": ""}, "config.preprocess is missing: pass --config.preprocess=..., such as timm/augreg"),
+        ({"dropout": 1.0}, "dropout is 1.0: it must be at least 0 and below 1"),
+        ({"drop_path": -0.1}, "drop_path is -0.1: it must be at least 0 and below 1"),
+        ({"workers": 0}, "workers is 0: it must be 1 or more, or none"),
+        ({"seed": -1}, "seed is -1: it must be 0 or more"),
+        ({"on_bad": "ignore"}, "on_bad is 'ignore': choose one of stop, skip"),
+        ({"schedules": "local:2:r4:w3x3"}, "4x4 grid does not divide into 3x3 windows"),
     ],
 )
 def test_bad_configurations_are_one_line(changes, says, tmp_path):
@@ -232,7 +367,45 @@ def test_bad_configurations_are_one_line(changes, says, tmp_path):
         train_sam.train(config, tmp_path)
 
 
-def test_flatness_is_measured_at_the_end_where_it_is_asked_for(tmp_path, monkeypatch):
+def test_a_run_from_nowhere_asks_for_a_checkpoint_and_one_over_its_source_is_refused(tmp_path):
+    config = defaults()
+    config.train = config.test = "digits:train"
+    for preprocess in (None, "timm/augreg"):
+        config.preprocess = preprocess
+        with pytest.raises(fc.InputError, match=r"config\.checkpoint is missing: pass --config\.checkpoint=\.\.\., or"):
+            train_sam.train(config, tmp_path)
+    for source in ("", "checkpoint", "best"):
+        config.checkpoint = str(tmp_path / source)
+        with pytest.raises(fc.InputError, match="which this run would overwrite: name another --workdir"):
+            train_sam.train(config, tmp_path)
+
+
+def test_folders_of_different_classes_are_told(tmp_path, devices):
+    config = tiny(train=photos(tmp_path / "train"), test=photos(tmp_path / "test"), batch_size=16)
+    (tmp_path / "test" / "dark").rename(tmp_path / "test" / "dusk")
+    told = f"{config.test} has class 'dusk' where a model trained on {config.train} has 'dark'"
+    with pytest.raises(fc.InputError, match=told):
+        train_sam.train(config, tmp_path / "run")
+    photos(tmp_path / "test" / "third")
+    with pytest.raises(fc.InputError, match=f"{config.test} has 3 classes, the head of a model trained on"):
+        train_sam.train(config, tmp_path / "run")
+
+
+def test_evaluation_is_compiled_before_the_first_step_and_as_large_as_a_micro_batch(tmp_path, devices, monkeypatch):
+    sizes = []
+
+    def out_of_memory(model, preprocess, params, batch_size, *rest):
+        sizes.append(batch_size)
+        raise MemoryError
+
+    monkeypatch.setattr(train_sam, "compile_step", out_of_memory)
+    with pytest.raises(MemoryError):
+        train_sam.train(tiny(sam__microbatches=4), tmp_path)
+    assert sizes == [8]
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_flatness_is_measured_at_the_end_where_it_is_asked_for(tmp_path, monkeypatch, devices):
     measured = []
     monkeypatch.setattr(train_sam, "flatness", measured.append)
     train_sam.main(tiny(epochs=0.25, warmup_epochs=0.0), tmp_path)
@@ -241,39 +414,61 @@ def test_flatness_is_measured_at_the_end_where_it_is_asked_for(tmp_path, monkeyp
     assert measured == [["--checkpoint", str(tmp_path), "--dataset", "digits:train"]]
 
 
-def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path):
-    with pytest.raises(fc.InputError, match=r"not finite at step \d+ \(images digits/\d+"):
-        train_sam.train(tiny(optimizer__learning_rate=1e30, optimizer__clip_norm=1e30), tmp_path)
+@pytest.mark.parametrize("interval", ["log_every", "save_every", "eval_every"])
+def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, devices, interval):
+    """At whatever is due first, so that nothing is saved, tested or logged past it."""
+    intervals = dict(log_every=1000, save_every=1000, eval_every=1000) | {interval: 4}
+    config = tiny(optimizer__learning_rate=1e30, optimizer__clip_norm=1e30, schedules="dense", **intervals)
+    with pytest.raises(fc.InputError, match=r"not finite at step \d+ \(images digits/\d+") as told:
+        train_sam.train(config, tmp_path)
+    kept = fc.load_checkpoint(tmp_path / "last_good")
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.params))
+    at = kept.meta["provenance"]["steps"] + 1
+    assert f"at step {at} (" in str(told.value)
+    assert f"all of them in {tmp_path / 'not_finite.txt'}" in str(told.value)
+    assert f"the last good parameters are in {tmp_path / 'last_good'}" in str(told.value)
+    names = (tmp_path / "not_finite.txt").read_text().splitlines()
+    assert len(set(names)) == 32
+    assert f"(images {', '.join(names[:4])}, ..." in str(told.value)
+    assert states_in(tmp_path) == []
+    assert not (tmp_path / "best").exists()
+    assert rows(tmp_path) == []
 
 
-def test_an_unreadable_image_is_named_or_skipped(tmp_path, capsys):
-    for name in ("a", "b"):
-        (tmp_path / "photos" / name).mkdir(parents=True)
-        for index in range(16):
-            Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / "photos" / name / f"{index}.png")
-    (tmp_path / "photos" / "a" / "3.png").write_bytes(b"nothing")
-    config = tiny(train=f"folder:{tmp_path / 'photos'}", batch_size=16, epochs=2.0)
-    (tmp_path / "good").mkdir()
-    config.test = config.train
-    with pytest.raises(fc.InputError, match=r"a/3\.png cannot be decoded"):
+def test_parameters_that_are_not_finite_are_not_called_good(tmp_path):
+    job: Any = SimpleNamespace(workdir=tmp_path)
+    state: Any = SimpleNamespace(weights={"a": jnp.ones(3), "b": jnp.asarray([1.0, jnp.inf])})
+    told = str(train_sam.give_up(job, state, 7, ("x", "y", "")))
+    assert told.startswith("loss or gradient is not finite at step 7 (images x, y, ...; all of them in ")
+    assert told.endswith("the parameters before it are not finite either")
+    assert (tmp_path / "not_finite.txt").read_text() == "x\ny\n"
+    assert not (tmp_path / "last_good").exists()
+
+
+def test_unreadable_images_stop_it_or_are_skipped_and_counted_through_a_restart(tmp_path, capsys, devices, stop_at):
+    changes = dict(batch_size=16, epochs=3.0, log_every=1, eval_every=4, schedules="dense")
+    config = tiny(train=photos(tmp_path / "train", broken=3), test=photos(tmp_path / "test", broken=2), **changes)
+    with pytest.raises(fc.InputError, match=r"bright/0\d\.png cannot be decoded"):
         train_sam.train(config, tmp_path / "stop")
+    config.on_bad = "skip"
+    stop_at(2)  # of six steps
+    assert train_sam.train(config, tmp_path / "run") is None
+    stop_at(1000)
+    accuracy = train_sam.train(config, tmp_path / "run")
+    assert accuracy is not None
+    assert accuracy.num_images == 30
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
+    assert len([line for line in told if "bright/02" in line]) == 3  # a broken one of the training set, once an epoch
+    assert len(told) == 3 * 3 + 2  # those of the test set once, though it is tested twice
+    logged = {row["step"]: row["skipped"] for row in rows(tmp_path / "run") if "skipped" in row}
+    assert (logged[2], logged[4], logged[6]) == (3, 6, 9)
+    assert [row["test/skipped"] for row in rows(tmp_path / "run") if "test/skipped" in row] == [2, 2]
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
-    from fcvit_jax.training.states import States
-
+def test_a_full_disk_is_told(tmp_path, monkeypatch, devices):
     def full(self, step, state, notes):
         raise fc.InputError("the state cannot be written (No space left on device): make room")
 
     monkeypatch.setattr(States, "save", full)
     with pytest.raises(fc.InputError, match="No space left"):
         train_sam.train(tiny(epochs=0.25, warmup_epochs=0.0), tmp_path)
-
-
-def test_the_first_step_that_was_not_finite_is_named_though_later_ones_are(tmp_path):
-    run: Any = SimpleNamespace(workdir=tmp_path, steps=9, config=SimpleNamespace(tensorboard=False))
-    with contextlib.closing(train_sam.Window(run, 5)) as window:
-        finite = {"a": jnp.float32(1), "b": jnp.float32(0), "c": jnp.float32(1)}
-        window.steps = [((name,), {"finite": value}) for name, value in finite.items()]
-        with pytest.raises(fc.InputError, match=r"not finite at step 7 \(images b"):
-            window.log(8)

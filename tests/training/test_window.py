@@ -1,0 +1,180 @@
+"""The log's means, on clocks and steps of our own making."""
+
+import contextlib
+import importlib.util
+import json
+import time
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from fcvit_jax.data.batches import Batch
+from fcvit_jax.data.preprocess import preset
+from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.training import window
+from fcvit_jax.training.log import Log
+from fcvit_jax.training.sam import SAMConfig
+from fcvit_jax.training.window import Wait, Window
+
+
+class Clock:
+    """Time that passes where it is told to."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def perf_counter(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(window, "time", clock)
+    return clock
+
+
+def batch(*names, skipped=()):
+    return Batch(np.zeros(1), np.zeros(1), np.zeros(1), names, skipped)
+
+
+def metrics(rho=0.1, gap=0.0, finite=1.0, **others):
+    rest = {"loss": 1.0, "grad_norm": 2.0, "gap_over_rho": gap / rho if rho else 0.0} | others
+    return {name: jnp.float32(x) for name, x in {"rho": rho, "gap": gap, "finite": finite, **rest}.items()}
+
+
+@contextlib.contextmanager
+def opened(directory, **others):
+    with contextlib.closing(Window(Log(directory, 0, False), 8, 100, 0, **others)) as made:
+        yield made
+
+
+def last_row(directory):
+    return json.loads((directory / "metrics.jsonl").read_text().splitlines()[-1])
+
+
+def test_gap_and_radius_are_means_over_steps_with_a_second_pass(tmp_path):
+    with opened(tmp_path) as steps:
+        for rho, gap, loss in ((0.1, 0.3, 1.0), (0.0, 0.0, 2.0), (0.0, 0.0, 3.0), (0.1, 0.5, 4.0)):
+            steps.add(batch("a"), metrics(rho, gap, loss=loss))
+        steps.log(4)
+        row = last_row(tmp_path)
+        assert row["loss"] == 2.5
+        assert row["gap"] == pytest.approx(0.4)
+        assert row["gap_over_rho"] == pytest.approx(4)
+        assert row["rho"] == pytest.approx(0.1)
+        steps.add(batch("a"), metrics(0.0))
+        steps.log(5)
+        assert {last_row(tmp_path)[name] for name in ("gap", "gap_over_rho", "rho")} == {0}
+
+
+def test_the_first_step_that_was_not_finite_is_named_though_later_ones_are(tmp_path):
+    with opened(tmp_path) as steps:
+        for name, finite in (("a", 1), ("b", 0), ("c", 1)):
+            steps.add(batch(name), metrics(finite=finite))
+        assert steps.first_bad(8) == (7, ("b",))
+        steps.log(8)
+        assert steps.first_bad(8) is None
+
+
+def test_what_is_left_out_is_told_and_counted_on(tmp_path, capsys):
+    with opened(tmp_path, skipped=5) as steps:
+        steps.add(batch("a", skipped=("b cannot be read", "c cannot be read")), metrics())
+        assert steps.skipped() == 7
+        steps.log(1)
+    assert last_row(tmp_path)["skipped"] == 7
+    assert capsys.readouterr().out == "skipped: b cannot be read\nskipped: c cannot be read\n"
+    with opened(tmp_path) as steps:
+        assert steps.skipped() is None
+
+
+def test_what_comes_between_steps_is_no_part_of_their_time(tmp_path, clock):
+    with opened(tmp_path) as steps:
+        for _ in (1, 2):
+            clock.now += 2
+            steps.add(batch("a"), metrics())
+            with steps.paused():
+                clock.now += 100
+        steps.log(2)
+        assert last_row(tmp_path)["images_per_second"] == 2 * 8 / (2 * 2)
+        with steps.paused():
+            clock.now += 100
+        clock.now += 4
+        steps.add(batch("a"), metrics())
+        steps.log(3)
+        assert last_row(tmp_path)["images_per_second"] == 8 / 4
+
+
+def drive(load, step, count=6):
+    """Seconds that devices wait of those that it takes, where a batch takes `load` and a step `step` seconds."""
+
+    class Busy:
+        free = 0.0
+
+        def __init__(self):
+            Busy.free = self.end = max(Busy.free, time.perf_counter()) + step
+
+        def block_until_ready(self):
+            time.sleep(max(0.0, self.end - time.perf_counter()))
+            return self
+
+    def batches():
+        for index in range(count):
+            time.sleep(load)
+            yield index
+
+    with contextlib.closing(Wait()) as wait:
+        began = time.perf_counter()
+        for _ in wait.timed(batches()):
+            wait.started(Busy())
+        return wait.seconds, time.perf_counter() - began
+
+
+def test_the_host_waits_for_a_batch_while_the_step_before_is_computed():
+    waited, _ = drive(load=0.05, step=0.2)  # all but the first batch are loaded beside a step
+    assert 0.05 <= waited < 0.15
+    waited, took = drive(load=0.2, step=0.05)  # of each, 0.05 are
+    assert 6 * 0.15 < waited < took - 5 * 0.05 + 0.01
+
+
+def test_the_host_is_one_step_ahead_and_no_more():
+    started, ended = [], []
+
+    class Step:
+        def __init__(self, index):
+            self.index = index
+            started.append(index)
+
+        def block_until_ready(self):
+            time.sleep(0.05)
+            ended.append(self.index)
+            return self
+
+    with contextlib.closing(Wait()) as wait:
+        for index in wait.timed(iter(range(5))):
+            wait.started(Step(index))
+            assert len(started) - len(ended) <= 1 or index == 0
+
+
+def test_the_benchmark_feeds_one_device_of_several(tmp_path):
+    path = Path(__file__).parents[2] / "benchmarks" / "training.py"
+    spec: Any = importlib.util.spec_from_file_location("benchmark_of_training", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(4):
+            Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / name / f"{index}.png")
+    config, pixels = ViTConfig((8, 8), 4, 8, 1, 2, 8, num_classes=2), preset("timm/augreg", (8, 8))
+    rows = (jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
+    assert jax.device_count() == 8
+    contender = benchmark.Contender(ViT(config), pixels, SAMConfig(), rows)
+    args = Namespace(dataset=f"folder:{tmp_path}", batch_size=4, blocks=2)
+    assert 0 <= benchmark.waiting(args, contender, pixels) < 1
+    assert int(contender.state.step) == 15
