@@ -230,10 +230,7 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         rate = rates[contender.name, contender.schedule]
         cut = flops.gmacs(case.config) / flops.gmacs(case.config, schedule)
         dense = rates.get((contender.name, "dense"))
-        executed = next(
-            (c.executed_gmacs for c in contenders if (c.name, c.schedule) == (contender.name, "dense")), None
-        )
-        cut_executed = executed / contender.executed_gmacs if executed else None
+        cut_executed = executed.get((contender.name, "dense"), 0.0) / contender.executed_gmacs
         timm = [rates[key] for key in rates if key[0].startswith("timm") and key[1] == contender.schedule]
         rows.append(
             {

@@ -88,11 +88,11 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 def mean(values: Sequence[float], form: str) -> str:
     """Mean and half width of the 95 % interval over the seeds."""
-    values = np.asarray(values, float)
-    if len(values) < 2:
-        return format(values.mean(), form)
-    half = stats.t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / np.sqrt(len(values))
-    return f"{values.mean():{form}} ± {half:{form.lstrip('+')}}"
+    middle, count = float(np.mean(values)), len(values)
+    if count < 2:
+        return format(middle, form)
+    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
+    return f"{middle:{form}} ± {half:{form.lstrip('+')}}"
 
 
 # What of a run is compared. merged: over all schedules but dense.
@@ -195,7 +195,8 @@ def difference(values: Sequence[float]) -> str:
     told = mean(values, "+.2f")
     if len(values) < 2 or np.ptp(values) < 1e-9:  # without a spread there is no test
         return told
-    return f"{told} (p {stats.ttest_1samp(values, 0.0).pvalue:.2g})"
+    found: Any = stats.ttest_1samp(values, 0.0)
+    return f"{told} (p {found.pvalue:.2g})"
 
 
 def relation(rows: Rows) -> str:

@@ -49,7 +49,7 @@ def defaults() -> Any:
     config.keep = 2  # states on disk
     config.tensorboard = True
     config.workers = placeholder(int)  # decoding threads; None: what fits the machine
-    config.on_bad = "stop"  # stop | skip: what an image that cannot be decoded does
+    config.on_bad = "stop"  # stop | skip: what an image that cannot be decoded does, in training and testing
     return config
 
 

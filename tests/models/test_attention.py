@@ -11,10 +11,10 @@ from fcvit_jax.models.attention import attend, attend_fused
 SHAPE = (2, 3, 11, 16)  # images, heads, tokens, head width
 
 
-def as_cudnn(*arguments):
+def as_cudnn(q, k, v, size):
     """What goes into cuDNN, computed by XLA: without a GPU the kernel itself is not tried."""
     with jax.numpy_dtype_promotion("standard"):  # XLA's own way mixes dtypes
-        return attend_fused(*arguments, "xla")
+        return attend_fused(q, k, v, size, "xla")
 
 
 KERNELS = {"xla": attend, "cudnn": as_cudnn}

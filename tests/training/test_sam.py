@@ -616,7 +616,8 @@ def test_the_optax_shell_knows_rho_adaptive_and_masks():
 def test_the_optax_shell_asks_for_its_function(rho):
     params, shell = mlp_params(), sam.sam_transformation(optax.sgd(0.1), SAMConfig(rho=rho))
     state = shell.init(params)
-    for given in ({}, {"params": params}, {"grad_fn": lambda params: params}):
+    incomplete: list[dict[str, Any]] = [{}, {"params": params}, {"grad_fn": lambda params: params}]
+    for given in incomplete:
         with pytest.raises(
             InputError, match=r"sam_transformation: update\(grads, state, params, grad_fn=\.\.\.\) needs"
         ):

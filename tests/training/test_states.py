@@ -132,10 +132,10 @@ def test_the_rows_that_are_kept_stay_where_they_are_and_tests_of_the_step_are_ma
         assert path.read_text() == kept
 
 
-def test_a_log_on_a_full_disk_is_one_line(tmp_path):
+def test_a_log_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
     log = Log(tmp_path, 0, tensorboard=False)
     log._file.close()
-    log._file = Path("/dev/full").open("ab")  # noqa: SIM115
+    monkeypatch.setattr(log, "_file", Path("/dev/full").open("ab"))
     with pytest.raises(InputError, match=r"metrics\.jsonl cannot be written \(the disk is full\): make room"):
         log.write(1, {"loss": 1.0})
     log.close()
