@@ -135,7 +135,7 @@ def test_the_rows_that_are_kept_stay_where_they_are_and_tests_of_the_step_are_ma
 def test_a_log_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
     log = Log(tmp_path, 0, tensorboard=False)
     log._file.close()
-    monkeypatch.setattr(log, "_file", Path("/dev/full").open("ab"))
+    monkeypatch.setattr(log, "_file", Path("/dev/full").open("ab"))  # noqa: SIM115
     with pytest.raises(InputError, match=r"metrics\.jsonl cannot be written \(the disk is full\): make room"):
         log.write(1, {"loss": 1.0})
     log.close()
