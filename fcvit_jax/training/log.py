@@ -18,7 +18,7 @@ class Log:
     def __init__(self, directory: Path, from_step: int, tensorboard: bool):
         self._path = directory / "metrics.jsonl"
         with told_in_one_line(self._path):
-            self._file = self._path.open("ab+")
+            self._file = self._path.open("ab")
             self._file.truncate(_kept(self._path.read_bytes(), from_step))
         self._events: Any = None
         if tensorboard:
