@@ -104,13 +104,18 @@ SETTINGS = {
         ),
     ),
 }
-# What an arm changes, of the setting with the radius rho. twice: as many epochs, and so as many gradients as SAM has.
-ARMS: dict[str, Callable[[float], dict[str, Any]]] = {
-    "adamw": lambda rho: {"sam.rho": 0.0},
-    "adamw_twice": lambda rho: {"sam.rho": 0.0},
-    "sam": lambda rho: {"sam.rho": rho},
-    "asam": lambda rho: {"sam.rho": 10 * rho, "sam.adaptive": True},
-    "gsam": lambda rho: {"sam.rho": rho, "sam.gap_weight": 0.4},
+# The fields that an arm changes of the setting's configuration, with the setting's radius.
+ARMS: dict[str, Callable[[Any, float], dict[str, Any]]] = {
+    "adamw": lambda config, rho: {"sam.rho": 0.0},
+    # As many gradients as SAM computes.
+    "adamw_twice": lambda config, rho: {
+        "sam.rho": 0.0,
+        "epochs": 2 * config.epochs,
+        "warmup_epochs": 2 * config.warmup_epochs,
+    },
+    "sam": lambda config, rho: {"sam.rho": rho},
+    "asam": lambda config, rho: {"sam.rho": 10 * rho, "sam.adaptive": True},
+    "gsam": lambda config, rho: {"sam.rho": rho, "sam.gap_weight": 0.4},
 }
 
 
@@ -141,10 +146,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     setting, place = SETTINGS[args.setting], args.workdir / args.setting
     config = setting.config(args)
     config.seed = args.seed
-    config.update_from_flattened_dict(ARMS[args.arm](setting.rho))
-    if args.arm == "adamw_twice":
-        config.epochs *= 2
-        config.warmup_epochs *= 2
+    config.update_from_flattened_dict(ARMS[args.arm](config, setting.rho))
     config.schedules, config.eval_every, config.tensorboard = "dense", NEVER, False  # tested once, at the end
     workdir, twin = place / f"{args.arm}_{args.seed}", place / f"adamw_{args.seed}" / "flatness.json"
     if args.arm != "adamw" and not twin.exists():
