@@ -50,10 +50,14 @@ KEPT = ("schedule", "stages", "gmacs", "correct", "num_images", "top1", "gained"
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all arms of it share. config: of train_sam.py. rho: the radius of SAM; ASAM's is ten times as large."""
+    """What all arms of it share. config: of train_sam.py. rho, adaptive_rho: the radii of SAM (and GSAM) and of ASAM.
+
+    ASAM's counts in shares of each weight: it was chosen for a perturbation about as long as SAM's.
+    """
 
     config: Callable[[argparse.Namespace], Any]
     rho: float
+    adaptive_rho: float
     schedules: str
     flatness: FlatnessConfig
 
@@ -81,12 +85,14 @@ SETTINGS = {
     "digits": Setting(
         digits,
         0.05,
+        0.2,
         "dense,tome_r8,tome_r16,tome_r32,s2dfe_r8,s2dfe_r16,s2dfe_r32,s2winc5_r8,s2winc5_r16,s2winc5_r32",
         FlatnessConfig(plane_points=0, line_points=0, epsilon=(1e-3,)),
     ),
     "clothing": Setting(
         clothing,
         0.02,
+        0.2,
         "dense,tome_r4,tome_r8,tome_r16,s2dfe_r4,s2dfe_r8,s2dfe_r16,s2winc7_r4,s2winc7_r8,s2winc7_r16",
         FlatnessConfig(
             limit=128,
@@ -104,18 +110,18 @@ SETTINGS = {
         ),
     ),
 }
-# The fields that an arm changes of the setting's configuration, with the setting's radius.
-ARMS: dict[str, Callable[[Any, float], dict[str, Any]]] = {
-    "adamw": lambda config, rho: {"sam.rho": 0.0},
+# The fields that an arm changes of the setting's configuration.
+ARMS: dict[str, Callable[[Any, Setting], dict[str, Any]]] = {
+    "adamw": lambda config, setting: {"sam.rho": 0.0},
     # As many gradients as SAM computes.
-    "adamw_twice": lambda config, rho: {
+    "adamw_twice": lambda config, setting: {
         "sam.rho": 0.0,
         "epochs": 2 * config.epochs,
         "warmup_epochs": 2 * config.warmup_epochs,
     },
-    "sam": lambda config, rho: {"sam.rho": rho},
-    "asam": lambda config, rho: {"sam.rho": 10 * rho, "sam.adaptive": True},
-    "gsam": lambda config, rho: {"sam.rho": rho, "sam.gap_weight": 0.4},
+    "sam": lambda config, setting: {"sam.rho": setting.rho},
+    "asam": lambda config, setting: {"sam.rho": setting.adaptive_rho, "sam.adaptive": True},
+    "gsam": lambda config, setting: {"sam.rho": setting.rho, "sam.gap_weight": 0.4},
 }
 
 
@@ -146,7 +152,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     setting, place = SETTINGS[args.setting], args.workdir / args.setting
     config = setting.config(args)
     config.seed = args.seed
-    config.update_from_flattened_dict(ARMS[args.arm](config, setting.rho))
+    config.update_from_flattened_dict(ARMS[args.arm](config, setting))
     config.schedules, config.eval_every, config.tensorboard = "dense", NEVER, False  # tested once, at the end
     workdir, twin = place / f"{args.arm}_{args.seed}", place / f"adamw_{args.seed}" / "flatness.json"
     if args.arm != "adamw" and not twin.exists():

@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from jax._src import distributed  # its store of keys, which has no public name; Orbax relies on it too
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from fcvit_jax.errors import InputError
@@ -73,6 +72,8 @@ def ending_together() -> Iterator[None]:
     Left alone, they would wait for it in the next exchange, and break off in its midst after minutes. One that was
     killed, and so could not tell, is noticed when that happens. Whoever is done waits for the others.
     """
+    from jax._src import distributed  # its store of keys, which has no public name; Orbax relies on it too
+
     client: Any = distributed.global_state.client
     if client is None:  # a process by itself
         yield
