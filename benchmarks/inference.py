@@ -31,8 +31,8 @@ timm's modules (pytorch_tome.py); for those that merge in windows there is none.
     compile   tracing and compiling; of torch.compile, the first call
     max diff  the largest difference of a logit from float32's, in standard deviations of the logits
 
-On Linux, glibc maps fresh memory for every buffer above 32 MiB, which slows both sides on CPU. To avoid it, set
-    MALLOC_MMAP_MAX_=0 MALLOC_ARENA_MAX=1 MALLOC_TRIM_THRESHOLD_=17179869184 MALLOC_TOP_PAD_=67108864
+On Linux, glibc would map fresh memory for every buffer above 32 MiB, which slows both sides on CPU: it is told to keep
+what is freed, as the library's programs tell it, unless MALLOC_... variables say otherwise.
 """
 
 import argparse
@@ -69,6 +69,7 @@ from contenders import (
 )
 from tqdm import tqdm
 
+from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import load_checkpoint, versions, writable_directory
 from fcvit_jax.errors import InputError, one_line_errors
 from fcvit_jax.models import flops, zoo
@@ -97,6 +98,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # title -> (field of
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     args = parse(argv)
+    keep_freed_memory()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory of a GPU to PyTorch
     rows: list[dict[str, Any]] = []
     with one_line_errors():
@@ -294,8 +296,9 @@ def describe_machine(peer: str | None) -> dict[str, Any]:
             found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
             name = found[1] if found else name
     malloc = {key: value for key, value in os.environ.items() if re.match("MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$", key)}
+    kept = "keeps freed memory" if keep_freed_memory() else "default"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    found = {"device": name, "platform": device.platform, "cores": cores, "malloc": malloc or "default"}
+    found = {"device": name, "platform": device.platform, "cores": cores, "malloc": malloc or kept}
     if peer:
         import torch
 

@@ -29,8 +29,8 @@ sys.path.insert(0, str(ROOT))  # the scripts and configs/ are not installed
 
 import numpy as np  # noqa: E402
 
-import train_sam  # noqa: E402
 from configs import digits_sam, eval_digits, finetune_folder  # noqa: E402
+from fcvit_jax.allocator import keep_freed_memory  # noqa: E402
 from fcvit_jax.checkpoint import load_checkpoint, versions  # noqa: E402
 from fcvit_jax.data.sources import open_source  # noqa: E402
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors  # noqa: E402
@@ -38,6 +38,7 @@ from fcvit_jax.evaluation import run as evaluation  # noqa: E402
 from fcvit_jax.evaluation.job import Settings  # noqa: E402
 from fcvit_jax.evaluation.report import write_report  # noqa: E402
 from fcvit_jax.flags import keep_programs  # noqa: E402
+from fcvit_jax.training import run as training  # noqa: E402
 from fcvit_jax.training.comparison import compare  # noqa: E402
 from fcvit_jax.training.hessian import standard_error  # noqa: E402
 from fcvit_jax.training.measurement import measure_checkpoint  # noqa: E402
@@ -131,6 +132,7 @@ def main(argv: list[str] | None = None) -> None:
         name = f"{args.setting} {args.arm} {args.seed}"
         if any(name == f"{row['setting']} {row['arm']} {row['seed']}" for row in read(ROWS)):
             raise InputError(f"{ROWS} has the row of {name}: delete it to run again")
+        keep_freed_memory()
         keep_programs(None)
         row = run(args)
         ROWS.parent.mkdir(exist_ok=True)
@@ -157,7 +159,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     workdir, twin = place / f"{args.arm}_{args.seed}", place / f"adamw_{args.seed}" / "flatness.json"
     if args.arm != "adamw" and not twin.exists():
         raise InputError(f"{twin} is absent: run the arm adamw of this seed first, which the others are compared with")
-    train_sam.train(config, workdir)
+    training.train(config, workdir)
 
     fields = eval_digits.get_config().to_dict() | {
         "checkpoint": str(workdir),

@@ -21,6 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import abstract_params, versions
 from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.batches import device_batches, train_batches
@@ -77,6 +78,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each contender")
     parser.add_argument("--dataset", help="photos to augment and feed to the step of SAM: how long does it wait?")
     args = parser.parse_args()
+    keep_freed_memory()
 
     entry = zoo.get(args.model)
     size = (args.image_size, args.image_size) if args.image_size else entry.config.image_size

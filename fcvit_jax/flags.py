@@ -14,6 +14,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from fcvit_jax import parallel
+from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import one_line_errors
 
 flags.disclaim_key_flags()  # --help lists them as the script's own
@@ -25,6 +26,7 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) ->
 
     config: the file that --config names by default; it has a `get_config()`. workdir: the default of --workdir.
     """
+    keep_freed_memory()
     with _one_line():
         fields = "The experiment; --config.FIELD=VALUE overrides a field of it."
         config_flag = config_flags.DEFINE_config_file("config", str(config), fields, lock_config=True)

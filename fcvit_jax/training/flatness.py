@@ -22,6 +22,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, writable_directory
 from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.sources import open_source
@@ -168,4 +169,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()
     main()
