@@ -21,4 +21,4 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):  # macOS, Windows, musl
         return False
     options = ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20), (_ARENA_MAX, 1))
-    return all([mallopt(*option) for option in options])
+    return all(mallopt(*option) for option in options)
