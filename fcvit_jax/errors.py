@@ -2,13 +2,20 @@
 
 import argparse
 import contextlib
+import math
+import numbers
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class InputError(ValueError):
     """Bad input: the message is one line that names the file or field, what is wrong and the mend."""
+
+
+def is_number(value: Any, low: float = 0, high: float = math.inf) -> bool:
+    """Whether a field's value is a number, low <= value < high. Python counts bool among them; here it is none."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value < high
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ All chance comes from the generator that is passed in: an image's fate hangs on 
 import dataclasses
 import functools
 import math
-import numbers
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, is_number
 
 CROPS = ("random_resized", "resize_crop", "eval")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
@@ -310,14 +309,14 @@ def _tidy(recipe: Any, **fields: Any) -> None:
 
 
 def _number(field: str, value: Any, low: float, high: float) -> float:
-    if not isinstance(value, numbers.Real) or not low <= float(value) <= high:
+    if not is_number(value, low) or value > high:
         raise InputError(f"augment.{field} is {value!r}: it must be a number from {low:g} to {high:g}")
     return float(value)
 
 
 def _span(field: str, value: Any, low: float, high: float) -> tuple[float, float]:
     pair = tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2 or not all(isinstance(x, numbers.Real) for x in pair) or not low <= pair[0] <= pair[1] <= high:
+    if len(pair) != 2 or not all(is_number(x, low) for x in pair) or not pair[0] <= pair[1] <= high:
         why = f"it must be two numbers from {low:g} to {high:g}, the smaller first"
         raise InputError(f"augment.{field} is {value!r}: {why}")
     return float(pair[0]), float(pair[1])

@@ -5,7 +5,6 @@ radius alone. Parameters are known by their path, "blocks_0/attn/qkv/kernel".
 """
 
 import dataclasses
-import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -13,13 +12,13 @@ from typing import Any
 import jax
 import optax
 
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, is_number
 
 NAMES = ("adamw", "sgd", "lion")
 SCHEDULES = ("cosine", "linear", "constant")
 
-_NOT_NEGATIVE = (lambda x: 0 <= x < math.inf), "0 or more"
-_SHARE = (lambda x: 0 <= x < 1), "at least 0 and below 1"
+_NOT_NEGATIVE = is_number, "0 or more"
+_SHARE = (lambda x: is_number(x, 0, 1)), "at least 0 and below 1"
 _NUMBERS = {
     "learning_rate": _NOT_NEGATIVE,
     "final_learning_rate": _NOT_NEGATIVE,
@@ -27,8 +26,8 @@ _NUMBERS = {
     "b1": _SHARE,
     "b2": _SHARE,
     "momentum": _SHARE,
-    "clip_norm": ((lambda x: 0 < x < math.inf), "above 0, or none"),
-    "layer_decay": ((lambda x: 0 < x <= 1), "above 0 and at most 1, or none"),
+    "clip_norm": ((lambda x: is_number(x) and x > 0), "above 0, or none"),
+    "layer_decay": ((lambda x: is_number(x) and 0 < x <= 1), "above 0 and at most 1, or none"),
 }
 
 
@@ -62,7 +61,7 @@ class OptimizerConfig:
             value = getattr(self, field)
             if value is None and wanted.endswith("none"):
                 continue
-            if not isinstance(value, int | float) or isinstance(value, bool) or not fits(value):
+            if not fits(value):
                 raise InputError(f"optimizer.{field} is {value!r}: it must be a number {wanted}")
         final, peak = self.final_learning_rate, self.learning_rate
         if final > peak:
@@ -121,13 +120,11 @@ def decay_mask(params: Any) -> Any:
     return _map_paths(lambda path, _: path.rpartition("/")[2] == "kernel", params)
 
 
-def frozen_mask(params: Any, pattern: str | None) -> Any:
+def frozen_mask(params: Any, pattern: str) -> Any:
     """True where `re.match` finds the pattern in a parameter's path; "blocks_1" means blocks_10 too, "blocks_1/" not.
 
     Raises InputError where it matches no parameter, or leaves none to train.
     """
-    if pattern is None:
-        return jax.tree.map(lambda _: False, params)
     mask = _map_paths(lambda path, _: re.match(pattern, path) is not None, params)
     matched = jax.tree.leaves(mask)
     if not any(matched):

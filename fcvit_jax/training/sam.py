@@ -12,7 +12,6 @@ parameters themselves are never perturbed. g(w) is the gradient of the batch, un
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -21,7 +20,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, is_number
 
 Params = Any
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
@@ -55,7 +54,7 @@ class SAMConfig:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             name, value = field.name, getattr(self, field.name)
-            number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < math.inf
+            number = is_number(value)
             lowest = 1 if name in ("refresh_every", "microbatches") else 0
             valid, wanted = {
                 float: (number, "it must be a number, 0 or more"),

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, is_number
 
 LOSSES = ("softmax", "sigmoid")
 
@@ -32,7 +32,7 @@ class TargetConfig:
             raise InputError(f"targets.loss is {self.loss!r}: choose one of {', '.join(LOSSES)}")
         for field, high in (("label_smoothing", 1), ("mixup", math.inf), ("cutmix", math.inf)):
             value = getattr(self, field)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value < high:
+            if not is_number(value, 0, high):
                 below = "" if high == math.inf else f" and below {high}"
                 raise InputError(f"targets.{field} is {value!r}: it must be a number at least 0{below}")
 

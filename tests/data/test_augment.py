@@ -150,6 +150,8 @@ def test_hashable_equal_and_back_from_json():
         ({"ratio": ("1", 2)}, "augment.ratio is .*: it must be two numbers from 0.01 to 100"),
         ({"ratio": (0.75, math.nan)}, "augment.ratio is"),
         ({"flip": 50}, "augment.flip is 50: it must be a number from 0 to 1"),
+        ({"flip": True}, "augment.flip is True: it must be a number from 0 to 1"),
+        ({"scale": (False, True)}, r"augment.scale is \(False, True\): it must be two numbers"),
         ({"erase": None}, "augment.erase is None: it must be a number from 0 to 1"),
         ({"policy": "light1"}, "augment.policy is 'light1': it must be none, or like rand-m9"),
         ({"policy": None}, "augment.policy is 'None'"),

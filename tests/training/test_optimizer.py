@@ -153,7 +153,6 @@ def test_frozen_parameters_do_not_change_and_the_rest_move_as_if_they_were_alone
 
 
 def test_freezing_nothing_or_everything_is_an_error():
-    assert not any(jax.tree.leaves(frozen_mask(SHAPES, None)))
     frozen = flat(frozen_mask(SHAPES, "blocks_1|.*/norm/|head/bias"))
     expected = {"blocks_0/norm/scale", "blocks_1/mlp/kernel", "blocks_1/mlp/bias", "blocks_1/norm/scale"}
     assert {path for path, is_frozen in frozen.items() if is_frozen} == expected | {"blocks_10/ls", "head/bias"}
