@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, is_number
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, sam_value_and_grad
 from fcvit_jax.training.targets import TargetConfig, cross_entropy, mix, row_weights, soft_targets
@@ -26,7 +26,8 @@ class TrainState(NamedTuple):
     """All that a run needs to go on; a checkpoint of it resumes bit for bit.
 
     step: int32, the steps taken. params: float32 tree. opt_state: of the optax chain. ema: the average of the params,
-    () when off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step.
+    () when off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step. finite: bool, False
+    from the first step on that was not finite: none changes the rest any more.
     """
 
     step: jax.Array
@@ -35,6 +36,7 @@ class TrainState(NamedTuple):
     ema: Any
     sam: SAMState
     key: jax.Array
+    finite: jax.Array
 
     @property
     def weights(self) -> Any:
@@ -61,7 +63,13 @@ def init_state(
         params = jax.jit(model.init)(init_key, images)["params"]
     params = _copy(params)
     return TrainState(
-        jnp.int32(0), params, optimizer.init(params), _copy(params) if ema else (), init_sam(sam, params), key
+        step=jnp.int32(0),
+        params=params,
+        opt_state=optimizer.init(params),
+        ema=_copy(params) if ema else (),
+        sam=init_sam(sam, params),
+        key=key,
+        finite=jnp.bool_(True),
     )
 
 
@@ -82,9 +90,8 @@ class Recipe:
     ema_decay: float | None = None
 
     def __post_init__(self) -> None:
-        decay = self.ema_decay
-        if decay is not None and (not isinstance(decay, int | float) or isinstance(decay, bool) or not 0 <= decay < 1):
-            raise InputError(f"ema_decay is {decay!r}: it must be a number at least 0 and below 1, or none")
+        if self.ema_decay is not None and not is_number(self.ema_decay, 0, 1):
+            raise InputError(f"ema_decay is {self.ema_decay!r}: it must be a number at least 0 and below 1, or none")
 
 
 def make_train_step(
@@ -96,14 +103,15 @@ def make_train_step(
     The keys of a step come from the run's key and the step's number, so that a resumed run draws what the whole run
     drew. Images are mixed once, and both passes of SAM see the same images and the same dropout.
 
-    If the loss or the gradient is not finite, the state comes back as it was, its step number too, and "finite" is 0:
-    the loop should stop there, with the last good state in its hands.
+    If the loss or the gradient is not finite, the state comes back as it was, its step number too, and "finite" is 0,
+    then and ever after: whenever the loop looks, it has the state before that step in its hands, and should stop.
 
     Metrics, float32 scalars; those of SAM are explained by `SAMInfo`:
 
     - "loss": at the parameters, of the unmasked rows; "accuracy": of them, against the labels before mixing;
     - "gap", "grad_norm", "rho"; "gap_over_rho": to first order the gradient norm if all is well, 0 where rho is 0;
-    - "learning_rate"; "update_norm": of what the optimizer adds to the parameters; "finite": 1 or 0.
+    - "learning_rate"; "update_norm": of what the optimizer adds to the parameters;
+    - "finite": 1 where this step and all before it were, or 0.
     """
     if not model.config.num_classes:
         raise InputError("num_classes is 0: a model without a head has nothing to train towards")
@@ -134,9 +142,8 @@ def make_train_step(
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = average(state.ema, params, recipe.ema_decay, state.step) if recipe.ema_decay is not None else state.ema
-        new = TrainState(state.step + 1, params, opt_state, ema, sam, state.key)
         # Known before the update, which can then happen in place.
-        finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+        finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
 
         metrics = {
             "loss": loss,
@@ -149,8 +156,11 @@ def make_train_step(
             "update_norm": optax.tree.norm(updates),
             "finite": finite,
         }
+        new = TrainState(state.step + 1, params, opt_state, ema, sam, state.key, finite)
         kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), new._replace(key=()), state._replace(key=()))
-        return kept._replace(key=state.key), {name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()}
+        return kept._replace(key=state.key, finite=finite), {
+            name: jnp.asarray(x, jnp.float32) for name, x in metrics.items()
+        }
 
     return train_step
 

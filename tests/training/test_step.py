@@ -47,7 +47,7 @@ def compiled(model, config, sam, targets, ema) -> tuple[optax.GradientTransforma
     """The optimizer, and the step under jit: tests of one recipe share its compilation, most of what they cost."""
     shapes = abstract_params(model.config)
     optimizer, rate = make_optimizer(config, shapes, STEPS)
-    frozen = frozen_mask(shapes, config.freeze) if config.freeze else None
+    frozen = None if config.freeze is None else frozen_mask(shapes, config.freeze)
     recipe = Recipe(optimizer, rate, sam, rho_schedule(sam, STEPS), targets, frozen, ema)
     return optimizer, jax.jit(make_train_step(model, PREPROCESS, recipe), compiler_options=QUICKLY)
 
@@ -295,13 +295,21 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was():
     kept, metrics = step(good, batch(1))  # the loss is finite, the gradient is not
     assert metrics["finite"] == 0
     assert jnp.isfinite(metrics["loss"])
-    assert_equal(kept, good)
+    assert not kept.finite
+    assert_equal(kept, good._replace(finite=kept.finite))
+    # Nor does any later step change it, though it be finite itself: the loop may look as late as it likes.
+    later = kept._replace(step=jnp.int32(2))
+    assert step(later._replace(finite=good.finite), batch(2))[1]["finite"] == 1
+    still, metrics = step(later, batch(2))
+    assert metrics["finite"] == 0
+    assert jnp.isfinite(metrics["loss"])
+    assert_equal(still, later)
 
     far = good._replace(step=jnp.int32(2), params=jax.tree.map(lambda w: 1e30 * w, good.params))
     kept, metrics = step(far, batch(1))
     assert not jnp.isfinite(metrics["loss"])
     assert metrics["finite"] == 0
-    assert_equal(kept, far)
+    assert_equal(kept, far._replace(finite=kept.finite))
 
 
 def test_what_makes_no_sense_is_told():
