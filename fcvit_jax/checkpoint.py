@@ -163,7 +163,7 @@ def told_in_one_line(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:  # TensorStore raises ValueError
-        full = "No space left" in str(error)
+        full = any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
         if isinstance(error, InputError) or not (full or isinstance(error, OSError)):
             raise
         why = "the disk is full" if full else getattr(error, "strerror", None) or error

@@ -1,9 +1,15 @@
 """The states of a run on disk, from which it goes on: Orbax's CheckpointManager, whole or not there."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
 from fcvit_jax.checkpoint import check_room, told_in_one_line
+from fcvit_jax.errors import InputError
 
 
 class States:
@@ -15,6 +21,7 @@ class States:
     def __init__(self, directory: Path, keep: int = 2):
         import orbax.checkpoint as ocp
 
+        logging.getLogger("absl").addFilter(_not_raised)
         self._args, self._directory = ocp.args, directory
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager: Any = ocp.CheckpointManager(directory.absolute(), options=options)
@@ -22,28 +29,54 @@ class States:
         # numbers of its own in between, would set that count back.
         self._manager.reached_preemption = lambda step: False
 
+    def check_shared(self) -> None:
+        """Raises InputError where processes see other states: each would go on from another step."""
+        if jax.process_count() == 1:
+            return
+        latest = self.latest()
+        every = multihost_utils.process_allgather(np.int32(-1 if latest is None else latest)).tolist()
+        if len({*every}) > 1:
+            told = ", ".join("none" if step < 0 else str(step) for step in every)
+            raise InputError(
+                f"{self._directory}: the processes see different states there ({told}): --workdir must be one "
+                "directory that all hosts share"
+            )
+
     def latest(self) -> int | None:
         """The step of the newest state."""
         return self._manager.latest_step()
 
     def notes(self) -> dict[str, Any]:
-        """What was remembered beside the newest state."""
+        """What was remembered beside the newest state. Raises InputError where it is damaged."""
         return self._restore(notes=self._args.JsonRestore())
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
         """Begin to write a state; it is written while training goes on. Raises InputError where the disk is full."""
-        args = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(notes))
+        # A copy of the notes, which the caller may change meanwhile.
+        args = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(dict(notes)))
+        self.wait()  # for the state before, which needs room too
         check_room(self._directory, state)
         with told_in_one_line(self._directory):
             self._manager.save(step, args=args)
 
     def restore(self, abstract: Any) -> Any:
-        """The newest state, with the shapes, dtypes and shardings of `abstract`, on however many devices those are."""
+        """The newest state, with the shapes, dtypes and shardings of `abstract`, on however many devices those are.
+
+        Raises InputError where it is damaged.
+        """
         return self._restore(state=self._args.StandardRestore(abstract))
 
     def _restore(self, **item: Any) -> Any:
-        (name,) = item
-        return self._manager.restore(self.latest(), args=self._args.Composite(**item))[name]
+        (name,), step = item, self.latest()
+        try:
+            return self._manager.restore(step, args=self._args.Composite(**item))[name]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            before = max((each for each in self._manager.all_steps() if each != step), default=None)
+            then = "starts anew" if before is None else f"goes on from {before}"
+            why = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(
+                f"{self._directory / str(step)} is damaged ({why}): remove it, and the run {then}"
+            ) from error
 
     def wait(self) -> None:
         """Until what was begun is on disk. Raises InputError where the disk is full."""
@@ -51,4 +84,11 @@ class States:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        """Wait, and let go. Raises InputError where the disk is full."""
+        with told_in_one_line(self._directory):
+            self._manager.close()
+
+
+def _not_raised(record: logging.LogRecord) -> bool:
+    """Orbax logs the traceback of what fails in its threads, and then raises it as well, to be told in one line."""
+    return not (record.exc_info and "orbax" in record.pathname)
