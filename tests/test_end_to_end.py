@@ -13,9 +13,9 @@ from PIL import Image
 
 import evaluate
 import fcvit_jax as fc
-import train_sam
 from configs import digits_adamw, digits_sam, eval_digits
 from fcvit_jax.errors import InputError
+from fcvit_jax.training.job import check_same
 
 ROOT = Path(__file__).parents[1]
 
@@ -67,7 +67,7 @@ def test_the_embedded_default(tmp_path):
 @pytest.mark.parametrize(("name", "config"), [("digits", digits_sam), ("digits_adamw", digits_adamw)])
 def test_the_packaged_checkpoints_come_from_the_configurations(name, config):
     provenance = fc.load_checkpoint(f"packaged:{name}").meta["provenance"]
-    train_sam.check_same(provenance["train_config"], json.loads(config.get_config().to_json()), Path(name))
+    check_same(provenance["train_config"], json.loads(config.get_config().to_json()), Path(name))
     assert provenance["steps"] == 44 * (1437 // 64)
     assert f"{provenance['test']['correct']} of 360" in config.__doc__
 

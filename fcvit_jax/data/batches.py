@@ -26,6 +26,10 @@ LOOKAHEAD = 2  # batches that are being decoded while another one is in use
 MOST_A_TASK = 16  # images that a thread takes at a time: to hand them over one by one costs a tenth of the speed
 
 
+class BadImage(InputError):
+    """An image that cannot be read or decoded, where such images are not skipped."""
+
+
 class Batch(NamedTuple):
     """`b` rows of this process; where `mask` is False the row is padding: zeros, and the name is empty.
 
@@ -67,7 +71,7 @@ def eval_batches(
 
     Raises:
       InputError: at once, if there is nothing to yield or the numbers do not fit; later, in place of the batch that
-        holds it, for an image that cannot be decoded.
+        holds it, for an image that cannot be decoded (`BadImage`).
     """
     count = len(source) if limit is None else min(limit, len(source))
     rows, skip = _rows(batch_size, process_index, process_count, workers), _skips(on_bad)
@@ -110,20 +114,19 @@ def train_batches(
       image_size: (height, width) of those pixels.
       batch_size: rows over all processes; each yields its share, and reads no more than that.
       workers: decoding threads, by default as many as cores.
-      on_bad: what an image does that cannot be read or decoded: `stop` raises in place of its batch; `skip` leaves its
-        row as padding, and tells why in `Batch.skipped`.
+      on_bad: what an image does that cannot be read or decoded: `stop` raises; `skip` leaves its row as padding, and
+        tells why in `Batch.skipped`.
 
     Raises:
-      InputError: at once, if the data set is smaller than a batch or the numbers do not fit; later, for a bad image.
+      InputError: at once, if the data set is smaller than a batch or the numbers do not fit; later, in place of the
+        batch that holds it, for a bad image (`BadImage`).
     """
     rows, skip = _rows(batch_size, process_index, process_count, workers), _skips(on_bad)
     if seed < 0:
         raise InputError(f"seed: {seed} is negative")
     if source.labels_per_image > 1:
         raise InputError(f"{source.spec} has several labels an image: it can be evaluated on, not trained on")
-    an_epoch = len(source) // batch_size
-    if an_epoch < 1:
-        raise InputError(f"batch_size: {batch_size} is more than the {len(source)} images of {source.spec}")
+    an_epoch = batches_an_epoch(source, batch_size)
 
     @functools.lru_cache(maxsize=2)
     def order(epoch: int) -> np.ndarray:
@@ -139,6 +142,13 @@ def train_batches(
         return _load(source, index, lambda image: transform(image, np.random.default_rng((seed, epoch, index))))
 
     return _decode_ahead(load, image_size, 1, map(share, steps), rows, workers, skip)
+
+
+def batches_an_epoch(source: Source, batch_size: int) -> int:
+    """Whole batches, of which there must be one: else it raises InputError."""
+    if batch_size > len(source):
+        raise InputError(f"batch_size: {batch_size} is more than the {len(source)} images of {source.spec}")
+    return len(source) // batch_size
 
 
 def _skips(on_bad: str) -> bool:
@@ -204,7 +214,7 @@ def _decode_ahead(
         for row, told in enumerate(told for task in tasks for told in task.result()):
             if isinstance(told, InputError):
                 if not skip:
-                    raise told
+                    raise BadImage(str(told)) from told
                 skipped.append(str(told))
                 continue
             label, names[row] = told
@@ -239,7 +249,8 @@ def device_batches(
 ) -> Generator[Batch, None, None]:
     """The batches with images, labels and mask as global arrays, sharded; transfers run `depth` batches ahead.
 
-    Each process passes its own rows. The names, and what was skipped, stay with their process.
+    Each process passes its own rows. The names, and what was skipped, stay with their process. What `batches` raises
+    comes as early, in place of the batch that is `depth` before.
     """
     pending: deque[Batch] = deque()
     try:

@@ -109,8 +109,8 @@ def compile_step(
 ) -> CompiledStep:
     """Compile `eval_step` for batches of one size, the rows spread over the devices of the mesh.
 
-    params: the parameters, replicated. dtype: a key of `DTYPES`; it replaces the model's own. scored,
-    labels_per_image: as the `Source` has them.
+    params: the parameters; those of a call have to lie on the devices as these do, replicated or sharded. dtype: a key
+    of `DTYPES`; it replaces the model's own. scored, labels_per_image: as the `Source` has them.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
@@ -129,6 +129,15 @@ def compile_step(
             shape((batch_size,), jnp.bool_),
         ).compile()
     return CompiledStep(model, call, time.perf_counter() - started)
+
+
+def compile_divergence(
+    num_classes: int, batch_size: int, mesh: jax.sharding.Mesh, scored: tuple[int, ...] | None = None
+) -> jax.stages.Compiled:
+    """Compile `divergence` for the logits of steps that `compile_step` made with the same arguments."""
+    logits = jax.ShapeDtypeStruct((batch_size, num_classes), jnp.float32, sharding=parallel.batched(mesh))
+    program = jax.jit(partial(divergence, scored), out_shardings=parallel.replicated(mesh))
+    return program.lower(logits, logits).compile()
 
 
 def classify(

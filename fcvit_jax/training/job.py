@@ -8,8 +8,10 @@ import jax
 from jax.experimental import multihost_utils
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import abstract_params
+from fcvit_jax.checkpoint import abstract_params, sweep
 from fcvit_jax.convert.__main__ import main as convert
+from fcvit_jax.data.augment import Augment
+from fcvit_jax.data.batches import batches_an_epoch
 from fcvit_jax.data.sources import FORMS, Source, open_source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import DTYPES
@@ -22,7 +24,8 @@ from fcvit_jax.training.start import Start, from_checkpoint, from_scratch
 from fcvit_jax.training.step import Recipe, TrainState, init_state
 from fcvit_jax.training.targets import TargetConfig
 
-FREE = ("flatness", "keep", "log_every", "save_every", "tensorboard", "workers")  # what may change when a run goes on
+# What may change when a run goes on.
+FREE = ("flatness", "fsdp", "keep", "log_every", "on_bad", "remat", "save_every", "tensorboard", "workers")
 WRITTEN = ("best", "checkpoint", "last_good")  # checkpoint directories in the working directory
 
 _COUNTS = ("eval_every", "save_every", "log_every", "keep")
@@ -40,6 +43,7 @@ class Job:
     workdir: Path
     mesh: jax.sharding.Mesh
     start: Start
+    augment: Augment
     model: ViT
     schedules: dict[str, MergeSchedule]
     recipe: Recipe
@@ -52,6 +56,12 @@ class Job:
             self.model, recipe.optimizer, recipe.sam, self.config.seed, params, recipe.ema_decay is not None
         )
 
+    def data(self) -> dict[str, Any]:
+        """What a run that goes on has to find again: another number of images would come in another order."""
+        train, test = self.start.train_set, self.start.test_set
+        labels = {str(label): name for label, name in enumerate(train.class_names)}
+        return {"images": {"train": len(train), "test": len(test)}, "labels": labels}
+
 
 def prepare(config: Any, workdir: Path) -> tuple[Job, Any]:
     """Open what the configuration names, and check that it fits together, before any long work.
@@ -62,9 +72,7 @@ def prepare(config: Any, workdir: Path) -> tuple[Job, Any]:
     mesh = parallel.data_mesh()
     parallel.check_batch_size(config.batch_size, mesh)
     train_set, test_set = open_source(config.train), open_source(config.test)
-    an_epoch = len(train_set) // config.batch_size
-    if not an_epoch:
-        raise InputError(f"batch_size is {config.batch_size}: {config.train} has {len(train_set)} images")
+    an_epoch, augment = batches_an_epoch(train_set, config.batch_size), Augment(**config.augment)
     if not 0 <= config.warmup_epochs < config.epochs:
         raise InputError(f"warmup_epochs is {config.warmup_epochs}: it must be 0 or more, and below epochs")
     steps, warmup = round(config.epochs * an_epoch), round(config.warmup_epochs * an_epoch)
@@ -94,11 +102,12 @@ def prepare(config: Any, workdir: Path) -> tuple[Job, Any]:
         sam_config,
         sam.rho_schedule(sam_config, steps),
         TargetConfig(**config.targets),
-        frozen_mask(params, optimizer.freeze) if optimizer.freeze else None,
+        None if optimizer.freeze is None else frozen_mask(params, optimizer.freeze),
         config.ema_decay or None,
     )
-    remarks = (*start.remarks, *(f"warning: {line}" for line in sam.warnings(sam_config)))
-    return Job(config, workdir, mesh, start, model, schedules, recipe, steps, remarks), initial
+    unused = ("config.model is not used: the checkpoint has its own",) if config.checkpoint and config.model else ()
+    remarks = (*start.remarks, *unused, *(f"warning: {line}" for line in sam.warnings(sam_config)))
+    return Job(config, workdir, mesh, start, augment, model, schedules, recipe, steps, remarks), initial
 
 
 def check_fields(config: Any, workdir: Path) -> None:
@@ -119,6 +128,11 @@ def check_fields(config: Any, workdir: Path) -> None:
         )
     elif not config.preprocess:
         raise InputError("config.preprocess is missing: pass --config.preprocess=..., such as timm/augreg")
+    elif config.image_size:
+        raise InputError(
+            f"config.image_size is {config.image_size}, which resamples a checkpoint, and there is none: set "
+            "config.model.image_size"
+        )
     for name in _COUNTS:
         if type(config[name]) is not int or config[name] < 1:
             raise InputError(f"{name} is {config[name]}: it must be a number of steps, 1 or more")
@@ -140,9 +154,11 @@ def begin(config: Any, workdir: Path, train_set: Source, test_set: Source) -> tu
         return from_scratch(config.model.to_dict(), config.preprocess, train_set, test_set), None
     path = config.checkpoint
     if path in zoo.names() and not Path(path).exists():
-        path = workdir / "pretrained"
-        if not path.exists() and jax.process_index() == 0:
-            convert([config.checkpoint, str(path)])
+        path = workdir / "pretrained" / config.checkpoint
+        if jax.process_index() == 0:
+            sweep(path)
+            if not path.exists():
+                convert([config.checkpoint, str(path)])
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("pretrained")
     size = (config.image_size, config.image_size) if config.image_size else None
@@ -150,11 +166,13 @@ def begin(config: Any, workdir: Path, train_set: Source, test_set: Source) -> tu
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """A run goes on with the configuration that it began with."""
+    """A run goes on with the configuration, and on the data, that it began with."""
     old, new = flat(before), flat(now)
     if differs := [name for name in sorted(old | new) if old.get(name) != new.get(name) and name not in FREE]:
         told = ", ".join(f"{name} {old.get(name)!r} there, {new.get(name)!r} here" for name in differs[:5])
-        raise InputError(f"{workdir} holds a run of another configuration ({told}): name another --workdir")
+        raise InputError(
+            f"{workdir} holds a run of another configuration, or of other data ({told}): name another --workdir"
+        )
 
 
 def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -52,6 +52,11 @@ class Wait:
         self._thread.shutdown()
 
 
+def over_processes(count: int) -> int:
+    """The sum of what each process has counted; all of them call it together."""
+    return int(np.sum(multihost_utils.process_allgather(np.int32(count)))) if jax.process_count() > 1 else count
+
+
 def _end(results: Any) -> float:
     jax.block_until_ready(results)
     return time.perf_counter()
@@ -139,9 +144,7 @@ class Window:
         """Images that were left out so far, by all processes; None where none are. All processes call it together."""
         if self._before is None:
             return None
-        mine = np.int32(self._skipped)
-        every = multihost_utils.process_allgather(mine) if jax.process_count() > 1 else mine
-        return self._before + int(np.sum(every))
+        return self._before + over_processes(self._skipped)
 
     def close(self) -> None:
         self._wait.close()

@@ -12,7 +12,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from PIL import Image
 
 from fcvit_jax.data.augment import Augment
-from fcvit_jax.data.batches import LOOKAHEAD, MOST_A_TASK, Batch, device_batches, eval_batches, train_batches
+from fcvit_jax.data.batches import LOOKAHEAD, MOST_A_TASK, BadImage, Batch, device_batches, eval_batches, train_batches
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Record, Source, open_source
 from fcvit_jax.errors import InputError
@@ -288,7 +288,7 @@ def test_a_broken_training_image_stops_in_place_of_its_batch():
     place = np.random.default_rng((3, 0)).permutation(13).tolist().index(6)
     batches = train_batches(source_of(13, broken=6), jitter, (4, 6), 4, range(9), 3)
     assert all(next(batches).mask.all() for _ in range(place // 4))
-    with pytest.raises(InputError, match="image record-6 cannot be decoded"):
+    with pytest.raises(BadImage, match="image record-6 cannot be decoded"):
         next(batches)
     assert decoding_threads() == []
 
@@ -317,7 +317,7 @@ def test_what_a_transform_refuses_is_told_by_name_and_its_bugs_are_not_skipped()
     def crash(image, rng):
         raise ZeroDivisionError
 
-    with pytest.raises(InputError, match=r"image record-\d+: it is a strip"):
+    with pytest.raises(BadImage, match=r"image record-\d+: it is a strip"):
         train(transform=refuse)
     (batch,) = train(transform=refuse, on_bad="skip", steps=range(1))
     assert len(batch.skipped) == 4

@@ -1,9 +1,11 @@
 """The trainer as a user runs it: resumed after kill -9 and SIGTERM, on several processes, with bad input."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -26,7 +28,11 @@ import train_sam
 from configs import digits_sam
 from configs.training import defaults
 from fcvit_jax import flags, parallel
+from fcvit_jax.checkpoint import PACKAGED
+from fcvit_jax.data.sources import open_source
+from fcvit_jax.training import job, run, testing
 from fcvit_jax.training.states import States
+from fcvit_jax.training.window import Window
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -66,7 +72,8 @@ def arguments(workdir, **changes):
 
 
 def start(workdir, *more, devices=1, **changes):
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
+    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | quickly
     return subprocess.Popen(
         [*arguments(workdir, **changes), *more],
         cwd=ROOT,
@@ -99,10 +106,12 @@ def wait_for(found, process):
 
 @pytest.fixture(scope="module")
 def programs(tmp_path_factory):
-    """What was compiled for one run in this process serves the next: it is most of what a tiny run costs."""
+    """Compiled quickly, and what was compiled for one run serves the next: it is most of what a tiny run costs."""
     flags.keep_programs(str(tmp_path_factory.mktemp("programs")))
     compilation_cache.reset_cache()
+    jax.config.update("jax_disable_most_optimizations", True)
     yield
+    jax.config.update("jax_disable_most_optimizations", False)
     flags.keep_programs("")
     compilation_cache.reset_cache()
 
@@ -129,7 +138,7 @@ def stop_at(monkeypatch):
             asked = []
             yield lambda: asked.append(None) or len(asked) >= number
 
-        monkeypatch.setattr(train_sam, "termination", termination)
+        monkeypatch.setattr(run, "termination", termination)
 
     return at
 
@@ -205,49 +214,110 @@ def test_killed_at_any_moment_it_ends_in_the_same_parameters(whole, tmp_path):
     assert litter == []
 
 
-def test_sigterm_saves_and_loses_no_step(whole, tmp_path):
-    process = start(tmp_path, save_every=1000)
-    log = tmp_path / "metrics.jsonl"
-    wait_for(lambda: log.exists() and log.read_text(), process)
-    process.send_signal(signal.SIGTERM)
-    assert "stopped and saved" in finish(process)
-    *_, state = states_in(tmp_path)
-    assert 4 <= state < 44
-    stopped = fc.load_checkpoint(tmp_path)  # evaluate.py has something to read
-    assert stopped.meta["provenance"]["steps"] == state
+def test_sigterm_saves_and_loses_no_step(tmp_path, devices, monkeypatch, capsys):
+    config = tiny(epochs=0.25, warmup_epochs=0.0, save_every=1000)
+    run.train(config, tmp_path / "whole")
+    add, steps = Window.add, []
+
+    def and_signal(self, *rest):
+        add(self, *rest)
+        steps.append(rest)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Window, "add", and_signal)
+        before = signal.getsignal(signal.SIGTERM)
+        train_sam.main(config, tmp_path / "stopped")
+        assert signal.getsignal(signal.SIGTERM) == before
+    assert f"stopped and saved; the same command goes on from there: {tmp_path}" in capsys.readouterr().out
+    assert states_in(tmp_path / "stopped") == [7]
+    stopped = fc.load_checkpoint(tmp_path / "stopped")  # evaluate.py has something to read
+    assert stopped.meta["provenance"]["steps"] == 7
     assert stopped.meta["provenance"]["test"] is None
-    finish(start(tmp_path, save_every=1000))
-    assert_equals_whole(tmp_path, whole)
+    run.train(config, tmp_path / "stopped")
+    assert_equals_whole(tmp_path / "stopped", tmp_path / "whole")
 
 
-def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for(tmp_path, devices, stop_at):
+def pauses(patch):
+    """Whether the clock of the log stands still, each time that a test begins."""
+    paused, assess, inside, told = Window.paused, run.assess, [], []
+
+    @contextlib.contextmanager
+    def watched(self):
+        with paused(self):
+            inside.append(True)
+            yield
+            inside.pop()
+
+    def asked(*arguments):
+        told.append(bool(inside))
+        return assess(*arguments)
+
+    patch.setattr(Window, "paused", watched)
+    patch.setattr(run, "assess", asked)
+    return told
+
+
+def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for(
+    tmp_path, devices, stop_at, monkeypatch
+):
     config = tiny(epochs=0.25, warmup_epochs=0.0, eval_every=4, save_every=1000)
     with pytest.MonkeyPatch.context() as undisturbed:
-        undisturbed.setattr(train_sam, "termination", lambda: contextlib.nullcontext(lambda: False))
-        accuracy = train_sam.train(config, tmp_path / "whole")
+        undisturbed.setattr(run, "termination", lambda: contextlib.nullcontext(lambda: False))
+        accuracy = run.train(config, tmp_path / "whole")
     # Each step asks once; an evaluation, of 12 batches, asks after each of them and at its end.
     for question, state, tested in ((4 + 3, 4, []), (5, 4, []), (13 + 4 + 3, 8, [4]), (13 + 3, 11, [4, 8])):
         stop_at(question)
         stopped = tmp_path / "stopped"
-        assert train_sam.train(config, stopped) is None
+        assert run.train(config, stopped) is None
         assert states_in(stopped)[-1] == state
         assert fc.load_checkpoint(stopped).meta["provenance"]["steps"] == state
         assert [row["step"] for row in rows(stopped) if "test/dense" in row] == tested
         assert (stopped / "best").exists() == bool(tested)
     stop_at(1000)
-    assert train_sam.train(config, tmp_path / "stopped") == accuracy
+    with monkeypatch.context() as patch:
+        told = pauses(patch)
+        assert run.train(config, tmp_path / "stopped") == accuracy
+        assert told == [True]  # what is made up for is no part of the steps' time
     assert_equals_whole(tmp_path / "stopped", tmp_path / "whole")
     steps = [[(row["step"], "loss" in row) for row in rows(tmp_path / name)] for name in ("stopped", "whole")]
     assert steps[0][-1] == steps[1][-1]
     assert [step for step, logged in steps[0] if not logged] == [step for step, logged in steps[1] if not logged]
 
 
-def test_another_configuration_is_refused_with_what_differs(whole):
-    process = start(whole, sam__rho=0.1, optimizer__learning_rate=1e-3)
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 2
-    assert "optimizer.learning_rate 0.003 there, 0.001 here, sam.rho 0.05 there, 0.1 here" in output
-    assert output.count("\n") == 1
+def test_another_configuration_is_refused_with_what_differs(whole, devices):
+    told = "optimizer.learning_rate 0.003 there, 0.001 here, sam.rho 0.05 there, 0.1 here"
+    with pytest.raises(fc.InputError, match=rf"of another configuration, or of other data \({told}\): name another"):
+        run.train(tiny(sam__rho=0.1, optimizer__learning_rate=1e-3), whole)
+
+
+def test_other_data_than_those_of_the_run_are_refused(tmp_path, devices, stop_at):
+    train, test, spare = tmp_path / "train", tmp_path / "test", tmp_path / "spare.png"
+    changes = dict(batch_size=16, epochs=3.0, schedules="dense")
+    config = tiny(train=photos(train), test=photos(test, count=4), **changes)
+    stop_at(2)
+    assert run.train(config, tmp_path / "run") is None
+    stop_at(1000)
+
+    def refused(told):
+        with pytest.raises(fc.InputError, match=rf"holds a run of .* \({told}\): name another --workdir"):
+            run.train(config, tmp_path / "run")
+
+    for folder, told in ((train, "images.train 32 there, 31 here"), (test, "images.test 8 there, 7 here")):
+        (folder / "bright" / "00.png").rename(spare)
+        refused(told)
+        spare.rename(folder / "bright" / "00.png")
+    for folder in (train, test):
+        (folder / "dark").rename(folder / "dusk")
+    refused("labels.1 'dark' there, 'dusk' here")
+    for folder in (train, test):
+        (folder / "dusk").rename(folder / "dark")
+        (folder / "third").mkdir()
+    refused("labels.2 None there, 'third' here")
+    for folder in (train, test):
+        (folder / "third").rmdir()
+    assert run.train(config, tmp_path / "run") is not None
 
 
 def start_pair(workdir, **changes):
@@ -258,12 +328,13 @@ def start_pair(workdir, **changes):
     return [start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=2, **changes) for index in (0, 1)]
 
 
-def test_two_processes_equal_one(whole, tmp_path):
+def test_two_processes_equal_one(whole, tmp_path, devices):
     # Adam would divide gradients that are rounding alone, such as those of the keys' biases, by their own size.
-    changes = dict(fsdp=True, optimizer__name="sgd", optimizer__learning_rate=0.1, checkpoint=whole, epochs=0.5)
+    changes = dict(fsdp=True, optimizer__name="sgd", optimizer__learning_rate=0.1, checkpoint=str(whole), epochs=0.5)
     for process in start_pair(tmp_path / "two", **changes):
         finish(process)
-    finish(start(tmp_path / "one", devices=4, **changes))
+    devices(4)
+    run.train(tiny(**changes), tmp_path / "one")
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5)  # noqa: E731
     jax.tree.map(close, params(tmp_path / "two"), params(tmp_path / "one"))
     tests = [fc.load_checkpoint(tmp_path / name).meta["provenance"]["test"] for name in ("one", "two")]
@@ -290,11 +361,12 @@ def test_two_processes_equal_one(whole, tmp_path):
     assert_same(params(killed), params(tmp_path / "two"))
 
 
-def test_a_checkpoint_goes_on_where_it_ended_on_several_devices(whole, tmp_path, devices):
+def test_a_checkpoint_goes_on_where_it_ended_on_several_devices(whole, tmp_path, devices, capsys):
     devices(2)
     config = tiny(checkpoint=str(whole), preprocess=None, optimizer__learning_rate=0.0, epochs=0.25, warmup_epochs=0.0)
-    accuracy = train_sam.train(config, tmp_path)
+    accuracy = run.train(config, tmp_path)
     ended = fc.load_checkpoint(whole)
+    assert "config.model is not used: the checkpoint has its own\n" in capsys.readouterr().out
     assert accuracy is not None
     assert accuracy.correct == ended.meta["provenance"]["test"]["correct"]
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params(tmp_path), ended.params)
@@ -303,7 +375,7 @@ def test_a_checkpoint_goes_on_where_it_ended_on_several_devices(whole, tmp_path,
 def test_sharded_leaves_are_trained_to_the_same(tmp_path, devices, monkeypatch):
     devices(2)
     monkeypatch.setattr(parallel, "_SMALLEST_SHARDED", 1)
-    loop, shards = train_sam.loop, {}
+    loop, shards = run.loop, {}
     for fsdp in (True, False):
 
         def watched(job, state, *rest, fsdp=fsdp):
@@ -311,9 +383,9 @@ def test_sharded_leaves_are_trained_to_the_same(tmp_path, devices, monkeypatch):
             shards[fsdp] = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree)]
             return loop(job, state, *rest)
 
-        monkeypatch.setattr(train_sam, "loop", watched)
+        monkeypatch.setattr(run, "loop", watched)
         changes = dict(optimizer__name="sgd", optimizer__learning_rate=0.1, epochs=0.25, warmup_epochs=0.0)
-        train_sam.train(tiny(fsdp=fsdp, **changes), tmp_path / str(fsdp))
+        run.train(tiny(fsdp=fsdp, **changes), tmp_path / str(fsdp))
     assert all(shards[False])
     assert sum(shards[True]) < 0.1 * len(shards[True])  # all but counters and the like
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5)  # noqa: E731
@@ -326,10 +398,11 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
     config.model = {}
     config.train = config.test = photos(tmp_path / "photos", size=(40, 48))
     config.ema_decay, config.schedules = 0.0, "tome_r8"
-    accuracy = train_sam.train(config, tmp_path / "run")
+    accuracy = run.train(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert "packaged:digits has 10 classes, the data set 2: its head is replaced by zeros" in printed
     assert "position embedding 8x8, the model's grid 12x12" in printed
+    assert "config.model" not in printed
     assert accuracy is not None
     assert accuracy.top1 == 1.0
     loaded = fc.load_checkpoint(tmp_path / "run")
@@ -341,7 +414,7 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
     ("changes", "says"),
     [
         ({"batch_size": 33}, "batch_size is 33: it must be a positive multiple of the 8 devices"),
-        ({"batch_size": 3200}, "digits:train has 1437 images"),
+        ({"batch_size": 3200}, "batch_size: 3200 is more than the 1437 images of digits:train"),
         ({"warmup_epochs": 1.0}, "warmup_epochs is 1.0: it must be 0 or more, and below epochs"),
         ({"sam.rho": -1.0}, "sam.rho is -1.0"),
         ({"sam.microbatches": 3}, "it must be a multiple of sam.microbatches, 3"),
@@ -360,14 +433,54 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
         ({"workers": 0}, "workers is 0: it must be 1 or more, or none"),
         ({"seed": -1}, "seed is -1: it must be 0 or more"),
         ({"on_bad": "ignore"}, "on_bad is 'ignore': choose one of stop, skip"),
+        ({"augment.flip": 50.0}, "augment.flip is 50.0: it must be a number from 0 to 1"),
+        ({"image_size": 32}, "config.image_size is 32, which resamples a checkpoint, and there is none"),
         ({"schedules": "local:2:r4:w3x3"}, "4x4 grid does not divide into 3x3 windows"),
     ],
 )
-def test_bad_configurations_are_one_line(changes, says, tmp_path):
+def test_bad_configurations_are_one_line_and_told_at_once(changes, says, tmp_path, monkeypatch):
+    monkeypatch.setattr(testing, "compile_step", None)
     config = tiny()
     config.update_from_flattened_dict(changes)
     with pytest.raises(fc.InputError, match=says.replace(".", r"\.")):
-        train_sam.train(config, tmp_path)
+        run.train(config, tmp_path)
+
+
+def several_labels(spec):
+    """The data set with a tuple of labels an image; the last image has none."""
+    source = open_source(spec)
+
+    def read(index):
+        record = source[index]
+        return record._replace(label=(record.label,) if index < len(source) - 1 else ())
+
+    return dataclasses.replace(source, read=read, labels_per_image=2)
+
+
+def test_several_labels_an_image_are_refused_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(job, "open_source", several_labels)
+    monkeypatch.setattr(testing, "compile_step", None)
+    with pytest.raises(fc.InputError, match="digits:train has several labels an image: it can be evaluated on, not tr"):
+        run.train(tiny(), tmp_path)
+
+
+def test_a_published_model_is_converted_once_and_not_taken_for_another(tmp_path, monkeypatch):
+    converted, digits = [], open_source("digits:test")
+
+    def convert(arguments):
+        converted.append(arguments[0])
+        shutil.copytree(PACKAGED / "digits", arguments[1])
+
+    monkeypatch.setattr(job, "convert", convert)
+    names = ["deit_small_patch16_224.fb_in1k", "vit_small_patch16_224.augreg_in21k_ft_in1k"]
+    for name in (*names, *names):
+        killed = tmp_path / "pretrained" / f".{name}.partial-12345678"
+        killed.mkdir(parents=True)
+        begun, _ = job.begin(tiny(checkpoint=name, preprocess=None), tmp_path, digits, digits)
+        assert begun.config.depth == 6
+        assert not killed.exists()
+    assert converted == names
+    assert {path.name for path in (tmp_path / "pretrained").iterdir()} == {*names}
 
 
 def test_a_run_from_nowhere_asks_for_a_checkpoint_and_one_over_its_source_is_refused(tmp_path):
@@ -376,11 +489,11 @@ def test_a_run_from_nowhere_asks_for_a_checkpoint_and_one_over_its_source_is_ref
     for preprocess in (None, "timm/augreg"):
         config.preprocess = preprocess
         with pytest.raises(fc.InputError, match=r"config\.checkpoint is missing: pass --config\.checkpoint=\.\.\., or"):
-            train_sam.train(config, tmp_path)
+            run.train(config, tmp_path)
     for source in ("", "checkpoint", "best"):
         config.checkpoint = str(tmp_path / source)
         with pytest.raises(fc.InputError, match="which this run would overwrite: name another --workdir"):
-            train_sam.train(config, tmp_path)
+            run.train(config, tmp_path)
 
 
 def test_folders_of_different_classes_are_told(tmp_path, devices):
@@ -388,10 +501,10 @@ def test_folders_of_different_classes_are_told(tmp_path, devices):
     (tmp_path / "test" / "dark").rename(tmp_path / "test" / "dusk")
     told = f"{config.test} has class 'dusk' where a model trained on {config.train} has 'dark'"
     with pytest.raises(fc.InputError, match=told):
-        train_sam.train(config, tmp_path / "run")
+        run.train(config, tmp_path / "run")
     photos(tmp_path / "test" / "third")
     with pytest.raises(fc.InputError, match=f"{config.test} has 3 classes, the head of a model trained on"):
-        train_sam.train(config, tmp_path / "run")
+        run.train(config, tmp_path / "run")
 
 
 def test_evaluation_is_compiled_before_the_first_step_and_as_large_as_a_micro_batch(tmp_path, devices, monkeypatch):
@@ -401,20 +514,29 @@ def test_evaluation_is_compiled_before_the_first_step_and_as_large_as_a_micro_ba
         sizes.append(batch_size)
         raise MemoryError
 
-    monkeypatch.setattr(train_sam, "compile_step", out_of_memory)
+    monkeypatch.setattr(testing, "compile_step", out_of_memory)
     with pytest.raises(MemoryError):
-        train_sam.train(tiny(sam__microbatches=4), tmp_path)
+        run.train(tiny(sam__microbatches=4), tmp_path)
     assert sizes == [8]
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_flatness_is_measured_at_the_end_where_it_is_asked_for(tmp_path, monkeypatch, devices):
+def test_flatness_is_measured_at_the_end_where_it_is_asked_for(tmp_path, monkeypatch, devices, capsys):
     measured = []
-    monkeypatch.setattr(train_sam, "flatness", measured.append)
-    train_sam.main(tiny(epochs=0.25, warmup_epochs=0.0), tmp_path)
+    monkeypatch.setattr(run, "flatness", measured.append)
+    config = tiny(epochs=0.25, warmup_epochs=0.0, targets__loss="sigmoid", schedule="tome_r2", schedules="dense")
+    train_sam.main(config, tmp_path)
     assert measured == []
-    train_sam.main(tiny(epochs=0.25, warmup_epochs=0.0, flatness=True), tmp_path)  # of the run that is complete
-    assert measured == [["--checkpoint", str(tmp_path), "--dataset", "digits:train"]]
+    config.flatness = True
+    train_sam.main(config, tmp_path)  # of the run that is complete
+    (arguments,) = measured
+    assert arguments == [
+        *("--checkpoint", str(tmp_path), "--dataset", "digits:train", "--loss", "sigmoid", "--schedule", "tome_r2"),
+    ]
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    run.measure_flatness(config, tmp_path)
+    command = "python -m fcvit_jax.training.flatness " + " ".join(arguments)
+    assert capsys.readouterr().out.endswith(f"one process measures flatness: run {command}\n")
 
 
 @pytest.mark.parametrize("interval", ["log_every", "save_every", "eval_every"])
@@ -423,7 +545,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, devices, inte
     intervals = dict(log_every=1000, save_every=1000, eval_every=1000) | {interval: 4}
     config = tiny(optimizer__learning_rate=1e30, optimizer__clip_norm=1e30, schedules="dense", **intervals)
     with pytest.raises(fc.InputError, match=r"not finite at step \d+ \(images digits/\d+") as told:
-        train_sam.train(config, tmp_path)
+        run.train(config, tmp_path)
     kept = fc.load_checkpoint(tmp_path / "last_good")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.params))
     at = kept.meta["provenance"]["steps"] + 1
@@ -441,7 +563,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, devices, inte
 def test_parameters_that_are_not_finite_are_not_called_good(tmp_path):
     job: Any = SimpleNamespace(workdir=tmp_path)
     state: Any = SimpleNamespace(weights={"a": jnp.ones(3), "b": jnp.asarray([1.0, jnp.inf])})
-    told = str(train_sam.give_up(job, state, 7, ("x", "y", "")))
+    told = str(run.give_up(job, state, 7, ("x", "y", "")))
     assert told.startswith("loss or gradient is not finite at step 7 (images x, y, ...; all of them in ")
     assert told.endswith("the parameters before it are not finite either")
     assert (tmp_path / "not_finite.txt").read_text() == "x\ny\n"
@@ -451,13 +573,14 @@ def test_parameters_that_are_not_finite_are_not_called_good(tmp_path):
 def test_unreadable_images_stop_it_or_are_skipped_and_counted_through_a_restart(tmp_path, capsys, devices, stop_at):
     changes = dict(batch_size=16, epochs=3.0, log_every=1, eval_every=4, schedules="dense")
     config = tiny(train=photos(tmp_path / "train", broken=3), test=photos(tmp_path / "test", broken=2), **changes)
-    with pytest.raises(fc.InputError, match=r"bright/0\d\.png cannot be decoded"):
-        train_sam.train(config, tmp_path / "stop")
+    told = r"bright/0\d\.png cannot be decoded: .*; mend it, or start again with --config\.on_bad=skip to leave it out"
+    with pytest.raises(fc.InputError, match=told):
+        run.train(config, tmp_path / "stop")
     config.on_bad = "skip"
     stop_at(2)  # of six steps
-    assert train_sam.train(config, tmp_path / "run") is None
+    assert run.train(config, tmp_path / "run") is None
     stop_at(1000)
-    accuracy = train_sam.train(config, tmp_path / "run")
+    accuracy = run.train(config, tmp_path / "run")
     assert accuracy is not None
     assert accuracy.num_images == 30
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
@@ -468,10 +591,32 @@ def test_unreadable_images_stop_it_or_are_skipped_and_counted_through_a_restart(
     assert [row["test/skipped"] for row in rows(tmp_path / "run") if "test/skipped" in row] == [2, 2]
 
 
+def test_a_run_that_an_unreadable_image_ended_goes_on_without_it(tmp_path, devices, monkeypatch):
+    changes = dict(batch_size=16, epochs=3.0, eval_every=4, schedules="dense")
+    config = tiny(train=photos(tmp_path / "train"), test=photos(tmp_path / "test", broken=2), **changes)
+    opened = lambda spec: (several_labels if spec == config.test else open_source)(spec)  # noqa: E731
+    monkeypatch.setattr(job, "open_source", opened)
+    for _ in range(2):  # started again, it is tested first
+        with pytest.raises(
+            fc.InputError, match=r"bright/0\d\.png cannot be decoded: .*; mend it, .*--config\.on_bad=skip"
+        ):
+            run.train(config, tmp_path / "run")
+        assert states_in(tmp_path / "run") == [4]
+    # Where and when it is computed may change too.
+    config.update(on_bad="skip", fsdp=True, remat=True, workers=1)
+    accuracy = run.train(config, tmp_path / "run")
+    assert accuracy is not None
+    assert accuracy.num_images == 29  # one has no label, which is no reason to call it skipped
+    assert [(row["step"], row["test/skipped"]) for row in rows(tmp_path / "run") if "test/skipped" in row] == [
+        (4, 2),
+        (6, 2),
+    ]
+
+
 def test_a_full_disk_is_told(tmp_path, monkeypatch, devices):
     def full(self, step, state, notes):
         raise fc.InputError("the state cannot be written (No space left on device): make room")
 
     monkeypatch.setattr(States, "save", full)
     with pytest.raises(fc.InputError, match="No space left"):
-        train_sam.train(tiny(epochs=0.25, warmup_epochs=0.0), tmp_path)
+        run.train(tiny(epochs=0.25, warmup_epochs=0.0), tmp_path)

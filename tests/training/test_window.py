@@ -94,6 +94,13 @@ def test_what_is_left_out_is_told_and_counted_on(tmp_path, capsys):
         assert steps.skipped() is None
 
 
+def test_what_processes_count_is_added_up(monkeypatch):
+    assert window.over_processes(3) == 3
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(window.multihost_utils, "process_allgather", lambda mine: np.array([mine, 4]))
+    assert window.over_processes(3) == 7
+
+
 def test_what_comes_between_steps_is_no_part_of_their_time(tmp_path, clock):
     with opened(tmp_path) as steps:
         for _ in (1, 2):
