@@ -15,7 +15,7 @@ class InputError(ValueError):
 
 def is_number(value: Any, low: float = 0, high: float = math.inf) -> bool:
     """Whether a field's value is a number, low <= value < high. Python counts bool among them; here it is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= value < high
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) < high
 
 
 @contextlib.contextmanager
