@@ -1,6 +1,7 @@
 """The states of a run on disk, from which it goes on: Orbax's CheckpointManager, whole or not there."""
 
 import logging
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,9 @@ class States:
         except (OSError, ValueError, KeyError, TypeError) as error:
             before = max((each for each in self._manager.all_steps() if each != step), default=None)
             then = "starts anew" if before is None else f"goes on from {before}"
-            why = next(iter(str(error).splitlines()), type(error).__name__)
+            why = textwrap.shorten(str(error), 200, placeholder=" ...")
             raise InputError(
-                f"{self._directory / str(step)} is damaged ({why}): remove it, and the run {then}"
+                f"{self._directory / str(step)} cannot be read ({why}): remove it, and the run {then}"
             ) from error
 
     def wait(self) -> None:
