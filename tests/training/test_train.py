@@ -393,8 +393,8 @@ def test_sharded_leaves_are_trained_to_the_same(tmp_path, devices, monkeypatch):
 
 
 def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
-    devices(2)
-    config = tiny(checkpoint="packaged:digits", image_size=48, preprocess=None, batch_size=16, epochs=6.0)
+    changes = dict(image_size=48, preprocess=None, batch_size=16, epochs=6.0, sam__refresh_every=1)
+    config = tiny(checkpoint="packaged:digits", **changes)
     config.model = {}
     config.train = config.test = photos(tmp_path / "photos", size=(40, 48))
     config.ema_decay, config.schedules = 0.0, "tome_r8"
