@@ -1,7 +1,7 @@
 """Train or fine-tune a ViT with sharpness-aware minimisation, ending in a checkpoint that evaluate.py reads.
 
     python train_sam.py --workdir=W
-    python train_sam.py --config=configs/finetune_folder.py --config.checkpoint=deit_s \
+    python train_sam.py --config=configs/finetune_folder.py --config.checkpoint=deit_s \\
         --config.train=folder:photos/train --config.test=folder:photos/test --workdir=W
 
 Any field of the configuration is overridden by --config.FIELD=VALUE; configs/training.py lists them all. Started again
