@@ -132,19 +132,30 @@ def compile_step(
 
 
 def compile_divergence(
-    num_classes: int, batch_size: int, mesh: jax.sharding.Mesh, scored: tuple[int, ...] | None = None
+    names: Iterable[str],
+    num_classes: int,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    scored: tuple[int, ...] | None = None,
 ) -> jax.stages.Compiled:
-    """Compile `divergence` for the logits of steps that `compile_step` made with the same arguments."""
+    """One program for `divergence` from dense of all the schedules named: (logits, logits by name) to values by name.
+
+    It takes the logits of steps that `compile_step` made with the same arguments.
+    """
+
+    def divergences(dense: jax.Array, others: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        return {name: divergence(scored, dense, logits) for name, logits in others.items()}
+
     logits = jax.ShapeDtypeStruct((batch_size, num_classes), jnp.float32, sharding=parallel.batched(mesh))
-    program = jax.jit(partial(divergence, scored), out_shardings=parallel.replicated(mesh))
-    return program.lower(logits, logits).compile()
+    program = jax.jit(divergences, out_shardings=parallel.replicated(mesh))
+    return program.lower(logits, dict.fromkeys(names, logits)).compile()
 
 
 def classify(
     steps: Mapping[str, CompiledStep],
     params: Any,
     batches: Iterable[Batch],
-    compare: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
+    compare: Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]] | None = None,
     times: Times | None = None,
 ) -> Iterator[tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]]:
     """Run every schedule on every batch: yields the batch, the outcomes on the host, and the logits on the device.
@@ -153,7 +164,7 @@ def classify(
     more, so that they do not pile up in the device's memory.
 
     steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
-    compare: `divergence` for the logits of dense and of each other schedule; needs dense among the steps.
+    compare: of `compile_divergence`, for all schedules but dense; needs dense among the steps.
     times: is told what the host waits for. Raises InputError where a model's logits are not finite.
     """
     times = times or Times()
@@ -163,8 +174,9 @@ def classify(
         for name, step in steps.items():
             outcomes[name], logits[name] = step(params, batch)
         if compare:
-            for name in (name for name in steps if name != "dense"):  # in one order in all processes
-                outcomes[name] = outcomes[name]._replace(kl=compare(logits["dense"], logits[name]))
+            others = {name: logits[name] for name in steps if name != "dense"}
+            for name, kl in compare(logits["dense"], others).items():
+                outcomes[name] = outcomes[name]._replace(kl=kl)
         return batch, outcomes, logits
 
     def finish(

@@ -4,20 +4,20 @@ import contextlib
 import json
 from collections.abc import Generator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+from jax.stages import Compiled
 from tqdm import tqdm
 
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import writable_directory
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_step, divergence
+from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_step
 from fcvit_jax.evaluation.job import Job, Settings, fingerprint, prepare
 from fcvit_jax.evaluation.logits import LogitsWriter
 from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_outcomes, write_whole
@@ -61,7 +61,8 @@ def run(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
     read(job).close()  # complains of numbers that make no sense
     with times("compiling"):
         steps = compile_steps(job)
-    outcomes = count(job, steps, times)
+        compare = compile_comparison(job)
+    outcomes = count(job, steps, compare, times)
     rates = measure(job, steps, times)
     if outcomes is None:
         return []
@@ -112,17 +113,22 @@ def compile_steps(job: Job) -> dict[str, CompiledStep]:
     }
 
 
-def count(job: Job, steps: Mapping[str, CompiledStep], times: Times) -> Outcomes | None:
+def compile_comparison(job: Job) -> Compiled | None:
+    """What compares the schedules' logits with dense's, where there is something to compare."""
+    others = [name for name in job.schedules if name != "dense"]
+    if not others or "dense" not in job.schedules:
+        return None
+    num_classes = job.checkpoint.config.num_classes
+    return compile_divergence(others, num_classes, job.settings.batch_size, job.mesh, job.source.scored)
+
+
+def count(job: Job, steps: Mapping[str, CompiledStep], compare: Compiled | None, times: Times) -> Outcomes | None:
     """The pass over the data; returns the outcomes of all images, None to any process but the first."""
     size, total = job.settings.batch_size, job.num_records
     journal, writer = begin(job) if jax.process_index() == 0 else (None, None)
     done = len(journal.parts) if journal else 0
     if jax.process_count() > 1:
         done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
-    compare = None
-    if "dense" in steps and len(steps) > 1:
-        program = partial(divergence, job.source.scored)
-        compare = jax.jit(program, out_shardings=parallel.replicated(job.mesh))
     with contextlib.ExitStack() as stack:
         if journal:  # where not even a batch was counted there is nothing to go on from
             stack.callback(lambda: None if journal.parts else forget(job.workdir))

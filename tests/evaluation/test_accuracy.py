@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 import time
 
 import jax
@@ -12,7 +11,15 @@ from fcvit_jax.data.batches import device_batches, eval_batches
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import Accuracy, classify, compile_step, divergence, eval_step, evaluate
+from fcvit_jax.evaluation.accuracy import (
+    Accuracy,
+    classify,
+    compile_divergence,
+    compile_step,
+    divergence,
+    eval_step,
+    evaluate,
+)
 from fcvit_jax.evaluation.throughput import measure_throughput
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models.schedule import MergeSchedule
@@ -124,6 +131,12 @@ def test_divergence_by_hand():
     np.testing.assert_allclose(divergence(None, other, other + shifted), [0, 0], atol=1e-6)
     # Among classes 0 and 2 alone: 2/3 and 1/3 against 1/3 and 2/3.
     np.testing.assert_allclose(divergence((2, 0), dense, other), [np.log(2) / 3] * 2, atol=1e-6)
+    mesh = mesh_of(2)
+    spread = jax.device_put([dense, other], parallel.batched(mesh))
+    both = compile_divergence(["a", "b"], 3, 2, mesh, (0, 2))(spread[0], {"b": spread[1], "a": spread[0]})
+    assert both.keys() == {"a", "b"}
+    np.testing.assert_allclose(both["b"], [np.log(2) / 3] * 2, atol=1e-6)
+    np.testing.assert_allclose(both["a"], [0, 0], atol=1e-6)
 
 
 def test_logits_that_are_not_finite_stop_the_evaluation(params):
@@ -195,7 +208,7 @@ def test_the_waiting_is_told_apart(params):
 def test_what_lies_on_the_device_does_not_grow_with_the_images(params):
     steps, placed, rows = compiled(params, 8, 1)
     alive: list[int] = []
-    compare = jax.jit(functools.partial(divergence, None))
+    compare = compile_divergence(SCHEDULES[1:], CONFIG.num_classes, 8, mesh_of(1))
     for _ in classify(steps, placed, device_batches(eval_batches(noise(120), PREPROCESS, 8), rows), compare):
         alive.append(sum(array.nbytes for array in jax.live_arrays()))
     assert len(alive) == 15
