@@ -3,7 +3,9 @@
 import os
 from pathlib import Path
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for the processes that tests start too
+# For the processes that tests start too.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # LLVM's: most of what a test takes is compiling
 
 import jax
 import pytest
