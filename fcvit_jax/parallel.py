@@ -153,6 +153,15 @@ def fully_sharded(mesh: Mesh, tree: Any) -> Any:
     return jax.tree.map(place, tree)
 
 
+def settled(arrays: Any) -> Any:
+    """The arrays, which are being computed; between CPU devices, when they are there.
+
+    Otherwise so many programs are in flight that one device has no room for the next, which the others are waiting for
+    in an exchange: for ever.
+    """
+    return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" and jax.device_count() > 1 else arrays
+
+
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
     """Raises InputError where a batch does not spread evenly over the devices."""
     if batch_size < 1 or batch_size % mesh.size:

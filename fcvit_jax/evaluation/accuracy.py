@@ -94,7 +94,7 @@ class CompiledStep:
 
     def __call__(self, params: Any, batch: Batch) -> tuple[Outcome, jax.Array]:
         """Start it. The outcome will lie whole on every device, the logits spread by rows."""
-        return self.call(params, batch.images, batch.labels, batch.mask)
+        return parallel.settled(self.call(params, batch.images, batch.labels, batch.mask))
 
 
 def compile_step(

@@ -85,7 +85,7 @@ def loop(job: Job, state: TrainState, step: Any, states: States, notes: dict[str
                 return None
         batches = stack.enter_context(contextlib.closing(training_batches(job, done)))
         for batch in window.timed(batches):
-            state, metrics = compiled(state, (batch.images, batch.labels, batch.mask))
+            state, metrics = parallel.settled(compiled(state, (batch.images, batch.labels, batch.mask)))
             done += 1
             window.add(batch, metrics)
             stop, tested = stopping(), due(config.eval_every)
