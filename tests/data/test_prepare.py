@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from configs import eval_digits
+from configs.training import defaults
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data import imagenet, prepare
 from fcvit_jax.data.batches import eval_batches
@@ -199,8 +200,8 @@ def test_what_is_written_is_what_tfds_expects(folder, tmp_path):
 def test_the_commands_of_the_documentation(folder, tmp_path, monkeypatch):
     text = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
     fields = set(re.findall(r"--config\.(\w+)", text)) - {"FIELD"}
-    assert fields <= set(eval_digits.get_config())
-    assert {"dataset", "real_labels"} <= fields
+    assert fields <= {*eval_digits.get_config(), *defaults()}
+    assert {"dataset", "real_labels", "train", "test"} <= fields
     # The names are those that TFDS knows.
     for spec in re.findall(r"--config\.dataset=(tfds:(?!photos)[^` ]+)", text):
         with pytest.raises(InputError, match="prepare it once, where TensorFlow is installed"):
