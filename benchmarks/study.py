@@ -53,7 +53,7 @@ KEPT = ("schedule", "stages", "gmacs", "correct", "num_images", "top1", "gained"
 class Setting:
     """What all arms of it share. config: of train_sam.py. rho, adaptive_rho: the radii of SAM (and GSAM) and of ASAM.
 
-    ASAM's counts in shares of each weight: it was chosen for a perturbation about as long as SAM's.
+    ASAM's counts in shares of each weight: the two do not compare as numbers.
     """
 
     config: Callable[[argparse.Namespace], Any]

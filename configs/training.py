@@ -54,9 +54,7 @@ def defaults() -> Any:
     config.optimizer.momentum = 0.9  # sgd
     config.optimizer.clip_norm = 1.0  # greatest norm of the gradient; None: any
     config.optimizer.layer_decay = placeholder(float)  # of the learning rate, layer by layer downwards; None: none
-    config.optimizer.freeze = placeholder(
-        str
-    )  # regular expression of paths that do not change, such as embed/|blocks_[0-7]/
+    config.optimizer.freeze = placeholder(str)  # regular expression of paths that stay: embed/|blocks_[0-7]/
 
     config.sam = ConfigDict()  # fcvit_jax/training/sam.py: SAMConfig
     config.sam.rho = 0.05  # radius; 0: no SAM

@@ -190,6 +190,17 @@ def test_one_batch_is_computed_while_another_is_handed_out_and_never_more(params
     assert log == ["read 0", "start", "read 1", "start", "out 0", "read 2", "start", "out 1", "out 2"]
 
 
+def test_between_cpu_devices_a_program_is_waited_for_before_the_next(params, monkeypatch):
+    steps, placed, rows = compiled(params, 8, 1, ["dense"])
+    batch = next(device_batches(eval_batches(noise(8), PREPROCESS, 8), rows, depth=0))
+    waited = []
+    monkeypatch.setattr(jax, "block_until_ready", lambda arrays: waited.append(arrays) or arrays)
+    assert steps["dense"](placed, batch) is waited[0]
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    steps["dense"](placed, batch)
+    assert len(waited) == 1
+
+
 def test_the_waiting_is_told_apart(params):
     steps, placed, rows = compiled(params, 8, 1, ["dense"])
     times = Times()
