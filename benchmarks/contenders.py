@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from fcvit_jax import compiling
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import DTYPES
@@ -25,7 +26,7 @@ from fcvit_jax.models.vit import ViT, ViTConfig
 # proposals are equal but for rounding, another token merges, which moves the logits of that image. In float32 that is
 # one image at most, so that the second largest difference is the typical one; elsewhere it is the median.
 TOLERANCES = {"float32": (1e-3, 1.0), "tf32": (0.03, 1.0), "bfloat16": (0.2, 1.0)}
-OURS = {"xla": "fcvit_jax", "cudnn": "fcvit_jax cudnn"}  # by the kernel of attention
+OURS = {"xla": "fcvit_jax", "triton": "fcvit_jax triton"}  # by the kernels
 SQUARES = {"cpu": (2048,)}  # sides of square matmuls; elsewhere:
 LARGE_SQUARES = (2048, 8192)
 
@@ -38,7 +39,7 @@ class Case:
     """What the contenders of one comparison share.
 
     batches: float32 [m, b, height, width, 3]; the first is timed. references: float32 logits [m b, c] by schedule.
-    attention: the kernel of our model.
+    kernels: those of our model.
     """
 
     model: str
@@ -48,7 +49,7 @@ class Case:
     batches: np.ndarray
     references: dict[str, np.ndarray]
     dtype: str
-    attention: str = "xla"
+    kernels: str = "xla"
 
     @property
     def batch_size(self) -> int:
@@ -99,7 +100,7 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
     images = jnp.asarray(case.batches[0], dtype)
     for name, schedule in case.schedules.items():
         started = time.perf_counter()
-        call = compile_program(case.config, schedule, case.dtype, params, images, case.attention)
+        call = compile_program(case.config, schedule, case.dtype, params, images, case.kernels)
         seconds = time.perf_counter() - started
         logits = compute_logits(call, params, case.batches.astype(dtype))
         difference = largest_difference(f"{case}: {name}", logits, case.references[name], case.dtype)
@@ -108,18 +109,18 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
         memory = call.memory_analysis()
         used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         used -= memory.alias_size_in_bytes
-        yield Contender(OURS[case.attention], name, repeat(call, params, images), executed, difference, seconds, used)
+        yield Contender(OURS[case.kernels], name, repeat(call, params, images), executed, difference, seconds, used)
 
 
 def compile_program(
-    config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: Any, attention: str = "xla"
+    config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: Any, kernels: str = "xla"
 ) -> Any:
     """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c]."""
     kind, precision = DTYPES[dtype]
-    model = ViT(config, schedule, dtype=kind, attention=attention)
+    model = ViT(config, schedule, dtype=kind, kernels=kernels)
     call = jax.jit(lambda params, images: model.apply({"params": params}, images)[0])
     with jax.default_matmul_precision(precision):
-        return call.lower(params, images).compile()
+        return call.lower(params, images).compile(compiling.options())
 
 
 def compute_logits(call: Any, params: Any, batches: np.ndarray) -> np.ndarray:

@@ -8,7 +8,7 @@ The GPU table of docs/performance.md, on a machine with an NVIDIA GPU, after pip
 
     python benchmarks/inference.py --models vit_small_patch16_224,vit_base_patch16_224,vit_large_patch16_224 \\
         --batch_sizes 1,64,256 --dtypes bfloat16 --schedules dense,tome_r8,s2dfe_r8,s2winc7_r8 \\
-        --attention xla,cudnn --peer timm --compile --json gpu.jsonl --plot gpu.png
+        --kernels xla,triton --peer timm --compile --json gpu.jsonl --plot gpu.png
 
 Blocks of calls of all contenders and of the matmul alternate, so that what else the machine does falls on all alike;
 the median counts, and the spread is (fastest - slowest) / median. All start from normalised images of their dtype on
@@ -50,7 +50,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from itertools import chain
-from math import ceil, prod
+from math import ceil, gcd, prod
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ import jax
 import numpy as np
 from contenders import (
     DTYPES,
+    OURS,
     Case,
     Run,
     compile_program,
@@ -73,11 +74,10 @@ from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import load_checkpoint, versions, writable_directory
 from fcvit_jax.errors import InputError, one_line_errors
 from fcvit_jax.models import flops, zoo
-from fcvit_jax.models.attention import KERNELS
 from fcvit_jax.models.schedule import parse_schedules
 
 CHECKED = 8  # images at least
-COLOURS = {"fcvit_jax": "#0072b2", "fcvit_jax cudnn": "#56b4e9", "timm": "#e69f00", "timm compiled": "#d55e00"}
+COLOURS = {"fcvit_jax": "#0072b2", "fcvit_jax triton": "#56b4e9", "timm": "#e69f00", "timm compiled": "#d55e00"}
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # title -> (field of a row, how it is written)
     "images/s": ("images_per_second", "{:.1f}".format),
     "spread": ("spread", "{:.1%}".format),
@@ -130,8 +130,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--schedules", default="dense,tome_r13,s2dfe_r18,s2winc7_r16")
     parser.add_argument("--batch_sizes", type=sizes, default=[32])
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(DTYPES)}")
-    told = "kernels of our attention in bfloat16, xla,cudnn to compare them"
-    parser.add_argument("--attention", type=words, default=["xla"], help=told)
+    told = "of our model: xla, or in bfloat16 on an NVIDIA GPU triton; xla,triton compares them"
+    parser.add_argument("--kernels", type=words, default=["xla"], help=told)
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each contender")
     parser.add_argument("--block_seconds", type=float, default=2.0, help="a block is as many calls as fill this time")
     parser.add_argument("--peer", choices=["timm"], help="time PyTorch too; needs the parity extra")
@@ -149,10 +149,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--dtypes: {odd[0]!r} is none of {', '.join(DTYPES)}")
     if "tf32" in args.dtypes and jax.default_backend() != "gpu":
         raise InputError("--dtypes: tf32 is a format of NVIDIA GPUs, and there is none here: leave it out")
-    if odd := [name for name in args.attention if name not in KERNELS]:
-        raise InputError(f"--attention: {odd[0]!r} is none of {', '.join(KERNELS)}")
-    if "cudnn" in args.attention and ("bfloat16" not in args.dtypes or jax.default_backend() != "gpu"):
-        raise InputError("--attention: cudnn takes an NVIDIA GPU and --dtypes bfloat16: leave it out")
+    if odd := [name for name in args.kernels if name not in OURS]:
+        raise InputError(f"--kernels: {odd[0]!r} is none of {', '.join(OURS)}")
+    if "triton" in args.kernels and ("bfloat16" not in args.dtypes or jax.default_backend() != "gpu"):
+        raise InputError("--kernels: triton takes an NVIDIA GPU and --dtypes bfloat16: leave it out")
     if args.blocks < 1 or args.block_seconds <= 0:
         raise InputError("--blocks and --block_seconds: both must be positive")
     if args.checkpoint and args.image_size:
@@ -185,21 +185,24 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
         schedules = parse_schedules(args.schedules, config.depth)
         for schedule in schedules.values():
             schedule.plan(config)  # complains of windows that do not fit before anything is compiled
+        programs: dict[tuple[str, int], Any] = {}  # for the references: few images at a time serve all batch sizes
         for batch_size in args.batch_sizes:
             shape = (ceil(CHECKED / batch_size), batch_size, *config.image_size, 3)
             batches = np.random.default_rng(0).standard_normal(shape, np.float32)
+            few = batches.reshape(-1, gcd(shape[0] * batch_size, CHECKED), *shape[2:])
             references = {}
             for key, schedule in tqdm(schedules.items(), desc=f"{name}: reference logits", leave=False):
-                call = compile_program(config, schedule, "float32", params, batches[0])
-                references[key] = compute_logits(call, params, batches)
+                if (which := (key, few.shape[1])) not in programs:
+                    programs[which] = compile_program(config, schedule, "float32", params, few[0])
+                references[key] = compute_logits(programs[which], params, few)
             for dtype in args.dtypes:
                 yield Case(name, config, params, schedules, batches, references, dtype)
 
 
 def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Build, check and time the contenders of a case; a row each, with all conditions."""
-    kernels = args.attention if case.dtype == "bfloat16" else ["xla"]
-    ours = (prepare_ours(replace(case, attention=kernel)) for kernel in kernels)
+    kernels = args.kernels if case.dtype == "bfloat16" else ["xla"]
+    ours = (prepare_ours(replace(case, kernels=kind)) for kind in kernels)
     prepared = chain(*ours, prepare_timm(case, args.compile) if args.peer else ())
     contenders = list(tqdm(prepared, f"{case}: compiling and checking", unit=" contenders", leave=False))
     matmuls = prepare_matmuls(case)

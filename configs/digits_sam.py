@@ -32,15 +32,16 @@ def get_config() -> Any:
     config.augment.affine = ConfigDict({"degrees": 8.0, "shift": 0.04, "scale": (0.9, 1.1)})
     config.targets.label_smoothing = 0.1
 
-    config.batch_size = 64
-    config.epochs = 44.0
-    config.warmup_epochs = 3.0
-    config.optimizer.learning_rate = 3e-3
+    config.batch_size = 32
+    config.epochs = 27.0
+    config.warmup_epochs = 2.0
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.b2 = 0.95  # 0.999 forgets the steep start too slowly for so short a run
     config.optimizer.weight_decay = 0.05
     config.sam.rho = 0.05
 
     config.schedules = "tome_r8,s2winc5_r8"
-    config.eval_every = 220  # ten epochs
-    config.save_every = 110
-    config.log_every = 22
+    config.eval_every = 440  # ten epochs
+    config.save_every = 220
+    config.log_every = 44
     return config

@@ -119,8 +119,8 @@ def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys
     [
         ("--dtypes float16", "error: --dtypes: 'float16' is none of float32, tf32, bfloat16"),
         ("--dtypes tf32", "error: --dtypes: tf32 is a format of NVIDIA GPUs, and there is none here: leave it out"),
-        ("--attention flash", "error: --attention: 'flash' is none of xla, cudnn"),
-        ("--attention cudnn", "error: --attention: cudnn takes an NVIDIA GPU and --dtypes bfloat16: leave it out"),
+        ("--kernels flash", "error: --kernels: 'flash' is none of xla, triton"),
+        ("--kernels triton", "error: --kernels: triton takes an NVIDIA GPU and --dtypes bfloat16: leave it out"),
         (
             "--models vit_small_patch14_dinov2 --schedules s2winc7_r8",
             "error: schedule dense:1,local:6:r8:w2x2,global:5:r8",

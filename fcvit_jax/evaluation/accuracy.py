@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax import parallel
+from fcvit_jax import compiling, parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.times import Times
-from fcvit_jax.models.vit import ViT
+from fcvit_jax.models.vit import ViT, choose_kernels
 
 # What `dtype` may be: the computation's dtype, and the precision of float32 products, which GPUs would round to TF32.
 DTYPES = {
@@ -116,7 +116,7 @@ def compile_step(
         raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     parallel.check_batch_size(batch_size, mesh)
     compute, precision = DTYPES[dtype]
-    model = model.clone(dtype=compute)
+    model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
     step = jax.jit(partial(eval_step, model, preprocess, scored), out_shardings=(everywhere, rows))
@@ -127,7 +127,7 @@ def compile_step(
             shape((batch_size, *model.config.image_size, 3), jnp.uint8),
             shape((batch_size, labels_per_image) if labels_per_image > 1 else (batch_size,), jnp.int32),
             shape((batch_size,), jnp.bool_),
-        ).compile()
+        ).compile(compiling.options())
     return CompiledStep(model, call, time.perf_counter() - started)
 
 

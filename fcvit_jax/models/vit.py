@@ -8,20 +8,22 @@ Shape letters: b batch, n tokens, d width, h heads, k head width, m MLP width, p
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax.errors import InputError
+from fcvit_jax.models import triton
 from fcvit_jax.models.attention import attend
-from fcvit_jax.models.merging import follow_patches, match_tokens, merge_tokens
+from fcvit_jax.models.merging import Matching, follow_patches, match_tokens, merge_tokens
 from fcvit_jax.models.schedule import Layer, MergeSchedule
 
 POOLS = ("token", "avg", "token_avg", "dist_avg")
+KERNELS = ("xla", "triton", "interpreted")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,16 @@ GELUS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
+def choose_kernels(dtype: Any, devices: Iterable[Any]) -> str:
+    """The fastest `ViT.kernels` for inference in a dtype on these devices: "triton" on one NVIDIA GPU in bfloat16.
+
+    On several, XLA could not split the kernels between them.
+    """
+    first, *others = devices
+    capable = first.platform == "gpu" and float(getattr(first, "compute_capability", "0")) >= 8.0
+    return "triton" if capable and not others and dtype == jnp.bfloat16 else "xla"
+
+
 class ViT(nn.Module):
     """A Vision Transformer that merges tokens as its schedule says.
 
@@ -154,9 +166,10 @@ class ViT(nn.Module):
     Under jit, what is not used of `out` is not computed. Where prefix tokens are pooled, the logits need nothing else
     of the last layer: it is computed for these tokens alone, without merging, and once more for all if its tokens are
     used. That is exact, and 7 % less to compute for a dense ViT-S/16 (`flops.executed_gmacs`). Parameters are float32;
-    `dtype` is that of the computation, and `attention` the kernel of `attention.attend`. With `train=True`, dropout and
-    stochastic depth (rising linearly over the layers) need `rngs={"dropout": key}`; the last layer's two computations
-    then drop different numbers.
+    `dtype` is that of the computation. With `train=True`, dropout and stochastic depth, which rises linearly over the
+    layers, need `rngs={"dropout": key}`; the last layer's two computations then drop different numbers.
+    `kernels`: "xla", for any device and any dtype; "triton", the fused programs of `models.triton` for one NVIDIA GPU,
+    in bfloat16 and without gradients; "interpreted", the same ones without a GPU, slowly.
     `schedule` defaults to dense; one that does not fit the model raises InputError when the model is first applied.
     """
 
@@ -166,11 +179,15 @@ class ViT(nn.Module):
     dropout: float = 0.0
     drop_path: float = 0.0
     remat: bool = False
-    attention: str = "xla"
+    kernels: str = "xla"
 
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
         config = self.config
+        if self.kernels not in KERNELS:
+            raise InputError(f"kernels is {self.kernels!r}: choose one of {', '.join(KERNELS)}")
+        if self.kernels != "xla" and (train or self.dtype != jnp.bfloat16):
+            raise InputError(f"kernels is {self.kernels!r}: it computes in bfloat16, and not in training; choose 'xla'")
         if images.shape[1:] != (*config.image_size, 3):
             height, width = config.image_size
             raise InputError(f"images are {images.shape}: this model takes [batch, {height}, {width}, 3]")
@@ -183,23 +200,28 @@ class ViT(nn.Module):
         out: dict[str, Any] = {"embedded": x, "layers": []}
 
         kind = nn.remat(Block, static_argnums=(3, 4, 5)) if self.remat else Block
-        pooled = x
+        stream = pooled = Stream(x)
         for index, layer in enumerate(schedule.plan(config)):
             drop_path = self.drop_path * index / max(config.depth - 1, 1)
-            block = kind(config, self.dtype, self.dropout, drop_path, self.attention, name=f"blocks_{index}")
+            block = kind(config, self.dtype, self.dropout, drop_path, self.kernels, name=f"blocks_{index}")
             if index == config.depth - 1 and config.pooled_tokens:
-                pooled, _, _ = block(x, size, layer, train, config.pooled_tokens)
-            x, size, matching = block(x, size, layer, train, 0)
+                pooled, _, _ = block(stream, size, layer, train, config.pooled_tokens)
+            stream, size, matching = block(stream, size, layer, train, 0)
             if matching is not None:
                 source = follow_patches(source, matching)
-            out["layers"].append({"tokens": x, "size": size, "source": source})
+            out["layers"].append({"tokens": stream.tokens, "size": size, "source": source})
         if not config.pooled_tokens:
-            pooled = x
+            pooled = stream
 
-        norm = _norm(config, "norm")
-        out |= {"tokens": x if config.fc_norm else norm(x), "size": size, "source": source}
-        pooled = norm(_pool(config, pooled, size)) if config.fc_norm else _pool(config, norm(pooled), size)
-        out["pooled"] = pooled
+        norm = Norm(config, self.kernels, name="norm")
+        if config.fc_norm:
+            pool = _pool(config, pooled.tokens, size)
+            _, normed = norm(Stream(pool.reshape(pool.shape[0], -1, pool.shape[-1])))
+            out["tokens"], out["pooled"] = stream.tokens, normed.reshape(pool.shape)
+        else:
+            out["tokens"], out["pooled"] = norm(stream)[1], _pool(config, norm(pooled)[1], size)
+        out |= {"size": size, "source": source}
+        pooled = out["pooled"]
         if not config.num_classes:
             features = pooled.mean(axis=1) if config.pool == "dist_avg" else pooled
             return features.astype(jnp.float32), out
@@ -228,7 +250,7 @@ class Embedding(nn.Module):
         # One product of [b p, side side 3] with [side side 3, d]: the convolution, without one.
         (down, across), pixels = config.grid, images.astype(self.dtype)
         pixels = pixels.reshape(batch, down, side, across, side, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = pixels.reshape(batch, config.num_patches, -1) @ kernel.astype(self.dtype).reshape(-1, width)
+        x = multiply(pixels.reshape(batch, config.num_patches, -1), kernel.astype(self.dtype).reshape(-1, width))
         if config.patch_bias:
             x += self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype)[None, None]
 
@@ -249,38 +271,52 @@ class Embedding(nn.Module):
         else:
             x = jnp.concatenate([*prefix, x], axis=1) + positions
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return _norm(config, "norm_pre")(x) if config.pre_norm else x
+        return Norm(config, name="norm_pre")(Stream(x))[1] if config.pre_norm else x
+
+
+class Stream(NamedTuple):
+    """The residual stream: x [b, n, d], and what is still to be added to it, together with the norm that comes next."""
+
+    x: jax.Array
+    branch: jax.Array | None = None
+
+    @property
+    def tokens(self) -> jax.Array:
+        return self.x if self.branch is None else self.x + self.branch
 
 
 class Block(nn.Module):
-    """Attention, merging, MLP, each on the residual stream x [b, n, d]; returns x, size and the matching, if any.
+    """Attention, merging, MLP, each on the residual stream; returns the stream, sizes and the matching, if any.
 
-    With `only` above 0, x is returned for the first so many tokens, and nothing is merged.
+    With `only` above 0, the stream is returned for the first so many tokens, and nothing is merged.
     """
 
     config: ViTConfig
     dtype: Any
     dropout: float
     drop_path: float
-    attention: str = "xla"
+    kernels: str = "xla"
 
     @nn.compact
-    def __call__(self, x: jax.Array, size: jax.Array, layer: Layer, train: bool, only: int = 0):
+    def __call__(self, stream: Stream, size: jax.Array, layer: Layer, train: bool, only: int = 0):
         config = self.config
-        attention = Attention(config, self.dtype, self.attention, name="attn")
+        attention = Attention(config, self.dtype, self.kernels, name="attn")
+        norm1, norm2 = (Norm(config, self.kernels, name=name) for name in ("norm1", "norm2"))
         # Before the first merge every size is 1 and its logarithm nothing.
         sizes = size if layer.tokens_in < config.num_tokens else None
-        y, keys = attention(_norm(config, "norm1")(x), sizes, only or x.shape[1])
-        x = x[:, : y.shape[1]] + self._branch(y, "ls1", train)
+        x, normed = norm1(stream)
+        y, keys = attention(normed, sizes, only or x.shape[1])
+        stream = Stream(x[:, : y.shape[1]], self._branch(y, "ls1", train))
 
         matching = None
         if layer.removed and not only:
             matching = match_tokens(keys, layer, config.num_prefix_tokens)
-            x, size = merge_tokens(x, size, matching)
+            x, size, normed = norm2.of_merged(stream, size, matching, layer.tokens_out)
+        else:
+            x, normed = norm2(stream)
 
-        y = MLP(config, self.dtype, name="mlp")(_norm(config, "norm2")(x))
-        x += self._branch(y, "ls2", train)
-        return x, size, matching
+        y = MLP(config, self.dtype, name="mlp")(normed)
+        return Stream(x, self._branch(y, "ls2", train)), size, matching
 
     def _branch(self, y: jax.Array, scale_name: str, train: bool) -> jax.Array:
         """Dropout, LayerScale and stochastic depth (arXiv 1603.09382) of a residual branch."""
@@ -300,45 +336,52 @@ class Attention(nn.Module):
 
     config: ViTConfig
     dtype: Any
-    kernel: str = "xla"
+    kernels: str = "xla"
 
     @nn.compact
     def __call__(self, x: jax.Array, size: jax.Array | None, queries: int) -> tuple[jax.Array, jax.Array]:
         config = self.config
         batch, _, width = x.shape
-        head_width = width // config.num_heads
-        q, k, v = QKV(config, self.dtype, name="qkv")(x, queries)
-        q *= jnp.asarray(head_width**-0.5, q.dtype)
-        y = attend(q, k, v, size if config.proportional_attention else None, self.kernel)
-        y = y.transpose(0, 2, 1, 3).reshape(batch, queries, width)
-        y = nn.Dense(width, dtype=self.dtype, kernel_init=_init, name="proj")(y)
-        return y, k.astype(jnp.float32).mean(axis=1)
+        sizes = size if config.proportional_attention else None
+        parts = QKV(config, self.dtype, name="qkv")(x, queries)
+        if self.kernels != "xla" and len(parts) == 1:
+            y, keys = triton.attend(parts[0], sizes, self.kernels == "interpreted"), parts[0][:, :, 1]
+            # Behind the barrier, which keeps XLA from computing the mean twice.
+            keys = jax.lax.optimization_barrier(keys.astype(jnp.float32).mean(axis=2))
+        else:
+            # Heads next to the batch: twice as fast on CPU as heads behind the tokens.
+            q, k, v = (x for part in parts for x in part.transpose(2, 0, 3, 1, 4))
+            q *= jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+            y, keys = attend(q, k, v, sizes).transpose(0, 2, 1, 3), k.astype(jnp.float32).mean(axis=1)
+        y = y.reshape(batch, queries, width)
+        y = Dense(width, dtype=self.dtype, kernel_init=_init, name="proj")(y)
+        return y, keys
 
 
 class QKV(nn.Module):
-    """Queries [b, h, q, k] of the first q tokens, keys and values [b, h, n, k] of all, from [b, n, d]."""
+    """Queries, keys and values of all tokens, ([b, n, 3, h, k],), from [b, n, d].
+
+    Where only the first q tokens ask, ([b, q, 1, h, k], [b, n, 2, h, k]).
+    """
 
     config: ViTConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, queries: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def __call__(self, x: jax.Array, queries: int) -> tuple[jax.Array, ...]:
         width, heads = self.config.embed_dim, self.config.num_heads
         kernel = self.param("kernel", _init, (width, 3 * width)).astype(self.dtype)
         bias = jnp.zeros(3 * width, self.dtype)
         if self.config.qkv_bias:
             bias = self.param("bias", nn.initializers.zeros, (3 * width,)).astype(self.dtype)
 
-        def project(x: jax.Array, columns: slice) -> list[jax.Array]:
-            y = x @ kernel[:, columns] + bias[None, None, columns]
-            # Heads next to the batch: twice as fast on CPU as heads behind the tokens.
-            return list(y.reshape(*y.shape[:2], -1, heads, width // heads).transpose(2, 0, 3, 1, 4))
+        def project(x: jax.Array, columns: slice) -> jax.Array:
+            y = multiply(x, kernel[:, columns]) + bias[None, None, columns]
+            return y.reshape(*y.shape[:2], -1, heads, width // heads)
 
         if queries == x.shape[1]:
-            q, k, v = project(x, slice(None))
-        else:
-            (q,), (k, v) = project(x[:, :queries], slice(width)), project(x, slice(width, None))
-        return q, k, v
+            return (project(x, slice(None)),)
+        return project(x[:, :queries], slice(width)), project(x, slice(width, None))
 
 
 class MLP(nn.Module):
@@ -349,19 +392,59 @@ class MLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = nn.Dense(self.config.mlp_dim, dtype=self.dtype, kernel_init=_init, name="fc1")(x)
+        x = Dense(self.config.mlp_dim, dtype=self.dtype, kernel_init=_init, name="fc1")(x)
         x = GELUS[self.config.gelu](x)
-        return nn.Dense(self.config.embed_dim, dtype=self.dtype, kernel_init=_init, name="fc2")(x)
+        return Dense(self.config.embed_dim, dtype=self.dtype, kernel_init=_init, name="fc2")(x)
 
 
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[..., d] @ [d, m], with all tokens in one axis: the gradient for the kernel is then a plain product.
+
+    Of a product over two axes XLA on CPU transposes a copy, into which it computes the activations anew.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+Dense = partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: multiply(x, kernel))
 _init = nn.initializers.xavier_uniform()
 
 
-def _norm(config: ViTConfig, name: str) -> Callable[[jax.Array], jax.Array]:
-    """LayerNorm, in float32 whatever the dtype of what it is given; a child of the module that calls this."""
-    # The fast variance, E[x^2] - E[x]^2, costs 8e-4 of accuracy where activations are large.
-    norm = nn.LayerNorm(config.norm_eps, dtype=jnp.float32, use_fast_variance=False, name=name)
-    return lambda x: norm(x.astype(jnp.float32)).astype(x.dtype)
+class Norm(nn.Module):
+    """LayerNorm of a residual stream, in float32 whatever its dtype: returns its tokens and what they are normed to."""
+
+    config: ViTConfig
+    kernels: str = "xla"
+
+    def setup(self) -> None:
+        width = self.config.embed_dim
+        self.scale = self.param("scale", nn.initializers.ones, (width,))
+        self.bias = self.param("bias", nn.initializers.zeros, (width,))
+
+    def __call__(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
+        if self.kernels != "xla":
+            return triton.add_and_norm(*stream, self.scale, self.bias, self.config.norm_eps, self._interpret)
+        x = stream.tokens
+        # The fast variance, E[x^2] - E[x]^2, costs 8e-4 of accuracy where activations are large.
+        y = x.astype(jnp.float32)
+        y -= y.mean(axis=-1, keepdims=True)
+        factor = jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + self.config.norm_eps)
+        return x, (y * (factor * self.scale[None, None]) + self.bias[None, None]).astype(x.dtype)
+
+    def of_merged(
+        self, stream: Stream, size: jax.Array, matching: Matching, tokens_out: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The same of the tokens after merging; returns their sizes in between."""
+        x, branch = stream
+        if self.kernels != "xla" and branch is not None:
+            affine = self.scale, self.bias, self.config.norm_eps
+            x, normed, size = triton.merge_and_norm(x, branch, size, matching, tokens_out, *affine, self._interpret)
+            return x, size, normed
+        x, size = merge_tokens(stream.tokens, size, matching, tokens_out)
+        return x, size, self(Stream(x))[1]
+
+    @property
+    def _interpret(self) -> bool:
+        return self.kernels == "interpreted"
 
 
 def _pool(config: ViTConfig, x: jax.Array, size: jax.Array) -> jax.Array:

@@ -58,7 +58,7 @@ def power_iteration(
 
     Where the two ends of the spectrum are about as far from 0 it does not settle, and `converged` says so.
     """
-    vector = _unit(random_like(params, key))
+    vector = _unit(_placed(random_like(params, key), params))
     for step in range(1, steps + 1):
         product, samples = hessian_product(loss_fn, params, batches, vector)
         value = float(samples.mean())
@@ -79,7 +79,7 @@ def lanczos(
     orthogonality as soon as an end has converged, and finds that end again and again. Memory: a copy of the parameters
     a step. Value and residual are those of the vectors put together from the basis, not the recurrence's estimates.
     """
-    basis, alphas, betas = [_unit(random_like(params, key))], [], []
+    basis, alphas, betas = [_unit(_placed(random_like(params, key), params))], [], []
     while True:
         product, samples = hessian_product(loss_fn, params, batches, basis[-1])
         alphas.append(float(samples.mean()))
@@ -111,7 +111,8 @@ def lanczos(
 
 def trace_samples(loss_fn: LossFn, params: Params, batches: Iterable[Any], key: jax.Array, probes: int) -> np.ndarray:
     """v'H_b v for random signs v, float64 [probes, batches]: the mean estimates the trace (Hutchinson 1989)."""
-    signs = (random_like(params, jax.random.fold_in(key, probe), jax.random.rademacher) for probe in range(probes))
+    keys = (jax.random.fold_in(key, probe) for probe in range(probes))
+    signs = (_placed(random_like(params, key, jax.random.rademacher), params) for key in keys)
     return np.stack([hessian_product(loss_fn, params, batches, vector)[1] for vector in signs])
 
 
@@ -121,7 +122,6 @@ def standard_error(samples: np.ndarray) -> float:
     return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
 
 
-@partial(jax.jit, static_argnums=2)
 def random_like(params: Params, key: jax.Array, sampler: Sampler = jax.random.normal) -> Params:
     """A float32 tree of the parameters' shapes (nothing else of them counts), drawn with `sampler(key, shape, dtype)`.
 
@@ -133,6 +133,11 @@ def random_like(params: Params, key: jax.Array, sampler: Sampler = jax.random.no
         return sampler(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape, jnp.float32)
 
     return jax.tree.map_with_path(draw, params)
+
+
+def _placed(tree: Params, like: Params) -> Params:
+    """Where the other tree lies, for good: what a program is compiled for once, it is not compiled for again."""
+    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding) if isinstance(y, jax.Array) else x, tree, like)
 
 
 @jax.jit

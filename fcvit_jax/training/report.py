@@ -29,7 +29,7 @@ class FlatnessConfig:
     from a little to about that of guessing.
     """
 
-    limit: int = _field(192, "images, drawn at random with the seed; what does not fill a batch is left out")
+    limit: int = _field(160, "images, drawn at random with the seed; what does not fill a batch is left out")
     batch_size: int = _field(16, "m: sharpness is that of the loss of m images, averaged over such batches")
     seed: int = _field(0, "of the images, the noise, the probes and the directions")
     loss: str = _field("softmax", "cross-entropy against the labels alone: softmax, or sigmoid summed over classes")
@@ -46,7 +46,7 @@ class FlatnessConfig:
     tolerance: float = _field(0.05, "eigenvalues: found if the residual is at most this share of the value")
     probes: int = _field(8, "trace: random vectors")
     line_points: int = _field(21, "loss along a random line, from -1 to 1 filter norms; 0: none")
-    plane_points: int = _field(9, "loss over a random plane, points to each side; 0: none")
+    plane_points: int = _field(7, "loss over a random plane, points to each side; 0: none")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):

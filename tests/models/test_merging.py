@@ -25,8 +25,13 @@ def random_matching(key, layer, prefix, batch=3, width=8):
     return match_tokens(metric, layer, prefix)
 
 
-def lists(matching):
-    return [np.asarray(part)[0].tolist() for part in matching]
+def lists(matching, image=0):
+    """Of one image: the tokens that stay, in the order of the output; those that are merged away; where these go."""
+    target, merged = (np.asarray(part)[image] for part in matching)
+    stay, gone = np.flatnonzero(~merged), np.flatnonzero(merged)
+    keep = stay[np.argsort(target[stay])]
+    assert sorted(target[stay]) == list(range(len(stay)))
+    return keep.tolist(), gone.tolist(), target[gone].tolist()
 
 
 def test_global_matching_by_hand():
@@ -34,10 +39,10 @@ def test_global_matching_by_hand():
     metric = angles([0, 0, 90, 100, 10, 180, 172])
     # A: 2, 4, 6 (0 is the prefix); B: 1, 3, 5. Best: 2->3 (10 degrees), 4->1 (10), 6->5 (8).
     matching = match_tokens(metric, Layer(7, 6, 1), prefix=1)
-    assert lists(matching) == [[0, 2, 4, 1, 3, 5], [6], [5]]
+    assert lists(matching) == ([0, 2, 4, 1, 3, 5], [6], [5])
     # Two: 6->5, then, of two equal ones, the lower position.
     matching = match_tokens(metric, Layer(7, 5, 2), prefix=1)
-    assert lists(matching) == [[0, 4, 1, 3, 5], [6, 2], [4, 3]]
+    assert lists(matching) == ([0, 4, 1, 3, 5], [2, 6], [3, 4])
 
 
 def test_prefix_tokens_count_in_the_alternation_and_never_merge():
@@ -65,7 +70,7 @@ def test_local_matching_stays_inside_its_window():
     quarter = np.array([0, 0, 1, 1, 0, 0, 1, 1, 2, 2, 3, 3, 2, 2, 3, 3])
     matching = random_matching(jax.random.key(0), layer, 1)
     for image in range(3):
-        keep, source, target = (np.asarray(part)[image] for part in matching)
+        keep, source, target = map(np.array, lists(matching, image))
         assert sorted([*keep, *source]) == list(range(17))
         assert (quarter[keep[target] - 1] == quarter[source - 1]).all()
         # Windows in row-major order, three tokens left in each: A kept, then B.
@@ -77,12 +82,12 @@ def test_window_by_window_equals_each_window_alone():
     metric = jax.random.normal(jax.random.key(1), (2, 33, 5))
     values = jax.random.normal(jax.random.key(2), (2, 33, 7))
     size = jax.random.uniform(jax.random.key(3), (2, 33), minval=1.0, maxval=4.0)
-    merged, new_size = merge_tokens(values, size, match_tokens(metric, layer, 1))
+    merged, new_size = merge_tokens(values, size, match_tokens(metric, layer, 1), 21)
     order = 1 + window_order((4, 8), (2, 2), 32)
     for window in range(4):
         rows = order[8 * window : 8 * window + 8]
         alone = match_tokens(metric[:, rows], Layer(8, 5, 3), 0)
-        expected, expected_size = merge_tokens(values[:, rows], size[:, rows], alone)
+        expected, expected_size = merge_tokens(values[:, rows], size[:, rows], alone, 5)
         block = slice(1 + 5 * window, 6 + 5 * window)
         np.testing.assert_allclose(merged[:, block], expected, rtol=1e-6, atol=1e-6)
         np.testing.assert_allclose(new_size[:, block], expected_size, rtol=1e-6)
@@ -99,8 +104,8 @@ def test_merging_is_the_size_weighted_mean():
     x = jnp.asarray([[[1.0], [10.0], [100.0], [1000.0]]])
     size = jnp.asarray([[1.0, 2.0, 3.0, 4.0]])
     # Tokens 0 and 2 both go into token 3, which stands first in the output.
-    matching = Matching(jnp.asarray([[3, 1]]), jnp.asarray([[0, 2]]), jnp.asarray([[0, 0]]))
-    merged, new_size = merge_tokens(x, size, matching)
+    matching = Matching(jnp.asarray([[0, 1, 0, 0]]), jnp.asarray([[True, False, True, False]]))
+    merged, new_size = merge_tokens(x, size, matching, 2)
     np.testing.assert_allclose(merged, [[[(1 + 300 + 4000) / 8], [10.0]]], rtol=1e-6)
     np.testing.assert_allclose(new_size, [[8.0, 2.0]])
 
@@ -118,7 +123,7 @@ def test_mass_is_conserved_and_jit_changes_nothing(layer, prefix, dtype):
 
     def run(metric, x, size):
         matching = match_tokens(metric, layer, prefix)
-        return matching, *merge_tokens(x, size, matching)
+        return matching, *merge_tokens(x, size, matching, layer.tokens_out)
 
     matching, merged, new_size = run(metric, x, size)
     assert merged.dtype == dtype
@@ -150,7 +155,7 @@ def test_source_map_and_unmerge_follow_every_patch():
     for index, layer in enumerate(layers):
         metric = jax.random.normal(jax.random.key(index), (2, layer.tokens_in, 6))
         matching = match_tokens(metric, layer, 1)
-        x, size = merge_tokens(x, size, matching)
+        x, size = merge_tokens(x, size, matching, layer.tokens_out)
         source = follow_patches(source, matching)
         assert source.dtype == jnp.int32
     held = np.asarray(x) > 0  # [image, token, patch of the start]
@@ -169,7 +174,7 @@ def test_gradient_and_vmap():
     metric, x = jax.random.normal(jax.random.key(6), (2, 4, 17, 5)), jax.random.normal(jax.random.key(7), (2, 4, 17, 3))
 
     def merged_sum(metric, x):
-        merged, size = merge_tokens(x, jnp.ones(x.shape[:2]), match_tokens(metric, layer, 1))
+        merged, size = merge_tokens(x, jnp.ones(x.shape[:2]), match_tokens(metric, layer, 1), 11)
         return (merged * size[..., None]).sum()
 
     # The weighted sum does not depend on what merges: its gradient is one everywhere, none goes to the metric.
@@ -177,6 +182,32 @@ def test_gradient_and_vmap():
     np.testing.assert_allclose(to_x, np.ones((4, 17, 3)), rtol=1e-6)
     np.testing.assert_array_equal(to_metric, np.zeros((4, 17, 5)))
 
-    run = lambda metric, x: merge_tokens(x, jnp.ones(x.shape[:2]), match_tokens(metric, layer, 1))  # noqa: E731
+    run = lambda metric, x: merge_tokens(x, jnp.ones(x.shape[:2]), match_tokens(metric, layer, 1), 11)  # noqa: E731
     for mapped, single in zip(jax.vmap(run)(metric, x), run(metric[1], x[1]), strict=True):
         np.testing.assert_allclose(mapped[1], single, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_nothing_is_merged_into_keeps_its_value_to_the_last_bit(dtype):
+    layer = Layer(33, 25, 8)
+    matching = random_matching(jax.random.key(8), layer, 1)
+    x = jax.random.normal(jax.random.key(9), (3, 33, 16)).astype(dtype)
+    size = jax.random.randint(jax.random.key(10), (3, 33), 1, 9).astype(jnp.float32)
+    merged, sizes = merge_tokens(x, size, matching, 25)
+    for image in range(3):
+        keep, _, into = map(np.array, lists(matching, image))
+        alone = np.setdiff1d(np.arange(25), into)
+        assert len(alone) >= 17
+        np.testing.assert_array_equal(merged[image, alone], x[image, keep[alone]])
+        np.testing.assert_array_equal(sizes[image, alone], size[image, keep[alone]])
+
+
+def test_bfloat16_merges_as_its_float32_copy():
+    layer = Layer(33, 25, 8)
+    matching = random_matching(jax.random.key(11), layer, 1)
+    x = jax.random.normal(jax.random.key(12), (3, 33, 16)).astype(jnp.bfloat16)
+    size = jax.random.randint(jax.random.key(13), (3, 33), 1, 9).astype(jnp.float32)
+    low, low_sizes = merge_tokens(x, size, matching, 25)
+    full, full_sizes = merge_tokens(x.astype(jnp.float32), size, matching, 25)
+    np.testing.assert_array_equal(low_sizes, full_sizes)
+    np.testing.assert_allclose(low.astype(jnp.float32), full, atol=0.02)

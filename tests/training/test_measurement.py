@@ -79,7 +79,7 @@ def test_all_measures_of_a_quadratic():
     assert report.plane is not None
     assert report.line is not None
     assert report.line.shape == (21,)
-    assert report.plane.shape == (9, 9)
+    assert report.plane.shape == (7, 7)
     np.testing.assert_allclose(report.line, 2)  # no leaf is a kernel, so that nothing moves
     assert 0 <= report.resolution < 1e-5
 

@@ -1,0 +1,156 @@
+"""The kernels of the model against float64: attention, LayerNorm and merging, by XLA and by Triton's programs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fcvit_jax as fc
+from fcvit_jax.models import triton
+from fcvit_jax.models.attention import attend
+from fcvit_jax.models.merging import match_tokens
+from fcvit_jax.models.schedule import Layer
+from fcvit_jax.models.vit import choose_kernels
+
+# On a GPU the programs themselves; without one they are interpreted.
+INTERPRET = jax.default_backend() != "gpu"
+
+
+def draw(tokens, queries, dtype, heads=3, width=16):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shape = (2, heads, tokens, width)
+    q, k, v = (2 * jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
+    size = jax.random.randint(keys[3], (2, tokens), 1, 150).astype(jnp.float32)
+    return q[:, :, :queries], k, v, size
+
+
+def float64(x):
+    return np.asarray(x.astype(jnp.float32), np.float64)
+
+
+def by_numpy(q, k, v, size):
+    q, k, v = map(float64, (q, k, v))
+    logits = q @ k.swapaxes(2, 3)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    weights *= 1.0 if size is None else np.asarray(size, np.float64)[:, None, None]
+    return weights / weights.sum(-1, keepdims=True) @ v
+
+
+def norm_by_numpy(x, scale, bias):
+    x = float64(x)
+    return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * float64(scale) + float64(bias)
+
+
+@pytest.mark.parametrize("queries", [11, 1])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.03)])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_attention_equals_float64(queries, dtype, tolerance, proportional):
+    q, k, v, size = draw(11, queries, dtype)
+    size = size if proportional else None
+    found = jax.jit(attend)(q, k, v, size)
+    assert found.dtype == dtype
+    assert found.shape == (2, 3, queries, 16)
+    np.testing.assert_allclose(float64(found), by_numpy(q, k, v, size), atol=tolerance)
+
+
+# Less than a tile of keys, one and a few, two; a head of a width that is no power of two.
+@pytest.mark.parametrize(("tokens", "width"), [(11, 16), (77, 16), (128, 32), (130, 20)])
+@pytest.mark.parametrize("proportional", [True, False])
+def test_triton_attention_equals_float64(tokens, width, proportional):
+    q, k, v, size = draw(tokens, tokens, jnp.bfloat16, width=width)
+    size = size if proportional else None
+    qkv = jnp.stack([q, k, v], axis=2).transpose(0, 3, 2, 1, 4)  # [b, n, 3, h, k]
+    found = triton.attend(qkv, size, INTERPRET)
+    expected = by_numpy(q.astype(jnp.float32) * width**-0.5, k, v, size)
+    np.testing.assert_allclose(float64(found), expected.transpose(0, 2, 1, 3), atol=0.03)
+
+
+@pytest.mark.parametrize("shape", [(2, 77, 48), (1, 5, 64), (3, 1, 384)])
+@pytest.mark.parametrize("with_branch", [True, False])
+def test_triton_adds_and_norms(shape, with_branch):
+    keys = jax.random.split(jax.random.key(1), 4)
+    x, branch = (3 * jax.random.normal(key, shape).astype(jnp.bfloat16) + 1 for key in keys[:2])
+    scale, bias = (jax.random.normal(key, shape[-1:]) for key in keys[2:])
+    total, normed = triton.add_and_norm(x, branch if with_branch else None, scale, bias, 1e-6, INTERPRET)
+    np.testing.assert_array_equal(total, x + branch if with_branch else x)
+    np.testing.assert_allclose(float64(normed), norm_by_numpy(total, scale, bias), atol=0.04)
+
+
+@pytest.mark.parametrize("layer", [Layer(77, 57, 20), Layer(33, 17, 4, 4, ((4, 8), (2, 2))), Layer(65, 33, 32)])
+def test_triton_merges_and_norms(layer):
+    keys = jax.random.split(jax.random.key(2), 6)
+    n, t, d = layer.tokens_in, layer.tokens_out, 48
+    x, branch = (3 * jax.random.normal(key, (2, n, d)).astype(jnp.bfloat16) for key in keys[:2])
+    scale, bias = (jax.random.normal(key, (d,)) for key in keys[2:4])
+    size = jax.random.randint(keys[4], (2, n), 1, 40).astype(jnp.float32)
+    matching = match_tokens(jax.random.normal(keys[5], (2, n, 8)), layer, 1)
+    merged, normed, sizes = triton.merge_and_norm(x, branch, size, matching, t, scale, bias, 1e-6, INTERPRET)
+
+    # One by one, as the target says.
+    expected, expected_size = np.zeros((2, t, d)), np.zeros((2, t))
+    for image in range(2):
+        for token in range(n):
+            weight, slot = float(size[image, token]), int(matching.target[image, token])
+            expected[image, slot] += weight * float64((x + branch)[image, token])
+            expected_size[image, slot] += weight
+    np.testing.assert_array_equal(sizes, expected_size)
+    np.testing.assert_allclose(float64(merged), expected / expected_size[..., None], atol=0.07)
+    np.testing.assert_allclose(float64(normed), norm_by_numpy(merged, scale, bias), atol=0.04)
+
+
+@pytest.mark.parametrize("schedule", ["dense", "tome_r5", "s1winc2_r8"])
+def test_a_model_computes_the_same_by_either_kernels(schedule):
+    config = fc.ViTConfig((64, 64), 8, 64, 4, 4, 128, num_classes=5)
+    merges = fc.MergeSchedule.parse(schedule, 4)
+    images = jax.random.normal(jax.random.key(3), (3, 64, 64, 3))
+    params: Any = fc.ViT(config).init(jax.random.key(4), images)["params"]
+    # Of a trained model's magnitude, which a new one's head is not.
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(5), params["head"]["kernel"].shape)
+    xla, ours = (
+        fc.ViT(config, merges, dtype=jnp.bfloat16, kernels=kernels).apply({"params": params}, images)[0]
+        for kernels in ("xla", "interpreted" if INTERPRET else "triton")
+    )
+    assert float(jnp.abs(xla).max()) > 1
+    np.testing.assert_allclose(xla, ours, atol=0.1 * float(xla.std()))
+
+
+def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done():
+    """Triton's intermediate language comes out; what is behind it takes a GPU."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 197, 3, 6, 64), (2, 197, 384))]
+    size, vector = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 197), (384,)))
+    metric = jax.ShapeDtypeStruct((2, 197, 64), jnp.float32)
+    layer = Layer(197, 184, 13)
+
+    def everything(qkv, x, size, scale, metric):
+        matching = match_tokens(metric, layer, 1)
+        x, normed = triton.add_and_norm(x, x, scale, scale, 1e-6)
+        return triton.attend(qkv, size), normed, triton.merge_and_norm(x, x, size, matching, 184, scale, scale, 1e-6)
+
+    lowered = jax.jit(everything).trace(*shapes, size, vector, metric).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3
+
+
+def test_kernels_that_are_not_to_be_had_are_told():
+    config, images = fc.ViTConfig((32, 32), 8, 32, 2, 2, 64, num_classes=5), jnp.zeros((1, 32, 32, 3))
+    with pytest.raises(fc.InputError, match="kernels is 'flash': choose one of xla, triton, interpreted"):
+        fc.ViT(config, kernels="flash").init(jax.random.key(0), images)
+    told = "kernels is 'triton': it computes in bfloat16, and not in training; choose 'xla'"
+    with pytest.raises(fc.InputError, match=told):
+        fc.ViT(config, kernels="triton").init(jax.random.key(0), images)
+    with pytest.raises(fc.InputError, match=told):
+        fc.ViT(config, kernels="triton", dtype=jnp.bfloat16).init(jax.random.key(0), images, train=True)
+
+
+def test_triton_is_chosen_for_one_new_gpu_in_bfloat16():
+    class Device:
+        def __init__(self, platform, capability):
+            self.platform, self.compute_capability = platform, capability
+
+    new, old = Device("gpu", "9.0"), Device("gpu", "7.5")
+    assert choose_kernels(jnp.bfloat16, [new]) == "triton"
+    assert choose_kernels(jnp.float32, [new]) == "xla"
+    assert choose_kernels(jnp.bfloat16, [new, new]) == "xla"
+    assert choose_kernels(jnp.bfloat16, [old]) == "xla"
+    assert choose_kernels(jnp.bfloat16, jax.devices("cpu")) == "xla"
