@@ -323,10 +323,11 @@ def print_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> None:
     print(f"{case}: {row['device']}, {row['cores']} cores, {malloc}")
     print(f"matmul: {row['matmul_gflops']:.0f} GFLOP/s, [{m}, {k}] x [{k}, {n}]")
     wide = max(len(row["schedule"]) for row in rows) + 2
-    print(f"{'contender':<15}{'schedule':<{wide}}" + "".join(f"{title:>10}" for title in COLUMNS))
+    first = max(len(row["contender"]) for row in rows) + 2
+    print(f"{'contender':<{first}}{'schedule':<{wide}}" + "".join(f"{title:>10}" for title in COLUMNS))
     for row in rows:
         cells = ("-" if row[field] is None else text(row[field]) for field, text in COLUMNS.values())
-        print(f"{row['contender']:<15}{row['schedule']:<{wide}}" + "".join(f"{cell:>10}" for cell in cells))
+        print(f"{row['contender']:<{first}}{row['schedule']:<{wide}}" + "".join(f"{cell:>10}" for cell in cells))
     print(flush=True)
 
 

@@ -2,7 +2,7 @@
 
 python train_sam.py --config=configs/digits_adamw.py --workdir=W
 
-Gives packaged:digits_adamw: 355 of 360 right (98.61 %) after 968 steps.
+Gives packaged:digits_adamw: 353 of 360 right (98.06 %) after 1,188 steps and 1 min 58 s on two CPU cores.
 """
 
 from typing import Any

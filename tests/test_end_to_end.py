@@ -69,7 +69,7 @@ def test_the_embedded_default(tmp_path):
 def test_the_packaged_checkpoints_come_from_the_configurations(name, config):
     provenance = fc.load_checkpoint(f"packaged:{name}").meta["provenance"]
     check_same(provenance["train_config"], json.loads(config.get_config().to_json()), Path(name))
-    assert provenance["steps"] == 44 * (1437 // 64)
+    assert provenance["steps"] == 27 * (1437 // 32)
     assert f"{provenance['test']['correct']} of 360" in config.__doc__
 
 
@@ -132,7 +132,7 @@ def test_training_ends_in_a_checkpoint_that_evaluates(tmp_path):
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     line, tested = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert line["step"] == tested["step"] == 22
+    assert line["step"] == tested["step"] == 44
     assert line["loss"] < 3
     assert tested.keys() == {"step", "test/dense", "test/tome_r20"}
     assert list((tmp_path / "events").iterdir())

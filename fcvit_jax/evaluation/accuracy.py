@@ -110,7 +110,8 @@ def compile_step(
     """Compile `eval_step` for batches of one size, the rows spread over the devices of the mesh.
 
     params: the parameters; those of a call have to lie on the devices as these do, replicated or sharded. dtype: a key
-    of `DTYPES`; it replaces the model's own. scored, labels_per_image: as the `Source` has them.
+    of `DTYPES`; it replaces the model's own, and so do the kernels that `choose_kernels` picks. scored,
+    labels_per_image: as the `Source` has them.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")

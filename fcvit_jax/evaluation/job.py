@@ -16,8 +16,10 @@ from fcvit_jax.data import imagenet
 from fcvit_jax.data.labels import match_head, real_labels
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.accuracy import DTYPES
 from fcvit_jax.models import zoo
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
+from fcvit_jax.models.vit import choose_kernels
 
 
 @dataclass(frozen=True)
@@ -96,7 +98,7 @@ def prepare(settings: Settings, workdir: Path) -> Job:
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
-    """What decides the outcomes. The number of devices and processes does not."""
+    """What decides the outcomes. The number of devices and processes does not, but for the kernels in bfloat16."""
     settings, meta = job.settings, job.checkpoint.meta
     weights = json.dumps([meta["files"], meta["config"], meta["preprocess"]], sort_keys=True)
     return {
@@ -106,6 +108,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "schedules": {name: str(schedule) for name, schedule in job.schedules.items()},
         "batch_size": settings.batch_size,
         "dtype": settings.dtype,
+        "kernels": choose_kernels(DTYPES[settings.dtype][0], job.mesh.devices.flat),
         "save_logits": settings.save_logits,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),

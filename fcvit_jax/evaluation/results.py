@@ -133,6 +133,7 @@ def result_rows(
         "preprocess": str(checkpoint.preprocess),
         "batch_size": settings.batch_size,
         "dtype": settings.dtype,
+        "kernels": next(iter(steps.values())).model.kernels,
         "device": device_name(),
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),

@@ -20,7 +20,8 @@ class Matching(NamedTuple):
     """Which tokens of a sequence become one.
 
     target: int32 [b, n], the position in the output of every token of the input.
-    merged: bool [b, n], whether it is merged into the token there, instead of being that token; true r times.
+    merged: bool [b, n], whether it is merged into the token there, instead of being that token; true r times,
+        unless keys are not finite.
     """
 
     target: jax.Array
@@ -106,9 +107,9 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: 
 
     x: [b, n, d], any float dtype; size: [b, n] float32. Returns the same for tokens_out tokens. Sums run in float32.
 
-    In float32 the tokens are gathered, and a product adds those that are merged. In bfloat16 all of it is one product
-    with the weights of the means: matrix units do this faster than memory moves what is gathered. In both, a token that
-    nothing is merged into keeps its value to the last bit.
+    In float32 the tokens are gathered, and a product adds those that are merged. In other dtypes all of it is one
+    product with the weights of the means, rounded to that dtype: matrix units do this faster than memory moves what is
+    gathered. In both, a token that nothing is merged into keeps its value to the last bit.
     """
     into = matching.target[:, None, :] == np.arange(tokens_out)[None, :, None]
     total = jnp.sum(jnp.where(into, size[:, None, :], 0.0), axis=-1)

@@ -27,7 +27,7 @@ def attend(qkv: jax.Array, size: jax.Array | None, interpret: bool = False) -> j
     kept running over tiles of keys, as in arXiv 2205.14135, in float32.
     """
     b, n, _, h, k = qkv.shape
-    wide, whole, rest = pl.next_power_of_2(k), n // _KEYS, n % _KEYS
+    wide, whole, rest = max(16, pl.next_power_of_2(k)), n // _KEYS, n % _KEYS  # 16: the least that Triton multiplies
     tail = max(16, pl.next_power_of_2(rest)) if rest else 0  # the last keys: 197 need no fourth tile of 64
     keys = whole * _KEYS + tail
     bias = jnp.zeros((1, n), jnp.float32) if size is None else jnp.log2(size)
@@ -140,39 +140,31 @@ def merge_and_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens x + branch, [b, n, d], as their size-weighted means [b, t, d], the LayerNorm of these, and their sizes.
 
-    size: float32 [b, n]. Sums run in float32; what nothing is merged into keeps its value to the last bit.
+    size: float32 [b, n]. Sums run in float32.
     """
     b, n, d = x.shape
     wide = pl.next_power_of_2(d)
     rows = max(1, 4096 // wide)
     keep, source, target = positions(matching, tokens_out)
 
-    def of_image(array: jax.Array) -> pl.BlockSpec:
-        return pl.BlockSpec(
-            (None, *array.shape[1:-1], wide if array is x else array.shape[-1]),
-            lambda i, image: (image,) + (0,) * (array.ndim - 1),
-        )
-
+    whole = pl.BlockSpec((None, n, wide), lambda i, image: (image, 0, 0))
+    indices = [
+        pl.BlockSpec((None, part.shape[1]), lambda i, image: (image, 0)) for part in (size, keep, source, target)
+    ]
     vector = pl.BlockSpec((wide,), lambda i, image: (0,))
     tile = pl.BlockSpec((None, rows, wide), lambda i, image: (image, i, 0))
     merged = jax.ShapeDtypeStruct((b, tokens_out, d), x.dtype)
-    return tuple(
-        pl.pallas_call(
-            functools.partial(_merge_and_norm, width=d, eps=eps, tokens_out=tokens_out),
-            grid=(pl.cdiv(tokens_out, rows), b),
-            in_specs=[
-                *[pl.BlockSpec((None, n, wide), lambda i, image: (image, 0, 0))] * 2,
-                *map(of_image, (size, keep, source, target)),
-                vector,
-                vector,
-            ],
-            out_specs=[tile, tile, pl.BlockSpec((None, rows), lambda i, image: (image, i))],
-            out_shape=[merged, merged, jax.ShapeDtypeStruct((b, tokens_out), jnp.float32)],
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
-            name="merge_and_norm",
-        )(x, branch, size, keep, source, target, scale, bias)
-    )
+    mean, normed, total = pl.pallas_call(
+        functools.partial(_merge_and_norm, width=d, eps=eps, tokens_out=tokens_out),
+        grid=(pl.cdiv(tokens_out, rows), b),
+        in_specs=[whole, whole, *indices, vector, vector],
+        out_specs=[tile, tile, pl.BlockSpec((None, rows), lambda i, image: (image, i))],
+        out_shape=[merged, merged, jax.ShapeDtypeStruct((b, tokens_out), jnp.float32)],
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="merge_and_norm",
+    )(x, branch, size, keep, source, target, scale, bias)
+    return mean, normed, total
 
 
 def _merge_and_norm(

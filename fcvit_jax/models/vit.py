@@ -8,6 +8,7 @@ Shape letters: b batch, n tokens, d width, h heads, k head width, m MLP width, p
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +18,6 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.models import triton
 from fcvit_jax.models.attention import attend
 from fcvit_jax.models.merging import Matching, follow_patches, match_tokens, merge_tokens
 from fcvit_jax.models.schedule import Layer, MergeSchedule
@@ -146,8 +146,10 @@ def choose_kernels(dtype: Any, devices: Iterable[Any]) -> str:
     On several, XLA could not split the kernels between them.
     """
     first, *others = devices
-    capable = first.platform == "gpu" and float(getattr(first, "compute_capability", "0")) >= 8.0
-    return "triton" if capable and not others and dtype == jnp.bfloat16 else "xla"
+    if others or dtype != jnp.bfloat16 or first.platform != "gpu":
+        return "xla"
+    capability = str(getattr(first, "compute_capability", ""))  # "9.0"; AMD's are named otherwise
+    return "triton" if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.0 else "xla"
 
 
 class ViT(nn.Module):
@@ -316,7 +318,9 @@ class Block(nn.Module):
             x, normed = norm2(stream)
 
         y = MLP(config, self.dtype, name="mlp")(normed)
-        return Stream(x, self._branch(y, "ls2", train)), size, matching
+        stream = Stream(x, self._branch(y, "ls2", train))
+        # Triton adds it up together with the next norm; elsewhere `remat` would keep both parts.
+        return stream if self.kernels != "xla" else Stream(stream.tokens), size, matching
 
     def _branch(self, y: jax.Array, scale_name: str, train: bool) -> jax.Array:
         """Dropout, LayerScale and stochastic depth (arXiv 1603.09382) of a residual branch."""
@@ -345,6 +349,8 @@ class Attention(nn.Module):
         sizes = size if config.proportional_attention else None
         parts = QKV(config, self.dtype, name="qkv")(x, queries)
         if self.kernels != "xla" and len(parts) == 1:
+            from fcvit_jax.models import triton
+
             y, keys = triton.attend(parts[0], sizes, self.kernels == "interpreted"), parts[0][:, :, 1]
             # Behind the barrier, which keeps XLA from computing the mean twice.
             keys = jax.lax.optimization_barrier(keys.astype(jnp.float32).mean(axis=2))
@@ -405,6 +411,7 @@ def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
 
+# Flax asks for a product over the last axis of x and the first of the kernel, in the default precision.
 Dense = partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: multiply(x, kernel))
 _init = nn.initializers.xavier_uniform()
 
@@ -422,6 +429,8 @@ class Norm(nn.Module):
 
     def __call__(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
         if self.kernels != "xla":
+            from fcvit_jax.models import triton
+
             return triton.add_and_norm(*stream, self.scale, self.bias, self.config.norm_eps, self._interpret)
         x = stream.tokens
         # The fast variance, E[x^2] - E[x]^2, costs 8e-4 of accuracy where activations are large.
@@ -436,6 +445,8 @@ class Norm(nn.Module):
         """The same of the tokens after merging; returns their sizes in between."""
         x, branch = stream
         if self.kernels != "xla" and branch is not None:
+            from fcvit_jax.models import triton
+
             affine = self.scale, self.bias, self.config.norm_eps
             x, normed, size = triton.merge_and_norm(x, branch, size, matching, tokens_out, *affine, self._interpret)
             return x, size, normed

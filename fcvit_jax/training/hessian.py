@@ -58,7 +58,7 @@ def power_iteration(
 
     Where the two ends of the spectrum are about as far from 0 it does not settle, and `converged` says so.
     """
-    vector = _unit(_placed(random_like(params, key), params))
+    vector = _unit(placed(random_like(params, key), params))
     for step in range(1, steps + 1):
         product, samples = hessian_product(loss_fn, params, batches, vector)
         value = float(samples.mean())
@@ -79,7 +79,7 @@ def lanczos(
     orthogonality as soon as an end has converged, and finds that end again and again. Memory: a copy of the parameters
     a step. Value and residual are those of the vectors put together from the basis, not the recurrence's estimates.
     """
-    basis, alphas, betas = [_unit(_placed(random_like(params, key), params))], [], []
+    basis, alphas, betas = [_unit(placed(random_like(params, key), params))], [], []
     while True:
         product, samples = hessian_product(loss_fn, params, batches, basis[-1])
         alphas.append(float(samples.mean()))
@@ -112,7 +112,7 @@ def lanczos(
 def trace_samples(loss_fn: LossFn, params: Params, batches: Iterable[Any], key: jax.Array, probes: int) -> np.ndarray:
     """v'H_b v for random signs v, float64 [probes, batches]: the mean estimates the trace (Hutchinson 1989)."""
     keys = (jax.random.fold_in(key, probe) for probe in range(probes))
-    signs = (_placed(random_like(params, key, jax.random.rademacher), params) for key in keys)
+    signs = (placed(random_like(params, probe_key, jax.random.rademacher), params) for probe_key in keys)
     return np.stack([hessian_product(loss_fn, params, batches, vector)[1] for vector in signs])
 
 
@@ -135,9 +135,11 @@ def random_like(params: Params, key: jax.Array, sampler: Sampler = jax.random.no
     return jax.tree.map_with_path(draw, params)
 
 
-def _placed(tree: Params, like: Params) -> Params:
-    """Where the other tree lies, for good: what a program is compiled for once, it is not compiled for again."""
-    return jax.tree.map(lambda x, y: jax.device_put(x, y.sharding) if isinstance(y, jax.Array) else x, tree, like)
+def placed(tree: Params, like: Params) -> Params:
+    """The tree on the devices of the other: programs would be compiled anew for another placement."""
+    return jax.tree.map(
+        lambda x, y: jax.device_put(x, y.sharding) if isinstance(y, jax.Array) and y.committed else x, tree, like
+    )
 
 
 @jax.jit

@@ -89,7 +89,7 @@ class TestAgainstTheDenseHessian:
             v = flat(pair.vector)
             assert abs(np.linalg.norm(v) - 1) < 1e-5
             residual = np.linalg.norm(dense.mean(0) @ v - pair.value * v)
-            np.testing.assert_allclose(pair.residual, residual, rtol=0.02, atol=2e-6 * values[-1])
+            np.testing.assert_allclose(pair.residual, residual, rtol=0.02, atol=5e-6 * values[-1])
             np.testing.assert_allclose(pair.samples.mean(), pair.value, rtol=1e-6)
 
     def test_the_largest_by_power_iteration(self, name):

@@ -287,7 +287,7 @@ def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_
 
 
 def test_another_configuration_is_refused_with_what_differs(whole, devices):
-    told = "optimizer.learning_rate 0.003 there, 0.001 here, sam.rho 0.05 there, 0.1 here"
+    told = "optimizer.learning_rate 0.002 there, 0.001 here, sam.rho 0.05 there, 0.1 here"
     with pytest.raises(fc.InputError, match=rf"of another configuration, or of other data \({told}\): name another"):
         run.train(tiny(sam__rho=0.1, optimizer__learning_rate=1e-3), whole)
 
