@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from fcvit_jax.training.sam import Params, global_norm, orthogonal, unit
 
@@ -58,7 +59,7 @@ def power_iteration(
 
     Where the two ends of the spectrum are about as far from 0 it does not settle, and `converged` says so.
     """
-    vector = _unit(placed(random_like(params, key), params))
+    vector = _unit(random_like(params, key))
     for step in range(1, steps + 1):
         product, samples = hessian_product(loss_fn, params, batches, vector)
         value = float(samples.mean())
@@ -79,7 +80,7 @@ def lanczos(
     orthogonality as soon as an end has converged, and finds that end again and again. Memory: a copy of the parameters
     a step. Value and residual are those of the vectors put together from the basis, not the recurrence's estimates.
     """
-    basis, alphas, betas = [_unit(placed(random_like(params, key), params))], [], []
+    basis, alphas, betas = [_unit(random_like(params, key))], [], []
     while True:
         product, samples = hessian_product(loss_fn, params, batches, basis[-1])
         alphas.append(float(samples.mean()))
@@ -111,8 +112,7 @@ def lanczos(
 
 def trace_samples(loss_fn: LossFn, params: Params, batches: Iterable[Any], key: jax.Array, probes: int) -> np.ndarray:
     """v'H_b v for random signs v, float64 [probes, batches]: the mean estimates the trace (Hutchinson 1989)."""
-    keys = (jax.random.fold_in(key, probe) for probe in range(probes))
-    signs = (placed(random_like(params, probe_key, jax.random.rademacher), params) for probe_key in keys)
+    signs = (random_like(params, jax.random.fold_in(key, probe), jax.random.rademacher) for probe in range(probes))
     return np.stack([hessian_product(loss_fn, params, batches, vector)[1] for vector in signs])
 
 
@@ -130,16 +130,12 @@ def random_like(params: Params, key: jax.Array, sampler: Sampler = jax.random.no
 
     def draw(path: Any, leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/")
-        return sampler(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape, jnp.float32)
+        drawn = sampler(jax.random.fold_in(key, zlib.crc32(name.encode())), leaf.shape, jnp.float32)
+        # On the leaf's devices: programs would be compiled anew for another placement.
+        placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed
+        return jax.device_put(drawn, leaf.sharding) if placed else drawn
 
     return jax.tree.map_with_path(draw, params)
-
-
-def placed(tree: Params, like: Params) -> Params:
-    """The tree on the devices of the other: programs would be compiled anew for another placement."""
-    return jax.tree.map(
-        lambda x, y: jax.device_put(x, y.sharding) if isinstance(y, jax.Array) and y.committed else x, tree, like
-    )
 
 
 @jax.jit

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.training.hessian import LossFn, placed, random_like
+from fcvit_jax.training.hessian import LossFn, random_like
 from fcvit_jax.training.sam import Params, global_norm, unit
 
 
@@ -74,8 +74,7 @@ def worst_case(
         loss, _, start = uphill(loss_fn, params, batch, ball)
         starts = [start]
         for restart in range(restarts):
-            restart_key = jax.random.fold_in(jax.random.fold_in(key, index), restart)
-            starts.append(placed(random_like(params, restart_key), params))
+            starts.append(random_like(params, jax.random.fold_in(jax.random.fold_in(key, index), restart)))
         rises = []
         for radius in radii:
             ascents = [_ascend(loss_fn, params, batch, start, ball, radius, steps) for start in starts]
@@ -103,7 +102,7 @@ def average_case(
     """
     levels = []  # [sigma, batch], one for each draw
     for draw in range(draws):
-        noise = placed(random_like(params, jax.random.fold_in(key, draw)), params)
+        noise = random_like(params, jax.random.fold_in(key, draw))
         sizes = sigmas if draw else (0.0, *sigmas)  # the loss at the parameters, once
         around = [[float(_around(loss_fn, params, batch, noise, ball, size)) for size in sizes] for batch in batches]
         levels.append(np.array(around).T)
