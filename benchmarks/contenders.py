@@ -19,8 +19,9 @@ from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import DTYPES
 from fcvit_jax.models import flops
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.vit import ViT
 
 # How far logits may be from float32's, in standard deviations of those: typically, and in any image. Where two
 # proposals are equal but for rounding, another token merges, which moves the logits of that image. In float32 that is

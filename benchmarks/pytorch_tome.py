@@ -19,8 +19,8 @@ import torch
 from torch.nn import functional
 
 from fcvit_jax.convert import export
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViTConfig
 
 
 def load_timm(config: ViTConfig, params: Mapping[str, Any]) -> Any:

@@ -15,7 +15,7 @@ def defaults() -> Any:
     config.checkpoint = placeholder(str)  # directory, packaged:NAME or zoo name to start from; None: config.model
     config.image_size = placeholder(int)  # pixels of a side, where others than the checkpoint's are wanted
     config.preprocess = placeholder(str)  # a preset; None: the checkpoint's own
-    config.model = ConfigDict()  # for a run from scratch, fields of fcvit_jax/models/vit.py: ViTConfig
+    config.model = ConfigDict()  # for a run from scratch, fields of fcvit_jax/models/config.py: ViTConfig
     config.dropout = 0.0  # probability
     config.drop_path = 0.0  # of leaving a layer out, in the last one; rising to it from the first
     config.schedule = "dense"  # the merge schedule that it is trained with

@@ -16,13 +16,13 @@ from fcvit_jax.errors import InputError as InputError
 from fcvit_jax.export import export as export
 from fcvit_jax.models import flops as flops
 from fcvit_jax.models import zoo as zoo
+from fcvit_jax.models.config import ViTConfig as ViTConfig
 from fcvit_jax.models.merging import unmerge_tokens as unmerge_tokens
 from fcvit_jax.models.schedule import Dense as Dense
 from fcvit_jax.models.schedule import Global as Global
 from fcvit_jax.models.schedule import Local as Local
 from fcvit_jax.models.schedule import MergeSchedule as MergeSchedule
 from fcvit_jax.models.vit import ViT as ViT
-from fcvit_jax.models.vit import ViTConfig as ViTConfig
 from fcvit_jax.training.sam import SAMConfig as SAMConfig
 from fcvit_jax.training.sam import sam_transformation as sam_transformation
 from fcvit_jax.training.sam import sam_value_and_grad as sam_value_and_grad

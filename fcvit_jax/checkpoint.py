@@ -25,7 +25,8 @@ from flax import traverse_util
 
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 
 FORMAT = 1
 ENTRIES = frozenset({"meta.json", "params"})  # of a checkpoint directory

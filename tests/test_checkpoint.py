@@ -10,7 +10,8 @@ from fcvit_jax import parallel
 from fcvit_jax.checkpoint import load_checkpoint, save_checkpoint, sweep
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 
 CONFIG = ViTConfig((16, 16), 8, 16, 2, 2, 32, num_classes=3)
 PREPROCESS = preset("timm/augreg", (16, 16))

@@ -36,7 +36,7 @@ from fcvit_jax.convert.translation import Converted, Row, Translation, assemble,
 from fcvit_jax.data.preprocess import PRESETS, Preprocess, preset
 from fcvit_jax.errors import InputError, OneLineParser, naming, one_line_errors
 from fcvit_jax.models import flops, zoo
-from fcvit_jax.models.vit import GELUS, POOLS, ViTConfig
+from fcvit_jax.models.config import GELUS, POOLS, ViTConfig
 
 # Fields of a named model that its file may have otherwise: the keys tell.
 _TOLD_BY_KEYS = ("image_size", "num_classes", "pool", "fc_norm", "representation_size")
@@ -374,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
         help=f"one of {', '.join(PRESETS)}; fields may follow, as in timm/deit,crop_pct=1.0",
     )
     told.add_argument("--num_heads", metavar="N", type=_count, help="needed where no name is given and heads are odd")
-    told.add_argument("--gelu", choices=tuple(GELUS), help="exact by default, unless config.json or --model says else")
+    told.add_argument("--gelu", choices=GELUS, help="exact by default, unless config.json or --model says else")
     told.add_argument("--norm_eps", metavar="X", type=_epsilon, help="1e-6 by default, likewise")
     told.add_argument("--pool", choices=POOLS, help="what the head reads, where it is not what keys tell")
     told.add_argument("--class_names", metavar="FILE", help="text file with one class a line, in the head's order")

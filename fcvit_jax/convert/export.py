@@ -14,7 +14,7 @@ from fcvit_jax.checkpoint import flat_params, staged
 from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Row
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 
 _INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "copy": lambda x: x,

@@ -7,7 +7,7 @@ from typing import Any
 from fcvit_jax.convert.translation import Translation
 from fcvit_jax.errors import InputError
 from fcvit_jax.models import zoo
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 
 Grid = tuple[int, int]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from fcvit_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 
 # model_type -> epsilon and image processor, which its classes take where the files leave them out.
 _MODEL_TYPES = {

@@ -18,7 +18,7 @@ from fcvit_jax.checkpoint import abstract_params, leaf_shapes
 from fcvit_jax.convert.layouts import Arrays, Layout, detect_layout
 from fcvit_jax.convert.posembed import RESAMPLINGS, resample, resample_patch, sincos_2d
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 
 _TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "copy": lambda x: x,

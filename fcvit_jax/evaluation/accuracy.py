@@ -18,7 +18,8 @@ from fcvit_jax.data.batches import Batch
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.times import Times
-from fcvit_jax.models.vit import ViT, choose_kernels
+from fcvit_jax.models.kernels import choose_kernels
+from fcvit_jax.models.vit import ViT
 
 # What `dtype` may be: the computation's dtype, and the precision of float32 products, which GPUs would round to TF32.
 DTYPES = {

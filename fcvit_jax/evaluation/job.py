@@ -18,8 +18,8 @@ from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import DTYPES
 from fcvit_jax.models import zoo
+from fcvit_jax.models.kernels import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
-from fcvit_jax.models.vit import choose_kernels
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from fcvit_jax.evaluation.statistics import mcnemar, per_class, sigmas, wilson
 from fcvit_jax.evaluation.throughput import Rate
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models import flops, zoo
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViTConfig
 
 Row = dict[str, Any]
 

@@ -4,8 +4,8 @@ What the papers print as "GFLOPS" is multiply-accumulates / 1e9 of the matrix pr
 projections, attention, MLP and head. Norms, softmax, activations and the matching itself are left out.
 """
 
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViTConfig
 
 
 def layer_macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """The model's memory-bound parts for NVIDIA GPUs, each in one pass over memory: Pallas kernels that Triton compiles.
 
 XLA writes the logits of attention to memory, and cuDNN takes no bias that is the same for all queries; LayerNorm and
-merging pass over the tokens several times. `vit` uses these where it is told to; `docs/performance.md` has what each is
-worth. Forward only. `interpret` computes them without a GPU, slowly.
+merging pass over the tokens several times. `kernels` chooses them; `docs/performance.md` has what each is worth.
+Forward only. `interpret` computes them without a GPU, slowly.
 
 Shape letters: b batch, n tokens in, t tokens out, d width, h heads, k head width.
 """
@@ -15,17 +15,22 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
+from fcvit_jax.models import xla
 from fcvit_jax.models.merging import Matching, positions
 
 _QUERIES, _KEYS = 64, 64  # of a tile of attention
 
 
-def attend(qkv: jax.Array, size: jax.Array | None, interpret: bool = False) -> jax.Array:
-    """Proportional attention, softmax(q k' / sqrt(k) + log(size)) v, arXiv 2210.09461, equation 1.
+def attend(
+    parts: tuple[jax.Array, ...], size: jax.Array | None, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Proportional attention as `xla.attend`, bfloat16 alone; that one is called where few queries come apart.
 
-    qkv: [b, n, 3, h, k], bfloat16; size: float32 [b, n], or None where all are 1. Returns [b, n, h, k]. The softmax is
-    kept running over tiles of keys, as in arXiv 2205.14135, in float32.
+    The softmax is kept running over tiles of keys, as in arXiv 2205.14135, in float32.
     """
+    if len(parts) > 1:
+        return xla.attend(parts, size)
+    qkv = parts[0]
     b, n, _, h, k = qkv.shape
     wide, whole, rest = max(16, pl.next_power_of_2(k)), n // _KEYS, n % _KEYS  # 16: the least that Triton multiplies
     tail = max(16, pl.next_power_of_2(rest)) if rest else 0  # the last keys: 197 need no fourth tile of 64
@@ -35,7 +40,7 @@ def attend(qkv: jax.Array, size: jax.Array | None, interpret: bool = False) -> j
     def all_of(part: int) -> pl.BlockSpec:
         return pl.BlockSpec((None, keys, None, None, wide), lambda i, head, image: (image, 0, part, head, 0))
 
-    return pl.pallas_call(
+    y = pl.pallas_call(
         functools.partial(_attend, n=n, width=k, tail=tail),
         grid=(pl.cdiv(n, _QUERIES), h, b),
         in_specs=[
@@ -50,6 +55,8 @@ def attend(qkv: jax.Array, size: jax.Array | None, interpret: bool = False) -> j
         interpret=interpret,
         name="attend",
     )(qkv, qkv, qkv, bias)
+    # Behind the barrier, which keeps XLA from computing the mean twice.
+    return y, jax.lax.optimization_barrier(qkv[:, :, 1].astype(jnp.float32).mean(axis=2))
 
 
 def _attend(q_ref, k_ref, v_ref, bias_ref, o_ref, *, n: int, width: int, tail: int) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from fcvit_jax.data.preprocess import Preprocess, preset
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 
 
 @dataclass(frozen=True)

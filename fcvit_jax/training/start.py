@@ -14,7 +14,7 @@ from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.preprocess import Preprocess, preset
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from fcvit_jax.convert.sidecar import read_sidecar
 from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.data.preprocess import PRESETS, Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 from states import CONFIG, in_layout
 
 SIZE = ((32, 32), 8, 128, 2, 2, 256, 5)

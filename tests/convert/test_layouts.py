@@ -10,7 +10,7 @@ from fcvit_jax.convert.layouts import LAYOUTS, detect_layout
 from fcvit_jax.convert.posembed import sincos_2d
 from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 from states import in_layout, state_dict
 
 EXTRAS: dict[str, Any] = dict(

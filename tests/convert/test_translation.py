@@ -8,7 +8,7 @@ from fcvit_jax.convert.geometry import infer_config
 from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.errors import InputError
 from fcvit_jax.models import zoo
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 from states import CONFIG, state_dict
 
 

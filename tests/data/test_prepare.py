@@ -21,7 +21,8 @@ from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Record, Source, open_source
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 

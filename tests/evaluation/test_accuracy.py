@@ -22,8 +22,9 @@ from fcvit_jax.evaluation.accuracy import (
 )
 from fcvit_jax.evaluation.throughput import measure_throughput
 from fcvit_jax.evaluation.times import Times
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.vit import ViT
 
 CONFIG = ViTConfig((16, 16), 4, 16, 3, 2, 32, num_classes=7)
 PREPROCESS = preset("timm/augreg,crop_pct=1.0", (16, 16))

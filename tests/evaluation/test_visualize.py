@@ -21,8 +21,9 @@ from fcvit_jax.evaluation.visualize import (
     regions,
     stage_layers,
 )
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.vit import ViT
 
 # 4x6 patches of 4 pixels; a class token and two registers in front.
 CONFIG = ViTConfig((16, 24), 4, 16, 3, 2, 32, num_classes=0, num_registers=2)

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 from fcvit_jax.models import flops, zoo
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.layers import Stream
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import Block, Stream, ViT, ViTConfig
+from fcvit_jax.models.vit import Block, ViT
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,10 @@ import numpy as np
 import pytest
 
 import fcvit_jax as fc
-from fcvit_jax.models import triton
-from fcvit_jax.models.attention import attend
+from fcvit_jax.models import triton, xla
+from fcvit_jax.models.kernels import choose_kernels
 from fcvit_jax.models.merging import match_tokens
 from fcvit_jax.models.schedule import Layer
-from fcvit_jax.models.vit import choose_kernels
 
 # On a GPU the programs themselves; without one they are interpreted.
 INTERPRET = jax.default_backend() != "gpu"
@@ -26,16 +25,21 @@ def draw(tokens, queries, dtype, heads=3, width=16):
     return q[:, :, :queries], k, v, size
 
 
+def in_one(*parts):
+    """[b, h, n, k] each -> [b, n, parts, h, k]."""
+    return jnp.stack(parts, axis=2).transpose(0, 3, 2, 1, 4)
+
+
 def float64(x):
     return np.asarray(x.astype(jnp.float32), np.float64)
 
 
 def by_numpy(q, k, v, size):
     q, k, v = map(float64, (q, k, v))
-    logits = q @ k.swapaxes(2, 3)
+    logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
     weights = np.exp(logits - logits.max(-1, keepdims=True))
     weights *= 1.0 if size is None else np.asarray(size, np.float64)[:, None, None]
-    return weights / weights.sum(-1, keepdims=True) @ v
+    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
 
 
 def norm_by_numpy(x, scale, bias):
@@ -49,10 +53,12 @@ def norm_by_numpy(x, scale, bias):
 def test_attention_equals_float64(queries, dtype, tolerance, proportional):
     q, k, v, size = draw(11, queries, dtype)
     size = size if proportional else None
-    found = jax.jit(attend)(q, k, v, size)
+    parts = (in_one(q), in_one(k, v)) if queries < 11 else (in_one(q, k, v),)
+    found, keys = jax.jit(xla.attend)(parts, size)
     assert found.dtype == dtype
-    assert found.shape == (2, 3, queries, 16)
+    assert found.shape == (2, queries, 3, 16)
     np.testing.assert_allclose(float64(found), by_numpy(q, k, v, size), atol=tolerance)
+    np.testing.assert_allclose(float64(keys), float64(k).mean(axis=1), rtol=1e-6, atol=1e-6)
 
 
 # Less than a tile of keys, one and a few, two; a head of a width that is no power of two.
@@ -61,10 +67,9 @@ def test_attention_equals_float64(queries, dtype, tolerance, proportional):
 def test_triton_attention_equals_float64(tokens, width, proportional):
     q, k, v, size = draw(tokens, tokens, jnp.bfloat16, width=width)
     size = size if proportional else None
-    qkv = jnp.stack([q, k, v], axis=2).transpose(0, 3, 2, 1, 4)  # [b, n, 3, h, k]
-    found = triton.attend(qkv, size, INTERPRET)
-    expected = by_numpy(q.astype(jnp.float32) * width**-0.5, k, v, size)
-    np.testing.assert_allclose(float64(found), expected.transpose(0, 2, 1, 3), atol=0.03)
+    found, keys = triton.attend((in_one(q, k, v),), size, INTERPRET)
+    np.testing.assert_allclose(float64(found), by_numpy(q, k, v, size), atol=0.03)
+    np.testing.assert_allclose(float64(keys), float64(k).mean(axis=1), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", [(2, 77, 48), (1, 5, 64), (3, 1, 384)])
@@ -143,7 +148,7 @@ def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done():
     def everything(qkv, x, size, scale, metric):
         matching = match_tokens(metric, layer, 1)
         x, normed = triton.add_and_norm(x, x, scale, scale, 1e-6)
-        return triton.attend(qkv, size), normed, triton.merge_and_norm(x, x, size, matching, 184, scale, scale, 1e-6)
+        return triton.attend((qkv,), size), normed, triton.merge_and_norm(x, x, size, matching, 184, scale, scale, 1e-6)
 
     lowered = jax.jit(everything).trace(*shapes, size, vector, metric).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3

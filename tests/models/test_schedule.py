@@ -1,8 +1,8 @@
 import pytest
 
 from fcvit_jax.errors import InputError
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import Dense, Global, Layer, Local, MergeSchedule, parse_schedules
-from fcvit_jax.models.vit import ViTConfig
 
 VIT_S = ViTConfig(embed_dim=384, num_heads=6, mlp_dim=1536)
 SMALL = ViTConfig(image_size=(64, 96), patch_size=8, embed_dim=8, depth=4, num_heads=2, mlp_dim=16)  # 8x12 patches

@@ -7,9 +7,10 @@ import pytest
 
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.errors import InputError
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.merging import unmerge_tokens
 from fcvit_jax.models.schedule import Global, Local, MergeSchedule
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.vit import ViT
 
 TINY = ViTConfig(image_size=(32, 48), patch_size=8, embed_dim=24, depth=4, num_heads=3, mlp_dim=48, num_classes=7)
 

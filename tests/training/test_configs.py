@@ -11,8 +11,8 @@ from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.evaluation.job import Settings
 from fcvit_jax.models import zoo
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import parse_schedules
-from fcvit_jax.models.vit import ViTConfig
 from fcvit_jax.training.job import check_fields
 from fcvit_jax.training.optimizer import OptimizerConfig
 from fcvit_jax.training.sam import SAMConfig

@@ -16,7 +16,8 @@ from PIL import Image
 import fcvit_jax as fc
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.flatness import main
 from fcvit_jax.training.measurement import measure_checkpoint
 from fcvit_jax.training.report import FlatnessConfig, FlatnessReport

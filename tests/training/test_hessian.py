@@ -10,7 +10,8 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 from fcvit_jax.training import hessian
 from fcvit_jax.training.hessian import (
     hessian_product,

@@ -9,7 +9,8 @@ import fcvit_jax as fc
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.measurement import (
     ClassificationLoss,
     draw_batches,

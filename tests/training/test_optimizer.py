@@ -11,7 +11,7 @@ import pytest
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.convert.layouts import TIMM
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.training.optimizer import (
     OptimizerConfig,
     decay_mask,

@@ -14,7 +14,8 @@ import pytest
 import fcvit_jax
 from fcvit_jax import parallel
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 from fcvit_jax.training import sam
 from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, perturbation, rho_schedule
 

@@ -13,7 +13,7 @@ from fcvit_jax.data import imagenet
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.vit import ViTConfig
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.training.start import from_checkpoint, from_scratch
 
 CONFIG = ViTConfig((8, 8), 4, 8, 1, 2, 8)

@@ -13,8 +13,9 @@ from fcvit_jax import parallel
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.errors import InputError
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.optimizer import OptimizerConfig, frozen_mask, make_optimizer
 from fcvit_jax.training.sam import SAMConfig, rho_schedule
 from fcvit_jax.training.step import Recipe, init_state, make_train_step

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.data.preprocess import preset
-from fcvit_jax.models.vit import ViT, ViTConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 from fcvit_jax.training import window
 from fcvit_jax.training.log import Log
 from fcvit_jax.training.sam import SAMConfig

@@ -1,0 +1,45 @@
+"""Which programs compute what of the model is bound by memory: chosen here, once for every device and dtype."""
+
+import re
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from fcvit_jax.errors import InputError
+from fcvit_jax.models import xla
+
+KERNELS = ("xla", "triton", "interpreted")
+
+
+class Kernels(NamedTuple):
+    """The three functions of `xla`, by whichever programs."""
+
+    attend: Callable[..., Any]
+    add_and_norm: Callable[..., Any]
+    merge_and_norm: Callable[..., Any]
+
+
+def choose_kernels(dtype: Any, devices: Iterable[Any]) -> str:
+    """The fastest of `KERNELS` for inference in a dtype on these devices: "triton" on one NVIDIA GPU in bfloat16.
+
+    On several, XLA could not split Triton's programs between them.
+    """
+    first, *others = devices
+    if others or dtype != jnp.bfloat16 or first.platform != "gpu":
+        return "xla"
+    capability = str(getattr(first, "compute_capability", ""))  # "9.0"; AMD's are named otherwise
+    return "triton" if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.0 else "xla"
+
+
+def kernels_of(name: str) -> Kernels:
+    """The kernels of a name of `KERNELS`. Raises InputError for any other."""
+    if name not in KERNELS:
+        raise InputError(f"kernels is {name!r}: choose one of {', '.join(KERNELS)}")
+    if name == "xla":
+        return Kernels(xla.attend, xla.add_and_norm, xla.merge_and_norm)
+    from fcvit_jax.models import triton  # there may be none in a JAX for other devices
+
+    ours = triton.attend, triton.add_and_norm, triton.merge_and_norm
+    return Kernels(*(partial(kernel, interpret=name == "interpreted") for kernel in ours))

@@ -1,0 +1,138 @@
+"""What a block of the Vision Transformer is made of: attention, MLP and norms, on tokens [b, n, d].
+
+Parameters are float32; `dtype` is that of the computation. Shape letters: b batch, n tokens, t tokens after merging,
+d width, h heads, k head width, m MLP width.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.kernels import kernels_of
+from fcvit_jax.models.merging import Matching
+
+
+def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """[..., d] @ [d, m], with all tokens in one axis: the gradient for the kernel is then a plain product.
+
+    Of a product over two axes XLA on CPU transposes a copy, into which it computes the activations anew.
+    """
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+# Flax asks for a product over the last axis of x and the first of the kernel, in the default precision.
+Dense = partial(nn.Dense, dot_general=lambda x, kernel, *_, **__: multiply(x, kernel))
+_init = nn.initializers.xavier_uniform()
+
+
+def _exact_gelu(x: jax.Array) -> jax.Array:
+    # By erf, as PyTorch; `jax.nn.gelu` goes by erfc, a sixteen times longer polynomial. In float32: 1 + erf cancels.
+    half = x.astype(jnp.float32) * 0.5
+    return (half * (1.0 + jax.lax.erf(half * math.sqrt(2)))).astype(x.dtype)
+
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "exact": _exact_gelu,
+    "tanh": partial(nn.gelu, approximate=True),
+    "quick": lambda x: x * nn.sigmoid(jnp.asarray(1.702, x.dtype) * x),
+}
+
+
+class Stream(NamedTuple):
+    """The residual stream: x [b, n, d], and what is still to be added to it, together with the norm that comes next."""
+
+    x: jax.Array
+    branch: jax.Array | None = None
+
+    @property
+    def tokens(self) -> jax.Array:
+        return self.x if self.branch is None else self.x + self.branch
+
+
+class Norm(nn.Module):
+    """LayerNorm of a residual stream, in float32 whatever its dtype."""
+
+    config: ViTConfig
+    kernels: str = "xla"
+
+    def setup(self) -> None:
+        width = self.config.embed_dim
+        self.scale = self.param("scale", nn.initializers.ones, (width,))
+        self.bias = self.param("bias", nn.initializers.zeros, (width,))
+
+    def __call__(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
+        """Tokens [b, n, d], and the same normed."""
+        return kernels_of(self.kernels).add_and_norm(*stream, self.scale, self.bias, self.config.norm_eps)
+
+    def of_merged(
+        self, stream: Stream, size: jax.Array, matching: Matching, tokens_out: int
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Tokens after merging [b, t, d], the same normed, and their sizes [b, t]."""
+        affine = self.scale, self.bias, self.config.norm_eps
+        return kernels_of(self.kernels).merge_and_norm(*stream, size, matching, tokens_out, *affine)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention in [b, n, d], of the first `queries` tokens, q of them, to all.
+
+    Returns the output [b, q, d] and the keys' mean over the heads, float32 [b, n, k]. With `size` [b, n], attention is
+    proportional to it, unless the configuration says otherwise.
+    """
+
+    config: ViTConfig
+    dtype: Any
+    kernels: str = "xla"
+
+    @nn.compact
+    def __call__(self, x: jax.Array, size: jax.Array | None, queries: int) -> tuple[jax.Array, jax.Array]:
+        config = self.config
+        batch, _, width = x.shape
+        parts = QKV(config, self.dtype, name="qkv")(x, queries)
+        y, keys = kernels_of(self.kernels).attend(parts, size if config.proportional_attention else None)
+        y = y.reshape(batch, queries, width)
+        return Dense(width, dtype=self.dtype, kernel_init=_init, name="proj")(y), keys
+
+
+class QKV(nn.Module):
+    """Queries, keys and values of all tokens, ([b, n, 3, h, k],), from [b, n, d].
+
+    Where only the first q tokens ask, ([b, q, 1, h, k], [b, n, 2, h, k]).
+    """
+
+    config: ViTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, queries: int) -> tuple[jax.Array, ...]:
+        width, heads = self.config.embed_dim, self.config.num_heads
+        kernel = self.param("kernel", _init, (width, 3 * width)).astype(self.dtype)
+        bias = jnp.zeros(3 * width, self.dtype)
+        if self.config.qkv_bias:
+            bias = self.param("bias", nn.initializers.zeros, (3 * width,)).astype(self.dtype)
+
+        def project(x: jax.Array, columns: slice) -> jax.Array:
+            y = multiply(x, kernel[:, columns]) + bias[None, None, columns]
+            return y.reshape(*y.shape[:2], -1, heads, width // heads)
+
+        if queries == x.shape[1]:
+            return (project(x, slice(None)),)
+        return project(x[:, :queries], slice(width)), project(x, slice(width, None))
+
+
+class MLP(nn.Module):
+    """[b, n, d] -> [b, n, m] -> GELU -> [b, n, d]."""
+
+    config: ViTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = Dense(self.config.mlp_dim, dtype=self.dtype, kernel_init=_init, name="fc1")(x)
+        x = _ACTIVATIONS[self.config.gelu](x)
+        return Dense(self.config.embed_dim, dtype=self.dtype, kernel_init=_init, name="fc2")(x)
