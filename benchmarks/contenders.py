@@ -119,7 +119,8 @@ def compile_program(
     """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c]."""
     kind, precision = DTYPES[dtype]
     model = ViT(config, schedule, dtype=kind, kernels=kernels)
-    call = jax.jit(lambda params, images: model.apply({"params": params}, images)[0])
+    part = compiling.part_size(len(images), config.num_tokens, jax.devices()[:1])
+    call = jax.jit(compiling.in_parts(lambda params, images: model.apply({"params": params}, images)[0], part))
     with jax.default_matmul_precision(precision):
         return call.lower(params, images).compile(compiling.options())
 

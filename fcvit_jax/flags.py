@@ -74,10 +74,10 @@ def keep_programs(folder: str | None) -> None:
 
 def _default_cache() -> str:
     if jax.default_backend() == "cpu":
-        # On these XLA rejects, at length, what it compiled on the same CPU (openxla/xla, issue 44565).
+        # On those before AMX, XLA rejects, at length, what it compiled on the same CPU (openxla/xla, issue 44565).
         with contextlib.suppress(OSError):
             cpu = _CPU.read_text()
-            if "GenuineIntel" in cpu and "avx512f" in cpu:
+            if "GenuineIntel" in cpu and "avx512f" in cpu and "amx_tile" not in cpu:
                 return ""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fcvit_jax", "jax")
 

@@ -28,3 +28,29 @@ def test_xla_flags_decide(monkeypatch):
 def test_an_option_that_xla_has_not_is_left_out(monkeypatch):
     monkeypatch.setattr(compiling, "_FASTER", {jax.default_backend(): {"xla_no_such_option": True}})
     assert compiling.options() is None
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "tokens", "size"),
+    [(32, 197, 16), (8, 197, 8), (31, 197, 31), (24, 197, 12), (34, 197, 34), (32, 65, 32), (4, 1370, 2), (3, 4000, 1)],
+)
+def test_a_cpu_computes_about_3200_tokens_at_a_time(batch_size, tokens, size):
+    (cpu,) = jax.devices("cpu")[:1]
+    assert compiling.part_size(batch_size, tokens, [cpu]) == size
+    assert compiling.part_size(batch_size, tokens, [cpu, cpu]) == batch_size
+
+
+@pytest.mark.parametrize("size", [6, 3, 2, 1])
+def test_parts_come_together_in_order(size):
+    seen = []
+
+    def call(params, x, pair):
+        seen.append(len(x))
+        return {"sum": x.sum(axis=1) * params, "pair": (pair[0] + 1, pair[1])}
+
+    x, y = jnp.arange(24.0).reshape(6, 4), jnp.arange(6)
+    found = jax.jit(compiling.in_parts(call, size))(2.0, x, (y, x))
+    assert set(seen) == {size}
+    assert found["sum"].tolist() == (2 * x.sum(axis=1)).tolist()
+    assert found["pair"][0].tolist() == [1, 2, 3, 4, 5, 6]
+    assert found["pair"][1].tolist() == x.tolist()

@@ -577,7 +577,7 @@ def jax_cache():
 def test_compiled_programs_are_kept_where_they_can_be(jax_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(flags, "_CPU", tmp_path / "cpuinfo")
-    (tmp_path / "cpuinfo").write_text("vendor_id : GenuineIntel\nflags : avx2")
+    (tmp_path / "cpuinfo").write_text("vendor_id : GenuineIntel\nflags : avx2 avx512f amx_tile")
     flags.keep_programs(None)
     assert jax_cache() == str(tmp_path / "cache" / "fcvit_jax" / "jax")
     assert (tmp_path / "cache" / "fcvit_jax" / "jax").stat().st_mode & 0o777 == 0o700

@@ -121,7 +121,9 @@ def compile_step(
     model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
-    step = jax.jit(partial(eval_step, model, preprocess, scored), out_shardings=(everywhere, rows))
+    part = compiling.part_size(batch_size, model.config.num_tokens, mesh.devices.flat)
+    call = compiling.in_parts(partial(eval_step, model, preprocess, scored), part)
+    step = jax.jit(call, out_shardings=(everywhere, rows))
     started = time.perf_counter()
     with jax.default_matmul_precision(precision):
         call = step.lower(
