@@ -28,9 +28,9 @@ def attend(
 
     The softmax is kept running over tiles of keys, as in arXiv 2205.14135, in float32.
     """
-    if len(parts) > 1:
+    if len(parts) != 1:
         return xla.attend(parts, size)
-    qkv = parts[0]
+    (qkv,) = parts
     b, n, _, h, k = qkv.shape
     wide, whole, rest = max(16, pl.next_power_of_2(k)), n // _KEYS, n % _KEYS  # 16: the least that Triton multiplies
     tail = max(16, pl.next_power_of_2(rest)) if rest else 0  # the last keys: 197 need no fourth tile of 64
