@@ -119,8 +119,11 @@ def compile_program(
     """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c]."""
     kind, precision = DTYPES[dtype]
     model = ViT(config, schedule, dtype=kind, kernels=kernels)
-    part = compiling.part_size(len(images), config.num_tokens, jax.devices()[:1])
-    call = jax.jit(compiling.in_parts(lambda params, images: model.apply({"params": params}, images)[0], part))
+
+    def forward(params: Any, images: Any) -> jax.Array:
+        return model.apply({"params": params}, images)[0]
+
+    call = jax.jit(compiling.in_parts(forward, config.num_tokens, jax.devices()[:1]))
     with jax.default_matmul_precision(precision):
         return call.lower(params, images).compile(compiling.options())
 

@@ -96,7 +96,8 @@ SETTINGS = {
         0.2,
         "dense,tome_r4,tome_r8,tome_r16,s2dfe_r4,s2dfe_r8,s2dfe_r16,s2winc7_r4,s2winc7_r8,s2winc7_r16",
         FlatnessConfig(
-            limit=128,
+            limit=64,
+            batch_size=8,
             rho=(0.05, 0.2),
             adaptive_rho=(0.5, 1.0),
             epsilon=(1e-3,),
@@ -104,7 +105,7 @@ SETTINGS = {
             adaptive_sigma=(0.1, 0.2),
             draws=4,
             ascent_steps=3,
-            eigen_steps=8,
+            eigen_steps=6,
             probes=4,
             line_points=0,
             plane_points=0,

@@ -28,31 +28,36 @@ def options() -> dict[str, Any] | None:
     return wanted
 
 
-def part_size(batch_size: int, tokens: int, devices: Iterable[Any]) -> int:
-    """How many images of a batch a program should compute at a time, each of so many tokens: a divisor of the batch.
+def in_parts(call: Callable[..., Any], tokens: int, devices: Iterable[Any]) -> Callable[..., Any]:
+    """`call(params, *batch)`, for `part_size` images of so many tokens at a time, one part after the other.
 
-    On one CPU about 3,200 tokens: what lies between the products of more falls out of the caches, by which a dense
-    ViT-S at batch 32 loses an eighth of its speed (docs/performance.md). Elsewhere all.
-    """
-    first, *others = devices
-    if others or first.platform != "cpu":
-        return batch_size
-    most = max(1, _TOKENS // tokens)
-    size = max(size for size in range(1, min(most, batch_size) + 1) if batch_size % size == 0)
-    return size if 2 * size > min(most, batch_size) else batch_size  # a batch of 31 has no part worth it
-
-
-def in_parts(call: Callable[..., Any], size: int) -> Callable[..., Any]:
-    """`call(params, *batch)`, computed for so many rows of the batch at a time, one part after the other.
-
-    size: of `part_size`. Every array of the batch and of what is returned has an axis of rows in front.
+    Every array of the batch and of what is returned has an axis of images in front.
     """
 
-    def compute(params: Any, *batch: Any) -> Any:
-        if all(len(rows) == size for rows in jax.tree.leaves(batch)):
+    def in_one(params: Any, *batch: Any) -> Any:
+        images = len(jax.tree.leaves(batch)[0])
+        size = part_size(images, tokens, devices)
+        if size == images:
             return call(params, *batch)
         parts = jax.tree.map(lambda rows: rows.reshape(-1, size, *rows.shape[1:]), batch)
         found = jax.lax.map(lambda part: call(params, *part), parts)
         return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), found)
 
-    return compute
+    devices = tuple(devices)
+    in_one.__name__ = getattr(call, "func", call).__name__  # of the program, in profiles and in the cache
+    return in_one
+
+
+def part_size(images: int, tokens: int, devices: Iterable[Any]) -> int:
+    """How many images of a batch, each of so many tokens, a program should compute at a time; they divide the batch.
+
+    On one CPU at most about 3,200 tokens: what lies between the products of more falls out of the caches, by which a
+    dense ViT-S at batch 32 loses an eighth of its speed (docs/performance.md). All on other devices, and where no
+    divisor is at least half of that.
+    """
+    first, *others = devices
+    if others or first.platform != "cpu":
+        return images
+    most = min(images, max(1, _TOKENS // tokens))
+    size = max(size for size in range(1, most + 1) if images % size == 0)
+    return size if 2 * size >= most else images

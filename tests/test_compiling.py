@@ -32,7 +32,18 @@ def test_an_option_that_xla_has_not_is_left_out(monkeypatch):
 
 @pytest.mark.parametrize(
     ("batch_size", "tokens", "size"),
-    [(32, 197, 16), (8, 197, 8), (31, 197, 31), (24, 197, 12), (34, 197, 34), (32, 65, 32), (4, 1370, 2), (3, 4000, 1)],
+    [
+        (32, 197, 16),
+        (8, 197, 8),
+        (31, 197, 31),
+        (24, 197, 12),
+        (34, 197, 34),
+        (32, 65, 32),
+        (4, 1370, 2),
+        (5, 1370, 1),
+        (7, 785, 7),
+        (3, 4000, 1),
+    ],
 )
 def test_a_cpu_computes_about_3200_tokens_at_a_time(batch_size, tokens, size):
     (cpu,) = jax.devices("cpu")[:1]
@@ -41,7 +52,7 @@ def test_a_cpu_computes_about_3200_tokens_at_a_time(batch_size, tokens, size):
 
 
 @pytest.mark.parametrize("size", [6, 3, 2, 1])
-def test_parts_come_together_in_order(size):
+def test_parts_come_together_in_order(size, monkeypatch):
     seen = []
 
     def call(params, x, pair):
@@ -49,8 +60,11 @@ def test_parts_come_together_in_order(size):
         return {"sum": x.sum(axis=1) * params, "pair": (pair[0] + 1, pair[1])}
 
     x, y = jnp.arange(24.0).reshape(6, 4), jnp.arange(6)
-    found = jax.jit(compiling.in_parts(call, size))(2.0, x, (y, x))
+    monkeypatch.setattr(compiling, "_TOKENS", 10 * size)
+    program = jax.jit(compiling.in_parts(call, 10, jax.devices("cpu")[:1]))
+    found = program(2.0, x, (y, x))
     assert set(seen) == {size}
+    assert "jit_call" in program.lower(2.0, x, (y, x)).as_text()
     assert found["sum"].tolist() == (2 * x.sum(axis=1)).tolist()
     assert found["pair"][0].tolist() == [1, 2, 3, 4, 5, 6]
     assert found["pair"][1].tolist() == x.tolist()

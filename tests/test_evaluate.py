@@ -574,17 +574,31 @@ def jax_cache():
         jax.config.update(name, value)
 
 
+@pytest.mark.parametrize(
+    ("vendor", "instructions", "kept"),
+    [
+        ("GenuineIntel", "avx2", True),
+        ("GenuineIntel", "avx2 avx512f", False),
+        ("GenuineIntel", "avx2 avx512f amx_tile", True),
+        ("AuthenticAMD", "avx2 avx512f", True),
+    ],
+)
+def test_programs_are_kept_where_xla_takes_them_back(vendor, instructions, kept, jax_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(flags, "_CPU", tmp_path / "cpuinfo")
+    (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}\nflags : {instructions}")
+    flags.keep_programs(None)
+    assert bool(jax_cache()) == (kept or jax.default_backend() != "cpu")
+
+
 def test_compiled_programs_are_kept_where_they_can_be(jax_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(flags, "_CPU", tmp_path / "cpuinfo")
-    (tmp_path / "cpuinfo").write_text("vendor_id : GenuineIntel\nflags : avx2 avx512f amx_tile")
+    (tmp_path / "cpuinfo").write_text("")
     flags.keep_programs(None)
     assert jax_cache() == str(tmp_path / "cache" / "fcvit_jax" / "jax")
     assert (tmp_path / "cache" / "fcvit_jax" / "jax").stat().st_mode & 0o777 == 0o700
     flags.keep_programs("")
-    assert jax_cache() is None
-    (tmp_path / "cpuinfo").write_text("vendor_id : GenuineIntel\nflags : avx2 avx512f")
-    flags.keep_programs(None)
     assert jax_cache() is None
     jax.config.update("jax_compilation_cache_dir", str(tmp_path / "mine"))  # as JAX_COMPILATION_CACHE_DIR does
     flags.keep_programs(None)

@@ -101,3 +101,7 @@ def test_the_ablation_has_a_line_a_rate_and_a_column_a_family():
 
 def test_the_plot_is_a_picture():
     assert report.plot(report.select(ROWS, "digits")).startswith(b"\x89PNG")
+
+
+def test_the_page_is_what_the_stored_rows_make():
+    report.main(["--check"])

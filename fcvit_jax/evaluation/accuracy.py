@@ -121,8 +121,8 @@ def compile_step(
     model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
-    part = compiling.part_size(batch_size, model.config.num_tokens, mesh.devices.flat)
-    call = compiling.in_parts(partial(eval_step, model, preprocess, scored), part)
+    call = partial(eval_step, model, preprocess, scored)
+    call = compiling.in_parts(call, model.config.num_tokens, mesh.devices.flat)
     step = jax.jit(call, out_shardings=(everywhere, rows))
     started = time.perf_counter()
     with jax.default_matmul_precision(precision):

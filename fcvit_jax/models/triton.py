@@ -89,10 +89,7 @@ def _attend(q_ref, k_ref, v_ref, bias_ref, o_ref, *, n: int, width: int, tail: i
 def add_and_norm(
     x: jax.Array, branch: jax.Array | None, scale: jax.Array, bias: jax.Array, eps: float, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The sum of x and branch, both [b, n, d], and its LayerNorm, in float32, both of x's dtype.
-
-    branch: None for nothing to be added. scale, bias: float32 [d].
-    """
+    """As `xla.add_and_norm`."""
     b, n, d = x.shape
     wide = pl.next_power_of_2(d)
     rows = max(1, 4096 // wide)
@@ -145,10 +142,7 @@ def merge_and_norm(
     eps: float,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Tokens x + branch, [b, n, d], as their size-weighted means [b, t, d], the LayerNorm of these, and their sizes.
-
-    size: float32 [b, n]. Sums run in float32.
-    """
+    """As `xla.merge_and_norm`; sums run in float32."""
     b, n, d = x.shape
     wide = pl.next_power_of_2(d)
     rows = max(1, 4096 // wide)

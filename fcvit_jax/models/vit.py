@@ -3,7 +3,7 @@
 ViT: arXiv 2010.11929; DeiT and its distillation token: arXiv 2012.12877; LayerScale: arXiv 2103.17239; registers: arXiv
 2309.16588; token merging and proportional attention: arXiv 2210.09461, sections 3 and 4.1.
 
-Shape letters: b batch, n tokens, d width, h heads, k head width, m MLP width, p patches, c classes.
+Shape letters: b batch, n tokens, d width, p patches, c classes.
 """
 
 from functools import partial
@@ -15,7 +15,7 @@ from flax import linen as nn
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.kernels import kernels_of
+from fcvit_jax.models.kernels import KERNELS
 from fcvit_jax.models.layers import MLP, Attention, Norm, Stream, multiply
 from fcvit_jax.models.merging import follow_patches, match_tokens
 from fcvit_jax.models.schedule import Layer, MergeSchedule
@@ -55,7 +55,8 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
         config = self.config
-        kernels_of(self.kernels)  # raises where there are none of that name
+        if self.kernels not in KERNELS:
+            raise InputError(f"kernels is {self.kernels!r}: choose one of {', '.join(KERNELS)}")
         if self.kernels != "xla" and (train or self.dtype != jnp.bfloat16):
             raise InputError(f"kernels is {self.kernels!r}: it computes in bfloat16, and not in training; choose 'xla'")
         if images.shape[1:] != (*config.image_size, 3):

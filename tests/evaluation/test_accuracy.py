@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from fcvit_jax import parallel
+from fcvit_jax import compiling, parallel
 from fcvit_jax.data.batches import device_batches, eval_batches
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
@@ -81,6 +81,22 @@ def test_every_image_counts_once_on_any_number_of_devices(params, batch_size, de
         assert (results[name].correct, results[name].correct5) == by_hand(params, source, name)
         assert results[name].num_images == 13
         assert results[name].top1 == results[name].correct / 13
+
+
+@pytest.mark.parametrize("labels", [np.array([3, 0, 5, 6, 2, 1, 0, 4]), np.array([[3, 0], [5, -1]] * 4)])
+def test_a_batch_in_parts_has_the_outcome_of_the_whole(params, labels, monkeypatch):
+    images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8))
+    mask = jnp.asarray([True] * 7 + [False])
+    several = labels.shape[1] if labels.ndim > 1 else 1
+    labels, model = jnp.asarray(labels, jnp.int32), ViT(CONFIG, MergeSchedule.parse("tome_r3", 3))
+    whole, logits = eval_step(model, PREPROCESS, (0, 3, 4, 5), params, images, labels, mask)
+    monkeypatch.setattr(compiling, "_TOKENS", 2 * CONFIG.num_tokens)
+    step = compile_step(model, PREPROCESS, params, 8, mesh_of(1), "float32", (0, 3, 4, 5), several)
+    if jax.default_backend() == "cpu":
+        assert "f32[4,2,7]" in step.call.as_text()  # two images at a time
+    found, in_parts = step.call(params, images, labels, mask)
+    np.testing.assert_allclose(in_parts, logits, atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, found, whole)
 
 
 ROWS = [[3, 1, 2, 0, 0, 0, 0], [1] * 7, [1] * 7, [0, 9, 8, 7, 6, 5, 4], [np.nan] * 7, [3, np.nan, 2, 0, 0, 0, 0]]
