@@ -1,4 +1,4 @@
-"""The tables of benchmarks/study_report.py on rows made by hand."""
+"""The tables of benchmarks/study_report.py, on rows made by hand, and the page that is made of the stored ones."""
 
 import importlib
 import sys
