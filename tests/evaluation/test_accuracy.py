@@ -93,7 +93,7 @@ def test_a_batch_in_parts_has_the_outcome_of_the_whole(params, labels, monkeypat
     monkeypatch.setattr(compiling, "_TOKENS", 2 * CONFIG.num_tokens)
     step = compile_step(model, PREPROCESS, params, 8, mesh_of(1), "float32", (0, 3, 4, 5), several)
     if jax.default_backend() == "cpu":
-        assert "f32[4,2,7]" in step.call.as_text()  # two images at a time
+        assert "f32[4,2,7]" in str(step.call.as_text())  # two images at a time
     found, in_parts = step.call(params, images, labels, mask)
     np.testing.assert_allclose(in_parts, logits, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, found, whole)
