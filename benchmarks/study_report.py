@@ -19,8 +19,8 @@ from scipy import stats
 
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.evaluation.outcomes import write_whole
-from fcvit_jax.evaluation.plot import COLOURS, plot_pareto
-from fcvit_jax.evaluation.rows import Run, family, rate, read_run
+from fcvit_jax.evaluation.plot import COLOURS
+from fcvit_jax.evaluation.rows import family, rate
 from fcvit_jax.evaluation.statistics import mcnemar
 from study import ARMS, ROWS, read
 
@@ -55,8 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         write_whole(PAGE, after.encode())
         for setting in dict.fromkeys(row["setting"] for row in read(ROWS)):
             write_whole(ROWS.with_name(f"{setting}.png"), plot(select(read(ROWS), setting)))
-        run = read_run(ABLATION)
-        write_whole(ABLATION.with_suffix(".png"), plot_pareto([Run("ablation", run.rows)]))
+        write_whole(ABLATION.with_suffix(".png"), plot_ablation(read(ABLATION)))
 
 
 def fill(page: str, runs: Rows, ablation: Rows) -> str:
@@ -308,6 +307,34 @@ def plot(rows: Rows) -> bytes:
     for axes in (accuracy, kl, scatter):
         axes.grid(alpha=0.3)
     accuracy.legend(fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
+def plot_ablation(rows: Rows) -> bytes:
+    """Top-1 and KL over GMACs, a line a family; PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 5.2), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    accuracy, kl = figure.subplots(1, 2)
+    dense = next(row for row in rows if row["schedule"] == "dense")
+    for index, name in enumerate(dict.fromkeys(family(row["schedule"]) for row in rows if row is not dense)):
+        points = sorted((row["gmacs"], 100 * row["top1"], row["kl"]) for row in rows if family(row["schedule"]) == name)
+        gmacs, top1, divergences = zip(*points, strict=True)
+        style = {"color": COLOURS[index % len(COLOURS)], "linestyle": "-" if index < len(COLOURS) else "--"}
+        accuracy.plot(gmacs, top1, marker="o", markersize=4, label=name, **style)
+        kl.plot(gmacs, divergences, marker="o", markersize=4, **style)
+    accuracy.axhline(100 * dense["top1"], color="black", linewidth=1, label="dense")
+    accuracy.axhspan(100 * dense["top1_low"], 100 * dense["top1_high"], color="black", alpha=0.06)
+    accuracy.set(xlabel="GMACs", ylabel="top-1, %; grey: dense's 95 % interval", title="accuracy")
+    title = "how far merging moves predictions"
+    kl.set(xlabel="GMACs", ylabel="KL to the dense model, nats", yscale="log", title=title)
+    for axes in (accuracy, kl):
+        axes.grid(alpha=0.3)
+    figure.legend(loc="outside lower center", ncols=6, frameon=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

@@ -99,8 +99,12 @@ def test_the_ablation_has_a_line_a_rate_and_a_column_a_family():
     assert body == [["8", "308 at 4.00", "", "308 at 4.00", "", ""], ["16", "316 at 3.00", "", "316 at 3.00", "", ""]]
 
 
-def test_the_plot_is_a_picture():
+def test_the_plots_are_pictures():
     assert report.plot(report.select(ROWS, "digits")).startswith(b"\x89PNG")
+    bounds = {"top1": 0.8, "top1_low": 0.7, "top1_high": 0.9}
+    names = ("dense", "tome_r4", "tome_r8", "s2dfe_r8")
+    ablation = [{"schedule": name, "gmacs": 4.0 - i, "kl": 0.1 * i, **bounds} for i, name in enumerate(names)]
+    assert report.plot_ablation(ablation).startswith(b"\x89PNG")
 
 
 def test_the_page_is_what_the_stored_rows_make():

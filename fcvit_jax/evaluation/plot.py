@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 # Okabe and Ito's palette, which the colour-blind tell apart, less its yellow, which white swallows; black is dense.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c99", "#8a6d3b")
-_MARKERS = "osD^vPXh"
+_MARKERS = "osD^vPXh<"  # not as many as colours: no two of 72 families look alike
 _DASHES = ("-", "-.", ":")
 GREY = "#7f7f7f"
 _THIN: dict[str, Any] = dict(linewidth=0.9, linestyle="--", marker="x", markersize=4, alpha=0.65)  # published curves
