@@ -271,6 +271,12 @@ ABLATIONS: dict[str, Callable[[Rows], str]] = {
 }
 
 
+def png(figure: Any) -> bytes:
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
+
+
 def plot(rows: Rows) -> bytes:
     """Top-1 and KL over GMACs, means over the seeds, and KL over sharpness, a point a run; PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -307,9 +313,7 @@ def plot(rows: Rows) -> bytes:
     for axes in (accuracy, kl, scatter):
         axes.grid(alpha=0.3)
     accuracy.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return png(figure)
 
 
 def plot_ablation(rows: Rows) -> bytes:
@@ -335,9 +339,7 @@ def plot_ablation(rows: Rows) -> bytes:
     for axes in (accuracy, kl):
         axes.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=6, frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return png(figure)
 
 
 if __name__ == "__main__":
