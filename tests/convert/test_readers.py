@@ -401,7 +401,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 346284
         ("x.h5", b"\x89HDF\r\n\x1a\n" + bytes(8), "is a file of HDF5 kind, which is not read"),
         ("x.onnx", b"\x08\x08\x12\x07pytorch", "is a file of .onnx kind, which is not read"),
         ("x.msgpack", b"\x81\xa6params\x80", "is a file of .msgpack kind, which is not read"),
-        ("x.pth.gz", gzip.compress(b"weights"), "is packed by gzip, which is not read: unpack it first"),
+        ("x.pth.gz", gzip.compress(b"weights", mtime=0), "is packed by gzip, which is not read: unpack it first"),
         ("x.pth.tar", tar(), "is a tar archive, which is not read: unpack it first"),
         ("x.zip", zip_of(readme=b"text"), "is a zip archive that torch.save did not write"),
         ("x.pt", zip_of(data__pkl=b"."), "is a zip archive that torch.save did not write"),
