@@ -16,6 +16,7 @@ from flax import linen as nn
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.kernels import kernels_of
 from fcvit_jax.models.merging import Matching
+from fcvit_jax.models.xla import LayerNorm
 
 
 def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -62,20 +63,19 @@ class Norm(nn.Module):
     kernels: str = "xla"
 
     def setup(self) -> None:
-        width = self.config.embed_dim
-        self.scale = self.param("scale", nn.initializers.ones, (width,))
-        self.bias = self.param("bias", nn.initializers.zeros, (width,))
+        shape = (self.config.embed_dim,)
+        scale, bias = self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
+        self.affine = LayerNorm(scale, bias, self.config.norm_eps)
 
     def __call__(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
         """Tokens [b, n, d], and the same normed."""
-        return kernels_of(self.kernels).add_and_norm(*stream, self.scale, self.bias, self.config.norm_eps)
+        return kernels_of(self.kernels).add_and_norm(*stream, self.affine)
 
     def of_merged(
         self, stream: Stream, size: jax.Array, matching: Matching, tokens_out: int
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Tokens after merging [b, t, d], the same normed, and their sizes [b, t]."""
-        affine = self.scale, self.bias, self.config.norm_eps
-        return kernels_of(self.kernels).merge_and_norm(*stream, size, matching, tokens_out, *affine)
+        return kernels_of(self.kernels).merge_and_norm(*stream, size, matching, tokens_out, self.affine)
 
 
 class Attention(nn.Module):

@@ -20,12 +20,12 @@ class Matching(NamedTuple):
     """Which tokens of a sequence become one.
 
     target: int32 [b, n], the position in the output of every token of the input.
-    merged: bool [b, n], whether it is merged into the token there, instead of being that token; true r times,
-        unless keys are not finite.
+    place: int32 [b, n], its place if those that stay come first, as in the output, and then those that are merged into
+        one of them: each of 0 to n - 1 once, unless keys are not finite.
     """
 
     target: jax.Array
-    merged: jax.Array
+    place: jax.Array
 
 
 def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
@@ -47,14 +47,16 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
         metric = metric[:, order]
     found = _match_alternating(metric.reshape(batch * windows, length, width), layer.removed, 0)
 
-    start = (length - layer.removed) * jnp.arange(windows, dtype=jnp.int32)[None, :, None]
-    target = (found.target.reshape(batch, windows, length) + start).reshape(batch, patches) + prefix
-    merged = found.merged.reshape(batch, patches)
+    kept, target, place = length - layer.removed, *(part.reshape(batch, windows, length) for part in found)
+    window = np.arange(windows, dtype=np.int32)[None, :, None]
+    gone = place + kept * (windows - 1) + layer.removed * window  # behind what stays in all windows
+    place = jnp.where(place < kept, place + kept * window, gone)
+    target, place = (part.reshape(batch, patches) + prefix for part in (target + kept * window, place))
     if order is not None:
         back = np.argsort(order)
-        target, merged = target[:, back], merged[:, back]
+        target, place = target[:, back], place[:, back]
     staying = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
-    return Matching(jnp.concatenate([staying, target], axis=1), jnp.concatenate([staying < 0, merged], axis=1))
+    return Matching(*(jnp.concatenate([staying, part], axis=1) for part in (target, place)))
 
 
 def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
@@ -73,11 +75,11 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     best, proposal = jnp.argmax(similarity, axis=-1).astype(jnp.int32), jnp.max(similarity, axis=-1)
     mine, other = proposal[:, :, None], proposal[:, None, :]
     before = np.tri(a.shape[1], k=-1, dtype=bool)[None]  # [_, i, j]: j stands before i
-    rank = jnp.sum((other > mine) | ((other == mine) & before), axis=-1, dtype=jnp.int32)
-    merged = rank < r
-    kept_before = jnp.sum(~merged[:, None, :] & before, axis=-1, dtype=jnp.int32)
+    rank = _count((other > mine) | ((other == mine) & before))
     behind_a = prefix + a.shape[1] - r  # where B begins in the output
-    target_a = jnp.where(merged, behind_a + best, prefix + kept_before)
+    position = prefix + _count((rank >= r)[:, None, :] & before)  # of A, where it stays
+    target = jnp.where(rank < r, behind_a + best, position)
+    place = jnp.where(rank < r, tokens - r + rank, position)
 
     def in_place(x: jax.Array, first: int, step: int) -> jax.Array:
         """[b, _] at every step-th position from the first on, zeros elsewhere: [b, n]."""
@@ -87,7 +89,12 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     fixed = np.zeros((1, tokens), np.int32)
     fixed[0, :prefix] = np.arange(prefix)
     fixed[0, first_b::2] = behind_a + np.arange(b.shape[1])
-    return Matching(jnp.asarray(fixed) + in_place(target_a, first_a, 2), in_place(merged, first_a, 2))
+    return Matching(*(jnp.asarray(fixed) + in_place(part, first_a, 2) for part in (target, place)))
+
+
+def _count(found: jax.Array) -> jax.Array:
+    """How many are true along the last axis, int32; summed in float32, which compiles and runs faster on CPU."""
+    return jnp.sum(found, axis=-1, dtype=jnp.float32).astype(jnp.int32)
 
 
 def window_order(cells: tuple[int, int], windows: tuple[int, int], patches: int) -> np.ndarray:
@@ -111,33 +118,30 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: 
     product with the weights of the means, rounded to that dtype: matrix units do this faster than memory moves what is
     gathered. In both, a token that nothing is merged into keeps its value to the last bit.
     """
-    into = matching.target[:, None, :] == np.arange(tokens_out)[None, :, None]
-    total = jnp.sum(jnp.where(into, size[:, None, :], 0.0), axis=-1)
+    slots = np.arange(tokens_out)[None, :, None]
     if x.dtype != jnp.float32:
-        weights = jnp.where(into, size[:, None, :] / total[..., None], 0.0).astype(x.dtype)
-        return jnp.einsum("bjn,bnd->bjd", weights, x), total
-    keep, source, target = positions(matching, tokens_out)
-    weighted = x * (size / jnp.take_along_axis(total, matching.target, axis=1, mode="clip"))[..., None]
-    kept = jnp.take_along_axis(weighted, keep[..., None], axis=1, mode="clip")
-    gone = jnp.take_along_axis(weighted, source[..., None], axis=1, mode="clip")
-    onehot = jax.nn.one_hot(target, tokens_out, dtype=x.dtype)
-    return kept + jnp.einsum("brn,brd->bnd", onehot, gone, precision=jax.lax.Precision.HIGHEST), total
+        into = jnp.where(matching.target[:, None, :] == slots, size[:, None, :], 0.0)
+        total = into.sum(axis=-1)
+        return jnp.einsum("bjn,bnd->bjd", (into / total[..., None]).astype(x.dtype), x), total
+    order = in_order(matching)
+    rows, sizes, goals = (take_rows(part, order) for part in (x, size, matching.target))
+    into = jnp.where(goals[:, None, tokens_out:] == slots, sizes[:, None, tokens_out:], 0.0)
+    kept, added = rows[:, :tokens_out], into.sum(axis=-1)
+    sums = jnp.einsum("bjr,brd->bjd", into, rows[:, tokens_out:], precision=jax.lax.Precision.HIGHEST)
+    total = sizes[:, :tokens_out] + added
+    return kept + (sums - kept * added[..., None]) / total[..., None], total
 
 
-def positions(matching: Matching, tokens_out: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """A matching the other way round, all int32: where every token of the output lies in the input, [b, n - r]; where
-    those do that are merged away, [b, r]; and where in the output these go, [b, r].
-    """
-    target, merged = matching
-    keep = _inverse(jnp.where(merged, -1, target), tokens_out)
-    source = _inverse(jnp.where(merged, jnp.cumsum(merged, axis=1) - 1, -1), target.shape[1] - tokens_out)
-    return keep, source, jnp.take_along_axis(target, source, axis=1, mode="clip")
+def in_order(matching: Matching) -> jax.Array:
+    """Which token has each place, int32 [b, n]: the inverse of `matching.place`."""
+    index = np.arange(matching.place.shape[1])
+    found = matching.place[:, None, :] == index[None, :, None]
+    return jnp.sum(jnp.where(found, index.astype(np.float32)[None, None], 0.0), axis=-1).astype(jnp.int32)
 
 
-def _inverse(slots: jax.Array, count: int) -> jax.Array:
-    """Which token is in each slot: slots int32 [b, n], -1 for none, every other number once -> [b, count]."""
-    found = slots[:, None, :] == np.arange(count)[None, :, None]
-    return jnp.sum(jnp.where(found, np.arange(slots.shape[1], dtype=np.int32)[None, None], 0), axis=-1, dtype=jnp.int32)
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows [b, m, ...] of [b, n, ...], by an index [b, m]."""
+    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1, mode="clip")
 
 
 def follow_patches(source_map: jax.Array, matching: Matching) -> jax.Array:

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fcvit_jax.models import xla
-from fcvit_jax.models.merging import Matching, positions
+from fcvit_jax.models.merging import Matching, in_order, take_rows
 
 _QUERIES, _KEYS = 64, 64  # of a tile of attention
 
@@ -87,7 +87,7 @@ def _attend(q_ref, k_ref, v_ref, bias_ref, o_ref, *, n: int, width: int, tail: i
 
 
 def add_and_norm(
-    x: jax.Array, branch: jax.Array | None, scale: jax.Array, bias: jax.Array, eps: float, interpret: bool = False
+    x: jax.Array, branch: jax.Array | None, norm: xla.LayerNorm, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """As `xla.add_and_norm`."""
     b, n, d = x.shape
@@ -97,7 +97,7 @@ def add_and_norm(
     flat = jax.ShapeDtypeStruct((b * n, d), x.dtype)
     parts = [x] if branch is None else [x, branch]
     *total, normed = pl.pallas_call(
-        functools.partial(_add_and_norm, count=b * n, width=d, eps=eps),
+        functools.partial(_add_and_norm, count=b * n, width=d, eps=norm.eps),
         grid=(pl.cdiv(b * n, rows),),
         in_specs=[vector, vector, *[tile] * len(parts)],
         out_specs=[tile] * len(parts),
@@ -105,7 +105,7 @@ def add_and_norm(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="add_and_norm",
-    )(scale, bias, *(part.reshape(b * n, d) for part in parts))
+    )(norm.scale, norm.bias, *(part.reshape(b * n, d) for part in parts))
     return total[0].reshape(x.shape) if total else x, normed.reshape(x.shape)
 
 
@@ -137,16 +137,16 @@ def merge_and_norm(
     size: jax.Array,
     matching: Matching,
     tokens_out: int,
-    scale: jax.Array,
-    bias: jax.Array,
-    eps: float,
+    norm: xla.LayerNorm,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `xla.merge_and_norm`; sums run in float32."""
     b, n, d = x.shape
     wide = pl.next_power_of_2(d)
     rows = max(1, 4096 // wide)
-    keep, source, target = positions(matching, tokens_out)
+    order = in_order(matching)
+    keep, source = order[:, :tokens_out], order[:, tokens_out:]
+    target = take_rows(matching.target, source)
 
     whole = pl.BlockSpec((None, n, wide), lambda i, image: (image, 0, 0))
     indices = [
@@ -156,7 +156,7 @@ def merge_and_norm(
     tile = pl.BlockSpec((None, rows, wide), lambda i, image: (image, i, 0))
     merged = jax.ShapeDtypeStruct((b, tokens_out, d), x.dtype)
     mean, normed, total = pl.pallas_call(
-        functools.partial(_merge_and_norm, width=d, eps=eps, tokens_out=tokens_out),
+        functools.partial(_merge_and_norm, width=d, eps=norm.eps, tokens_out=tokens_out),
         grid=(pl.cdiv(tokens_out, rows), b),
         in_specs=[whole, whole, *indices, vector, vector],
         out_specs=[tile, tile, pl.BlockSpec((None, rows), lambda i, image: (image, i))],
@@ -164,7 +164,7 @@ def merge_and_norm(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="merge_and_norm",
-    )(x, branch, size, keep, source, target, scale, bias)
+    )(x, branch, size, keep, source, target, norm.scale, norm.bias)
     return mean, normed, total
 
 

@@ -5,11 +5,21 @@
 Shape letters: b batch, q queries, n tokens, t tokens out, d width, h heads, k head width.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax.models.merging import Matching, merge_tokens
+
+
+class LayerNorm(NamedTuple):
+    """What a norm is made of: scale and bias, float32 [d], and what is added to the variance."""
+
+    scale: jax.Array
+    bias: jax.Array
+    eps: float
 
 
 def attend(parts: tuple[jax.Array, ...], size: jax.Array | None) -> tuple[jax.Array, jax.Array]:
@@ -34,35 +44,26 @@ def attend(parts: tuple[jax.Array, ...], size: jax.Array | None) -> tuple[jax.Ar
     return y.transpose(0, 2, 1, 3), k.astype(jnp.float32).mean(axis=1)
 
 
-def add_and_norm(
-    x: jax.Array, branch: jax.Array | None, scale: jax.Array, bias: jax.Array, eps: float
-) -> tuple[jax.Array, jax.Array]:
+def add_and_norm(x: jax.Array, branch: jax.Array | None, norm: LayerNorm) -> tuple[jax.Array, jax.Array]:
     """The sum of x and branch, both [b, n, d], and its LayerNorm, in float32, both of x's dtype.
 
-    branch: None for nothing to be added. scale, bias: float32 [d].
+    branch: None for nothing to be added.
     """
     if branch is not None:
         x += branch
     # The fast variance, E[x^2] - E[x]^2, costs 8e-4 of accuracy where activations are large.
     y = x.astype(jnp.float32)
     y -= y.mean(axis=-1, keepdims=True)
-    factor = jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + eps)
-    return x, (y * (factor * scale[None, None]) + bias[None, None]).astype(x.dtype)
+    factor = jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + norm.eps)
+    return x, (y * (factor * norm.scale[None, None]) + norm.bias[None, None]).astype(x.dtype)
 
 
 def merge_and_norm(
-    x: jax.Array,
-    branch: jax.Array,
-    size: jax.Array,
-    matching: Matching,
-    tokens_out: int,
-    scale: jax.Array,
-    bias: jax.Array,
-    eps: float,
+    x: jax.Array, branch: jax.Array, size: jax.Array, matching: Matching, tokens_out: int, norm: LayerNorm
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens x + branch, [b, n, d], as their size-weighted means [b, t, d], the LayerNorm of these, and their sizes.
 
     size: float32 [b, n], as are the sizes returned, [b, t].
     """
     x, size = merge_tokens(x + branch, size, matching, tokens_out)
-    return *add_and_norm(x, None, scale, bias, eps), size
+    return *add_and_norm(x, None, norm), size

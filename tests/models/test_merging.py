@@ -27,11 +27,12 @@ def random_matching(key, layer, prefix, batch=3, width=8):
 
 def lists(matching, image=0):
     """Of one image: the tokens that stay, in the order of the output; those that are merged away; where these go."""
-    target, merged = (np.asarray(part)[image] for part in matching)
-    stay, gone = np.flatnonzero(~merged), np.flatnonzero(merged)
-    keep = stay[np.argsort(target[stay])]
-    assert sorted(target[stay]) == list(range(len(stay)))
-    return keep.tolist(), gone.tolist(), target[gone].tolist()
+    target, place = (np.asarray(part)[image] for part in matching)
+    assert sorted(place) == list(range(len(place)))
+    merged = place > target.max()
+    assert (target == place)[~merged].all()
+    gone = np.flatnonzero(merged)
+    return np.argsort(place)[: -len(gone)].tolist(), gone.tolist(), target[gone].tolist()
 
 
 def test_global_matching_by_hand():
@@ -104,7 +105,7 @@ def test_merging_is_the_size_weighted_mean():
     x = jnp.asarray([[[1.0], [10.0], [100.0], [1000.0]]])
     size = jnp.asarray([[1.0, 2.0, 3.0, 4.0]])
     # Tokens 0 and 2 both go into token 3, which stands first in the output.
-    matching = Matching(jnp.asarray([[0, 1, 0, 0]]), jnp.asarray([[True, False, True, False]]))
+    matching = Matching(jnp.asarray([[0, 1, 0, 0]]), jnp.asarray([[3, 1, 2, 0]]))
     merged, new_size = merge_tokens(x, size, matching, 2)
     np.testing.assert_allclose(merged, [[[(1 + 300 + 4000) / 8], [10.0]]], rtol=1e-6)
     np.testing.assert_allclose(new_size, [[8.0, 2.0]])
