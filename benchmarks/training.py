@@ -1,17 +1,19 @@
-"""What a training step costs: AdamW, SAM and LookSAM side by side in one run, memory, and the wait for data.
+"""What a training step costs, side by side in one run: by method, by merge schedule, in memory, and waiting for photos.
 
     python benchmarks/training.py
+    python benchmarks/training.py --methods AdamW,SAM --schedules dense,tome_r13,s2dfe_r18
     python benchmarks/training.py --model vit_base_patch16_224 --batch_size 64 --dataset folder:photos/train
 
 Blocks of all contenders alternate, so that what else the machine does falls on all alike; the median counts. A block
-is five steps, in which LookSAM takes its second gradient once. Weights are random: cost does not depend on them.
-Activations are the memory that grows with the batch: what the compiled step needs for twice the batch, less what it
-needs for the batch.
+is five steps, in which LookSAM takes its second gradient once; SAM/4 is SAM in four micro-batches. Weights are random:
+cost does not depend on them. Activations are the memory that grows with the batch: what the compiled step needs for
+twice the batch, less what it needs for the batch. Ratios are to the first method under the first schedule.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +30,10 @@ from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.batches import device_batches, train_batches
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import open_source
+from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.models import zoo
+from fcvit_jax.models.flops import gmacs
+from fcvit_jax.models.schedule import parse_schedules
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fcvit_jax.training.sam import SAMConfig, rho_schedule
@@ -37,11 +42,11 @@ from fcvit_jax.training.targets import TargetConfig
 from fcvit_jax.training.window import Wait
 
 BLOCK = 5  # steps
-CONTENDERS = {
+METHODS = {
     "AdamW": SAMConfig(rho=0.0),
     "SAM": SAMConfig(rho=0.05),
     "LookSAM-5": SAMConfig(rho=0.05, refresh_every=5),
-    "SAM, 4 micro-batches": SAMConfig(rho=0.05, microbatches=4),
+    "SAM/4": SAMConfig(rho=0.05, microbatches=4),
 }
 
 
@@ -72,54 +77,74 @@ class Contender:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224", help="architecture, by timm's name")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--image_size", type=int, help="pixels; the model's own by default")
+    parser.add_argument("--methods", default=",".join(METHODS), help="default: %(default)s")
+    parser.add_argument("--schedules", default="dense", help="merge schedules to train under (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each contender")
-    parser.add_argument("--dataset", help="photos to augment and feed to the step of SAM: how long does it wait?")
+    parser.add_argument("--dataset", help="photos to augment and feed to the first contender: how long does it wait?")
     args = parser.parse_args()
-    keep_freed_memory()
+    with one_line_errors():
+        measure(args)
 
-    entry = zoo.get(args.model)
-    size = (args.image_size, args.image_size) if args.image_size else entry.config.image_size
-    model = ViT(dataclasses.replace(entry.config, image_size=size))
+
+def measure(args: argparse.Namespace) -> None:
+    methods = args.methods.split(",")
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise InputError(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}")
+    config = zoo.get(args.model).config
+    size = (args.image_size, args.image_size) if args.image_size else config.image_size
+    config = dataclasses.replace(config, image_size=size)
+    schedules = parse_schedules(args.schedules, config.depth)
     preprocess = Preprocess(image_size=size)
+    keep_freed_memory()
     rng = np.random.default_rng(0)
 
     def batch_of(rows: int) -> Any:
         return (
             jax.device_put(rng.integers(0, 256, (rows, *size, 3), np.uint8)),
-            jax.device_put(rng.integers(0, model.config.num_classes, rows, np.int32)),
+            jax.device_put(rng.integers(0, config.num_classes, rows, np.int32)),
             jax.device_put(np.ones(rows, np.bool_)),
         )
 
-    batch = batch_of(args.batch_size)
-    contenders, activations = {}, {}
-    for name, sam in tqdm(CONTENDERS.items(), "compiling", leave=False):
-        contenders[name] = Contender(model, preprocess, sam, batch)
-        twice = Contender(model, preprocess, sam, batch_of(2 * args.batch_size))
-        activations[name] = twice.memory() - contenders[name].memory()
-    seconds: dict[str, list[float]] = {name: [] for name in contenders}
+    batch, contenders, activations = batch_of(args.batch_size), {}, {}
+    for name, schedule in tqdm(list(itertools.product(methods, schedules)), "compiling", leave=False):
+        model = ViT(config, schedules[schedule])
+        contender = contenders[name, schedule] = Contender(model, preprocess, METHODS[name], batch)
+        twice = Contender(model, preprocess, METHODS[name], batch_of(2 * args.batch_size))
+        activations[name, schedule] = twice.memory() - contender.memory()
+    seconds: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
     for warm in tqdm([True] + [False] * args.blocks, "timing", leave=False):
-        for name, contender in contenders.items():
+        for key, contender in contenders.items():
             time.sleep(0.1)  # threads that the one before left spinning go to sleep
             took = contender.block(iter([batch] * BLOCK))
             if not warm:
-                seconds[name].append(took)
+                seconds[key].append(took)
 
     device = jax.devices()[0].device_kind
     print(f"{args.model} at {size[0]} px, batch {args.batch_size}, float32, {device}, JAX {versions()['jax']}")
-    print(f"{'':<22}{'ms/step':>10}{'spread':>9}{'/ AdamW':>9}{'activations':>13}{'/ SAM':>8}")
-    base = statistics.median(seconds["AdamW"])
-    for name, times in seconds.items():
-        middle, memory = statistics.median(times), activations[name]
+    layout = "{:<12}{:<16}{:>15}{:>17}{:>9}{:>20}"
+    print(layout.format("", "schedule", "GMACs", "ms/step", "spread", "activations"))
+    first, *_ = contenders
+    base = gmacs(config, schedules[first[1]]), statistics.median(seconds[first]), activations[first]
+    for (name, schedule), times in seconds.items():
+        found = gmacs(config, schedules[schedule]), statistics.median(times), activations[name, schedule]
+        ratios = [each / one for each, one in zip(found, base, strict=True)]
         print(
-            f"{name:<22}{1e3 * middle / BLOCK:>10.1f}{(max(times) - min(times)) / middle:>9.1%}{middle / base:>8.2f}x"
-            f"{memory / 2**20:>9.0f} MiB{memory / activations['SAM']:>7.2f}x"
+            layout.format(
+                name,
+                schedule,
+                f"{found[0]:.3f} ({ratios[0]:.2f}x)",
+                f"{1e3 * found[1] / BLOCK:.1f} ({ratios[1]:.2f}x)",
+                f"{(max(times) - min(times)) / found[1]:.1%}",
+                f"{found[2] / 2**20:.0f} MiB ({ratios[2]:.2f}x)",
+            )
         )
     if args.dataset:
-        print(f"SAM's step waits for data {waiting(args, contenders['SAM'], preprocess):.1%} of the time")
+        share = waiting(args, contenders[first], preprocess)
+        print(f"{' under '.join(first)} waits for photos {share:.1%} of the time")
 
 
 def waiting(args: argparse.Namespace, contender: Contender, preprocess: Preprocess) -> float:

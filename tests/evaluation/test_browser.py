@@ -181,6 +181,9 @@ def test_classes_that_lose(open_page):
     assert texts(page, "#hurt td:first-child") == ["dog"]
     bar, cell = (page.locator(f"#hurt {part}").first.bounding_box() for part in (".bar", "td:nth-child(2)"))
     assert 10 < bar["width"] < cell["width"]
+    page.select_option("#schedule", label="s2winc7_r16")
+    assert page.inner_text("#told").startswith("0 of 3 classes lose, 0 gain")
+    assert not page.locator("#losing").is_visible()
 
 
 def test_pictures_are_shown(open_page):
