@@ -4,10 +4,10 @@
     python benchmarks/study.py clothing sam 2 --checkpoint clothing --photos photos
 
 The arms of a setting share the initialisation, the data, their order and augmentation, the learning rate and all else
-but what `ARMS` names: AdamW, AdamW with as many gradients as SAM computes, SAM, ASAM and GSAM. Each model is evaluated
-under the setting's merge schedules, dense among them, and its flatness is measured on training images. Whether it is
-flatter is said against the AdamW of the same seed, which therefore comes first. A run that is interrupted goes on when
-the same command is given again; one whose row is there is not run twice.
+but what `ARMS` names: AdamW, AdamW with as many gradients as SAM computes, SAM, SAM with twice as many steps, ASAM and
+GSAM. Each model is evaluated under the setting's merge schedules, dense among them, and its flatness is measured on
+training images. Whether it is flatter is said against the AdamW of the same seed, which therefore comes first. A run
+that is interrupted goes on when the same command is given again; one whose row is there is not run twice.
 
 digits: a small ViT from scratch, on scikit-learn's digits, offline. clothing: any checkpoint, fine-tuned whole for an
 epoch at 112 pixels on PHOTOS/train and tested on PHOTOS/test, one folder a class.
@@ -112,16 +112,20 @@ SETTINGS = {
         ),
     ),
 }
+
+
+def twice(config: Any) -> dict[str, Any]:
+    return {"epochs": 2 * config.epochs, "warmup_epochs": 2 * config.warmup_epochs}
+
+
 # The fields that an arm changes of the setting's configuration.
 ARMS: dict[str, Callable[[Any, Setting], dict[str, Any]]] = {
     "adamw": lambda config, setting: {"sam.rho": 0.0},
     # As many gradients as SAM computes.
-    "adamw_twice": lambda config, setting: {
-        "sam.rho": 0.0,
-        "epochs": 2 * config.epochs,
-        "warmup_epochs": 2 * config.warmup_epochs,
-    },
+    "adamw_twice": lambda config, setting: {"sam.rho": 0.0} | twice(config),
     "sam": lambda config, setting: {"sam.rho": setting.rho},
+    # Nearer to AdamW's loss.
+    "sam_twice": lambda config, setting: {"sam.rho": setting.rho} | twice(config),
     "asam": lambda config, setting: {"sam.rho": setting.adaptive_rho, "sam.adaptive": True},
     "gsam": lambda config, setting: {"sam.rho": setting.rho, "sam.gap_weight": 0.4},
 }

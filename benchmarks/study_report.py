@@ -27,7 +27,14 @@ from study import ARMS, ROWS, read
 PAGE = ROWS.parents[1] / "flatness_and_compression.md"
 ABLATION = ROWS.with_name("ablation.jsonl")
 BLOCK = re.compile(r"(<!-- (\w+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
-TITLES = {"adamw": "AdamW", "adamw_twice": "AdamW, twice as long", "sam": "SAM", "asam": "ASAM", "gsam": "GSAM"}
+TITLES = {
+    "adamw": "AdamW",
+    "adamw_twice": "AdamW, twice as long",
+    "sam": "SAM",
+    "sam_twice": "SAM, twice as long",
+    "asam": "ASAM",
+    "gsam": "GSAM",
+}
 MEASURES = {
     "worst": "worst case, radius",
     "worst_adaptive": "worst case, adaptive, radius",
@@ -172,10 +179,10 @@ def flatness(rows: Rows) -> str:
 
 
 def paired(rows: Rows) -> str:
-    """Differences of the sharpness-aware arms from both AdamWs, over the seeds that both have."""
+    """Differences of the other arms from both AdamWs, over the seeds that both have."""
     arms, body = by_arm(rows), []
     columns = {"dense, points": dense, "merged, points": merged, "drop, points": drop, "ln KL": log_divergence}
-    for arm in ("sam", "asam", "gsam", "adamw_twice"):
+    for arm in ("sam", "sam_twice", "asam", "gsam", "adamw_twice"):
         for base in ("adamw", "adamw_twice"):
             if arm == base or arm not in arms or base not in arms:
                 continue

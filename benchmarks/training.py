@@ -23,7 +23,6 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from fcvit_jax import compiling
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import abstract_params, versions
 from fcvit_jax.data.augment import Augment
@@ -59,7 +58,7 @@ class Contender:
         recipe = Recipe(optimizer, learning_rate, sam, rho_schedule(sam, 10_000), TargetConfig())
         self.state = init_state(model, optimizer, sam, seed=0)
         step = jax.jit(make_train_step(model, preprocess, recipe), donate_argnums=0)
-        self.step = step.lower(self.state, batch).compile(compiling.options())
+        self.step = step.lower(self.state, batch).compile()
 
     def block(self, batches: Iterator[Any], on_step: Callable[[Any], None] = lambda metrics: None) -> float:
         """Seconds that five steps take, with the batches'. on_step: is told of each that is dispatched."""

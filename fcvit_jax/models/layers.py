@@ -23,6 +23,7 @@ def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[..., d] @ [d, m], with all tokens in one axis: the gradient for the kernel is then a plain product.
 
     Of a product over two axes XLA on CPU transposes a copy, into which it computes the activations anew.
+    And the reshapes keep XLA from computing GELU in place, where it does not vectorise it: an MLP takes a sixth longer.
     """
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax import compiling, parallel
+from fcvit_jax import parallel
 from fcvit_jax.checkpoint import sweep, told_in_one_line, writable_directory
 from fcvit_jax.data.batches import BadImage, Batch, device_batches, train_batches
 from fcvit_jax.errors import InputError
@@ -69,7 +69,7 @@ def loop(job: Job, state: TrainState, step: Any, states: States, notes: dict[str
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(termination())
         test = Test(job, state.weights, stopping)
-        compiled = step.lower(state, batch_shapes(job)).compile(compiling.options())
+        compiled = step.lower(state, batch_shapes(job)).compile()
         log = Log(job.workdir, done, config.tensorboard) if jax.process_index() == 0 else None
         window = Window(log, config.batch_size, job.steps, done, notes["skipped"] if skips else None)
         stack.enter_context(contextlib.closing(window))
