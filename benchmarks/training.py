@@ -124,7 +124,7 @@ def measure(args: argparse.Namespace) -> None:
 
     device = jax.devices()[0].device_kind
     print(f"{args.model} at {size[0]} px, batch {args.batch_size}, float32, {device}, JAX {versions()['jax']}")
-    layout = "{:<12}{:<16}{:>15}{:>17}{:>9}{:>20}"
+    layout = f"{{:<12}}{{:<{max(map(len, schedules)) + 2}}}{{:>15}}{{:>17}}{{:>9}}{{:>20}}"
     print(layout.format("", "schedule", "GMACs", "ms/step", "spread", "activations"))
     first, *_ = contenders
     base = gmacs(config, schedules[first[1]]), statistics.median(seconds[first]), activations[first]

@@ -26,7 +26,7 @@ def test_xla_flags_decide(monkeypatch):
 
 
 def test_an_option_that_xla_has_not_is_left_out(monkeypatch):
-    monkeypatch.setattr(compiling, "_FASTER", {jax.default_backend(): {"xla_no_such_option": True}})
+    monkeypatch.setattr(compiling, "_OPTIONS", {jax.default_backend(): {"xla_no_such_option": True}})
     assert compiling.options() is None
 
 

@@ -16,14 +16,14 @@ from flax import linen as nn
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.kernels import kernels_of
 from fcvit_jax.models.merging import Matching
-from fcvit_jax.models.xla import LayerNorm
+from fcvit_jax.models.xla import Affine
 
 
 def multiply(x: jax.Array, kernel: jax.Array) -> jax.Array:
     """[..., d] @ [d, m], with all tokens in one axis: the gradient for the kernel is then a plain product.
 
     Of a product over two axes XLA on CPU transposes a copy, into which it computes the activations anew.
-    And the reshapes keep XLA from computing GELU in place, where it does not vectorise it: an MLP takes a sixth longer.
+    And the reshapes keep XLA from computing GELU in place, unvectorised, which makes an MLP a sixth slower.
     """
     return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
 
@@ -66,7 +66,7 @@ class Norm(nn.Module):
     def setup(self) -> None:
         shape = (self.config.embed_dim,)
         scale, bias = self.param("scale", nn.initializers.ones, shape), self.param("bias", nn.initializers.zeros, shape)
-        self.affine = LayerNorm(scale, bias, self.config.norm_eps)
+        self.affine = Affine(scale, bias, self.config.norm_eps)
 
     def __call__(self, stream: Stream) -> tuple[jax.Array, jax.Array]:
         """Tokens [b, n, d], and the same normed."""

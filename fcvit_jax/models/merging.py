@@ -20,8 +20,8 @@ class Matching(NamedTuple):
     """Which tokens of a sequence become one.
 
     target: int32 [b, n], the position in the output of every token of the input.
-    place: int32 [b, n], its place if those that stay come first, as in the output, and then those that are merged into
-        one of them: each of 0 to n - 1 once, unless keys are not finite.
+    place: int32 [b, n], the position of every token in [those that stay, as in the output][those that are merged away,
+        window by window, the most similar first]: each of 0 to n - 1 once, unless keys are not finite.
     """
 
     target: jax.Array
@@ -81,7 +81,7 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     target = jnp.where(rank < r, behind_a + best, position)
     place = jnp.where(rank < r, tokens - r + rank, position)
 
-    def in_place(x: jax.Array, first: int, step: int) -> jax.Array:
+    def spread(x: jax.Array, first: int, step: int) -> jax.Array:
         """[b, _] at every step-th position from the first on, zeros elsewhere: [b, n]."""
         last = first + step * (x.shape[1] - 1)
         return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (first, tokens - 1 - last, step - 1)))
@@ -89,7 +89,7 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     fixed = np.zeros((1, tokens), np.int32)
     fixed[0, :prefix] = np.arange(prefix)
     fixed[0, first_b::2] = behind_a + np.arange(b.shape[1])
-    return Matching(*(jnp.asarray(fixed) + in_place(part, first_a, 2) for part in (target, place)))
+    return Matching(*(jnp.asarray(fixed) + spread(part, first_a, 2) for part in (target, place)))
 
 
 def _count(found: jax.Array) -> jax.Array:
@@ -133,10 +133,11 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: 
 
 
 def in_order(matching: Matching) -> jax.Array:
-    """Which token has each place, int32 [b, n]: the inverse of `matching.place`."""
+    """Which token has each place, int32 [b, n], the inverse of `matching.place`; 0 to n - 1 whatever the keys were."""
     index = np.arange(matching.place.shape[1])
     found = matching.place[:, None, :] == index[None, :, None]
-    return jnp.sum(jnp.where(found, index.astype(np.float32)[None, None], 0.0), axis=-1).astype(jnp.int32)
+    order = jnp.sum(jnp.where(found, index.astype(np.float32)[None, None], 0.0), axis=-1)
+    return jnp.minimum(order.astype(jnp.int32), len(index) - 1)
 
 
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:

@@ -87,7 +87,7 @@ def _attend(q_ref, k_ref, v_ref, bias_ref, o_ref, *, n: int, width: int, tail: i
 
 
 def add_and_norm(
-    x: jax.Array, branch: jax.Array | None, norm: xla.LayerNorm, interpret: bool = False
+    x: jax.Array, branch: jax.Array | None, norm: xla.Affine, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """As `xla.add_and_norm`."""
     b, n, d = x.shape
@@ -137,7 +137,7 @@ def merge_and_norm(
     size: jax.Array,
     matching: Matching,
     tokens_out: int,
-    norm: xla.LayerNorm,
+    norm: xla.Affine,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """As `xla.merge_and_norm`; sums run in float32."""

@@ -14,8 +14,8 @@ from flax import linen as nn
 from fcvit_jax.models.merging import Matching, merge_tokens
 
 
-class LayerNorm(NamedTuple):
-    """What a norm is made of: scale and bias, float32 [d], and what is added to the variance."""
+class Affine(NamedTuple):
+    """What a LayerNorm is made of: scale and bias, float32 [d], and eps, a number of Python, added to the variance."""
 
     scale: jax.Array
     bias: jax.Array
@@ -48,7 +48,8 @@ def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
 def _attend_float32(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     """Attention divided by the sums of its weights after the product, which is smaller than they: faster on CPU.
 
-    The library that XLA has for CPUs does it in one pass for up to 256 keys; somewhat more are attended in two halves.
+    The library that XLA has for CPUs does it in one pass for up to 256 keys. Up to 400 are attended in two halves, on
+    every device; from about 500 on the halves gain nothing.
     """
 
     def over(keys: slice) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -68,7 +69,7 @@ def _attend_float32(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
     return (y1 * factor1 + y2 * factor2) / (total1 * factor1 + total2 * factor2)
 
 
-def add_and_norm(x: jax.Array, branch: jax.Array | None, norm: LayerNorm) -> tuple[jax.Array, jax.Array]:
+def add_and_norm(x: jax.Array, branch: jax.Array | None, norm: Affine) -> tuple[jax.Array, jax.Array]:
     """The sum of x and branch, both [b, n, d], and its LayerNorm, in float32, both of x's dtype.
 
     branch: None for nothing to be added.
@@ -83,7 +84,7 @@ def add_and_norm(x: jax.Array, branch: jax.Array | None, norm: LayerNorm) -> tup
 
 
 def merge_and_norm(
-    x: jax.Array, branch: jax.Array, size: jax.Array, matching: Matching, tokens_out: int, norm: LayerNorm
+    x: jax.Array, branch: jax.Array, size: jax.Array, matching: Matching, tokens_out: int, norm: Affine
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Tokens x + branch, [b, n, d], as their size-weighted means [b, t, d], the LayerNorm of these, and their sizes.
 

@@ -47,13 +47,13 @@ def norm_by_numpy(x, scale, bias):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * float64(scale) + float64(bias)
 
 
-@pytest.mark.parametrize("queries", [11, 1])
+@pytest.mark.parametrize(("tokens", "queries"), [(11, 11), (11, 1), (261, 1)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.03)])
 @pytest.mark.parametrize("proportional", [True, False])
-def test_attention_equals_float64(queries, dtype, tolerance, proportional):
-    q, k, v, size = draw(11, queries, dtype)
+def test_attention_equals_float64(tokens, queries, dtype, tolerance, proportional):
+    q, k, v, size = draw(tokens, queries, dtype)
     size = size if proportional else None
-    parts = (in_one(q), in_one(k, v)) if queries < 11 else (in_one(q, k, v),)
+    parts = (in_one(q), in_one(k, v)) if queries < tokens else (in_one(q, k, v),)
     found, keys = jax.jit(xla.attend)(parts, size)
     assert found.dtype == dtype
     assert found.shape == (2, queries, 3, 16)
@@ -100,7 +100,7 @@ def test_triton_adds_and_norms(shape, with_branch):
     keys = jax.random.split(jax.random.key(1), 4)
     x, branch = (3 * jax.random.normal(key, shape).astype(jnp.bfloat16) + 1 for key in keys[:2])
     scale, bias = (jax.random.normal(key, shape[-1:]) for key in keys[2:])
-    total, normed = triton.add_and_norm(x, branch if with_branch else None, xla.LayerNorm(scale, bias, 1e-6), INTERPRET)
+    total, normed = triton.add_and_norm(x, branch if with_branch else None, xla.Affine(scale, bias, 1e-6), INTERPRET)
     np.testing.assert_array_equal(total, x + branch if with_branch else x)
     np.testing.assert_allclose(float64(normed), norm_by_numpy(total, scale, bias), atol=0.04)
 
@@ -124,7 +124,7 @@ def test_triton_merges_and_norms(layer, d):
     size = jax.random.randint(keys[4], (2, n), 1, 40).astype(jnp.float32)
     matching = match_tokens(jax.random.normal(keys[5], (2, n, 8)), layer, 1)
     merged, normed, sizes = triton.merge_and_norm(
-        x, branch, size, matching, t, xla.LayerNorm(scale, bias, 1e-6), INTERPRET
+        x, branch, size, matching, t, xla.Affine(scale, bias, 1e-6), INTERPRET
     )
 
     # One by one, as the target says.
@@ -171,7 +171,7 @@ def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done():
 
     def everything(qkv, x, size, scale, metric):
         matching = match_tokens(metric, layer, 1)
-        norm = xla.LayerNorm(scale, scale, 1e-6)
+        norm = xla.Affine(scale, scale, 1e-6)
         x, normed = triton.add_and_norm(x, x, norm)
         return triton.attend((qkv,), size), normed, triton.merge_and_norm(x, x, size, matching, 184, norm)
 

@@ -6,6 +6,7 @@ import pytest
 from fcvit_jax.models.merging import (
     Matching,
     follow_patches,
+    in_order,
     match_tokens,
     merge_tokens,
     unmerge_tokens,
@@ -63,6 +64,18 @@ def test_prefix_tokens_count_in_the_alternation_and_never_merge():
 def test_zero_keys_are_finite():
     matching = match_tokens(jnp.zeros((1, 6, 4)), Layer(6, 4, 2), 0)
     assert sorted(lists(matching)[0] + lists(matching)[1]) == list(range(6))
+
+
+@pytest.mark.parametrize("layer", [Layer(33, 25, 8), Layer(33, 17, 4, 4, ((4, 8), (2, 2)))])
+def test_keys_that_are_not_finite_stay_in_their_image(layer):
+    metric = jax.random.normal(jax.random.key(14), (3, 33, 8))
+    expected = match_tokens(metric, layer, 1)
+    found = match_tokens(metric.at[1, 5:9].set(jnp.nan), layer, 1)
+    order = np.asarray(in_order(found))
+    assert order.min() >= 0
+    assert order.max() < 33
+    for ours, theirs in zip((*found, order), (*expected, in_order(expected)), strict=True):
+        np.testing.assert_array_equal(ours[::2], theirs[::2])
 
 
 def test_local_matching_stays_inside_its_window():
@@ -174,13 +187,15 @@ def test_gradient_and_vmap():
     layer = Layer(17, 11, 6)
     metric, x = jax.random.normal(jax.random.key(6), (2, 4, 17, 5)), jax.random.normal(jax.random.key(7), (2, 4, 17, 3))
 
+    sizes = jax.random.randint(jax.random.key(8), (4, 17), 1, 5).astype(jnp.float32)
+
     def merged_sum(metric, x):
-        merged, size = merge_tokens(x, jnp.ones(x.shape[:2]), match_tokens(metric, layer, 1), 11)
+        merged, size = merge_tokens(x, sizes, match_tokens(metric, layer, 1), 11)
         return (merged * size[..., None]).sum()
 
-    # The weighted sum does not depend on what merges: its gradient is one everywhere, none goes to the metric.
+    # The weighted sum does not depend on what merges: its gradient is the sizes, and none goes to the metric.
     to_metric, to_x = jax.grad(merged_sum, argnums=(0, 1))(metric[0], x[0])
-    np.testing.assert_allclose(to_x, np.ones((4, 17, 3)), rtol=1e-6)
+    np.testing.assert_allclose(to_x, np.broadcast_to(sizes[..., None], (4, 17, 3)), rtol=1e-5)
     np.testing.assert_array_equal(to_metric, np.zeros((4, 17, 5)))
 
     run = lambda metric, x: merge_tokens(x, jnp.ones(x.shape[:2]), match_tokens(metric, layer, 1), 11)  # noqa: E731
