@@ -278,6 +278,16 @@ ABLATIONS: dict[str, Callable[[Rows], str]] = {
 }
 
 
+def blank(width: float, height: float) -> Any:
+    """A figure, in inches, that needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
 def png(figure: Any) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
@@ -286,11 +296,7 @@ def png(figure: Any) -> bytes:
 
 def plot(rows: Rows) -> bytes:
     """Top-1 and KL over GMACs, means over the seeds, and KL over sharpness, a point a run; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(15, 4.8), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(15, 4.8)
     accuracy, kl, scatter = figure.subplots(1, 3)
     names = [each["schedule"] for each in rows[0]["schedules"]]
     groups = dict.fromkeys(family(name) for name in names[1:])
@@ -325,11 +331,7 @@ def plot(rows: Rows) -> bytes:
 
 def plot_ablation(rows: Rows) -> bytes:
     """Top-1 and KL over GMACs, a line a family; PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 5.2), dpi=130, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank(12, 5.2)
     accuracy, kl = figure.subplots(1, 2)
     dense = next(row for row in rows if row["schedule"] == "dense")
     for index, name in enumerate(dict.fromkeys(family(row["schedule"]) for row in rows if row is not dense)):

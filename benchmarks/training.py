@@ -28,7 +28,7 @@ from fcvit_jax.checkpoint import abstract_params, versions
 from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.batches import device_batches, train_batches
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.data.sources import open_source
+from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.models import zoo
 from fcvit_jax.models.flops import gmacs
@@ -93,6 +93,11 @@ def measure(args: argparse.Namespace) -> None:
     methods = args.methods.split(",")
     if unknown := [name for name in methods if name not in METHODS]:
         raise InputError(f"--methods: {unknown[0]!r} is none of {', '.join(METHODS)}")
+    if args.blocks < 1 or args.batch_size < 1:
+        raise InputError("--blocks and --batch_size: both must be positive")
+    if args.batch_size % max(METHODS[name].microbatches for name in methods):
+        raise InputError(f"--batch_size: {args.batch_size} images do not make four micro-batches: leave SAM/4 out")
+    source = open_source(args.dataset) if args.dataset else None  # before anything is compiled
     config = zoo.get(args.model).config
     size = (args.image_size, args.image_size) if args.image_size else config.image_size
     config = dataclasses.replace(config, image_size=size)
@@ -130,7 +135,7 @@ def measure(args: argparse.Namespace) -> None:
     base = gmacs(config, schedules[first[1]]), statistics.median(seconds[first]), activations[first]
     for (name, schedule), times in seconds.items():
         found = gmacs(config, schedules[schedule]), statistics.median(times), activations[name, schedule]
-        ratios = [each / one for each, one in zip(found, base, strict=True)]
+        ratios = [each / one if one else float("nan") for each, one in zip(found, base, strict=True)]
         print(
             layout.format(
                 name,
@@ -141,14 +146,13 @@ def measure(args: argparse.Namespace) -> None:
                 f"{found[2] / 2**20:.0f} MiB ({ratios[2]:.2f}x)",
             )
         )
-    if args.dataset:
-        share = waiting(args, contenders[first], preprocess)
+    if source:
+        share = waiting(args, contenders[first], preprocess, source)
         print(f"{' under '.join(first)} waits for photos {share:.1%} of the time")
 
 
-def waiting(args: argparse.Namespace, contender: Contender, preprocess: Preprocess) -> float:
+def waiting(args: argparse.Namespace, contender: Contender, preprocess: Preprocess, source: Source) -> float:
     """The share of the time in which the device has nothing to do but wait for photos, after the first block."""
-    source = open_source(args.dataset)
     augment = Augment()
     host = train_batches(
         source,

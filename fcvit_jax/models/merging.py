@@ -75,9 +75,9 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     best, proposal = jnp.argmax(similarity, axis=-1).astype(jnp.int32), jnp.max(similarity, axis=-1)
     mine, other = proposal[:, :, None], proposal[:, None, :]
     before = np.tri(a.shape[1], k=-1, dtype=bool)[None]  # [_, i, j]: j stands before i
-    rank = _count((other > mine) | ((other == mine) & before))
+    rank = _total((other > mine) | ((other == mine) & before))
     behind_a = prefix + a.shape[1] - r  # where B begins in the output
-    position = prefix + _count((rank >= r)[:, None, :] & before)  # of A, where it stays
+    position = prefix + _total((rank >= r)[:, None, :] & before)  # of A, where it stays
     target = jnp.where(rank < r, behind_a + best, position)
     place = jnp.where(rank < r, tokens - r + rank, position)
 
@@ -92,9 +92,9 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     return Matching(*(jnp.asarray(fixed) + spread(part, first_a, 2) for part in (target, place)))
 
 
-def _count(found: jax.Array) -> jax.Array:
-    """How many are true along the last axis, int32; summed in float32, which compiles and runs faster on CPU."""
-    return jnp.sum(found, axis=-1, dtype=jnp.float32).astype(jnp.int32)
+def _total(x: jax.Array) -> jax.Array:
+    """The sum along the last axis, int32, of bools or small integers: in float32, which is faster on CPU."""
+    return jnp.sum(x, axis=-1, dtype=jnp.float32).astype(jnp.int32)
 
 
 def window_order(cells: tuple[int, int], windows: tuple[int, int], patches: int) -> np.ndarray:
@@ -136,8 +136,7 @@ def in_order(matching: Matching) -> jax.Array:
     """Which token has each place, int32 [b, n], the inverse of `matching.place`; 0 to n - 1 whatever the keys were."""
     index = np.arange(matching.place.shape[1])
     found = matching.place[:, None, :] == index[None, :, None]
-    order = jnp.sum(jnp.where(found, index.astype(np.float32)[None, None], 0.0), axis=-1)
-    return jnp.minimum(order.astype(jnp.int32), len(index) - 1)
+    return jnp.minimum(_total(jnp.where(found, index[None, None], 0)), len(index) - 1)
 
 
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:

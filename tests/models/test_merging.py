@@ -195,7 +195,7 @@ def test_gradient_and_vmap():
 
     # The weighted sum does not depend on what merges: its gradient is the sizes, and none goes to the metric.
     to_metric, to_x = jax.grad(merged_sum, argnums=(0, 1))(metric[0], x[0])
-    np.testing.assert_allclose(to_x, np.broadcast_to(sizes[..., None], (4, 17, 3)), rtol=1e-5)
+    np.testing.assert_allclose(to_x, np.broadcast_to(sizes[..., None], (4, 17, 3)), rtol=1e-6)
     np.testing.assert_array_equal(to_metric, np.zeros((4, 17, 5)))
 
     run = lambda metric, x: merge_tokens(x, jnp.ones(x.shape[:2]), match_tokens(metric, layer, 1), 11)  # noqa: E731

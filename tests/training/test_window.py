@@ -183,6 +183,6 @@ def test_the_benchmark_feeds_one_device_of_several(tmp_path):
     rows = (jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
     assert jax.device_count() == 8
     contender = benchmark.Contender(ViT(config), pixels, SAMConfig(), rows)
-    args = Namespace(dataset=f"folder:{tmp_path}", batch_size=4, blocks=2)
-    assert 0 <= benchmark.waiting(args, contender, pixels) < 1
+    args, source = Namespace(batch_size=4, blocks=2), benchmark.open_source(f"folder:{tmp_path}")
+    assert 0 <= benchmark.waiting(args, contender, pixels, source) < 1
     assert int(contender.state.step) == 15
