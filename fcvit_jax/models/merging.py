@@ -7,6 +7,7 @@ windowed merging differ in nothing but how the matching is found. Nothing is sor
 Shape letters: b batch, n tokens in, r tokens removed, k width of the metric, d width, p patches.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -67,8 +68,8 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     """
     tokens = metric.shape[1]
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
-    norm = jnp.sqrt(jnp.maximum(jnp.sum(metric * metric, axis=-1, keepdims=True), 1e-30))
-    metric = metric / norm
+    squares = jnp.sum(metric * metric, axis=-1)
+    metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
     a, b = metric[:, first_a::2], metric[:, first_b::2]
     similarity = jnp.einsum("bik,bjk->bij", a, b, precision=jax.lax.Precision.HIGHEST)
 
@@ -95,6 +96,14 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
 def _total(x: jax.Array) -> jax.Array:
     """The sum along the last axis, int32, of bools or small integers: in float32, which is faster on CPU."""
     return jnp.sum(x, axis=-1, dtype=jnp.float32).astype(jnp.int32)
+
+
+def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """An elementwise function of a small array, computed with all elements in one axis.
+
+    XLA unrolls loops over a short last axis on CPU: the logarithms of sizes then take three times as long to compile.
+    """
+    return function(jax.lax.optimization_barrier(x.reshape(-1))).reshape(x.shape)
 
 
 def window_order(cells: tuple[int, int], windows: tuple[int, int], patches: int) -> np.ndarray:
@@ -124,10 +133,11 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: 
         total = into.sum(axis=-1)
         return jnp.einsum("bjn,bnd->bjd", (into / total[..., None]).astype(x.dtype), x), total
     order = in_order(matching)
-    rows, sizes, goals = (take_rows(part, order) for part in (x, size, matching.target))
+    kept, gone = take_rows(x, order[:, :tokens_out]), take_rows(x, order[:, tokens_out:])
+    sizes, goals = take_rows(size, order), take_rows(matching.target, order)
     into = jnp.where(goals[:, None, tokens_out:] == slots, sizes[:, None, tokens_out:], 0.0)
-    kept, added = rows[:, :tokens_out], into.sum(axis=-1)
-    sums = jnp.einsum("bjr,brd->bjd", into, rows[:, tokens_out:], precision=jax.lax.Precision.HIGHEST)
+    added = into.sum(axis=-1)
+    sums = jnp.einsum("bjr,brd->bjd", into, gone, precision=jax.lax.Precision.HIGHEST)
     total = sizes[:, :tokens_out] + added
     return kept + (sums - kept * added[..., None]) / total[..., None], total
 
