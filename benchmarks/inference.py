@@ -299,7 +299,7 @@ def describe_machine(peer: str | None) -> dict[str, Any]:
             found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
             name = found[1] if found else name
     malloc = {key: value for key, value in os.environ.items() if re.match("MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$", key)}
-    kept = "keeps freed memory" if keep_freed_memory() else "default"
+    kept = "keeps freed memory in the main thread's heap" if keep_freed_memory() else "default"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     found = {"device": name, "platform": device.platform, "cores": cores, "malloc": malloc or kept}
     if peer:

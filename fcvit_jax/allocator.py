@@ -13,12 +13,12 @@ def keep_freed_memory() -> bool:
     """Have glibc keep what is freed, instead of giving it back, and XLA use it; returns whether they do.
 
     Otherwise each buffer of 32 MiB or more is mapped afresh, page by page, at every call of a compiled program. To be
-    called by programs, not by libraries, before JAX is used. MALLOC_... and GLIBC_TUNABLES in the environment go
-    before, and elsewhere than on glibc there is nothing to be done.
+    called by programs, not by libraries, before JAX has made its devices. MALLOC_... and GLIBC_TUNABLES in the
+    environment go before, and elsewhere than on glibc there is nothing to be done.
 
-    Only the heap of the main thread grows beyond 64 MiB: CPUs therefore compute in the thread that calls, not
-    asynchronously. A single heap for all threads is no way out: those of a program, and of XLA's compiler, then wait
-    for each other (docs/performance.md).
+    Only the heap of the main thread grows beyond 64 MiB. One CPU device therefore computes in the thread that calls,
+    not asynchronously; several compute in threads of their own, and keep smaller buffers only. A single heap for all
+    threads is no way out: those of a program, and of XLA's compiler, then wait for each other (docs/performance.md).
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False

@@ -1,4 +1,4 @@
-"""How programs for inference are compiled: options of XLA, and batches in parts."""
+"""How programs are compiled: options of XLA and batches in parts, for inference, and loops that compile fast."""
 
 import functools
 import os
@@ -62,3 +62,12 @@ def part_size(images: int, tokens: int, devices: Iterable[Any]) -> int:
     most = min(images, max(1, _TOKENS // tokens))
     size = max(size for size in range(1, most + 1) if images % size == 0)
     return size if 2 * size >= most else images
+
+
+def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """An elementwise function of a small array, computed with all elements in one axis.
+
+    XLA on CPU unrolls loops over a short last axis: the logarithms of sizes would take three times as long to compile.
+    The barrier keeps it from undoing the reshape.
+    """
+    return function(jax.lax.optimization_barrier(x.reshape(-1))).reshape(x.shape)

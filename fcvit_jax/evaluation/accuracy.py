@@ -165,7 +165,7 @@ def classify(
     """Run every schedule on every batch: yields the batch, the outcomes on the host, and the logits on the device.
 
     One batch is being computed while the one before it is handed out, and while the one after it is waited for: never
-    more, so that they do not pile up in the device's memory.
+    more, so that they do not pile up in the device's memory. (A CPU may compute each when it is asked: `allocator`.)
 
     steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
     compare: of `compile_divergence`, for all schedules but dense; needs dense among the steps.

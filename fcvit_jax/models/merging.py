@@ -7,13 +7,13 @@ windowed merging differ in nothing but how the matching is found. Nothing is sor
 Shape letters: b batch, n tokens in, r tokens removed, k width of the metric, d width, p patches.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from fcvit_jax.compiling import in_one_axis
 from fcvit_jax.models.schedule import Layer
 
 
@@ -96,14 +96,6 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
 def _total(x: jax.Array) -> jax.Array:
     """The sum along the last axis, int32, of bools or small integers: in float32, which is faster on CPU."""
     return jnp.sum(x, axis=-1, dtype=jnp.float32).astype(jnp.int32)
-
-
-def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """An elementwise function of a small array, computed with all elements in one axis.
-
-    XLA unrolls loops over a short last axis on CPU: the logarithms of sizes then take three times as long to compile.
-    """
-    return function(jax.lax.optimization_barrier(x.reshape(-1))).reshape(x.shape)
 
 
 def window_order(cells: tuple[int, int], windows: tuple[int, int], patches: int) -> np.ndarray:

@@ -11,7 +11,10 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fcvit_jax.models.merging import Matching, in_one_axis, merge_tokens
+from fcvit_jax.compiling import in_one_axis
+from fcvit_jax.models.merging import Matching, merge_tokens
+
+_LOGITS = 4 << 20  # of float32, 16 MiB
 
 
 class Affine(NamedTuple):
@@ -49,24 +52,46 @@ def _attend_float32(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
     """Attention divided by the sums of its weights after the product, which is smaller than they: faster on CPU.
 
     The library that XLA has for CPUs does it in one pass for up to 256 keys. Up to 400 are attended in two halves, on
-    every device; from about 500 on the halves gain nothing.
+    every device, and more by a few heads at a time on CPU.
     """
-
-    def over(keys: slice) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Weighted values and sums of weights, both less by the factor exp(most), and most."""
-        logits = _logits(q, k[:, :, keys], None if bias is None else bias[..., keys])
-        most = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
-        weights = jnp.exp(logits - most)
-        return jnp.einsum("bhqn,bhnk->bhqk", weights, v[:, :, keys]), weights.sum(axis=-1, keepdims=True), most
-
-    if not 256 < k.shape[2] <= 400:
-        y, total, _ = over(slice(None))
-        return y / total
-    half = k.shape[2] // 2
-    (y1, total1, most1), (y2, total2, most2) = over(slice(half)), over(slice(half, None))
+    keys = k.shape[2]
+    if keys <= 256:
+        return _attend_at_once(q, k, v, bias)
+    if keys > 400:
+        return jax.lax.platform_dependent(q, k, v, bias, cpu=_attend_by_heads, default=_attend_at_once)
+    half = keys // 2
+    y1, total1, most1 = _weigh(q, k, v, bias, slice(half))
+    y2, total2, most2 = _weigh(q, k, v, bias, slice(half, None))
     most = jnp.maximum(most1, most2)
     factor1, factor2 = jnp.exp(most1 - most), jnp.exp(most2 - most)
     return (y1 * factor1 + y2 * factor2) / (total1 * factor1 + total2 * factor2)
+
+
+def _weigh(
+    q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, keys: slice
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Weighted values and sums of weights of these keys, both less by the factor exp(most), and most."""
+    logits = _logits(q, k[:, :, keys], None if bias is None else bias[..., keys])
+    most = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
+    weights = jnp.exp(logits - most)
+    return jnp.einsum("bhqn,bhnk->bhqk", weights, v[:, :, keys]), weights.sum(axis=-1, keepdims=True), most
+
+
+def _attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    y, total, _ = _weigh(q, k, v, bias, slice(None))
+    return y / total
+
+
+def _attend_by_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """By as many heads at a time as have at most 16 MiB of logits: these stay in the caches, and in heaps of glibc."""
+    batch, heads, queries, _ = q.shape
+    most = _LOGITS // (batch * queries * k.shape[2])
+    together = max([count for count in range(1, heads + 1) if heads % count == 0 and count <= most], default=1)
+    if together == heads:
+        return _attend_at_once(q, k, v, bias)
+    groups = tuple(jnp.moveaxis(x.reshape(batch, -1, together, *x.shape[2:]), 1, 0) for x in (q, k, v))
+    y = jax.lax.map(lambda group: _attend_at_once(*group, bias=bias), groups)
+    return jnp.moveaxis(y, 0, 1).reshape(batch, heads, queries, -1)
 
 
 def add_and_norm(x: jax.Array, branch: jax.Array | None, norm: Affine) -> tuple[jax.Array, jax.Array]:
@@ -77,7 +102,7 @@ def add_and_norm(x: jax.Array, branch: jax.Array | None, norm: Affine) -> tuple[
     if branch is not None:
         x += branch
     # The fast variance, E[x^2] - E[x]^2, costs 8e-4 of accuracy where activations are large.
-    y = x.astype(jnp.float32).reshape(-1, x.shape[-1])  # as `in_one_axis`
+    y = x.astype(jnp.float32).reshape(-1, x.shape[-1])  # faster to compile, as `in_one_axis`
     y -= y.mean(axis=-1, keepdims=True)
     factor = jax.lax.rsqrt(jnp.square(y).mean(axis=-1, keepdims=True) + norm.eps)
     return x, (y * (factor * norm.scale[None]) + norm.bias[None]).astype(x.dtype).reshape(x.shape)

@@ -20,9 +20,9 @@ OF_TWO_PASSES = ("gap", "gap_over_rho", "rho")  # 0 in a step without SAM's seco
 class Wait:
     """Counts the seconds in which the devices had nothing to do because the next batch was not there.
 
-    Steps are computed behind the host's back. While one is, the host may well wait for a batch: only what it waits
-    after that step has ended counts, and a thread takes the time of that end. The host is one step ahead: that keeps
-    the devices busy, and their memory free of batches for steps to come.
+    Steps are computed behind the host's back, where no CPU computes them when it is called. While one is, the host may
+    well wait for a batch: only what it waits after that step has ended counts, and a thread takes the time of that end.
+    The host is one step ahead: that keeps the devices busy, and their memory free of batches for steps to come.
     """
 
     def __init__(self) -> None:

@@ -61,10 +61,23 @@ def test_attention_equals_float64(tokens, queries, dtype, tolerance, proportiona
     np.testing.assert_allclose(float64(keys), float64(k).mean(axis=1), rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [11, 261])  # the latter in two halves
+@pytest.mark.parametrize("proportional", [True, False])
+@pytest.mark.parametrize("together", [1, 2, 4])
+def test_many_keys_attend_by_some_heads_at_a_time(together, proportional, monkeypatch):
+    monkeypatch.setattr(xla, "_LOGITS", 2 * 405 * 405 * together)
+    jax.clear_caches()  # which know the function, and not the limit
+    q, k, v, size = draw(405, 405, jnp.float32, heads=4)
+    program = jax.jit(lambda *x: xla.attend((in_one(*x),), size if proportional else None)[0]).lower(q, k, v)
+    assert ("while" in program.as_text()) == (together < 4 and jax.default_backend() == "cpu")
+    expected = by_numpy(q, k, v, size if proportional else None)
+    np.testing.assert_allclose(float64(program.compile()(q, k, v)), expected, atol=2e-5)
+
+
+@pytest.mark.parametrize("tokens", [11, 261, 405])  # the second in two halves, the third head by head
 @pytest.mark.parametrize("scale", [1.0, 40.0])  # the latter beyond what exp can hold
 @pytest.mark.parametrize("proportional", [True, False])
-def test_gradients_of_attention_equal_those_through_softmax(tokens, scale, proportional):
+def test_gradients_of_attention_equal_those_through_softmax(tokens, scale, proportional, monkeypatch):
+    monkeypatch.setattr(xla, "_LOGITS", 1)
     q, k, v, size = draw(tokens, tokens, jnp.float32)
     qkv = scale * q, k, v
     size = size if proportional else None
