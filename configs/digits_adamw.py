@@ -2,7 +2,8 @@
 
 python train_sam.py --config=configs/digits_adamw.py --workdir=W
 
-Gives packaged:digits_adamw: 353 of 360 right (98.06 %) after 1,188 steps and 1 min 58 s on two CPU cores.
+Gave packaged:digits_adamw, 353 of 360 right (98.06 %); by today's order of sums it ends at 352, after 1,188 steps and 1
+min 39 s on two CPU cores.
 """
 
 from typing import Any
