@@ -60,8 +60,13 @@ def part_size(images: int, tokens: int, devices: Iterable[Any]) -> int:
     if others or first.platform != "cpu":
         return images
     most = min(images, max(1, _TOKENS // tokens))
-    size = max(size for size in range(1, most + 1) if images % size == 0)
+    size = largest_divisor(images, most)
     return size if 2 * size >= most else images
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """The largest divisor of a positive number that is no more than `most`; 1 where that is less than 1."""
+    return max(size for size in range(1, max(1, min(number, most)) + 1) if number % size == 0)
 
 
 def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:

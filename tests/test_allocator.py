@@ -14,16 +14,17 @@ keep_freed_memory()
 import jax
 double = jax.jit(lambda x: 2 * x)
 x = double(jax.numpy.ones(25 << 20))  # 100 MiB: more than the heap of a thread other than the main one holds
-double(x).block_until_ready()
+for _ in range(5):  # the heap grows to what is held at a time; rarely by a buffer more later
+    double(x).block_until_ready()
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+for _ in range(60):
     double(x).block_until_ready()
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
 def faults(**variables):
-    """Page faults of 10 calls of a program whose output takes 100 MiB, on one CPU device."""
+    """Page faults of 60 calls of a program whose output takes 100 MiB, on one CPU device."""
     variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name} | variables
     return int(subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, check=True).stdout)
@@ -31,4 +32,4 @@ def faults(**variables):
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
-    assert faults() < faults(MALLOC_ARENA_MAX="8") / 5
+    assert faults() < faults(MALLOC_ARENA_MAX="8") / 12

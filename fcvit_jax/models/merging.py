@@ -125,9 +125,10 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: 
         total = into.sum(axis=-1)
         return jnp.einsum("bjn,bnd->bjd", (into / total[..., None]).astype(x.dtype), x), total
     order = in_order(matching)
-    kept, gone = take_rows(x, order[:, :tokens_out]), take_rows(x, order[:, tokens_out:])
-    sizes, goals = take_rows(size, order), take_rows(matching.target, order)
-    into = jnp.where(goals[:, None, tokens_out:] == slots, sizes[:, None, tokens_out:], 0.0)
+    staying, leaving = order[:, :tokens_out], order[:, tokens_out:]
+    kept, gone = take_rows(x, staying), take_rows(x, leaving)
+    sizes, goals = take_rows(size, order), take_rows(matching.target, leaving)
+    into = jnp.where(goals[:, None] == slots, sizes[:, None, tokens_out:], 0.0)
     added = into.sum(axis=-1)
     sums = jnp.einsum("bjr,brd->bjd", into, gone, precision=jax.lax.Precision.HIGHEST)
     total = sizes[:, :tokens_out] + added

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fcvit_jax.compiling import in_one_axis
+from fcvit_jax.compiling import in_one_axis, largest_divisor
 from fcvit_jax.models.merging import Matching, merge_tokens
 
 _LOGITS = 4 << 20  # of float32, 16 MiB
@@ -85,8 +85,7 @@ def _attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
 def _attend_by_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     """By as many heads at a time as have at most 16 MiB of logits: these stay in the caches, and in heaps of glibc."""
     batch, heads, queries, _ = q.shape
-    most = _LOGITS // (batch * queries * k.shape[2])
-    together = max([count for count in range(1, heads + 1) if heads % count == 0 and count <= most], default=1)
+    together = largest_divisor(heads, _LOGITS // (batch * queries * k.shape[2]))
     if together == heads:
         return _attend_at_once(q, k, v, bias)
     groups = tuple(jnp.moveaxis(x.reshape(batch, -1, together, *x.shape[2:]), 1, 0) for x in (q, k, v))
