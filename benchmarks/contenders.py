@@ -125,7 +125,7 @@ def compile_program(
 
     call = jax.jit(compiling.in_parts(forward, config.num_tokens, jax.devices()[:1]))
     with jax.default_matmul_precision(precision):
-        return call.lower(params, images).compile(compiling.options())
+        return call.lower(params, images).compile(compiling.options(len(images) * config.num_tokens))
 
 
 def compute_logits(call: Any, params: Any, batches: np.ndarray) -> np.ndarray:

@@ -7,19 +7,27 @@ from typing import Any
 
 import jax
 
-_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}}
+_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
 _TOKENS = 3200  # 16 images of 197, of 3,152
+_FEW = 1024  # tokens
+
+
+def options(tokens: int) -> dict[str, Any] | None:
+    """What to hand to `lowered.compile(...)`, for a program that computes so many tokens, of all images on a device.
+
+    On CPU, XLA's older emitter of fused loops: models that merge compile in 0.6 of the time with it, dense ones, and
+    gradients, in up to 2.4 times of it. On GPUs, where there are many tokens, matrix products by NVIDIA's library
+    alone: XLA else compiles programs of its own for every product, to find the fastest, which takes four times as long
+    and gains something for the few tokens of one image only (docs/performance.md). None where XLA_FLAGS decides it, and
+    where this XLA knows no such option.
+    """
+    backend = jax.default_backend()
+    return None if backend == "gpu" and tokens < _FEW else _accepted(backend)
 
 
 @functools.cache
-def options() -> dict[str, Any] | None:
-    """What to hand to `jax.jit(..., compiler_options=...)` or to `compile(compiler_options=...)` on this backend.
-
-    On CPU, XLA's older emitter of fused loops: models that merge compile in 0.6 of the time with it, dense ones, and
-    gradients, in up to 2.4 times of it (docs/performance.md). None elsewhere, where XLA_FLAGS decides it, and where
-    this XLA knows no such option.
-    """
-    wanted = _OPTIONS.get(jax.default_backend())
+def _accepted(backend: str) -> dict[str, Any] | None:
+    wanted = _OPTIONS.get(backend)
     if wanted is None or any(name in os.environ.get("XLA_FLAGS", "") for name in wanted):
         return None
     try:

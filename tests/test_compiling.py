@@ -7,27 +7,35 @@ from fcvit_jax import compiling
 
 @pytest.fixture(autouse=True)
 def fresh():
-    compiling.options.cache_clear()
+    compiling._accepted.cache_clear()
     yield
-    compiling.options.cache_clear()
+    compiling._accepted.cache_clear()
 
 
 def test_a_program_compiles_with_the_options_and_computes_the_same(monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    wanted = compiling.options()
-    assert wanted == ({"xla_cpu_use_fusion_emitters": False} if jax.default_backend() == "cpu" else None)
+    wanted = compiling.options(1576)
+    assert wanted == compiling._OPTIONS[jax.default_backend()]
     lowered = jax.jit(lambda x: jnp.exp(x) + 1.0).lower(jnp.zeros(3))
     assert lowered.compile(wanted)(jnp.zeros(3)).tolist() == [2.0, 2.0, 2.0]
 
 
+def test_few_tokens_on_a_gpu_leave_the_choice_of_products_to_xla(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(compiling, "_accepted", lambda backend: compiling._OPTIONS[backend])
+    assert compiling.options(197) is None
+    assert compiling.options(1576) == {"xla_gpu_enable_triton_gemm": False}
+
+
 def test_xla_flags_decide(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true")
-    assert compiling.options() is None
+    flags = [f"--{name}=true" for options in compiling._OPTIONS.values() for name in options]
+    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
+    assert compiling.options(1576) is None
 
 
 def test_an_option_that_xla_has_not_is_left_out(monkeypatch):
     monkeypatch.setattr(compiling, "_OPTIONS", {jax.default_backend(): {"xla_no_such_option": True}})
-    assert compiling.options() is None
+    assert compiling.options(1576) is None
 
 
 @pytest.mark.parametrize(

@@ -8,14 +8,16 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from fcvit_jax.models import xla
+from fcvit_jax.models.merging import match_tokens
 
 KERNELS = ("xla", "triton", "interpreted")
 
 
 class Kernels(NamedTuple):
-    """The three functions of `xla`, by whichever programs."""
+    """The functions of `xla`, and the matching of what its attention hands on, by whichever programs."""
 
     attend: Callable[..., Any]
+    match: Callable[..., Any]
     add_and_norm: Callable[..., Any]
     merge_and_norm: Callable[..., Any]
 
@@ -35,8 +37,8 @@ def choose_kernels(dtype: Any, devices: Iterable[Any]) -> str:
 def kernels_of(name: str) -> Kernels:
     """The kernels of a name of `KERNELS`."""
     if name == "xla":
-        return Kernels(xla.attend, xla.add_and_norm, xla.merge_and_norm)
+        return Kernels(xla.attend, match_tokens, xla.add_and_norm, xla.merge_and_norm)
     from fcvit_jax.models import triton  # there may be none in a JAX for other devices
 
-    ours = triton.attend, triton.add_and_norm, triton.merge_and_norm
+    ours = triton.attend, triton.match, triton.add_and_norm, triton.merge_and_norm
     return Kernels(*(partial(kernel, interpret=name == "interpreted") for kernel in ours))

@@ -21,12 +21,12 @@ class Matching(NamedTuple):
     """Which tokens of a sequence become one.
 
     target: int32 [b, n], the position in the output of every token of the input.
-    place: int32 [b, n], the position of every token in [those that stay, as in the output][those that are merged away,
-        window by window, the most similar first]: each of 0 to n - 1 once, unless keys are not finite.
+    order: int32 [b, n], the tokens, first those that stay, as in the output, then those that are merged away, window by
+        window, the most similar first: each of 0 to n - 1 once, unless keys are not finite.
     """
 
     target: jax.Array
-    place: jax.Array
+    order: jax.Array
 
 
 def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
@@ -39,7 +39,8 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
     windows = layer.windows
     if windows is None:
-        return _match_alternating(metric, layer.removed, prefix)
+        target, place = _match_alternating(metric, layer.removed, prefix)
+        return Matching(target, _inverse(place))
     batch, tokens, width = metric.shape
     patches = tokens - prefix
     length, metric = patches // windows, metric[:, prefix:]
@@ -57,14 +58,16 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
         back = np.argsort(order)
         target, place = target[:, back], place[:, back]
     staying = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
-    return Matching(*(jnp.concatenate([staying, part], axis=1) for part in (target, place)))
+    target, place = (jnp.concatenate([staying, part], axis=1) for part in (target, place))
+    return Matching(target, _inverse(place))
 
 
-def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
+def _match_alternating(metric: jax.Array, r: int, prefix: int) -> tuple[jax.Array, jax.Array]:
     """Bipartite soft matching (arXiv 2210.09461, section 3) of [b, n, k] float32; the first `prefix` tokens stay.
 
     Even positions are A, odd ones B; each A proposes the B with the most similar metric (cosine), the r best proposals
     are merged, and the output is [prefix][A kept, in order][B]. Equal similarities go to the lower position.
+    Returns the target of every token, and its place: the position in that order of all, both int32 [b, n].
     """
     tokens = metric.shape[1]
     first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
@@ -90,7 +93,15 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     fixed = np.zeros((1, tokens), np.int32)
     fixed[0, :prefix] = np.arange(prefix)
     fixed[0, first_b::2] = behind_a + np.arange(b.shape[1])
-    return Matching(*(jnp.asarray(fixed) + spread(part, first_a, 2) for part in (target, place)))
+    target, place = (jnp.asarray(fixed) + spread(part, first_a, 2) for part in (target, place))
+    return target, place
+
+
+def _inverse(place: jax.Array) -> jax.Array:
+    """Which token has each place, both int32 [b, n]; 0 to n - 1 whatever the places are."""
+    index = np.arange(place.shape[1])
+    found = place[:, None, :] == index[None, :, None]
+    return jnp.minimum(_total(jnp.where(found, index[None, None], 0)), len(index) - 1)
 
 
 def _total(x: jax.Array) -> jax.Array:
@@ -124,10 +135,10 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: 
         into = jnp.where(matching.target[:, None, :] == slots, size[:, None, :], 0.0)
         total = into.sum(axis=-1)
         return jnp.einsum("bjn,bnd->bjd", (into / total[..., None]).astype(x.dtype), x), total
-    order = in_order(matching)
+    order = matching.order
     staying, leaving = order[:, :tokens_out], order[:, tokens_out:]
-    kept, gone = take_rows(x, staying), take_rows(x, leaving)
-    sizes, goals = take_rows(size, order), take_rows(matching.target, leaving)
+    kept, gone = _take_rows(x, staying), _take_rows(x, leaving)
+    sizes, goals = _take_rows(size, order), _take_rows(matching.target, leaving)
     into = jnp.where(goals[:, None] == slots, sizes[:, None, tokens_out:], 0.0)
     added = into.sum(axis=-1)
     sums = jnp.einsum("bjr,brd->bjd", into, gone, precision=jax.lax.Precision.HIGHEST)
@@ -135,14 +146,7 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: 
     return kept + (sums - kept * added[..., None]) / total[..., None], total
 
 
-def in_order(matching: Matching) -> jax.Array:
-    """Which token has each place, int32 [b, n], the inverse of `matching.place`; 0 to n - 1 whatever the keys were."""
-    index = np.arange(matching.place.shape[1])
-    found = matching.place[:, None, :] == index[None, :, None]
-    return jnp.minimum(_total(jnp.where(found, index[None, None], 0)), len(index) - 1)
-
-
-def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """Rows [b, m, ...] of [b, n, ...], by an index [b, m]."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1, mode="clip")
 

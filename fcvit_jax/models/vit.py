@@ -15,9 +15,9 @@ from flax import linen as nn
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.kernels import KERNELS
+from fcvit_jax.models.kernels import KERNELS, kernels_of
 from fcvit_jax.models.layers import MLP, Attention, Norm, Stream, multiply
-from fcvit_jax.models.merging import follow_patches, match_tokens
+from fcvit_jax.models.merging import follow_patches
 from fcvit_jax.models.schedule import Layer, MergeSchedule
 
 
@@ -170,7 +170,7 @@ class Block(nn.Module):
 
         matching = None
         if layer.removed and not only:
-            matching = match_tokens(keys, layer, config.num_prefix_tokens)
+            matching = kernels_of(self.kernels).match(keys, layer, config.num_prefix_tokens)
             x, normed, size = norm2.of_merged(stream, size, matching, layer.tokens_out)
         else:
             x, normed = norm2(stream)

@@ -101,9 +101,45 @@ def test_gradients_of_attention_equal_those_through_softmax(tokens, scale, propo
 def test_triton_attention_equals_float64(tokens, width, proportional):
     q, k, v, size = draw(tokens, tokens, jnp.bfloat16, width=width)
     size = size if proportional else None
-    found, keys = triton.attend((in_one(q, k, v),), size, INTERPRET)
+    found, _ = triton.attend((in_one(q, k, v),), size, INTERPRET)
     np.testing.assert_allclose(float64(found), by_numpy(q, k, v, size), atol=0.03)
-    np.testing.assert_allclose(float64(keys), float64(k).mean(axis=1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layer", "prefix", "width"),
+    [
+        (Layer(197, 184, 13), 1, 16),
+        (Layer(34, 20, 14), 2, 20),
+        (Layer(6, 4, 2), 0, 8),
+        (Layer(11, 9, 2), 5, 8),
+        (Layer(33, 17, 4, 4, ((4, 8), (2, 2))), 1, 16),
+        (Layer(33, 29, 1, 4), 1, 16),
+        (Layer(300, 250, 50), 1, 8),  # too many for one program
+    ],
+)
+def test_triton_matches_as_xla(layer, prefix, width):
+    qkv = jax.random.normal(jax.random.key(7), (3, layer.tokens_in, 3, 3, width)).astype(jnp.bfloat16)
+    found = triton.match(qkv, layer, prefix, INTERPRET)
+    expected = match_tokens(qkv[:, :, 1].astype(jnp.float32).mean(axis=2), layer, prefix)
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+@pytest.mark.parametrize("layer", [Layer(33, 25, 8), Layer(33, 17, 4, 4, ((4, 8), (2, 2)))])
+def test_triton_matches_each_token_once_whatever_the_keys_are(layer):
+    keys = jax.random.normal(jax.random.key(8), (3, 33, 3, 3, 16)).astype(jnp.bfloat16)
+    expected = triton.match(keys, layer, 1, INTERPRET)
+    equal = triton.match(jnp.ones_like(keys), layer, 1, INTERPRET)
+    found = triton.match(keys.at[1, 5:9].set(jnp.nan).at[1, 11].set(jnp.inf), layer, 1, INTERPRET)
+    for matching in (equal, found):
+        assert (np.sort(matching.order) == np.arange(33)).all()
+        goals = np.take_along_axis(np.asarray(matching.target), np.asarray(matching.order), axis=1)
+        assert (goals[:, : layer.tokens_out] == np.arange(layer.tokens_out)).all()
+        assert goals.max() < layer.tokens_out
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours[::2], theirs[::2])
+    for ours, theirs in zip(equal, match_tokens(jnp.ones((3, 33, 4)), layer, 1), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
 
 
 @pytest.mark.parametrize("shape", [(2, 77, 48), (1, 5, 64), (3, 1, 384)])
@@ -150,7 +186,8 @@ def test_triton_merges_and_norms(layer, d):
     np.testing.assert_allclose(float64(merged), expected / expected_size[..., None], atol=0.07)
     np.testing.assert_allclose(float64(normed), norm_by_numpy(merged, scale, bias), atol=0.04)
     # What nothing is merged into keeps its value, but for the rounding of the sum.
-    tokens, target, moved = x + branch, np.asarray(matching.target), np.asarray(matching.place) >= t
+    tokens, target, moved = x + branch, np.asarray(matching.target), np.ones((2, n), bool)
+    np.put_along_axis(moved, np.asarray(matching.order[:, :t]), False, axis=1)
     for image in range(2):
         alone = [i for i in range(n) if not moved[image, i] and target[image, i] not in target[image, moved[image]]]
         np.testing.assert_allclose(
@@ -178,17 +215,16 @@ def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done():
     """Triton's intermediate language comes out; what is behind it takes a GPU."""
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 197, 3, 6, 64), (2, 197, 384))]
     size, vector = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 197), (384,)))
-    metric = jax.ShapeDtypeStruct((2, 197, 64), jnp.float32)
     layer = Layer(197, 184, 13)
 
-    def everything(qkv, x, size, scale, metric):
-        matching = match_tokens(metric, layer, 1)
+    def everything(qkv, x, size, scale):
         norm = xla.Affine(scale, scale, 1e-6)
         x, normed = triton.add_and_norm(x, x, norm)
-        return triton.attend((qkv,), size), normed, triton.merge_and_norm(x, x, size, matching, 184, norm)
+        y, metric = triton.attend((qkv,), size)
+        return y, normed, triton.merge_and_norm(x, x, size, triton.match(metric, layer, 1), 184, norm)
 
-    lowered = jax.jit(everything).trace(*shapes, size, vector, metric).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 3
+    lowered = jax.jit(everything).trace(*shapes, size, vector).lower(lowering_platforms=("cuda",))
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 4
 
 
 def test_kernels_that_are_not_to_be_had_are_told():
