@@ -12,9 +12,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from tqdm import tqdm
 
-from fcvit_jax import compiling
+from fcvit_jax import compiling, parallel
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import DTYPES
@@ -40,7 +41,7 @@ class Case:
     """What the contenders of one comparison share.
 
     batches: float32 [m, b, height, width, 3]; the first is timed. references: float32 logits [m b, c] by schedule.
-    kernels: those of our model.
+    kernels, devices: those of our model.
     """
 
     model: str
@@ -50,6 +51,7 @@ class Case:
     batches: np.ndarray
     references: dict[str, np.ndarray]
     dtype: str
+    devices: int = 1
     kernels: str = "xla"
 
     @property
@@ -92,18 +94,21 @@ def random_params(config: ViTConfig) -> dict[str, Any]:
 
 
 def prepare_ours(case: Case) -> Iterator[Contender]:
-    """Our model under every schedule, compiled and checked."""
+    """Our model under every schedule, compiled and checked, its batches spread over the devices."""
     dtype, _ = DTYPES[case.dtype]
+    mesh = parallel.data_mesh(jax.devices()[: case.devices])
     # The weights in the dtype of the computation, as PyTorch's `model.to(dtype)` has them; norms compute in float32.
     params = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if any("norm" in key.key for key in path) else leaf.astype(dtype), case.params
     )
-    images = jnp.asarray(case.batches[0], dtype)
+    params = jax.device_put(params, parallel.replicated(mesh))
+    batches = jax.device_put(case.batches.astype(dtype), NamedSharding(mesh, PartitionSpec(None, "data")))
+    images = batches[0]
     for name, schedule in case.schedules.items():
         started = time.perf_counter()
         call = compile_program(case.config, schedule, case.dtype, params, images, case.kernels)
         seconds = time.perf_counter() - started
-        logits = compute_logits(call, params, case.batches.astype(dtype))
+        logits = compute_logits(call, params, batches)
         difference = largest_difference(f"{case}: {name}", logits, case.references[name], case.dtype)
         # Less than the schedule's, where what nothing reads is not computed.
         executed = flops.executed_gmacs(case.config, schedule)
@@ -114,23 +119,24 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
 
 
 def compile_program(
-    config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: Any, kernels: str = "xla"
+    config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: jax.Array, kernels: str = "xla"
 ) -> Any:
-    """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c]."""
+    """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c], where the images lie."""
     kind, precision = DTYPES[dtype]
     model = ViT(config, schedule, dtype=kind, kernels=kernels)
 
     def forward(params: Any, images: Any) -> jax.Array:
         return model.apply({"params": params}, images)[0]
 
-    call = jax.jit(compiling.in_parts(forward, config.num_tokens, jax.devices()[:1]))
+    devices = images.sharding.device_set
+    call = jax.jit(compiling.in_parts(forward, config.num_tokens, devices))
     with jax.default_matmul_precision(precision):
-        return call.lower(params, images).compile(compiling.options(len(images) * config.num_tokens))
+        return call.lower(params, images).compile(compiling.options(len(images) // len(devices) * config.num_tokens))
 
 
-def compute_logits(call: Any, params: Any, batches: np.ndarray) -> np.ndarray:
+def compute_logits(call: Any, params: Any, batches: jax.Array) -> np.ndarray:
     """Batches [m, b, height, width, 3] -> logits [m b, c]."""
-    return np.concatenate([np.asarray(call(params, jnp.asarray(batch))) for batch in batches])
+    return np.concatenate([np.asarray(call(params, batch)) for batch in batches])
 
 
 def repeat(call: Any, *arguments: jax.Array | dict[str, Any]) -> Run:

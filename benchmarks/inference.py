@@ -31,6 +31,9 @@ timm's modules (pytorch_tome.py); for those that merge in windows there is none.
     compile   tracing and compiling; of torch.compile, the first call
     max diff  the largest difference of a logit from float32's, in standard deviations of the logits
 
+With --devices 2 our model is spread over two GPUs, or a CPU is taken as two devices, each with a part of the cores'
+work; PyTorch computes on one device always.
+
 On Linux, glibc would map fresh memory for every buffer above 32 MiB, which slows both sides on CPU: it is told to keep
 what is freed, as the library's programs tell it, unless MALLOC_... variables say otherwise.
 """
@@ -55,6 +58,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from contenders import (
     DTYPES,
@@ -100,6 +104,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     keep_freed_memory()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory of a GPU to PyTorch
+    if args.devices > 1:
+        with suppress(RuntimeError):  # where JAX has made its devices already
+            jax.config.update("jax_num_cpu_devices", args.devices)
     rows: list[dict[str, Any]] = []
     with one_line_errors():
         check_options(args)
@@ -132,6 +139,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(DTYPES)}")
     told = "of our model: xla, or in bfloat16 on an NVIDIA GPU triton; xla,triton compares them"
     parser.add_argument("--kernels", type=words, default=["xla"], help=told)
+    told = "that our model is spread over; a CPU is taken as so many"
+    parser.add_argument("--devices", type=int, default=1, metavar="N", help=told)
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each contender")
     parser.add_argument("--block_seconds", type=float, default=2.0, help="a block is as many calls as fill this time")
     parser.add_argument("--peer", choices=["timm"], help="time PyTorch too; needs the parity extra")
@@ -153,6 +162,12 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--kernels: {odd[0]!r} is none of {', '.join(OURS)}")
     if "triton" in args.kernels and ("bfloat16" not in args.dtypes or jax.default_backend() != "gpu"):
         raise InputError("--kernels: triton takes an NVIDIA GPU and --dtypes bfloat16: leave it out")
+    if not 1 <= args.devices <= jax.device_count():
+        raise InputError(f"--devices: {args.devices} are asked for, and there are {jax.device_count()}")
+    if odd := [size for size in args.batch_sizes if size % args.devices]:
+        raise InputError(f"--batch_sizes: {odd[0]} images do not spread evenly over {args.devices} devices")
+    if args.devices > 1 and "triton" in args.kernels:
+        raise InputError("--devices: triton's programs compute on one device: leave it, or them, out")
     if args.blocks < 1 or args.block_seconds <= 0:
         raise InputError("--blocks and --block_seconds: both must be positive")
     if args.checkpoint and args.image_size:
@@ -189,14 +204,14 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
         for batch_size in args.batch_sizes:
             shape = (ceil(CHECKED / batch_size), batch_size, *config.image_size, 3)
             batches = np.random.default_rng(0).standard_normal(shape, np.float32)
-            few = batches.reshape(-1, gcd(shape[0] * batch_size, CHECKED), *shape[2:])
+            few = jnp.asarray(batches.reshape(-1, gcd(shape[0] * batch_size, CHECKED), *shape[2:]))
             references = {}
             for key, schedule in tqdm(schedules.items(), desc=f"{name}: reference logits", leave=False):
                 if (which := (key, few.shape[1])) not in programs:
                     programs[which] = compile_program(config, schedule, "float32", params, few[0])
                 references[key] = compute_logits(programs[which], params, few)
             for dtype in args.dtypes:
-                yield Case(name, config, params, schedules, batches, references, dtype)
+                yield Case(name, config, params, schedules, batches, references, dtype, args.devices)
 
 
 def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -219,6 +234,7 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         "image_size": case.config.image_size,
         "batch_size": case.batch_size,
         "dtype": case.dtype,
+        "devices": case.devices,
         "weights": args.checkpoint or "random",
         "blocks": args.blocks,
         "block_seconds": args.block_seconds,
@@ -320,7 +336,8 @@ def print_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> None:
     row = rows[0]
     m, k, n = row["matmul_shape"]
     malloc = "malloc as it comes" if row["malloc"] == "default" else "malloc set"
-    print(f"{case}: {row['device']}, {row['cores']} cores, {malloc}")
+    devices = f"{row['devices']} x " if row["devices"] > 1 else ""
+    print(f"{case}: {devices}{row['device']}, {row['cores']} cores, {malloc}")
     print(f"matmul: {row['matmul_gflops']:.0f} GFLOP/s, [{m}, {k}] x [{k}, {n}]")
     wide = max(len(row["schedule"]) for row in rows) + 2
     first = max(len(row["contender"]) for row in rows) + 2

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -120,10 +120,11 @@ def _leave(status: int) -> None:
     os._exit(status)
 
 
-def data_mesh() -> Mesh:
-    """All devices of all hosts along one axis, "data"."""
+def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
+    """Devices along one axis, "data"; by default all of all hosts."""
+    devices = devices or jax.devices()
     # Auto axes: with the default, Explicit, the class token does not concatenate with sharded patches.
-    return jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -86,6 +86,15 @@ def test_every_contender_gets_a_row_with_its_conditions(run, tmp_path, capsys):
     assert capsys.readouterr().out.count("matmul:") == 2
 
 
+def test_a_batch_is_spread_over_devices(run):
+    rows = run("--devices", "2", "--schedules", "dense,tome_r3")
+    alone = run("--schedules", "dense,tome_r3")
+    assert [row["devices"] for row in rows + alone] == [2, 2, 1, 1]
+    for spread, whole in zip(rows, alone, strict=True):
+        assert spread["gmacs_executed"] == whole["gmacs_executed"]
+        assert spread["memory_bytes"] < whole["memory_bytes"]  # of each device
+
+
 def test_a_wrong_peer_is_not_timed_even_where_rounding_would_hide_it(run, monkeypatch, capsys):
     peer = pytest.importorskip("pytorch_tome")
     attend = peer.attend
@@ -127,6 +136,8 @@ def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys
         ),
         ("--compile", "error: --compile: this is PyTorch's: pass --peer timm with it"),
         ("--checkpoint x --image_size 64", "error: --image_size: the checkpoint has its own: leave it out"),
+        ("--devices 9", "error: --devices: 9 are asked for, and there are 8"),
+        ("--devices 4 --batch_sizes 8,6", "error: --batch_sizes: 6 images do not spread evenly over 4 devices"),
         ("--blocks 0", "error: --blocks and --block_seconds: both must be positive"),
         ("--models vit", "error: unknown model 'vit'"),
     ],
