@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
 from fcvit_jax import compiling, parallel
@@ -106,7 +106,7 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
     images = batches[0]
     for name, schedule in case.schedules.items():
         started = time.perf_counter()
-        call = compile_program(case.config, schedule, case.dtype, params, images, case.kernels)
+        call = compile_program(case.config, schedule, case.dtype, params, images, mesh, case.kernels)
         seconds = time.perf_counter() - started
         logits = compute_logits(call, params, batches)
         difference = largest_difference(f"{case}: {name}", logits, case.references[name], case.dtype)
@@ -119,19 +119,18 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
 
 
 def compile_program(
-    config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: jax.Array, kernels: str = "xla"
+    config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: Any, mesh: Mesh, kernels: str = "xla"
 ) -> Any:
-    """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c], where the images lie."""
+    """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c]."""
     kind, precision = DTYPES[dtype]
     model = ViT(config, schedule, dtype=kind, kernels=kernels)
 
     def forward(params: Any, images: Any) -> jax.Array:
         return model.apply({"params": params}, images)[0]
 
-    devices = images.sharding.device_set
-    call = jax.jit(compiling.in_parts(forward, config.num_tokens, devices))
+    call = jax.jit(compiling.in_parts(forward, config.num_tokens, mesh))
     with jax.default_matmul_precision(precision):
-        return call.lower(params, images).compile(compiling.options(len(images) // len(devices) * config.num_tokens))
+        return call.lower(params, images).compile(compiling.options(len(images) // mesh.size * config.num_tokens))
 
 
 def compute_logits(call: Any, params: Any, batches: jax.Array) -> np.ndarray:

@@ -79,6 +79,7 @@ from fcvit_jax.checkpoint import load_checkpoint, versions, writable_directory
 from fcvit_jax.errors import InputError, one_line_errors
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.schedule import parse_schedules
+from fcvit_jax.parallel import data_mesh
 
 CHECKED = 8  # images at least
 COLOURS = {"fcvit_jax": "#0072b2", "fcvit_jax triton": "#56b4e9", "timm": "#e69f00", "timm compiled": "#d55e00"}
@@ -200,6 +201,7 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
         schedules = parse_schedules(args.schedules, config.depth)
         for schedule in schedules.values():
             schedule.plan(config)  # complains of windows that do not fit before anything is compiled
+        one = data_mesh(jax.devices()[:1])
         programs: dict[tuple[str, int], Any] = {}  # for the references: few images at a time serve all batch sizes
         for batch_size in args.batch_sizes:
             shape = (ceil(CHECKED / batch_size), batch_size, *config.image_size, 3)
@@ -208,7 +210,7 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
             references = {}
             for key, schedule in tqdm(schedules.items(), desc=f"{name}: reference logits", leave=False):
                 if (which := (key, few.shape[1])) not in programs:
-                    programs[which] = compile_program(config, schedule, "float32", params, few[0])
+                    programs[which] = compile_program(config, schedule, "float32", params, few[0], one)
                 references[key] = compute_logits(programs[which], params, few)
             for dtype in args.dtypes:
                 yield Case(name, config, params, schedules, batches, references, dtype, args.devices)

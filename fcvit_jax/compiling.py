@@ -2,10 +2,11 @@
 
 import functools
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import Mesh, PartitionSpec
 
 _OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
 _TOKENS = 3200  # 16 images of 197, of 3,152
@@ -37,35 +38,40 @@ def _accepted(backend: str) -> dict[str, Any] | None:
     return wanted
 
 
-def in_parts(call: Callable[..., Any], tokens: int, devices: Iterable[Any]) -> Callable[..., Any]:
-    """`call(params, *batch)`, for `part_size` images of so many tokens at a time, one part after the other.
+def in_parts(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callable[..., Any]:
+    """`call(params, *batch)`, on every device for `part_size` images of so many tokens at a time, one after the other.
 
-    Every array of the batch and of what is returned has an axis of images in front.
+    Every array of the batch and of what is returned has an axis of images in front, which is spread over the mesh.
     """
 
-    def in_one(params: Any, *batch: Any) -> Any:
-        images = len(jax.tree.leaves(batch)[0])
-        size = part_size(images, tokens, devices)
-        if size == images:
-            return call(params, *batch)
+    def by_parts(size: int, params: Any, *batch: Any) -> Any:
         parts = jax.tree.map(lambda rows: rows.reshape(-1, size, *rows.shape[1:]), batch)
         found = jax.lax.map(lambda part: call(params, *part), parts)
         return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), found)
 
-    devices = tuple(devices)
+    def in_one(params: Any, *batch: Any) -> Any:
+        images = len(jax.tree.leaves(batch)[0]) // mesh.size
+        size = part_size(images, tokens, mesh.devices.flat[0].platform)
+        if size == images:
+            return call(params, *batch)
+        here = functools.partial(by_parts, size)
+        if mesh.size > 1:
+            specs = PartitionSpec(), *[PartitionSpec("data")] * len(batch)
+            here = jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False)
+        return here(params, *batch)
+
     in_one.__name__ = getattr(call, "func", call).__name__  # of the program, in profiles and in the cache
     return in_one
 
 
-def part_size(images: int, tokens: int, devices: Iterable[Any]) -> int:
-    """How many images of a batch, each of so many tokens, a program should compute at a time; they divide the batch.
+def part_size(images: int, tokens: int, platform: str) -> int:
+    """How many of a device's images, each of so many tokens, it should compute at a time; they divide the images.
 
-    On one CPU at most about 3,200 tokens: what lies between the products of more falls out of the caches, by which a
+    On a CPU at most about 3,200 tokens: what lies between the products of more falls out of the caches, by which a
     dense ViT-S at batch 32 loses an eighth of its speed (docs/performance.md). All on other devices, and where no
     divisor is at least half of that.
     """
-    first, *others = devices
-    if others or first.platform != "cpu":
+    if platform != "cpu":
         return images
     most = min(images, max(1, _TOKENS // tokens))
     size = largest_divisor(images, most)

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from fcvit_jax import compiling
+from fcvit_jax import compiling, parallel
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +39,7 @@ def test_an_option_that_xla_has_not_is_left_out(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("batch_size", "tokens", "size"),
+    ("images", "tokens", "size"),
     [
         (32, 197, 16),
         (8, 197, 8),
@@ -53,14 +53,13 @@ def test_an_option_that_xla_has_not_is_left_out(monkeypatch):
         (3, 4000, 1),
     ],
 )
-def test_a_cpu_computes_about_3200_tokens_at_a_time(batch_size, tokens, size):
-    (cpu,) = jax.devices("cpu")[:1]
-    assert compiling.part_size(batch_size, tokens, [cpu]) == size
-    assert compiling.part_size(batch_size, tokens, [cpu, cpu]) == batch_size
+def test_a_cpu_computes_about_3200_tokens_at_a_time(images, tokens, size):
+    assert compiling.part_size(images, tokens, "cpu") == size
+    assert compiling.part_size(images, tokens, "gpu") == images
 
 
-@pytest.mark.parametrize("size", [6, 3, 2, 1])
-def test_parts_come_together_in_order(size, monkeypatch):
+@pytest.mark.parametrize(("size", "devices"), [(6, 1), (3, 1), (2, 1), (1, 1), (3, 2), (1, 2), (1, 3)])
+def test_parts_come_together_in_order(size, devices, monkeypatch):
     seen = []
 
     def call(params, x, pair):
@@ -69,9 +68,12 @@ def test_parts_come_together_in_order(size, monkeypatch):
 
     x, y = jnp.arange(24.0).reshape(6, 4), jnp.arange(6)
     monkeypatch.setattr(compiling, "_TOKENS", 10 * size)
-    program = jax.jit(compiling.in_parts(call, 10, jax.devices("cpu")[:1]))
+    mesh = parallel.data_mesh(jax.devices("cpu")[:devices])
+    x, y = jax.device_put((x, y), parallel.batched(mesh))
+    program = jax.jit(compiling.in_parts(call, 10, mesh))
     found = program(2.0, x, (y, x))
-    assert set(seen) == {size}
+    assert set(seen) == {6 if devices * size == 6 else size}  # without parts all devices' images are traced as one
+    assert found["sum"].sharding.is_equivalent_to(parallel.batched(mesh), 1)
     assert "jit_call" in program.lower(2.0, x, (y, x)).as_text()
     assert found["sum"].tolist() == (2 * x.sum(axis=1)).tolist()
     assert found["pair"][0].tolist() == [1, 2, 3, 4, 5, 6]

@@ -84,17 +84,20 @@ def test_every_image_counts_once_on_any_number_of_devices(params, batch_size, de
 
 
 @pytest.mark.parametrize("labels", [np.array([3, 0, 5, 6, 2, 1, 0, 4]), np.array([[3, 0], [5, -1]] * 4)])
-def test_a_batch_in_parts_has_the_outcome_of_the_whole(params, labels, monkeypatch):
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_batch_in_parts_has_the_outcome_of_the_whole(params, labels, devices, monkeypatch):
     images = jnp.asarray(np.random.default_rng(0).integers(0, 256, (8, 16, 16, 3), np.uint8))
     mask = jnp.asarray([True] * 7 + [False])
     several = labels.shape[1] if labels.ndim > 1 else 1
     labels, model = jnp.asarray(labels, jnp.int32), ViT(CONFIG, MergeSchedule.parse("tome_r3", 3))
     whole, logits = eval_step(model, PREPROCESS, (0, 3, 4, 5), params, images, labels, mask)
     monkeypatch.setattr(compiling, "_TOKENS", 2 * CONFIG.num_tokens)
-    step = compile_step(model, PREPROCESS, params, 8, mesh_of(1), "float32", (0, 3, 4, 5), several)
+    mesh = mesh_of(devices)
+    params = jax.device_put(params, parallel.replicated(mesh))
+    step = compile_step(model, PREPROCESS, params, 8, mesh, "float32", (0, 3, 4, 5), several)
     if jax.default_backend() == "cpu":
-        assert "f32[4,2,7]" in str(step.call.as_text())  # two images at a time
-    found, in_parts = step.call(params, images, labels, mask)
+        assert f"f32[{4 // devices},2,7]" in str(step.call.as_text())  # two images at a time
+    found, in_parts = step.call(params, *jax.device_put((images, labels, mask), parallel.batched(mesh)))
     np.testing.assert_allclose(in_parts, logits, atol=1e-5)
     jax.tree.map(np.testing.assert_array_equal, found, whole)
 
