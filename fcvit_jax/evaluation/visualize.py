@@ -13,13 +13,13 @@ to it. Prefix tokens (class, registers) never merge, and are not counted.
 
 import argparse
 import contextlib
+import functools
 import glob
 import io
 import itertools
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
+from fcvit_jax import compiling
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, writable_directory
 from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.preprocess import Preprocess
@@ -59,11 +60,16 @@ def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray)
     """
     config = checkpoint.config
     with jax.default_matmul_precision("highest"):  # as accuracy is measured: coarser keys merge other tokens
-        sources = _sources(ViT(config, schedule), checkpoint.preprocess, checkpoint.params, images)
+        compiled = _compiled(len(images) * config.num_tokens)
+        sources = compiled(ViT(config, schedule), checkpoint.preprocess, checkpoint.params, images)
     return [np.asarray(source).reshape(-1, *config.grid) - np.int32(config.num_prefix_tokens) for source in sources]
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@functools.cache
+def _compiled(tokens: int) -> Callable[..., list[jax.Array]]:
+    return jax.jit(_sources, static_argnums=(0, 1), compiler_options=compiling.options(tokens))
+
+
 def _sources(model: ViT, preprocess: Preprocess, params: Any, images: jax.Array) -> list[jax.Array]:
     out: Any = model.apply({"params": params}, preprocess.normalize(images))[1]
     return [layer["source"] for layer in out["layers"]]
