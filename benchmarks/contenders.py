@@ -6,6 +6,7 @@ Each is built, warmed up and, if a model, checked: its logits against those of o
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import prod, sqrt
 from typing import Any
 
@@ -22,7 +23,7 @@ from fcvit_jax.evaluation.accuracy import DTYPES
 from fcvit_jax.models import flops
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViT
+from fcvit_jax.models.vit import ViT, cast_params
 
 # How far logits may be from float32's, in standard deviations of those: typically, and in any image. Where two
 # proposals are equal but for rounding, another token merges, which moves the logits of that image. In float32 that is
@@ -97,11 +98,8 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
     """Our model under every schedule, compiled and checked, its batches spread over the devices."""
     dtype, _ = DTYPES[case.dtype]
     mesh = parallel.data_mesh(jax.devices()[: case.devices])
-    # The weights in the dtype of the computation, as PyTorch's `model.to(dtype)` has them; norms compute in float32.
-    params = jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if any("norm" in key.key for key in path) else leaf.astype(dtype), case.params
-    )
-    params = jax.device_put(params, parallel.replicated(mesh))
+    # As PyTorch's `model.to(dtype)` has them.
+    params = jax.device_put(cast_params(case.params, dtype), parallel.replicated(mesh))
     batches = jax.device_put(case.batches.astype(dtype), NamedSharding(mesh, PartitionSpec(None, "data")))
     images = batches[0]
     for name, schedule in case.schedules.items():
@@ -207,5 +205,5 @@ def prepare_matmuls(case: Case) -> dict[Shape, Run]:
     for m, k, n in [*((side, side, side) for side in sides), (tokens, width, hidden), (tokens, hidden, width)]:
         a, b = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(m, k), (k, n)]))
         with jax.default_matmul_precision(precision):
-            runs[m, k, n] = repeat(jax.jit(jnp.matmul).lower(a, b).compile(), a, b)
+            runs[m, k, n] = repeat(jax.jit(partial(compiling.einsum, "mk,kn->mn")).lower(a, b).compile(), a, b)
     return runs

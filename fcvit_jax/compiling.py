@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
 _OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
@@ -90,3 +91,18 @@ def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax
     The barrier keeps it from undoing the reshape.
     """
     return function(jax.lax.optimization_barrier(x.reshape(-1))).reshape(x.shape)
+
+
+def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """As `jnp.einsum`; on CPU in bfloat16 by sums that are float32 until they are rounded in the end.
+
+    For those XLA's library has the matrix units of CPUs (AMX); sums of bfloat16 take six times as long.
+    """
+    plain = functools.partial(jnp.einsum, subscripts)
+    if x.dtype != jnp.bfloat16:
+        return plain(x, y)
+
+    def round_sums(x: jax.Array, y: jax.Array) -> jax.Array:
+        return plain(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, y, cpu=round_sums, default=plain)

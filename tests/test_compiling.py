@@ -1,5 +1,9 @@
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from fcvit_jax import compiling, parallel
@@ -78,3 +82,32 @@ def test_parts_come_together_in_order(size, devices, monkeypatch):
     assert found["sum"].tolist() == (2 * x.sum(axis=1)).tolist()
     assert found["pair"][0].tolist() == [1, 2, 3, 4, 5, 6]
     assert found["pair"][1].tolist() == x.tolist()
+
+
+@pytest.mark.parametrize("subscripts", ["nd,dm->nm", "bjn,bnd->bjd"])
+def test_products_of_bfloat16_are_float32_until_the_end_on_cpu_alone(subscripts):
+    shapes = [tuple({"b": 2}.get(letter, 64) for letter in part) for part in subscripts.split("->")[0].split(",")]
+    x, y = (jax.random.normal(jax.random.key(i), shape, jnp.bfloat16) for i, shape in enumerate(shapes))
+    product = jax.jit(partial(compiling.einsum, subscripts))
+
+    def dots(platform, *arguments):
+        text = product.trace(*arguments).lower(lowering_platforms=(platform,)).as_text()
+        return re.findall(r"stablehlo\.dot_general.*-> tensor<[\dx]*x(\w+)>", text)
+
+    assert dots("cpu", x, y) == ["f32"]
+    assert dots("cuda", x, y) == ["bf16"]
+    wide = x.astype(jnp.float32), y.astype(jnp.float32)
+    assert dots("cpu", *wide) == ["f32"]
+    with jax.default_matmul_precision("highest"):
+        expected = jnp.einsum(subscripts, *wide)
+    found = product(x, y)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_allclose(found.astype(jnp.float32), expected, rtol=2**-8, atol=1e-5)
+
+    def total(x, y):
+        return jnp.sum(product(x, y).astype(jnp.float32) ** 2)
+
+    for gradient, like in zip(jax.grad(total, (0, 1))(x, y), (x, y), strict=True):
+        assert gradient.dtype == like.dtype
+    for gradient, exact in zip(jax.grad(total, (0, 1))(x, y), jax.grad(total, (0, 1))(*wide), strict=True):
+        np.testing.assert_allclose(gradient.astype(jnp.float32), exact, atol=0.02 * float(jnp.abs(exact).max()))

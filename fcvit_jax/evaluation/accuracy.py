@@ -29,6 +29,13 @@ DTYPES = {
 }
 
 
+def computation(dtype: str) -> tuple[Any, str]:
+    """The entry of `DTYPES`. Raises InputError where there is none."""
+    if dtype not in DTYPES:
+        raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
 class Outcome(NamedTuple):
     """What became of the rows of one batch under one schedule.
 
@@ -114,10 +121,8 @@ def compile_step(
     of `DTYPES`; it replaces the model's own, and so do the kernels that `choose_kernels` picks. scored,
     labels_per_image: as the `Source` has them.
     """
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
     parallel.check_batch_size(batch_size, mesh)
-    compute, precision = DTYPES[dtype]
+    compute, precision = computation(dtype)
     model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ from fcvit_jax.data import imagenet
 from fcvit_jax.data.labels import match_head, real_labels
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import DTYPES
+from fcvit_jax.evaluation.accuracy import DTYPES, computation
 from fcvit_jax.models import zoo
 from fcvit_jax.models.kernels import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
+from fcvit_jax.models.vit import cast_params
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,11 @@ class Job:
     checkpoint: Checkpoint
     schedules: dict[str, MergeSchedule]
     reported: float | None
+
+    @cached_property
+    def params(self) -> Any:
+        """Those of the checkpoint, in the dtype of the computation."""
+        return cast_params(self.checkpoint.params, computation(self.settings.dtype)[0])
 
     @property
     def num_records(self) -> int:

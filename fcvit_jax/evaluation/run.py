@@ -102,7 +102,7 @@ def compile_steps(job: Job) -> dict[str, CompiledStep]:
         name: compile_step(
             ViT(checkpoint.config, schedule),
             checkpoint.preprocess,
-            checkpoint.params,
+            job.params,
             settings.batch_size,
             job.mesh,
             settings.dtype,
@@ -134,7 +134,7 @@ def count(job: Job, steps: Mapping[str, CompiledStep], compare: Compiled | None,
             stack.callback(lambda: None if journal.parts else forget(job.workdir))
         batches = stack.enter_context(contextlib.closing(read(job, done)))
         bar = stack.enter_context(progress(desc="evaluating", total=total, initial=min(done * size, total), unit="img"))
-        for batch, outcomes, logits in classify(steps, job.checkpoint.params, batches, compare, times):
+        for batch, outcomes, logits in classify(steps, job.params, batches, compare, times):
             with times("on the host"):
                 part = collect(batch, outcomes, job.mesh)
                 if writer:
@@ -194,7 +194,7 @@ def measure(job: Job, steps: Mapping[str, CompiledStep], times: Times) -> dict[s
     with contextlib.closing(read(job, limit=min(job.settings.batch_size, job.num_records))) as one:
         batch = next(one)
     with times("timing"), progress(desc="timing", total=blocks * len(steps), unit="block") as bar:
-        return measure_throughput(steps, job.checkpoint.params, batch, blocks, on_block=bar.update)
+        return measure_throughput(steps, job.params, batch, blocks, on_block=bar.update)
 
 
 def write(job: Job, outcomes: Outcomes, times: Times) -> None:

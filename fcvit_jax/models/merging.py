@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.compiling import in_one_axis
+from fcvit_jax.compiling import einsum, in_one_axis
 from fcvit_jax.models.schedule import Layer
 
 
@@ -134,7 +134,7 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: 
     if x.dtype != jnp.float32:
         into = jnp.where(matching.target[:, None, :] == slots, size[:, None, :], 0.0)
         total = into.sum(axis=-1)
-        return jnp.einsum("bjn,bnd->bjd", (into / total[..., None]).astype(x.dtype), x), total
+        return einsum("bjn,bnd->bjd", (into / total[..., None]).astype(x.dtype), x), total
     order = matching.order
     staying, leaving = order[:, :tokens_out], order[:, tokens_out:]
     kept, gone = _take_rows(x, staying), _take_rows(x, leaving)

@@ -106,6 +106,13 @@ class ViT(nn.Module):
         return out["head_logits"].mean(axis=1), out
 
 
+def cast_params(params: Any, dtype: Any) -> Any:
+    """The parameters as a model of this dtype casts them, once instead of in every call: all but the norms'."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if any("norm" in key.key for key in path) else leaf.astype(dtype), params
+    )
+
+
 class Embedding(nn.Module):
     """Patches, prefix tokens and positions: images [b, height, width, 3] -> [b, n, d]."""
 

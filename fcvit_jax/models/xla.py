@@ -37,10 +37,14 @@ def attend(parts: tuple[jax.Array, ...], size: jax.Array | None) -> tuple[jax.Ar
     q *= jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     bias = None if size is None else in_one_axis(jnp.log, size)[:, None, None, :]
     if q.dtype == jnp.float32:
-        y = _attend_float32(q, k, v, bias)
+        y = _attend_and_divide(q, k, v, bias)
     else:
-        y = jnp.einsum("bhqn,bhnk->bhqk", nn.softmax(_logits(q, k, bias)).astype(q.dtype), v)
-    return y.transpose(0, 2, 1, 3), k.astype(jnp.float32).mean(axis=1)
+        y = jax.lax.platform_dependent(q, k, v, bias, cpu=_attend_and_divide, default=_attend_by_softmax)
+    return y.astype(q.dtype).transpose(0, 2, 1, 3), k.astype(jnp.float32).mean(axis=1)
+
+
+def _attend_by_softmax(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return jnp.einsum("bhqn,bhnk->bhqk", nn.softmax(_logits(q, k, bias)).astype(q.dtype), v).astype(jnp.float32)
 
 
 def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
@@ -48,8 +52,8 @@ def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
     return logits if bias is None else logits + bias
 
 
-def _attend_float32(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Attention divided by the sums of its weights after the product, which is smaller than they: faster on CPU.
+def _attend_and_divide(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """Attention, as float32, divided by the sums of its weights after the product, which is smaller: faster on CPU.
 
     The library that XLA has for CPUs does it in one pass for up to 256 keys. Up to 400 are attended in two halves, on
     every device, and more by a few heads at a time on CPU.
@@ -74,7 +78,8 @@ def _weigh(
     logits = _logits(q, k[:, :, keys], None if bias is None else bias[..., keys])
     most = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - most)
-    return jnp.einsum("bhqn,bhnk->bhqk", weights, v[:, :, keys]), weights.sum(axis=-1, keepdims=True), most
+    y = jnp.einsum("bhqn,bhnk->bhqk", weights.astype(v.dtype), v[:, :, keys], preferred_element_type=jnp.float32)
+    return y, weights.sum(axis=-1, keepdims=True), most
 
 
 def _attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -10,7 +10,7 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.merging import unmerge_tokens
 from fcvit_jax.models.schedule import Global, Local, MergeSchedule
-from fcvit_jax.models.vit import ViT
+from fcvit_jax.models.vit import ViT, cast_params
 
 TINY = ViTConfig(image_size=(32, 48), patch_size=8, embed_dim=24, depth=4, num_heads=3, mlp_dim=48, num_classes=7)
 
@@ -123,6 +123,20 @@ def test_bfloat16_stays_near_float32_with_float32_logits(schedule):
     # Where bfloat16 flips a match the logits move; the dense model only rounds.
     assert np.abs(full - low).max() < (0.15 if schedule is None else 1.5)
     assert not np.array_equal(full, low)
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"layer_scale": 0.1, "pre_norm": True}, {"dist_token": True, "pool": "dist_avg"}]
+)
+def test_parameters_cast_beforehand_give_the_same_to_the_last_bit(fields):
+    config = replace(TINY, **fields)
+    params = random_params(config)
+    cast = cast_params(params, jnp.bfloat16)
+    kinds = {leaf.dtype for leaf in jax.tree.leaves(cast)}
+    assert kinds == {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}
+    assert cast["norm"]["scale"] is params["norm"]["scale"]
+    plain, ours = (apply(config, "tome_r5", p, dtype=jnp.bfloat16)[0] for p in (params, cast))
+    np.testing.assert_array_equal(plain, ours)
 
 
 def test_remat_gives_the_same_gradient():
