@@ -93,16 +93,19 @@ def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax
     return function(jax.lax.optimization_barrier(x.reshape(-1))).reshape(x.shape)
 
 
-def einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
-    """As `jnp.einsum`; on CPU in bfloat16 by sums that are float32 until they are rounded in the end.
+def einsum(
+    subscripts: str, x: jax.Array, y: jax.Array, finish: Callable[[jax.Array], jax.Array] = lambda sums: sums
+) -> jax.Array:
+    """As `jnp.einsum`, and `finish` of that; on CPU in bfloat16 by float32 sums, finished before they are rounded.
 
-    For those XLA's library has the matrix units of CPUs (AMX); sums of bfloat16 take six times as long.
+    For those XLA's library has the matrix units of CPUs (AMX); sums of bfloat16 take six times as long, and every
+    rounding about as long as reading what is rounded. finish: of any float dtype, with no products of its own.
     """
-    plain = functools.partial(jnp.einsum, subscripts)
-    if x.dtype != jnp.bfloat16:
-        return plain(x, y)
+
+    def plain(x: jax.Array, y: jax.Array) -> jax.Array:
+        return finish(jnp.einsum(subscripts, x, y))
 
     def round_sums(x: jax.Array, y: jax.Array) -> jax.Array:
-        return plain(x, y, preferred_element_type=jnp.float32).astype(x.dtype)
+        return finish(jnp.einsum(subscripts, x, y, preferred_element_type=jnp.float32)).astype(x.dtype)
 
-    return jax.lax.platform_dependent(x, y, cpu=round_sums, default=plain)
+    return plain(x, y) if x.dtype != jnp.bfloat16 else jax.lax.platform_dependent(x, y, cpu=round_sums, default=plain)
