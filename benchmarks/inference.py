@@ -4,7 +4,7 @@
     python benchmarks/inference.py --peer timm --compile --json cpu.jsonl --plot cpu.png
     python benchmarks/inference.py --models vit_base_patch16_224 --batch_sizes 1,8 --schedules dense,s2winc7_r16
 
-The GPU table of docs/performance.md, on a machine with an NVIDIA GPU, after pip install -e ".[cuda,parity]":
+On a machine with an NVIDIA GPU, all of what docs/performance.md has a part of, after pip install -e ".[cuda,parity]":
 
     python benchmarks/inference.py --models vit_small_patch16_224,vit_base_patch16_224,vit_large_patch16_224 \\
         --batch_sizes 1,64,256 --dtypes bfloat16 --schedules dense,tome_r8,s2dfe_r8,s2winc7_r8 \\
@@ -31,8 +31,8 @@ timm's modules (pytorch_tome.py); for those that merge in windows there is none.
     compile   tracing and compiling; of torch.compile, the first call
     max diff  the largest difference of a logit from float32's, in standard deviations of the logits
 
-With --devices 2 our model is spread over two GPUs, or a CPU is taken as two devices, each with a part of the cores'
-work; PyTorch computes on one device always.
+With --devices 2 our model is spread over two GPUs, and held against the matmul of both, but not against PyTorch, which
+computes on one; or a CPU is taken as two devices, each with a part of the work of the cores.
 
 On Linux, glibc would map fresh memory for every buffer above 32 MiB, which slows both sides on CPU: it is told to keep
 what is freed, as the library's programs tell it, unless MALLOC_... variables say otherwise.
@@ -244,6 +244,7 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         "matmul_shape": best,
         **describe_machine(args.peer),
     }
+    cards = 1 if jax.default_backend() == "cpu" else case.devices  # whose matmul is that of one
     medians = [statistics.median(rates) * case.batch_size for rates in calls_per_second]
     rates = {(c.name, c.schedule): rate for c, rate in zip(contenders, medians, strict=False)}
     executed = {(c.name, c.schedule): c.executed_gmacs for c in contenders}
@@ -254,7 +255,9 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         cut = flops.gmacs(case.config) / flops.gmacs(case.config, schedule)
         dense = rates.get((contender.name, "dense"))
         cut_executed = executed.get((contender.name, "dense"), 0.0) / contender.executed_gmacs
-        timm = [rates[key] for key in rates if key[0].startswith("timm") and key[1] == contender.schedule]
+        ours, key = not contender.name.startswith("timm"), contender.schedule
+        timm = [rates[each] for each in rates if each[0].startswith("timm") and each[1] == key] if cards == 1 else []
+        peak = flops_per_second[best] * (cards if ours else 1)
         rows.append(
             {
                 "contender": contender.name,
@@ -266,7 +269,7 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "memory_bytes": contender.bytes,
                 "gmacs": flops.gmacs(case.config, schedule),
                 "gmacs_executed": contender.executed_gmacs,
-                "peak_share": 2e9 * contender.executed_gmacs * rate / flops_per_second[best],
+                "peak_share": 2e9 * contender.executed_gmacs * rate / peak,
                 "over_dense": rate / dense if dense else None,
                 "gmacs_cut": cut,
                 "of_cut": rate / dense / cut if dense else None,
@@ -338,8 +341,8 @@ def print_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> None:
     row = rows[0]
     m, k, n = row["matmul_shape"]
     malloc = "malloc as it comes" if row["malloc"] == "default" else "malloc set"
-    devices = f"{row['devices']} x " if row["devices"] > 1 else ""
-    print(f"{case}: {devices}{row['device']}, {row['cores']} cores, {malloc}")
+    devices = f" as {row['devices']} devices" if row["devices"] > 1 else ""
+    print(f"{case}: {row['device']}{devices}, {row['cores']} cores, {malloc}")
     print(f"matmul: {row['matmul_gflops']:.0f} GFLOP/s, [{m}, {k}] x [{k}, {n}]")
     wide = max(len(row["schedule"]) for row in rows) + 2
     first = max(len(row["contender"]) for row in rows) + 2

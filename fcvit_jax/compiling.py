@@ -15,13 +15,13 @@ _FEW = 1024  # tokens
 
 
 def options(tokens: int) -> dict[str, Any] | None:
-    """What to hand to `lowered.compile(...)`, for a program that computes so many tokens, of all images on a device.
+    """Compiler options, for `jax.jit` or `compile`, of a program that computes so many tokens on a device at a call.
 
     On CPU, XLA's older emitter of fused loops: models that merge compile in 0.6 of the time with it, dense ones, and
     gradients, in up to 2.4 times of it. On GPUs, where there are many tokens, matrix products by NVIDIA's library
-    alone: XLA else compiles programs of its own for every product, to find the fastest, which takes four times as long
-    and gains something for the few tokens of one image only (docs/performance.md). None where XLA_FLAGS decides it, and
-    where this XLA knows no such option.
+    alone: XLA else compiles programs of its own for every product, to find the fastest, which takes two to eight times
+    as long and gains something for the few tokens of one image only (docs/performance.md). None elsewhere, where
+    XLA_FLAGS decides it, and where this XLA knows no such option.
     """
     backend = jax.default_backend()
     return None if backend == "gpu" and tokens < _FEW else _accepted(backend)
@@ -96,10 +96,10 @@ def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax
 def einsum(
     subscripts: str, x: jax.Array, y: jax.Array, finish: Callable[[jax.Array], jax.Array] = lambda sums: sums
 ) -> jax.Array:
-    """As `jnp.einsum`, and `finish` of that; on CPU in bfloat16 by float32 sums, finished before they are rounded.
+    """As `jnp.einsum` of two arrays of one float dtype, and `finish` of that, which returns the dtype that it is given.
 
-    For those XLA's library has the matrix units of CPUs (AMX); sums of bfloat16 take six times as long, and every
-    rounding about as long as reading what is rounded. finish: of any float dtype, with no products of its own.
+    On CPU in bfloat16 the sums are float32, and rounded when they are finished: for those XLA's library has the matrix
+    units of CPUs (AMX); sums of bfloat16 take five times as long, and each rounding as long as reading what is rounded.
     """
 
     def plain(x: jax.Array, y: jax.Array) -> jax.Array:

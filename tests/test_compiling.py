@@ -111,3 +111,23 @@ def test_products_of_bfloat16_are_float32_until_the_end_on_cpu_alone(subscripts)
         assert gradient.dtype == like.dtype
     for gradient, exact in zip(jax.grad(total, (0, 1))(x, y), jax.grad(total, (0, 1))(*wide), strict=True):
         np.testing.assert_allclose(gradient.astype(jnp.float32), exact, atol=0.02 * float(jnp.abs(exact).max()))
+
+
+def test_sums_are_finished_before_they_are_rounded_on_cpu_alone():
+    x, y = (jax.random.normal(jax.random.key(i), (64, 64), jnp.bfloat16) for i in range(2))
+    seen = []
+
+    def finish(sums):
+        seen.append(sums.dtype)
+        return sums + jnp.full((), 100.0, sums.dtype)
+
+    product = jax.jit(lambda x, y: compiling.einsum("nd,dm->nm", x, y, finish))
+    found = product(x, y)
+    assert set(seen) == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}  # of both platforms
+    wide = x.astype(jnp.float32), y.astype(jnp.float32)
+    once = np.asarray((jnp.einsum("nd,dm->nm", *wide) + 100.0).astype(jnp.bfloat16))
+    twice = np.asarray(jnp.einsum("nd,dm->nm", *wide).astype(jnp.bfloat16) + jnp.bfloat16(100.0))
+    if jax.default_backend() == "cpu":
+        assert (np.asarray(found) != once).mean() < 0.01  # but for the order of the sums
+        assert (twice != once).mean() > 0.01
+    assert product(*wide).dtype == jnp.float32

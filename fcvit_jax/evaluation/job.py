@@ -74,7 +74,7 @@ class Job:
 
     @cached_property
     def params(self) -> Any:
-        """Those of the checkpoint, in the dtype of the computation."""
+        """Those of the checkpoint, in the dtype of the computation; in bfloat16 both are on the devices."""
         return cast_params(self.checkpoint.params, computation(self.settings.dtype)[0])
 
     @property

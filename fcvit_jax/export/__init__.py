@@ -26,10 +26,10 @@ from tqdm import tqdm
 from fcvit_jax.checkpoint import Checkpoint, check_target, flat_params, load_checkpoint, staged, versions
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import DTYPES
+from fcvit_jax.evaluation.accuracy import computation
 from fcvit_jax.evaluation.logits import file_name
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
-from fcvit_jax.models.vit import ViT
+from fcvit_jax.models.vit import ViT, cast_params
 
 FORMAT = 1
 ENTRIES = frozenset(
@@ -69,17 +69,16 @@ def export(
     batch_sizes = (batch_sizes,) if isinstance(batch_sizes, int) else tuple(batch_sizes)
     if not batch_sizes or min(batch_sizes) < 1:
         raise InputError(f"batch_sizes is {batch_sizes}: give at least one, each 1 or more")
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
+    compute, precision = computation(dtype)
     if not platforms or set(platforms) - set(PLATFORMS):
         raise InputError(f"platforms is {','.join(platforms)!r}: choose some of {', '.join(PLATFORMS)}")
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
-    config, (compute, precision) = checkpoint.config, DTYPES[dtype]
+    config = checkpoint.config
     named = parse_schedules(str(schedules), config.depth)
     for schedule in named.values():
         schedule.plan(config)  # does it fit?
-    weights = {name: _as_used(name, array, compute) for name, array in flat_params(checkpoint.params).items()}
+    weights = cast_params(flat_params(checkpoint.params), compute)
 
     with staged(path) as staging:
         # numpy's format has no name for bfloat16: its bits are kept as uint16.
@@ -120,11 +119,6 @@ def export(
         }
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path
-
-
-def _as_used(name: str, array: np.ndarray, compute: Any) -> np.ndarray:
-    """A parameter in the dtype that the model casts it to before its use. The norms cast theirs to none."""
-    return array if "norm" in name else array.astype(compute)
 
 
 def _classifier(model: ViT, preprocess: Preprocess, features: bool) -> Callable[..., Any]:

@@ -38,7 +38,7 @@ def kernels_of(name: str) -> Kernels:
     """The kernels of a name of `KERNELS`."""
     if name == "xla":
         return Kernels(xla.attend, match_tokens, xla.add_and_norm, xla.merge_and_norm)
-    from fcvit_jax.models import triton  # there may be none in a JAX for other devices
+    from fcvit_jax.models import triton, triton_matching  # there may be none in a JAX for other devices
 
-    ours = triton.attend, triton.match, triton.add_and_norm, triton.merge_and_norm
+    ours = triton.attend, triton_matching.match, triton.add_and_norm, triton.merge_and_norm
     return Kernels(*(partial(kernel, interpret=name == "interpreted") for kernel in ours))

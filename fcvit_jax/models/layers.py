@@ -1,7 +1,7 @@
 """What a block of the Vision Transformer is made of: attention, MLP and norms, on tokens [b, n, d].
 
-Parameters are float32; `dtype` is that of the computation. Shape letters: b batch, n tokens, t tokens after merging,
-d width, h heads, k head width, m MLP width.
+Parameters are float32, or cast beforehand (`vit.cast_params`); `dtype` is that of the computation. Shape letters: b
+batch, n tokens, t tokens after merging, d width, h heads, k head width, m MLP width.
 """
 
 import math
@@ -39,6 +39,9 @@ def multiply(
     return einsum("nd,dm->nm", x.reshape(-1, x.shape[-1]), kernel, finish)
 
 
+_init = nn.initializers.xavier_uniform()
+
+
 class Dense(nn.Module):
     """[b, n, d] -> [b, n, features], and an elementwise function of that."""
 
@@ -51,9 +54,6 @@ class Dense(nn.Module):
         kernel = self.param("kernel", _init, (x.shape[-1], self.features)).astype(self.dtype)
         bias = self.param("bias", nn.initializers.zeros, (self.features,)).astype(self.dtype)
         return multiply(x, kernel, bias, self.activation)
-
-
-_init = nn.initializers.xavier_uniform()
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
@@ -105,8 +105,8 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention in [b, n, d], of the first `queries` tokens, q of them, to all.
 
-    Returns the output [b, q, d] and the keys' mean over the heads, float32 [b, n, k]. With `size` [b, n], attention is
-    proportional to it, unless the configuration says otherwise.
+    Returns the output [b, q, d], and what `match` of the same kernels compares tokens by. With `size` [b, n], attention
+    is proportional to it, unless the configuration says otherwise.
     """
 
     config: ViTConfig
@@ -118,9 +118,9 @@ class Attention(nn.Module):
         config = self.config
         batch, _, width = x.shape
         parts = QKV(config, self.dtype, name="qkv")(x, queries)
-        y, keys = kernels_of(self.kernels).attend(parts, size if config.proportional_attention else None)
+        y, metric = kernels_of(self.kernels).attend(parts, size if config.proportional_attention else None)
         y = y.reshape(batch, queries, width)
-        return Dense(width, self.dtype, name="proj")(y), keys
+        return Dense(width, self.dtype, name="proj")(y), metric
 
 
 class QKV(nn.Module):

@@ -1,10 +1,10 @@
 """The model's memory-bound parts for NVIDIA GPUs, each in one pass over memory: Pallas kernels that Triton compiles.
 
-XLA writes the logits of attention to memory, and cuDNN takes no bias that is the same for all queries; LayerNorm,
-matching and merging pass over the tokens several times. `kernels` chooses them; `docs/performance.md` has what each is
-worth. Forward only. `interpret` computes them without a GPU, slowly.
+XLA writes the logits of attention to memory, and cuDNN takes no bias that is the same for all queries; LayerNorm and
+merging pass over the tokens several times, as does matching, which is in `triton_matching`. `kernels` chooses them;
+`docs/performance.md` has what each is worth. Forward only. `interpret` computes them without a GPU, slowly.
 
-Shape letters: b batch, n tokens in, t tokens out, d width, h heads, k head width, w windows.
+Shape letters: b batch, n tokens in, t tokens out, d width, h heads, k head width.
 """
 
 import functools
@@ -12,16 +12,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fcvit_jax.models import xla
-from fcvit_jax.models.merging import Matching, match_tokens, window_order
-from fcvit_jax.models.schedule import Layer
+from fcvit_jax.models.merging import Matching
 
 _QUERIES, _KEYS = 64, 64  # of a tile of attention
-_MATCHED = 128  # tokens that propose, at most: their similarities to all others are in registers at once
 
 
 def attend(
@@ -100,102 +97,6 @@ def _attend(q_ref, k_ref, v_ref, bias_ref, o_ref, *, n: int, width: int, tail: i
 def _tail(n: int, tile: int) -> int:
     """The size of a smaller tile for what is left of n behind whole ones: 197 need no fourth of 64. 0 for nothing."""
     return max(16, pl.next_power_of_2(n % tile)) if n % tile else 0  # 16: the least that Triton multiplies
-
-
-def match(qkv: jax.Array, layer: Layer, prefix: int, interpret: bool = False) -> Matching:
-    """Matching as `merging.match_tokens` of the keys' mean over the heads, a program for each window of an image.
-
-    qkv: [b, n, 3, h, k]. That function itself is called where a window is too large for a program.
-    """
-    b, n, _, h, k = qkv.shape
-    if layer.windows is None:
-        windows, rows = 1, np.arange(n, dtype=np.int32)[None]
-        first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
-    else:
-        windows, patches = layer.windows, n - prefix
-        order = window_order(*layer.regroup, patches) if layer.regroup else np.arange(patches, dtype=np.int32)
-        rows, first_a, first_b = prefix + order.reshape(windows, -1), 0, 1
-    sides = rows[:, first_a::2], rows[:, first_b::2]
-    counts = sides[0].shape[1], sides[1].shape[1]
-    wide, tall = max(16, pl.next_power_of_2(k)), max(16, pl.next_power_of_2(max(counts)))
-    if tall > _MATCHED:
-        # Behind the barrier, which keeps XLA from computing the mean twice.
-        return match_tokens(jax.lax.optimization_barrier(qkv[:, :, 1].astype(jnp.float32).mean(axis=2)), layer, prefix)
-
-    side = pl.BlockSpec((None, tall), lambda window, image: (window, 0))
-    tokens = pl.BlockSpec((None, n), lambda window, image: (image, 0))
-    return Matching(
-        *pl.pallas_call(
-            functools.partial(_match, counts=counts, width=k, removed=layer.removed, prefix=prefix, exact=interpret),
-            grid=(windows, b),
-            in_specs=[
-                *[side] * 2,
-                pl.BlockSpec((None, n, None, h, wide), lambda window, image: (image, 0, 1, 0, 0)),
-            ],
-            out_specs=[tokens] * 2,
-            out_shape=[jax.ShapeDtypeStruct((b, n), jnp.int32)] * 2,
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
-            name="match",
-        )(*(np.pad(part, ((0, 0), (0, tall - part.shape[1])), constant_values=n) for part in sides), qkv)
-    )
-
-
-def _match(
-    rows_a_ref, rows_b_ref, k_ref, target_ref, order_ref,
-    *, counts: tuple[int, int], width: int, removed: int, prefix: int, exact: bool
-) -> None:  # fmt: skip
-    window, windows = pl.program_id(0), pl.num_programs(0)
-    columns = jnp.arange(k_ref.shape[-1])
-    index = jnp.arange(rows_a_ref.shape[0])
-    there_a, there_b = index < counts[0], index < counts[1]
-
-    def directions(rows, there):
-        where = rows[:, None], columns[None, :]
-        mask = there[:, None] & (columns < width)[None, :]
-
-        def add(head, total):
-            return total + plgpu.load(k_ref.at[where[0], head, where[1]], mask=mask, other=0.0).astype(jnp.float32)
-
-        total = jax.lax.fori_loop(0, k_ref.shape[1], add, jnp.zeros(mask.shape, jnp.float32)) / k_ref.shape[1]
-        return total / jnp.sqrt(jnp.maximum((total * total).sum(axis=1), 1e-30))[:, None]
-
-    rows_a, rows_b = rows_a_ref[...], rows_b_ref[...]
-    similarity = jax.lax.dot_general(
-        directions(rows_a, there_a),
-        directions(rows_b, there_b),
-        (((1,), (1,)), ((), ())),
-        # The latter: float32 by tensor cores.
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6,
-        preferred_element_type=jnp.float32,
-    )
-    # Below any cosine: what is no number, and then what is not there. Every token so has a place of its own.
-    similarity = jnp.where(similarity == similarity, similarity, -2.0)
-    similarity = jnp.where(there_b[None, :], similarity, -3.0)
-    proposal = similarity.max(axis=1)
-    best = jnp.where(similarity == proposal[:, None], index[None, :], len(index)).min(axis=1)
-    proposal = jnp.where(there_a, proposal, -4.0)
-
-    before = index[None, :] < index[:, None]
-    mine, other = proposal[:, None], proposal[None, :]
-    rank = ((other > mine) | ((other == mine) & before)).astype(jnp.int32).sum(axis=1)
-    stays = rank >= removed
-    stays_too = jnp.where(stays & there_a, 1, 0)
-    first = prefix + window * (sum(counts) - removed)  # of the window in the output
-    behind_a = first + counts[0] - removed
-    position = first + jnp.where(before, stays_too[None, :], 0).sum(axis=1)
-    gone = prefix + windows * (sum(counts) - removed) + window * removed + rank
-    for where, to, place, there in (
-        (rows_a, jnp.where(stays, position, behind_a + best), jnp.where(stays, position, gone), there_a),
-        (rows_b, behind_a + index, behind_a + index, there_b),
-    ):
-        plgpu.store(target_ref.at[where], to, mask=there)
-        plgpu.store(order_ref.at[place], where, mask=there)
-    if prefix:
-        leading = jnp.arange(pl.next_power_of_2(prefix))
-        mask = (leading < prefix) & (window == 0)
-        plgpu.store(target_ref.at[leading], leading, mask=mask)
-        plgpu.store(order_ref.at[leading], leading, mask=mask)
 
 
 def add_and_norm(

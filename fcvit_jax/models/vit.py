@@ -36,9 +36,11 @@ class ViT(nn.Module):
 
     Under jit, what is not used of `out` is not computed. Where prefix tokens are pooled, the logits need nothing else
     of the last layer: it is computed for these tokens alone, without merging, and once more for all if its tokens are
-    used. That is exact, and 7 % less to compute for a dense ViT-S/16 (`flops.executed_gmacs`). Parameters are float32;
-    `dtype` is that of the computation. With `train=True`, dropout and stochastic depth, which rises linearly over the
-    layers, need `rngs={"dropout": key}`; the last layer's two computations then drop different numbers.
+    used. That is exact, and 7 % less to compute for a dense ViT-S/16 (`flops.executed_gmacs`).
+
+    Parameters are float32, or cast by `cast_params`; `dtype` is that of the computation. With `train=True`, dropout and
+    stochastic depth, which rises linearly over the layers, need `rngs={"dropout": key}`; the last layer's two
+    computations then drop different numbers.
     `kernels`: "xla", for any device and any dtype; "triton", the fused programs of `models.triton` for one NVIDIA GPU,
     in bfloat16 and without gradients; "interpreted", the same ones without a GPU, slowly.
     `schedule` defaults to dense; one that does not fit the model raises InputError when the model is first applied.
@@ -128,9 +130,9 @@ class Embedding(nn.Module):
         # One product of [b p, side side 3] with [side side 3, d]: the convolution, without one.
         (down, across), pixels = config.grid, images.astype(self.dtype)
         pixels = pixels.reshape(batch, down, side, across, side, 3).transpose(0, 1, 3, 2, 4, 5)
-        x = multiply(pixels.reshape(batch, config.num_patches, -1), kernel.astype(self.dtype).reshape(-1, width))
-        if config.patch_bias:
-            x += self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype)[None, None]
+        bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype) if config.patch_bias else None
+        pixels = pixels.reshape(batch, config.num_patches, -1)
+        x = multiply(pixels, kernel.astype(self.dtype).reshape(-1, width), bias)
 
         init = nn.initializers.normal(0.02)
         prefix = [
@@ -172,12 +174,12 @@ class Block(nn.Module):
         # Before the first merge every size is 1 and its logarithm nothing.
         sizes = size if layer.tokens_in < config.num_tokens else None
         x, normed = norm1(stream)
-        y, keys = attention(normed, sizes, only or x.shape[1])
+        y, metric = attention(normed, sizes, only or x.shape[1])
         stream = Stream(x[:, : y.shape[1]], self._branch(y, "ls1", train))
 
         matching = None
         if layer.removed and not only:
-            matching = kernels_of(self.kernels).match(keys, layer, config.num_prefix_tokens)
+            matching = kernels_of(self.kernels).match(metric, layer, config.num_prefix_tokens)
             x, normed, size = norm2.of_merged(stream, size, matching, layer.tokens_out)
         else:
             x, normed = norm2(stream)

@@ -1,6 +1,6 @@
 """Attention, and the residual stream's norms and merging, on any device and in any dtype, by array operations.
 
-`triton` has the same three functions for NVIDIA GPUs; `kernels` has both by name.
+`triton` has the same functions for NVIDIA GPUs, and one for matching; `kernels` has both by name.
 
 Shape letters: b batch, q queries, n tokens, t tokens out, d width, h heads, k head width.
 """

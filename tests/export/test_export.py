@@ -179,7 +179,7 @@ def test_a_batch_may_be_spread_over_devices(checkpoint, tmp_path):
 
 
 def test_bfloat16_halves_the_weights_and_changes_no_logit(checkpoint, exported, tmp_path):
-    out = fc.export(checkpoint, "tome_r5", 4, tmp_path / "out", dtype="bfloat16", platforms=["cpu"])
+    out = fc.export(checkpoint, "tome_r5", 4, tmp_path / "out", dtype="bfloat16")
     program, params = read(out, "tome_r5_b4")
     assert params["blocks_0/attn/qkv/kernel"].dtype == jnp.bfloat16
     assert params["blocks_0/norm1/scale"].dtype == np.float32

@@ -12,6 +12,7 @@ from fcvit_jax.models import triton, xla
 from fcvit_jax.models.kernels import choose_kernels
 from fcvit_jax.models.merging import match_tokens
 from fcvit_jax.models.schedule import Layer
+from fcvit_jax.models.triton_matching import match
 
 # On a GPU the programs themselves; without one they are interpreted.
 INTERPRET = jax.default_backend() != "gpu"
@@ -117,12 +118,14 @@ def test_triton_attention_equals_float64(tokens, width, proportional):
         (Layer(11, 9, 2), 5, 8),
         (Layer(33, 17, 4, 4, ((4, 8), (2, 2))), 1, 16),
         (Layer(33, 29, 1, 4), 1, 16),
+        (Layer(32, 24, 2, 4, ((4, 8), (2, 2))), 0, 16),
+        (Layer(34, 26, 2, 4, ((4, 8), (2, 2))), 2, 16),
         (Layer(300, 250, 50), 1, 8),  # too many for one program
     ],
 )
 def test_triton_matches_as_xla(layer, prefix, width):
     qkv = jax.random.normal(jax.random.key(7), (3, layer.tokens_in, 3, 3, width)).astype(jnp.bfloat16)
-    found = triton.match(qkv, layer, prefix, INTERPRET)
+    found = match(qkv, layer, prefix, INTERPRET)
     expected = match_tokens(qkv[:, :, 1].astype(jnp.float32).mean(axis=2), layer, prefix)
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -131,9 +134,9 @@ def test_triton_matches_as_xla(layer, prefix, width):
 @pytest.mark.parametrize("layer", [Layer(33, 25, 8), Layer(33, 17, 4, 4, ((4, 8), (2, 2)))])
 def test_triton_matches_each_token_once_whatever_the_keys_are(layer):
     keys = jax.random.normal(jax.random.key(8), (3, 33, 3, 3, 16)).astype(jnp.bfloat16)
-    expected = triton.match(keys, layer, 1, INTERPRET)
-    equal = triton.match(jnp.ones_like(keys), layer, 1, INTERPRET)
-    found = triton.match(keys.at[1, 5:9].set(jnp.nan).at[1, 11].set(jnp.inf), layer, 1, INTERPRET)
+    expected = match(keys, layer, 1, INTERPRET)
+    equal = match(jnp.ones_like(keys), layer, 1, INTERPRET)
+    found = match(keys.at[1, 5:9].set(jnp.nan).at[1, 11].set(jnp.inf), layer, 1, INTERPRET)
     for matching in (equal, found):
         assert (np.sort(matching.order) == np.arange(33)).all()
         goals = np.take_along_axis(np.asarray(matching.target), np.asarray(matching.order), axis=1)
@@ -214,20 +217,30 @@ def test_a_model_computes_the_same_by_either_kernels(schedule):
     np.testing.assert_allclose(plain, ours, atol=0.1 * float(plain.std()))
 
 
-def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done():
+@pytest.mark.parametrize(
+    ("layer", "width", "programs"),
+    [
+        (Layer(197, 184, 13), 64, 4),
+        (Layer(197, 181, 4, 4, ((14, 14), (2, 2))), 64, 4),
+        (Layer(50, 42, 8), 80, 4),  # less than a tile; heads of a width that is no power of two
+        (Layer(189, 181, 8), 64, 4),  # the last tile as large as the others
+        (Layer(577, 561, 16), 64, 3),  # matched by XLA
+    ],
+)
+def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done(layer, width, programs):
     """Triton's intermediate language comes out; what is behind it takes a GPU."""
-    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, 197, 3, 6, 64), (2, 197, 384))]
-    size, vector = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 197), (384,)))
-    layer = Layer(197, 184, 13)
+    n, t = layer.tokens_in, layer.tokens_out
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, n, 3, 6, width), (2, n, 384))]
+    size, vector = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, n), (384,)))
 
     def everything(qkv, x, size, scale):
         norm = xla.Affine(scale, scale, 1e-6)
         x, normed = triton.add_and_norm(x, x, norm)
         y, metric = triton.attend((qkv,), size)
-        return y, normed, triton.merge_and_norm(x, x, size, triton.match(metric, layer, 1), 184, norm)
+        return y, normed, triton.merge_and_norm(x, x, size, match(metric, layer, 1), t, norm)
 
     lowered = jax.jit(everything).trace(*shapes, size, vector).lower(lowering_platforms=("cuda",))
-    assert lowered.as_text().count("__gpu$xla.gpu.triton") == 4
+    assert lowered.as_text().count("__gpu$xla.gpu.triton") == programs
 
 
 def test_kernels_that_are_not_to_be_had_are_told():
