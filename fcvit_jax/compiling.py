@@ -1,4 +1,4 @@
-"""How programs are compiled: options of XLA and batches in parts, for inference, and loops that compile fast."""
+"""How programs are compiled: XLA's options, batches in parts, loops that compile fast, and bfloat16 on CPU."""
 
 import functools
 import os
