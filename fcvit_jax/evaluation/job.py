@@ -75,7 +75,7 @@ class Job:
     @cached_property
     def params(self) -> Any:
         """Those of the checkpoint, in the dtype of the computation; in bfloat16 both are on the devices."""
-        return cast_params(self.checkpoint.params, computation(self.settings.dtype)[0])
+        return cast_params(self.checkpoint.params, DTYPES[self.settings.dtype][0])
 
     @property
     def num_records(self) -> int:
@@ -84,6 +84,7 @@ class Job:
 
 def prepare(settings: Settings, workdir: Path) -> Job:
     """Open what the settings name. Raises InputError where it is not there or does not fit."""
+    computation(settings.dtype)  # complains of one that there is not
     if not settings.dataset:
         raise InputError("config.dataset is empty: pass --config.dataset=...")
     if settings.save_logits and jax.process_count() > 1:

@@ -70,7 +70,7 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> tuple[jax.Arra
     Returns the target of every token, and its place: the position in that order of all, both int32 [b, n].
     """
     tokens = metric.shape[1]
-    first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
+    first_a, first_b = first_positions(prefix)
     squares = jnp.sum(metric * metric, axis=-1)
     metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
     a, b = metric[:, first_a::2], metric[:, first_b::2]
@@ -95,6 +95,11 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> tuple[jax.Arra
     fixed[0, first_b::2] = behind_a + np.arange(b.shape[1])
     target, place = (jnp.asarray(fixed) + spread(part, first_a, 2) for part in (target, place))
     return target, place
+
+
+def first_positions(prefix: int) -> tuple[int, int]:
+    """Where A and B begin, each of which has every second position from there on; the prefix is in neither."""
+    return prefix + prefix % 2, prefix + 1 - prefix % 2
 
 
 def _inverse(place: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fcvit_jax.models.merging import Matching, match_tokens, window_order
+from fcvit_jax.models.merging import Matching, first_positions, match_tokens, window_order
 from fcvit_jax.models.schedule import Layer
 
 _MOST = 128  # tokens that propose, and that are proposed to
@@ -28,11 +28,11 @@ def match(qkv: jax.Array, layer: Layer, prefix: int, interpret: bool = False) ->
     b, n, _, h, k = qkv.shape
     if layer.windows is None:
         windows, rows = 1, np.arange(n, dtype=np.int32)[None]
-        first_a, first_b = prefix + prefix % 2, prefix + 1 - prefix % 2
+        first_a, first_b = first_positions(prefix)
     else:
         windows, patches = layer.windows, n - prefix
         order = window_order(*layer.regroup, patches) if layer.regroup else np.arange(patches, dtype=np.int32)
-        rows, first_a, first_b = prefix + order.reshape(windows, -1), 0, 1
+        rows, (first_a, first_b) = prefix + order.reshape(windows, -1), first_positions(0)
     sides = rows[:, first_a::2], rows[:, first_b::2]
     counts = sides[0].shape[1], sides[1].shape[1]
     wide, tall = max(16, pl.next_power_of_2(k)), max(16, pl.next_power_of_2(max(counts)))
