@@ -128,7 +128,7 @@ def compile_program(
 
     call = jax.jit(compiling.in_parts(forward, config.num_tokens, mesh))
     with jax.default_matmul_precision(precision):
-        return call.lower(params, images).compile(compiling.options(len(images) // mesh.size * config.num_tokens))
+        return call.lower(params, images).compile(compiling.options(len(images) // mesh.size, config.num_tokens, kind))
 
 
 def compute_logits(call: Any, params: Any, batches: jax.Array) -> np.ndarray:
@@ -205,5 +205,6 @@ def prepare_matmuls(case: Case) -> dict[Shape, Run]:
     for m, k, n in [*((side, side, side) for side in sides), (tokens, width, hidden), (tokens, hidden, width)]:
         a, b = (jax.random.normal(jax.random.key(i), shape, dtype) for i, shape in enumerate([(m, k), (k, n)]))
         with jax.default_matmul_precision(precision):
-            runs[m, k, n] = repeat(jax.jit(partial(compiling.einsum, "mk,kn->mn")).lower(a, b).compile(), a, b)
+            call = jax.jit(partial(compiling.einsum, "mk,kn->mn")).lower(a, b).compile(compiling.options(m, 1, dtype))
+            runs[m, k, n] = repeat(call, a, b)
     return runs

@@ -2,41 +2,52 @@
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
-_OPTIONS = {"cpu": {"xla_cpu_use_fusion_emitters": False}, "gpu": {"xla_gpu_enable_triton_gemm": False}}
+_LOOPS = {"xla_cpu_use_fusion_emitters": False}
+_PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+_LIBRARY = {"xla_gpu_enable_triton_gemm": False}
 _TOKENS = 3200  # 16 images of 197, of 3,152
-_FEW = 1024  # tokens
 
 
-def options(tokens: int) -> dict[str, Any] | None:
-    """Compiler options, for `jax.jit` or `compile`, of a program that computes so many tokens on a device at a call.
+def options(images: int, tokens: int, dtype: Any) -> dict[str, Any] | None:
+    """Compiler options, for `jax.jit` or `compile`, of a model that computes so many images on a device at a call.
+
+    tokens: of an image, at first. dtype: of the computation. None where there is nothing to be said: for other
+    devices, where XLA_FLAGS name the options, and where this XLA knows none of them (docs/performance.md).
 
     On CPU, XLA's older emitter of fused loops: models that merge compile in 0.6 of the time with it, dense ones, and
-    gradients, in up to 2.4 times of it. On GPUs, where there are many tokens, matrix products by NVIDIA's library
-    alone: XLA else compiles programs of its own for every product, to find the fastest, which takes two to eight times
-    as long and gains something for the few tokens of one image only (docs/performance.md). None elsewhere, where
-    XLA_FLAGS decides it, and where this XLA knows no such option.
+    gradients, in up to 2.4 times of it. And in float32, for more than a few tokens, Eigen's matrix products instead of
+    YNNPACK's, which are a tenth slower; not for long sequences, whose attention is slower with them. On GPUs, where
+    there are many tokens, matrix products by NVIDIA's library alone: XLA else compiles programs of its own for every
+    product, to find the fastest, which takes two to eight times as long and gains something for the few tokens of one
+    image only.
     """
     backend = jax.default_backend()
-    return None if backend == "gpu" and tokens < _FEW else _accepted(backend)
+    wanted: dict[str, Any] = {}
+    if backend == "cpu":
+        wanted |= _LOOPS
+        if dtype == jnp.float32 and images * tokens >= 768 and tokens <= 400:
+            wanted |= _PRODUCTS
+    elif backend == "gpu" and images * tokens >= 1024:
+        wanted |= _LIBRARY
+    return {name: value for name, value in wanted.items() if _accepted(name, value)} or None
 
 
 @functools.cache
-def _accepted(backend: str) -> dict[str, Any] | None:
-    wanted = _OPTIONS.get(backend)
-    if wanted is None or any(name in os.environ.get("XLA_FLAGS", "") for name in wanted):
-        return None
+def _accepted(name: str, value: Any) -> bool:
+    if name in os.environ.get("XLA_FLAGS", ""):
+        return False
     try:
-        jax.jit(lambda: 0, compiler_options=wanted).lower().compile()
+        jax.jit(lambda: 0, compiler_options={name: value}).lower().compile()
     except (jax.errors.JaxRuntimeError, ValueError):  # gone from a later XLA
-        return None
-    return wanted
+        return False
+    return True
 
 
 def in_parts(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callable[..., Any]:
@@ -52,7 +63,7 @@ def in_parts(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callable[...,
 
     def in_one(params: Any, *batch: Any) -> Any:
         images = len(jax.tree.leaves(batch)[0]) // mesh.size
-        size = part_size(images, tokens, mesh.devices.flat[0].platform)
+        size = part_size(images, tokens, mesh.local_devices)
         if size == images:
             return call(params, *batch)
         here = functools.partial(by_parts, size)
@@ -65,16 +76,16 @@ def in_parts(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callable[...,
     return in_one
 
 
-def part_size(images: int, tokens: int, platform: str) -> int:
+def part_size(images: int, tokens: int, devices: Sequence[Any]) -> int:
     """How many of a device's images, each of so many tokens, it should compute at a time; they divide the images.
 
-    On a CPU at most about 3,200 tokens: what lies between the products of more falls out of the caches, by which a
-    dense ViT-S at batch 32 loses an eighth of its speed (docs/performance.md). All on other devices, and where no
-    divisor is at least half of that.
+    On a CPU at most about 3,200 tokens, or 1,600 on each of several devices that it is taken as: what lies between the
+    products of more falls out of the caches, by which a dense ViT-S at batch 32 loses an eighth of its speed
+    (docs/performance.md). All on other devices, and where no divisor is at least half of that. devices: this process's.
     """
-    if platform != "cpu":
+    if devices[0].platform != "cpu":
         return images
-    most = min(images, max(1, _TOKENS // tokens))
+    most = min(images, max(1, _TOKENS // min(len(devices), 2) // tokens))
     size = largest_divisor(images, most)
     return size if 2 * size >= most else images
 

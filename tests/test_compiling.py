@@ -1,5 +1,6 @@
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -16,30 +17,46 @@ def fresh():
     compiling._accepted.cache_clear()
 
 
-def test_a_program_compiles_with_the_options_and_computes_the_same(monkeypatch):
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_program_compiles_with_the_options_and_computes_the_same(dtype, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
-    wanted = compiling.options(1576)
-    assert wanted == compiling._OPTIONS[jax.default_backend()]
-    lowered = jax.jit(lambda x: jnp.exp(x) + 1.0).lower(jnp.zeros(3))
-    assert lowered.compile(wanted)(jnp.zeros(3)).tolist() == [2.0, 2.0, 2.0]
+    wanted = compiling.options(8, 197, dtype)
+    names = {"cpu": {"xla_cpu_use_fusion_emitters"}, "gpu": {"xla_gpu_enable_triton_gemm"}}[jax.default_backend()]
+    if dtype == jnp.float32 and jax.default_backend() == "cpu":
+        names |= {"xla_cpu_experimental_ynn_fusion_type"}
+    assert set(wanted) == names
+    x = jax.random.normal(jax.random.key(0), (64, 64), dtype)
+    lowered = jax.jit(lambda x: jnp.exp(x @ x / 8) + 1).lower(x)
+    found, expected = (np.asarray(lowered.compile(each)(x), np.float32) for each in (wanted, None))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_few_tokens_on_a_gpu_leave_the_choice_of_products_to_xla(monkeypatch):
+def test_what_a_program_is_decides_its_options(monkeypatch):
+    monkeypatch.setattr(compiling, "_accepted", lambda name, value: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(compiling, "_accepted", lambda backend: compiling._OPTIONS[backend])
-    assert compiling.options(197) is None
-    assert compiling.options(1576) == {"xla_gpu_enable_triton_gemm": False}
+    assert compiling.options(1, 197, jnp.bfloat16) is None
+    assert compiling.options(8, 197, jnp.bfloat16) == {"xla_gpu_enable_triton_gemm": False}
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    loops, products = {"xla_cpu_use_fusion_emitters": False}, "xla_cpu_experimental_ynn_fusion_type"
+    for images, tokens, dtype in [(1, 197, jnp.float32), (2, 1370, jnp.float32), (8, 197, jnp.bfloat16)]:
+        assert compiling.options(images, tokens, dtype) == loops
+    for images, tokens in [(4, 197), (3, 257)]:
+        assert set(compiling.options(images, tokens, jnp.float32)) == {*loops, products}
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert compiling.options(8, 197, jnp.float32) is None
 
 
 def test_xla_flags_decide(monkeypatch):
-    flags = [f"--{name}=true" for options in compiling._OPTIONS.values() for name in options]
-    monkeypatch.setenv("XLA_FLAGS", " ".join(flags))
-    assert compiling.options(1576) is None
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true --xla_gpu_enable_triton_gemm=true")
+    found = compiling.options(8, 197, jnp.float32)
+    if jax.default_backend() == "cpu":
+        assert found is not None
+        assert list(found) == ["xla_cpu_experimental_ynn_fusion_type"]
+    assert compiling.options(8, 197, jnp.bfloat16) is None
 
 
-def test_an_option_that_xla_has_not_is_left_out(monkeypatch):
-    monkeypatch.setattr(compiling, "_OPTIONS", {jax.default_backend(): {"xla_no_such_option": True}})
-    assert compiling.options(1576) is None
+def test_an_option_that_xla_has_not_is_left_out():
+    assert not compiling._accepted("xla_no_such_option", True)
 
 
 @pytest.mark.parametrize(
@@ -58,8 +75,15 @@ def test_an_option_that_xla_has_not_is_left_out(monkeypatch):
     ],
 )
 def test_a_cpu_computes_about_3200_tokens_at_a_time(images, tokens, size):
-    assert compiling.part_size(images, tokens, "cpu") == size
-    assert compiling.part_size(images, tokens, "gpu") == images
+    cpu, gpu = SimpleNamespace(platform="cpu"), SimpleNamespace(platform="gpu")
+    assert compiling.part_size(images, tokens, [cpu]) == size
+    assert compiling.part_size(images, tokens, [gpu]) == images
+
+
+def test_several_devices_of_a_cpu_compute_half_as_many_at_a_time():
+    cpu = SimpleNamespace(platform="cpu")
+    assert compiling.part_size(16, 197, [cpu] * 2) == 8
+    assert compiling.part_size(4, 197, [cpu] * 8) == 4
 
 
 @pytest.mark.parametrize(("size", "devices"), [(6, 1), (3, 1), (2, 1), (1, 1), (3, 2), (1, 2), (1, 3)])
@@ -71,7 +95,7 @@ def test_parts_come_together_in_order(size, devices, monkeypatch):
         return {"sum": x.sum(axis=1) * params, "pair": (pair[0] + 1, pair[1])}
 
     x, y = jnp.arange(24.0).reshape(6, 4), jnp.arange(6)
-    monkeypatch.setattr(compiling, "_TOKENS", 10 * size)
+    monkeypatch.setattr(compiling, "_TOKENS", 10 * size * min(devices, 2))
     mesh = parallel.data_mesh(jax.devices("cpu")[:devices])
     x, y = jax.device_put((x, y), parallel.batched(mesh))
     program = jax.jit(compiling.in_parts(call, 10, mesh))

@@ -136,7 +136,7 @@ def compile_step(
             shape((batch_size, *model.config.image_size, 3), jnp.uint8),
             shape((batch_size, labels_per_image) if labels_per_image > 1 else (batch_size,), jnp.int32),
             shape((batch_size,), jnp.bool_),
-        ).compile(compiling.options(batch_size // mesh.size * model.config.num_tokens))
+        ).compile(compiling.options(batch_size // mesh.size, model.config.num_tokens, compute))
     return CompiledStep(model, call, time.perf_counter() - started)
 
 

@@ -60,14 +60,14 @@ def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray)
     """
     config = checkpoint.config
     with jax.default_matmul_precision("highest"):  # as accuracy is measured: coarser keys merge other tokens
-        compiled = _compiled(len(images) * config.num_tokens)
+        compiled = _compiled(len(images), config.num_tokens)
         sources = compiled(ViT(config, schedule), checkpoint.preprocess, checkpoint.params, images)
     return [np.asarray(source).reshape(-1, *config.grid) - np.int32(config.num_prefix_tokens) for source in sources]
 
 
 @functools.cache
-def _compiled(tokens: int) -> Callable[..., list[jax.Array]]:
-    return jax.jit(_sources, static_argnums=(0, 1), compiler_options=compiling.options(tokens))
+def _compiled(images: int, tokens: int) -> Callable[..., list[jax.Array]]:
+    return jax.jit(_sources, static_argnums=(0, 1), compiler_options=compiling.options(images, tokens, np.float32))
 
 
 def _sources(model: ViT, preprocess: Preprocess, params: Any, images: jax.Array) -> list[jax.Array]:

@@ -91,7 +91,7 @@ def test_a_batch_in_parts_has_the_outcome_of_the_whole(params, labels, devices, 
     several = labels.shape[1] if labels.ndim > 1 else 1
     labels, model = jnp.asarray(labels, jnp.int32), ViT(CONFIG, MergeSchedule.parse("tome_r3", 3))
     whole, logits = eval_step(model, PREPROCESS, (0, 3, 4, 5), params, images, labels, mask)
-    monkeypatch.setattr(compiling, "_TOKENS", 2 * CONFIG.num_tokens)
+    monkeypatch.setattr(compiling, "_TOKENS", 2 * devices * CONFIG.num_tokens)
     mesh = mesh_of(devices)
     params = jax.device_put(params, parallel.replicated(mesh))
     step = compile_step(model, PREPROCESS, params, 8, mesh, "float32", (0, 3, 4, 5), several)
