@@ -32,7 +32,7 @@ def options(images: int, tokens: int, dtype: Any) -> dict[str, Any] | None:
     wanted: dict[str, Any] = {}
     if backend == "cpu":
         wanted |= _LOOPS
-        if dtype == jnp.float32 and images * tokens >= 768 and tokens <= 400:
+        if dtype == jnp.float32 and images * tokens >= 768 and tokens <= 600:
             wanted |= _PRODUCTS
     elif backend == "gpu" and images * tokens >= 1024:
         wanted |= _LIBRARY

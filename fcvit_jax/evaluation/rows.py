@@ -95,9 +95,16 @@ def _labelled(row: Row) -> str | None:
     return f"{row['dataset']} with {row['real_labels']}" if row.get("real_labels") else row.get("dataset")
 
 
+def devices(row: Row) -> str:
+    """What a row was computed on, in words: "2 x NVIDIA H200", "CPU (2 cores) as 2 devices"."""
+    count, name = row.get("num_devices"), row.get("device")
+    one_cpu = str(name).startswith("CPU") and count != 1 and row.get("num_processes", 1) == 1
+    return f"{name} as {count} devices" if one_cpu else f"{count} x {name}"
+
+
 def _machine(row: Row) -> str | None:
     parts = [row.get(key) for key in ("num_devices", "device", "batch_size", "dtype")]
-    return None if None in parts else "{} x {}, batch {}, {}".format(*parts)
+    return None if None in parts else f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}"
 
 
 def _difference(noun: str, values: Sequence[tuple[str, Any]]) -> str:

@@ -5,7 +5,7 @@ import textwrap
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from fcvit_jax.evaluation.rows import Row, Run, family
+from fcvit_jax.evaluation.rows import Row, Run, devices, family
 
 WIDTH = 100
 _NAME_WIDTH = 24  # longer names of schedules, the explicit forms, stand on a line of their own
@@ -65,7 +65,7 @@ def format_table(rows: Sequence[Row]) -> str:
     if run.evaluated:
         told = [
             f"{first.get('checkpoint')} on {first.get('dataset')}; pixels: {first.get('preprocess')}",
-            "{}, batch {}, {} x {}".format(*map(first.get, ("dtype", "batch_size", "num_devices", "device"))),
+            f"{first.get('dtype')}, batch {first.get('batch_size')}, {devices(first)}",
             *findings(run),
         ]
     else:

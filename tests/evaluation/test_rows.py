@@ -3,7 +3,7 @@ import json
 import pytest
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.rows import Run, differences, family, rate, read_run
+from fcvit_jax.evaluation.rows import Run, devices, differences, family, rate, read_run
 
 
 @pytest.mark.parametrize(
@@ -112,3 +112,11 @@ def test_what_differs_is_told(make_run, changes, expected):
 
 def test_untimed_rows_may_come_from_different_machines(make_run):
     assert differences([make_run("a"), make_run("b", device="Y", images_per_second=None)]) == []
+
+
+def test_one_cpu_taken_as_several_devices_is_told_as_one():
+    cpu = {"device": "CPU (2 cores)", "num_devices": 2, "num_processes": 1}
+    assert devices(cpu) == "CPU (2 cores) as 2 devices"
+    assert devices(cpu | {"num_devices": 1}) == "1 x CPU (2 cores)"
+    assert devices(cpu | {"num_processes": 2}) == "2 x CPU (2 cores)"
+    assert devices({"device": "NVIDIA H200", "num_devices": 8, "num_processes": 1}) == "8 x NVIDIA H200"
