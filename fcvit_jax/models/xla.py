@@ -14,8 +14,7 @@ from flax import linen as nn
 from fcvit_jax.compiling import in_one_axis, largest_divisor
 from fcvit_jax.models.merging import Matching, merge_tokens
 
-_LOGITS = 4 << 20  # of float32, 16 MiB: more are computed for so many heads at a time
-_HEADS = 3
+_LOGITS = 4 << 20  # of float32, 16 MiB
 
 
 class Affine(NamedTuple):
@@ -45,11 +44,11 @@ def attend(parts: tuple[jax.Array, ...], size: jax.Array | None) -> tuple[jax.Ar
 
 
 def _attend_by_softmax(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return jnp.einsum("...qn,...nk->...qk", nn.softmax(_logits(q, k, bias)).astype(q.dtype), v).astype(jnp.float32)
+    return jnp.einsum("bhqn,bhnk->bhqk", nn.softmax(_logits(q, k, bias)).astype(q.dtype), v).astype(jnp.float32)
 
 
 def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
-    logits = jnp.einsum("...qk,...nk->...qn", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("bhqk,bhnk->bhqn", q, k, preferred_element_type=jnp.float32)
     return logits if bias is None else logits + bias
 
 
@@ -76,10 +75,10 @@ def _weigh(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, keys: slice
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted values and sums of weights of these keys, both less by the factor exp(most), and most."""
-    logits = _logits(q, k[..., keys, :], None if bias is None else bias[..., keys])
+    logits = _logits(q, k[:, :, keys], None if bias is None else bias[..., keys])
     most = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - most)
-    y = jnp.einsum("...qn,...nk->...qk", weights.astype(v.dtype), v[..., keys, :], preferred_element_type=jnp.float32)
+    y = jnp.einsum("bhqn,bhnk->bhqk", weights.astype(v.dtype), v[:, :, keys], preferred_element_type=jnp.float32)
     return y, weights.sum(axis=-1, keepdims=True), most
 
 
@@ -89,19 +88,14 @@ def _attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
 
 
 def _attend_by_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """By three heads at a time, or two, whose logits stay in the caches, and in heaps of glibc; few logits at once.
-
-    Images and heads are one axis there: with one for each, XLA would copy the logits.
-    """
+    """By as many heads at a time as have at most 16 MiB of logits: these stay in the caches, and in heaps of glibc."""
     batch, heads, queries, _ = q.shape
-    keys = k.shape[2]
-    if batch * heads * queries * keys <= _LOGITS:
+    together = largest_divisor(heads, _LOGITS // (batch * queries * k.shape[2]))
+    if together == heads:
         return _attend_at_once(q, k, v, bias)
-    if bias is not None:
-        bias = jnp.broadcast_to(bias, (batch, heads, 1, keys))
-    together = largest_divisor(batch * heads, _HEADS)
-    groups = jax.tree.map(lambda x: x.reshape(-1, together, *x.shape[2:]), (q, k, v, bias))
-    return jax.lax.map(lambda group: _attend_at_once(*group), groups).reshape(q.shape)
+    groups = tuple(jnp.moveaxis(x.reshape(batch, -1, together, *x.shape[2:]), 1, 0) for x in (q, k, v))
+    y = jax.lax.map(lambda group: _attend_at_once(*group, bias=bias), groups)
+    return jnp.moveaxis(y, 0, 1).reshape(batch, heads, queries, -1)
 
 
 def add_and_norm(x: jax.Array, branch: jax.Array | None, norm: Affine) -> tuple[jax.Array, jax.Array]:

@@ -64,18 +64,15 @@ def test_attention_equals_float64(tokens, queries, dtype, tolerance, proportiona
 
 @pytest.mark.parametrize("proportional", [True, False])
 @pytest.mark.parametrize(
-    ("heads", "together", "dtype", "tolerance"),
-    [(3, 3, jnp.float32, 2e-5), (4, 2, jnp.float32, 2e-5), (4, 8, jnp.float32, 2e-5), (4, 2, jnp.bfloat16, 0.03)],
+    ("together", "dtype", "tolerance"),
+    [(1, jnp.float32, 2e-5), (2, jnp.float32, 2e-5), (4, jnp.float32, 2e-5), (2, jnp.bfloat16, 0.03)],
 )
-def test_many_keys_attend_by_some_heads_at_a_time(heads, together, dtype, tolerance, proportional, monkeypatch):
-    in_groups = together < 2 * heads
-    monkeypatch.setattr(xla, "_LOGITS", 2 * heads * 405 * 405 - in_groups)
+def test_many_keys_attend_by_some_heads_at_a_time(together, dtype, tolerance, proportional, monkeypatch):
+    monkeypatch.setattr(xla, "_LOGITS", 2 * 405 * 405 * together)
     jax.clear_caches()  # which know the function, and not the limit
-    q, k, v, size = draw(405, 405, dtype, heads=heads)
+    q, k, v, size = draw(405, 405, dtype, heads=4)
     program = jax.jit(lambda *x: xla.attend((in_one(*x),), size if proportional else None)[0]).lower(q, k, v)
-    in_groups &= jax.default_backend() == "cpu"
-    assert ("while" in program.as_text()) == in_groups
-    assert (f"tensor<{together}x405x405xf32>" in program.as_text()) == in_groups
+    assert ("while" in program.as_text()) == (together < 4 and jax.default_backend() == "cpu")
     expected = by_numpy(q, k, v, size if proportional else None)
     np.testing.assert_allclose(float64(program.compile()(q, k, v)), expected, atol=tolerance)
 
