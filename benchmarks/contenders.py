@@ -126,7 +126,7 @@ def compile_program(
     def forward(params: Any, images: Any) -> jax.Array:
         return model.apply({"params": params}, images)[0]
 
-    call = jax.jit(compiling.in_parts(forward, config.num_tokens, mesh))
+    call = jax.jit(compiling.on_each_device(forward, config.num_tokens, mesh))
     with jax.default_matmul_precision(precision):
         return call.lower(params, images).compile(compiling.options(len(images) // mesh.size, config.num_tokens, kind))
 

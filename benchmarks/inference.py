@@ -138,7 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--schedules", default="dense,tome_r13,s2dfe_r18,s2winc7_r16")
     parser.add_argument("--batch_sizes", type=sizes, default=[32])
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(DTYPES)}")
-    told = "of our model: xla, or in bfloat16 on an NVIDIA GPU triton; xla,triton compares them"
+    told = "of our model: xla, or in bfloat16 on NVIDIA GPUs triton; xla,triton compares them"
     parser.add_argument("--kernels", type=words, default=["xla"], help=told)
     told = "that our model is spread over; a CPU is taken as so many"
     parser.add_argument("--devices", type=int, default=1, metavar="N", help=told)
@@ -167,8 +167,6 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--devices: {args.devices} are asked for, and there are {jax.device_count()}")
     if odd := [size for size in args.batch_sizes if size % args.devices]:
         raise InputError(f"--batch_sizes: {odd[0]} images do not spread evenly over {args.devices} devices")
-    if args.devices > 1 and "triton" in args.kernels:
-        raise InputError("--devices: triton's programs compute on one device: leave it, or them, out")
     if args.blocks < 1 or args.block_seconds <= 0:
         raise InputError("--blocks and --block_seconds: both must be positive")
     if args.checkpoint and args.image_size:

@@ -50,30 +50,31 @@ def _accepted(name: str, value: Any) -> bool:
     return True
 
 
-def in_parts(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callable[..., Any]:
-    """`call(params, *batch)`, on every device for `part_size` images of so many tokens at a time, one after the other.
+def on_each_device(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callable[..., Any]:
+    """`call(params, *batch)` on every device of the mesh for its own images, in parts of `part_size`.
 
-    Every array of the batch and of what is returned has an axis of images in front, which is spread over the mesh.
+    Every array of the batch and of what is returned has an axis of images in front, which is spread over the mesh; call
+    computes each image by itself. Left to share one program out, XLA copies to all devices what reshapes join with that
+    axis, and cannot split programs that are not its own (Triton's). tokens: of an image.
     """
 
-    def by_parts(size: int, params: Any, *batch: Any) -> Any:
+    def by_parts(params: Any, *batch: Any) -> Any:
+        images = len(jax.tree.leaves(batch)[0])
+        size = part_size(images, tokens, mesh.local_devices)
+        if size == images:
+            return call(params, *batch)
         parts = jax.tree.map(lambda rows: rows.reshape(-1, size, *rows.shape[1:]), batch)
         found = jax.lax.map(lambda part: call(params, *part), parts)
         return jax.tree.map(lambda rows: rows.reshape(-1, *rows.shape[2:]), found)
 
-    def in_one(params: Any, *batch: Any) -> Any:
-        images = len(jax.tree.leaves(batch)[0]) // mesh.size
-        size = part_size(images, tokens, mesh.local_devices)
-        if size == images:
-            return call(params, *batch)
-        here = functools.partial(by_parts, size)
-        if mesh.size > 1:
-            specs = PartitionSpec(), *[PartitionSpec("data")] * len(batch)
-            here = jax.shard_map(here, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False)
+    def everywhere(params: Any, *batch: Any) -> Any:
+        specs = PartitionSpec(), *[PartitionSpec("data")] * len(batch)
+        here = jax.shard_map(by_parts, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"), check_vma=False)
         return here(params, *batch)
 
-    in_one.__name__ = getattr(call, "func", call).__name__  # of the program, in profiles and in the cache
-    return in_one
+    program = everywhere if mesh.size > 1 else by_parts
+    program.__name__ = getattr(call, "func", call).__name__  # of the program, in profiles and in the cache
+    return program
 
 
 def part_size(images: int, tokens: int, devices: Sequence[Any]) -> int:

@@ -127,7 +127,7 @@ def compile_step(
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
     call = partial(eval_step, model, preprocess, scored)
-    call = compiling.in_parts(call, model.config.num_tokens, mesh)
+    call = compiling.on_each_device(call, model.config.num_tokens, mesh)
     step = jax.jit(call, out_shardings=(everywhere, rows))
     started = time.perf_counter()
     with jax.default_matmul_precision(precision):

@@ -106,7 +106,7 @@ def prepare(settings: Settings, workdir: Path) -> Job:
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
-    """What decides the outcomes. The number of devices and processes does not, but for the kernels in bfloat16."""
+    """What decides the outcomes. The number of devices and processes does not."""
     settings, meta = job.settings, job.checkpoint.meta
     weights = json.dumps([meta["files"], meta["config"], meta["preprocess"]], sort_keys=True)
     return {

@@ -23,15 +23,16 @@ class Kernels(NamedTuple):
 
 
 def choose_kernels(dtype: Any, devices: Iterable[Any]) -> str:
-    """The fastest of `KERNELS` for inference in a dtype on these devices: "triton" on one NVIDIA GPU in bfloat16.
+    """The fastest of `KERNELS` for inference in a dtype on these devices: "triton" on NVIDIA GPUs in bfloat16.
 
-    On several, XLA could not split Triton's programs between them.
+    On several, each has to compute images of its own (`compiling.on_each_device`): XLA cannot split Triton's programs.
     """
-    first, *others = devices
-    if others or dtype != jnp.bfloat16 or first.platform != "gpu":
-        return "xla"
-    capability = str(getattr(first, "compute_capability", ""))  # "9.0"; AMD's are named otherwise
-    return "triton" if re.fullmatch(r"\d+\.\d+", capability) and float(capability) >= 8.0 else "xla"
+
+    def runs_triton(device: Any) -> bool:
+        capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are named otherwise
+        return device.platform == "gpu" and bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0
+
+    return "triton" if dtype == jnp.bfloat16 and all(map(runs_triton, devices)) else "xla"
 
 
 def kernels_of(name: str) -> Kernels:

@@ -41,8 +41,9 @@ class ViT(nn.Module):
     Parameters are float32, or cast by `cast_params`; `dtype` is that of the computation. With `train=True`, dropout and
     stochastic depth, which rises linearly over the layers, need `rngs={"dropout": key}`; the last layer's two
     computations then drop different numbers.
-    `kernels`: "xla", for any device and any dtype; "triton", the fused programs of `models.triton` for one NVIDIA GPU,
-    in bfloat16 and without gradients; "interpreted", the same ones without a GPU, slowly.
+    `kernels`: "xla", for any device and any dtype; "triton", the fused programs of `models.triton` for NVIDIA GPUs, in
+    bfloat16 and without gradients, with images of its own on each (`compiling.on_each_device`); "interpreted", the same
+    ones without a GPU, slowly.
     `schedule` defaults to dense; one that does not fit the model raises InputError when the model is first applied.
     """
 

@@ -44,11 +44,14 @@ def attend(parts: tuple[jax.Array, ...], size: jax.Array | None) -> tuple[jax.Ar
 
 
 def _attend_by_softmax(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return jnp.einsum("bhqn,bhnk->bhqk", nn.softmax(_logits(q, k, bias)).astype(q.dtype), v).astype(jnp.float32)
+    # Of a single query XLA makes no matrix product, and else rounds what is summed up.
+    sums = jnp.float32 if q.shape[2] == 1 else q.dtype
+    weights = nn.softmax(_logits(q, k, bias)).astype(q.dtype)
+    return jnp.einsum("...qn,...nk->...qk", weights, v, preferred_element_type=sums).astype(jnp.float32)
 
 
 def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
-    logits = jnp.einsum("bhqk,bhnk->bhqn", q, k, preferred_element_type=jnp.float32)
+    logits = jnp.einsum("...qk,...nk->...qn", q, k, preferred_element_type=jnp.float32)
     return logits if bias is None else logits + bias
 
 
@@ -75,10 +78,10 @@ def _weigh(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, keys: slice
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Weighted values and sums of weights of these keys, both less by the factor exp(most), and most."""
-    logits = _logits(q, k[:, :, keys], None if bias is None else bias[..., keys])
+    logits = _logits(q, k[..., keys, :], None if bias is None else bias[..., keys])
     most = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - most)
-    y = jnp.einsum("bhqn,bhnk->bhqk", weights.astype(v.dtype), v[:, :, keys], preferred_element_type=jnp.float32)
+    y = jnp.einsum("...qn,...nk->...qk", weights.astype(v.dtype), v[..., keys, :], preferred_element_type=jnp.float32)
     return y, weights.sum(axis=-1, keepdims=True), most
 
 
@@ -88,14 +91,24 @@ def _attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
 
 
 def _attend_by_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """By as many heads at a time as have at most 16 MiB of logits: these stay in the caches, and in heaps of glibc."""
-    batch, heads, queries, _ = q.shape
+    """By as many heads at a time as have at most 16 MiB of logits: these stay in the caches, and in heaps of glibc.
+
+    Images and heads are one axis there: with one for each, XLA would copy the logits. Images are its outer part, so
+    that they can be spread over devices.
+    """
+    batch, heads, queries, width = q.shape
     together = largest_divisor(heads, _LOGITS // (batch * queries * k.shape[2]))
-    if together == heads:
-        return _attend_at_once(q, k, v, bias)
-    groups = tuple(jnp.moveaxis(x.reshape(batch, -1, together, *x.shape[2:]), 1, 0) for x in (q, k, v))
-    y = jax.lax.map(lambda group: _attend_at_once(*group, bias=bias), groups)
-    return jnp.moveaxis(y, 0, 1).reshape(batch, heads, queries, -1)
+
+    def group(x: jax.Array) -> jax.Array:
+        """[b, h, ...] -> [groups, b * together, ...]."""
+        x = jnp.moveaxis(x.reshape(batch, -1, together, *x.shape[2:]), 1, 0)
+        return x.reshape(len(x), batch * together, *x.shape[3:])
+
+    if bias is not None:
+        (bias,) = group(jnp.broadcast_to(bias, (batch, together, *bias.shape[2:])))
+    y = jax.lax.map(lambda each: _attend_at_once(*each, bias=bias), tuple(group(x) for x in (q, k, v)))
+    y = y.reshape(-1, batch, together, queries, width)
+    return jnp.moveaxis(y, 0, 1).reshape(q.shape)
 
 
 def add_and_norm(x: jax.Array, branch: jax.Array | None, norm: Affine) -> tuple[jax.Array, jax.Array]:

@@ -1,5 +1,6 @@
 """The kernels of the model against float64: attention, LayerNorm and merging, by XLA and by Triton's programs."""
 
+import re
 from typing import Any
 
 import jax
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 
 import fcvit_jax as fc
+from fcvit_jax.compiling import on_each_device
 from fcvit_jax.models import triton, xla
 from fcvit_jax.models.kernels import choose_kernels
 from fcvit_jax.models.merging import match_tokens
 from fcvit_jax.models.schedule import Layer
 from fcvit_jax.models.triton_matching import match
+from fcvit_jax.parallel import batched, data_mesh, replicated
 
 # On a GPU the programs themselves; without one they are interpreted.
 INTERPRET = jax.default_backend() != "gpu"
@@ -72,9 +75,29 @@ def test_many_keys_attend_by_some_heads_at_a_time(together, dtype, tolerance, pr
     jax.clear_caches()  # which know the function, and not the limit
     q, k, v, size = draw(405, 405, dtype, heads=4)
     program = jax.jit(lambda *x: xla.attend((in_one(*x),), size if proportional else None)[0]).lower(q, k, v)
-    assert ("while" in program.as_text()) == (together < 4 and jax.default_backend() == "cpu")
+    assert (f"tensor<{2 * together}x405x405xf32>" in program.as_text()) == (jax.default_backend() == "cpu")
     expected = by_numpy(q, k, v, size if proportional else None)
     np.testing.assert_allclose(float64(program.compile()(q, k, v)), expected, atol=tolerance)
+
+
+def test_images_with_many_keys_stay_where_they_are():
+    mesh = data_mesh(jax.devices()[: min(2, jax.device_count())])
+    parts = jnp.ones((2, 405, 3, 3, 16)), jnp.ones((2, 405))
+    program = jax.jit(lambda qkv, size: xla.attend((qkv,), size)).lower(*jax.device_put(parts, batched(mesh)))
+    assert "all-gather" not in program.compile().as_text()
+
+
+@pytest.mark.parametrize("queries", [11, 1])
+def test_attention_by_softmax_as_on_gpus(queries):
+    q, k, v, size = draw(11, queries, jnp.bfloat16)
+    call = jax.jit(xla._attend_by_softmax)
+    bias = jnp.log(size)[:, None, None]
+    np.testing.assert_allclose(
+        float64(call(q * q.shape[-1] ** -0.5, k, v, bias).transpose(0, 2, 1, 3)), by_numpy(q, k, v, size), atol=0.03
+    )
+    text = call.trace(q, k, v, bias).lower(lowering_platforms=("cuda",)).as_text()
+    sums = re.findall(r"stablehlo\.dot_general.*-> tensor<[\dx]*x16x(\w+)>", text)
+    assert sums == ["f32" if queries == 1 else "bf16"]
 
 
 @pytest.mark.parametrize("tokens", [11, 261, 405])  # the second in two halves, the third head by head
@@ -243,6 +266,28 @@ def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done(layer, w
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == programs
 
 
+def test_each_of_several_devices_runs_triton_s_programs_on_its_own_images():
+    config = fc.ViTConfig((32, 32), 8, 32, 2, 2, 64, num_classes=5)
+    schedule = fc.MergeSchedule.parse("tome_r3", 2)
+    images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3), jnp.bfloat16)
+    params = fc.ViT(config).init(jax.random.key(1), images.astype(jnp.float32))["params"]
+    params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (32, 5))
+
+    def program(kernels, count):
+        model = fc.ViT(config, schedule, dtype=jnp.bfloat16, kernels=kernels)
+        mesh = data_mesh(jax.devices()[:count])
+        call = on_each_device(lambda params, images: model.apply({"params": params}, images)[0], 17, mesh)
+        return jax.jit(call), (jax.device_put(params, replicated(mesh)), jax.device_put(images, batched(mesh)))
+
+    count = min(2, jax.device_count())
+    (one, here), (several, spread) = (program("interpreted" if INTERPRET else "triton", each) for each in (1, count))
+    np.testing.assert_allclose(several(*spread), one(*here), atol=1e-5)
+    call, arguments = program("triton", count)
+    text = call.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    attending = re.findall(r"__gpu\$xla.gpu.triton.*name = \"attend\".*-> tensor<(\w+)>", text)
+    assert set(attending) == {f"{4 // count}x{tokens}x2x16xbf16" for tokens in (17, 14)}
+
+
 def test_kernels_that_are_not_to_be_had_are_told():
     config, images = fc.ViTConfig((32, 32), 8, 32, 2, 2, 64, num_classes=5), jnp.zeros((1, 32, 32, 3))
     with pytest.raises(fc.InputError, match="kernels is 'flash': choose one of xla, triton, interpreted"):
@@ -254,7 +299,7 @@ def test_kernels_that_are_not_to_be_had_are_told():
         fc.ViT(config, kernels="triton", dtype=jnp.bfloat16).init(jax.random.key(0), images, train=True)
 
 
-def test_triton_is_chosen_for_one_new_gpu_in_bfloat16():
+def test_triton_is_chosen_for_new_gpus_in_bfloat16():
     class Device:
         def __init__(self, platform, capability):
             self.platform, self.compute_capability = platform, capability
@@ -262,7 +307,8 @@ def test_triton_is_chosen_for_one_new_gpu_in_bfloat16():
     new, old = Device("gpu", "9.0"), Device("gpu", "7.5")
     assert choose_kernels(jnp.bfloat16, [new]) == "triton"
     assert choose_kernels(jnp.float32, [new]) == "xla"
-    assert choose_kernels(jnp.bfloat16, [new, new]) == "xla"
+    assert choose_kernels(jnp.bfloat16, [new, new]) == "triton"
+    assert choose_kernels(jnp.bfloat16, [new, old]) == "xla"
     assert choose_kernels(jnp.bfloat16, [old]) == "xla"
     assert choose_kernels(jnp.bfloat16, [Device("gpu", "gfx90a:sramecc+")]) == "xla"
     assert choose_kernels(jnp.bfloat16, jax.devices("cpu")) == "xla"
