@@ -39,37 +39,34 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
     windows = layer.windows
     if windows is None:
-        target, place = _match_alternating(metric, layer.removed, prefix)
-        return Matching(target, _inverse(place))
+        return _match_alternating(metric, layer.removed, prefix)
     batch, tokens, width = metric.shape
     patches = tokens - prefix
     length, metric = patches // windows, metric[:, prefix:]
-    order = window_order(*layer.regroup, patches) if layer.regroup else None
-    if order is not None:
-        metric = metric[:, order]
+    grouped = window_order(*layer.regroup, patches) if layer.regroup else None
+    if grouped is not None:
+        metric = metric[:, grouped]
     found = _match_alternating(metric.reshape(batch * windows, length, width), layer.removed, 0)
 
-    kept, target, place = length - layer.removed, *(part.reshape(batch, windows, length) for part in found)
+    kept = length - layer.removed
+    target, order = (part.reshape(batch, windows, length) for part in found)
     window = np.arange(windows, dtype=np.int32)[None, :, None]
-    gone = place + kept * (windows - 1) + layer.removed * window  # behind what stays in all windows
-    place = jnp.where(place < kept, place + kept * window, gone)
-    target, place = (part.reshape(batch, patches) + prefix for part in (target + kept * window, place))
-    if order is not None:
-        back = np.argsort(order)
-        target, place = target[:, back], place[:, back]
+    target, order = target + kept * window, order + length * window
+    target, stay, go = (part.reshape(batch, -1) for part in (target, order[:, :, :kept], order[:, :, kept:]))
+    order = jnp.concatenate([stay, go], axis=1)
+    if grouped is not None:
+        target, order = target[:, np.argsort(grouped)], jnp.asarray(grouped)[order]
     staying = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
-    target, place = (jnp.concatenate([staying, part], axis=1) for part in (target, place))
-    return Matching(target, _inverse(place))
+    return Matching(*(jnp.concatenate([staying, prefix + part], axis=1) for part in (target, order)))
 
 
-def _match_alternating(metric: jax.Array, r: int, prefix: int) -> tuple[jax.Array, jax.Array]:
+def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
     """Bipartite soft matching (arXiv 2210.09461, section 3) of [b, n, k] float32; the first `prefix` tokens stay.
 
     Even positions are A, odd ones B; each A proposes the B with the most similar metric (cosine), the r best proposals
     are merged, and the output is [prefix][A kept, in order][B]. Equal similarities go to the lower position.
-    Returns the target of every token, and its place: the position in that order of all, both int32 [b, n].
     """
-    tokens = metric.shape[1]
+    batch, tokens, _ = metric.shape
     first_a, first_b = first_positions(prefix)
     squares = jnp.sum(metric * metric, axis=-1)
     metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
@@ -80,21 +77,22 @@ def _match_alternating(metric: jax.Array, r: int, prefix: int) -> tuple[jax.Arra
     mine, other = proposal[:, :, None], proposal[:, None, :]
     before = np.tri(a.shape[1], k=-1, dtype=bool)[None]  # [_, i, j]: j stands before i
     rank = _total((other > mine) | ((other == mine) & before))
-    behind_a = prefix + a.shape[1] - r  # where B begins in the output
-    position = prefix + _total((rank >= r)[:, None, :] & before)  # of A, where it stays
-    target = jnp.where(rank < r, behind_a + best, position)
-    place = jnp.where(rank < r, tokens - r + rank, position)
+    stays, keep = rank >= r, a.shape[1] - r
+    position = _total(stays[:, None, :] & before)  # of A, where it stays
+    into = prefix + jnp.where(stays, position, keep + best)
+    order = first_a + 2 * _inverse(jnp.where(stays, position, keep + rank))
 
-    def spread(x: jax.Array, first: int, step: int) -> jax.Array:
-        """[b, _] at every step-th position from the first on, zeros elsewhere: [b, n]."""
-        last = first + step * (x.shape[1] - 1)
-        return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (first, tokens - 1 - last, step - 1)))
-
-    fixed = np.zeros((1, tokens), np.int32)
-    fixed[0, :prefix] = np.arange(prefix)
-    fixed[0, first_b::2] = behind_a + np.arange(b.shape[1])
-    target, place = (jnp.asarray(fixed) + spread(part, first_a, 2) for part in (target, place))
-    return target, place
+    fixed = np.zeros(tokens, np.int32)  # the targets of all but A
+    fixed[:prefix] = np.arange(prefix)
+    fixed[first_b::2] = prefix + keep + np.arange(b.shape[1])
+    last = first_a + 2 * (a.shape[1] - 1)
+    spread = jax.lax.pad(into, jnp.zeros((), into.dtype), ((0, 0, 0), (first_a, tokens - 1 - last, 1)))
+    leading, behind_a = (
+        jnp.broadcast_to(part.astype(np.int32), (batch, len(part)))
+        for part in (np.arange(prefix), np.arange(first_b, tokens, 2))
+    )
+    order = jnp.concatenate([leading, order[:, :keep], behind_a, order[:, keep:]], axis=1)
+    return Matching(spread + fixed[None], order)
 
 
 def first_positions(prefix: int) -> tuple[int, int]:
