@@ -76,7 +76,7 @@ from tqdm import tqdm
 
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import load_checkpoint, versions, writable_directory
-from fcvit_jax.errors import InputError, one_line_errors
+from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.schedule import parse_schedules
 from fcvit_jax.parallel import data_mesh
@@ -131,7 +131,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
             raise argparse.ArgumentTypeError(f"{text!r} is no list of batch sizes: write 8,32")
         return [int(size) for size in text.split(",")]
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=words, default=["vit_small_patch16_224"], help="named as timm names them")
     parser.add_argument("--image_size", type=int, help="pixels a side, if not those of the name")
     parser.add_argument("--checkpoint", metavar="DIR", help="time this checkpoint instead of --models")
@@ -169,7 +169,7 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--batch_sizes: {odd[0]} images do not spread evenly over {args.devices} devices")
     if args.blocks < 1 or args.block_seconds <= 0:
         raise InputError("--blocks and --block_seconds: both must be positive")
-    if args.checkpoint and args.image_size:
+    if args.checkpoint and args.image_size is not None:
         raise InputError("--image_size: the checkpoint has its own: leave it out")
     if args.compile and not args.peer:
         raise InputError("--compile: this is PyTorch's: pass --peer timm with it")
@@ -193,7 +193,7 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
             config, params, name = checkpoint.config, checkpoint.params, Path(name).name
         else:
             config = zoo.get(name).config
-            if args.image_size:
+            if args.image_size is not None:
                 config = replace(config, image_size=(args.image_size, args.image_size))
             params = random_params(config)
         schedules = parse_schedules(args.schedules, config.depth)

@@ -99,7 +99,7 @@ def measure(args: argparse.Namespace) -> None:
         raise InputError(f"--batch_size: {args.batch_size} images do not make four micro-batches: leave SAM/4 out")
     source = open_source(args.dataset) if args.dataset else None  # before anything is compiled
     config = zoo.get(args.model).config
-    size = (args.image_size, args.image_size) if args.image_size else config.image_size
+    size = (args.image_size, args.image_size) if args.image_size is not None else config.image_size
     config = dataclasses.replace(config, image_size=size)
     schedules = parse_schedules(args.schedules, config.depth)
     preprocess = Preprocess(image_size=size)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from tqdm import tqdm
 
 from fcvit_jax.errors import InputError
 
@@ -161,6 +162,11 @@ def settled(arrays: Any) -> Any:
     in an exchange: for ever.
     """
     return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" and jax.device_count() > 1 else arrays
+
+
+def progress(*args: Any, **kwargs: Any) -> tqdm:
+    """A progress bar on the terminal of the first process, gone when it is done."""
+    return tqdm(*args, **kwargs, leave=False, disable=None if jax.process_index() == 0 else True)
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:

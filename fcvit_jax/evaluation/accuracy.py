@@ -16,9 +16,12 @@ import numpy as np
 from fcvit_jax import compiling, parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.data.preprocess import Preprocess
+from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.times import Times
+from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.kernels import choose_kernels
+from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 
 # What `dtype` may be: the computation's dtype, and the precision of float32 products, which GPUs would round to TF32.
@@ -140,6 +143,32 @@ def compile_step(
     return CompiledStep(model, call, time.perf_counter() - started)
 
 
+def compile_steps(
+    config: ViTConfig,
+    schedules: Mapping[str, MergeSchedule],
+    preprocess: Preprocess,
+    params: Any,
+    batch_size: int,
+    mesh: jax.sharding.Mesh,
+    dtype: str,
+    source: Source,
+) -> dict[str, CompiledStep]:
+    """`compile_step` for every schedule, of a model with this configuration and for the labels of this source."""
+    return {
+        name: compile_step(
+            ViT(config, schedule),
+            preprocess,
+            params,
+            batch_size,
+            mesh,
+            dtype,
+            source.scored,
+            source.labels_per_image,
+        )
+        for name, schedule in parallel.progress(schedules.items(), desc="compiling", unit="schedule")
+    }
+
+
 def compile_divergence(
     names: Iterable[str],
     num_classes: int,
@@ -149,7 +178,7 @@ def compile_divergence(
 ) -> jax.stages.Compiled:
     """One program for `divergence` from dense of all the schedules named: (logits, logits by name) to values by name.
 
-    It takes the logits of steps that `compile_step` made with the same arguments.
+    It takes the logits of steps that `compile_steps` made with the same arguments.
     """
 
     def divergences(dense: jax.Array, others: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -11,20 +11,18 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.stages import Compiled
-from tqdm import tqdm
 
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import writable_directory
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_step
+from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
 from fcvit_jax.evaluation.job import Job, Settings, fingerprint, prepare
 from fcvit_jax.evaluation.logits import LogitsWriter
 from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_outcomes, write_whole
 from fcvit_jax.evaluation.results import class_table, gmacs_rows, result_rows
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
 from fcvit_jax.evaluation.times import Times
-from fcvit_jax.models.vit import ViT
 
 PANELS = 6  # of the gallery, at most, beside each image
 JOURNAL = ".outcomes"  # in the working directory, until the results are written
@@ -60,7 +58,16 @@ def run(settings: Settings, workdir: Path) -> list[dict[str, Any]]:
     job, times = prepare(settings, workdir), Times()
     read(job).close()  # complains of numbers that make no sense
     with times("compiling"):
-        steps = compile_steps(job)
+        steps = compile_steps(
+            job.checkpoint.config,
+            job.schedules,
+            job.checkpoint.preprocess,
+            job.params,
+            settings.batch_size,
+            job.mesh,
+            settings.dtype,
+            job.source,
+        )
         compare = compile_comparison(job)
     outcomes = count(job, steps, compare, times)
     rates = measure(job, steps, times)
@@ -95,24 +102,6 @@ def clear(workdir: Path) -> None:
             raise InputError(f"{stale} cannot be removed ({error.strerror}): take another --workdir") from None
 
 
-def compile_steps(job: Job) -> dict[str, CompiledStep]:
-    """A step for each schedule."""
-    settings, checkpoint, source = job.settings, job.checkpoint, job.source
-    return {
-        name: compile_step(
-            ViT(checkpoint.config, schedule),
-            checkpoint.preprocess,
-            job.params,
-            settings.batch_size,
-            job.mesh,
-            settings.dtype,
-            source.scored,
-            source.labels_per_image,
-        )
-        for name, schedule in progress(job.schedules.items(), desc="compiling", unit="schedule")
-    }
-
-
 def compile_comparison(job: Job) -> Compiled | None:
     """What compares the schedules' logits with dense's, where there is something to compare."""
     others = [name for name in job.schedules if name != "dense"]
@@ -133,7 +122,9 @@ def count(job: Job, steps: Mapping[str, CompiledStep], compare: Compiled | None,
         if journal:  # where not even a batch was counted there is nothing to go on from
             stack.callback(lambda: None if journal.parts else forget(job.workdir))
         batches = stack.enter_context(contextlib.closing(read(job, done)))
-        bar = stack.enter_context(progress(desc="evaluating", total=total, initial=min(done * size, total), unit="img"))
+        bar = stack.enter_context(
+            parallel.progress(desc="evaluating", total=total, initial=min(done * size, total), unit="img")
+        )
         for batch, outcomes, logits in classify(steps, job.params, batches, compare, times):
             with times("on the host"):
                 part = collect(batch, outcomes, job.mesh)
@@ -193,7 +184,7 @@ def measure(job: Job, steps: Mapping[str, CompiledStep], times: Times) -> dict[s
         return {}
     with contextlib.closing(read(job, limit=min(job.settings.batch_size, job.num_records))) as one:
         batch = next(one)
-    with times("timing"), progress(desc="timing", total=blocks * len(steps), unit="block") as bar:
+    with times("timing"), parallel.progress(desc="timing", total=blocks * len(steps), unit="block") as bar:
         return measure_throughput(steps, job.params, batch, blocks, on_block=bar.update)
 
 
@@ -221,8 +212,3 @@ def draw(job: Job) -> None:
     # On one device of this process: the others may have no part in it.
     alone = replace(checkpoint, params=jax.tree.map(np.asarray, checkpoint.params))
     draw_gallery(alone, shown, np.asarray(first.images), first.names, job.workdir / "gallery", columns=4)
-
-
-def progress(*args: Any, **kwargs: Any) -> tqdm:
-    """A progress bar on the terminal of the first process."""
-    return tqdm(*args, **kwargs, leave=False, disable=None if jax.process_index() == 0 else True)

@@ -5,6 +5,8 @@
 Shape letters: b batch, q queries, n tokens, t tokens out, d width, h heads, k head width.
 """
 
+import functools
+import operator
 from typing import NamedTuple
 
 import jax
@@ -40,7 +42,12 @@ def attend(parts: tuple[jax.Array, ...], size: jax.Array | None) -> tuple[jax.Ar
         y = _attend_and_divide(q, k, v, bias)
     else:
         y = jax.lax.platform_dependent(q, k, v, bias, cpu=_attend_and_divide, default=_attend_by_softmax)
-    return y.astype(q.dtype).transpose(0, 2, 1, 3), k.astype(jnp.float32).mean(axis=1)
+    return y.astype(q.dtype).transpose(0, 2, 1, 3), _mean_over_heads(k.astype(jnp.float32))
+
+
+def _mean_over_heads(k: jax.Array) -> jax.Array:
+    """[b, h, n, k] -> [b, n, k]. Of a reduction XLA's library for CPUs makes something ten times as slow."""
+    return functools.reduce(operator.add, (k[:, head] for head in range(k.shape[1]))) / k.shape[1]
 
 
 def _attend_by_softmax(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:

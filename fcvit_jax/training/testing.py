@@ -8,13 +8,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from tqdm import tqdm
 
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import save_checkpoint
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
-from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep, compile_step, evaluate
-from fcvit_jax.models.vit import ViT
+from fcvit_jax.evaluation.accuracy import Accuracy, compile_steps, evaluate
 from fcvit_jax.training.job import Job
 from fcvit_jax.training.step import TrainState
 from fcvit_jax.training.window import Window, over_processes
@@ -30,19 +28,16 @@ class Test:
         self.job, self.stopping = job, stopping
         self.batch_size = job.config.batch_size // job.recipe.sam.microbatches
         self.skipped, self.told = 0, set[str]()
-        self.steps: dict[str, CompiledStep] = {}
-        quiet = None if jax.process_index() == 0 else True
-        for name, schedule in tqdm(job.schedules.items(), "compiling", leave=False, unit="schedule", disable=quiet):
-            self.steps[name] = compile_step(
-                ViT(job.start.config, schedule),
-                job.start.preprocess,
-                params,
-                self.batch_size,
-                job.mesh,
-                job.config.dtype,
-                job.start.test_set.scored,
-                job.start.test_set.labels_per_image,
-            )
+        self.steps = compile_steps(
+            job.start.config,
+            job.schedules,
+            job.start.preprocess,
+            params,
+            self.batch_size,
+            job.mesh,
+            job.config.dtype,
+            job.start.test_set,
+        )
 
     def __call__(self, params: Any, tell: Callable[[str], None]) -> tuple[dict[str, Accuracy], int] | None:
         """The accuracy of each schedule, and how many images all processes skipped; None where a signal came meanwhile.

@@ -439,7 +439,7 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
     ],
 )
 def test_bad_configurations_are_one_line_and_told_at_once(changes, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(testing, "compile_step", None)
+    monkeypatch.setattr(testing, "compile_steps", None)
     config = tiny()
     config.update_from_flattened_dict(changes)
     with pytest.raises(fc.InputError, match=says.replace(".", r"\.")):
@@ -459,7 +459,7 @@ def several_labels(spec):
 
 def test_several_labels_an_image_are_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "open_source", several_labels)
-    monkeypatch.setattr(testing, "compile_step", None)
+    monkeypatch.setattr(testing, "compile_steps", None)
     with pytest.raises(fc.InputError, match="digits:train has several labels an image: it can be evaluated on, not tr"):
         run.train(tiny(), tmp_path)
 
@@ -510,11 +510,11 @@ def test_folders_of_different_classes_are_told(tmp_path, devices):
 def test_evaluation_is_compiled_before_the_first_step_and_as_large_as_a_micro_batch(tmp_path, devices, monkeypatch):
     sizes = []
 
-    def out_of_memory(model, preprocess, params, batch_size, *rest):
+    def out_of_memory(config, schedules, preprocess, params, batch_size, *rest):
         sizes.append(batch_size)
         raise MemoryError
 
-    monkeypatch.setattr(testing, "compile_step", out_of_memory)
+    monkeypatch.setattr(testing, "compile_steps", out_of_memory)
     with pytest.raises(MemoryError):
         run.train(tiny(sam__microbatches=4), tmp_path)
     assert sizes == [8]
