@@ -54,8 +54,8 @@ def on_each_device(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callabl
     """`call(params, *batch)` on every device of the mesh for its own images, in parts of `part_size`.
 
     Every array of the batch and of what is returned has an axis of images in front, which is spread over the mesh; call
-    computes each image by itself. Left to share one program out, XLA copies to all devices what reshapes join with that
-    axis, and cannot split programs that are not its own (Triton's). tokens: of an image.
+    computes each image by itself. Left to share one program out, XLA may copy to all devices what is reshaped, and
+    cannot split programs that are not its own (Triton's). tokens: of an image.
     """
 
     def by_parts(params: Any, *batch: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Devices: one mesh axis over all hosts, the ways an array lies on it, and how several processes start and end."""
+"""Devices and processes: one mesh axis over all hosts, the ways an array lies on it, how processes start and end."""
 
 import collections
 import contextlib

@@ -140,6 +140,8 @@ def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys
         ("--devices 4 --batch_sizes 8,6", "error: --batch_sizes: 6 images do not spread evenly over 4 devices"),
         ("--blocks 0", "error: --blocks and --block_seconds: both must be positive"),
         ("--models vit", "error: unknown model 'vit'"),
+        ("--image_size 0", "error: image_size is (0, 0): it must be positive"),
+        ("--batch_sizes x", "error: argument --batch_sizes: 'x' is no list of batch sizes: write 8,32"),
     ],
 )
 def test_what_cannot_work_is_told_in_one_line(flags, message, capsys):

@@ -178,7 +178,7 @@ def compile_divergence(
 ) -> jax.stages.Compiled:
     """One program for `divergence` from dense of all the schedules named: (logits, logits by name) to values by name.
 
-    It takes the logits of steps that `compile_steps` made with the same arguments.
+    It takes the logits of steps that `compile_steps` made for the same schedules, classes, batch size and mesh.
     """
 
     def divergences(dense: jax.Array, others: dict[str, jax.Array]) -> dict[str, jax.Array]:

@@ -106,7 +106,7 @@ def prepare(settings: Settings, workdir: Path) -> Job:
 
 
 def fingerprint(job: Job) -> dict[str, Any]:
-    """What decides the outcomes. The number of devices and processes does not."""
+    """What decides the outcomes. The number of devices and processes does not, but for rounding."""
     settings, meta = job.settings, job.checkpoint.meta
     weights = json.dumps([meta["files"], meta["config"], meta["preprocess"]], sort_keys=True)
     return {

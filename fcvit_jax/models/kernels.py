@@ -25,7 +25,8 @@ class Kernels(NamedTuple):
 def choose_kernels(dtype: Any, devices: Iterable[Any]) -> str:
     """The fastest of `KERNELS` for inference in a dtype on these devices: "triton" on NVIDIA GPUs in bfloat16.
 
-    On several, each has to compute images of its own (`compiling.on_each_device`): XLA cannot split Triton's programs.
+    On several, which has not been tried yet, each has to compute images of its own (`compiling.on_each_device`): XLA
+    cannot split Triton's programs.
     """
 
     def runs_triton(device: Any) -> bool:

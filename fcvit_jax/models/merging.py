@@ -101,7 +101,7 @@ def first_positions(prefix: int) -> tuple[int, int]:
 
 
 def _inverse(place: jax.Array) -> jax.Array:
-    """Which token has each place, both int32 [b, n]; 0 to n - 1 whatever the places are."""
+    """Which of so many tokens has each place, both int32 [b, tokens]; 0 to tokens - 1 whatever the places are."""
     index = np.arange(place.shape[1])
     found = place[:, None, :] == index[None, :, None]
     return jnp.minimum(_total(jnp.where(found, index[None, None], 0)), len(index) - 1)
