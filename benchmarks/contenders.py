@@ -18,8 +18,8 @@ from tqdm import tqdm
 
 from fcvit_jax import compiling, parallel
 from fcvit_jax.checkpoint import abstract_params
+from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import DTYPES
 from fcvit_jax.models import flops
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
@@ -96,7 +96,7 @@ def random_params(config: ViTConfig) -> dict[str, Any]:
 
 def prepare_ours(case: Case) -> Iterator[Contender]:
     """Our model under every schedule, compiled and checked, its batches spread over the devices."""
-    dtype, _ = DTYPES[case.dtype]
+    dtype, _ = PRECISIONS[case.dtype]
     mesh = parallel.data_mesh(jax.devices()[: case.devices])
     # As PyTorch's `model.to(dtype)` has them.
     params = jax.device_put(cast_params(case.params, dtype), parallel.replicated(mesh))
@@ -120,7 +120,7 @@ def compile_program(
     config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: Any, mesh: Mesh, kernels: str = "xla"
 ) -> Any:
     """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c]."""
-    kind, precision = DTYPES[dtype]
+    kind, precision = PRECISIONS[dtype]
     model = ViT(config, schedule, dtype=kind, kernels=kernels)
 
     def forward(params: Any, images: Any) -> jax.Array:
@@ -165,7 +165,7 @@ def prepare_timm(case: Case, mode: str | None) -> Iterator[Contender]:
         for name, module in modules.items():
             logits = peer.prepare(module, case.batches).logits
             largest_difference(f"{case}: timm {name} in float32", logits, case.references[name], "float32")
-        model.to(getattr(torch, DTYPES[case.dtype][0].__name__))
+        model.to(getattr(torch, PRECISIONS[case.dtype][0].__name__))
     peer.set_precision(case.dtype)
     for name, module in modules.items():
         for label, how in (("timm", None), ("timm compiled", mode))[: 2 if mode else 1]:
@@ -198,7 +198,7 @@ def largest_difference(what: str, logits: np.ndarray, reference: np.ndarray, dty
 
 def prepare_matmuls(case: Case) -> dict[Shape, Run]:
     """Products large enough to show what the machine can do, and those of the model's MLP, in the case's dtype."""
-    dtype, precision = DTYPES[case.dtype]
+    dtype, precision = PRECISIONS[case.dtype]
     tokens, width, hidden = case.batch_size * case.config.num_tokens, case.config.embed_dim, case.config.mlp_dim
     sides = SQUARES.get(jax.default_backend(), LARGE_SQUARES)
     runs: dict[Shape, Run] = {}

@@ -61,8 +61,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import (
-    DTYPES,
     OURS,
+    PRECISIONS,
     Case,
     Run,
     compile_program,
@@ -75,8 +75,9 @@ from contenders import (
 from tqdm import tqdm
 
 from fcvit_jax.allocator import keep_freed_memory
-from fcvit_jax.checkpoint import load_checkpoint, versions, writable_directory
+from fcvit_jax.checkpoint import load_checkpoint, versions
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
+from fcvit_jax.files import writable_directory
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.schedule import parse_schedules
 from fcvit_jax.parallel import data_mesh
@@ -137,7 +138,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", metavar="DIR", help="time this checkpoint instead of --models")
     parser.add_argument("--schedules", default="dense,tome_r13,s2dfe_r18,s2winc7_r16")
     parser.add_argument("--batch_sizes", type=sizes, default=[32])
-    parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(DTYPES)}")
+    parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(PRECISIONS)}")
     told = "of our model: xla, or in bfloat16 on NVIDIA GPUs triton; xla,triton compares them"
     parser.add_argument("--kernels", type=words, default=["xla"], help=told)
     told = "that our model is spread over; a CPU is taken as so many"
@@ -155,8 +156,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def check_options(args: argparse.Namespace) -> None:
     """Raise InputError, before any long work, for what cannot work."""
-    if odd := [name for name in args.dtypes if name not in DTYPES]:
-        raise InputError(f"--dtypes: {odd[0]!r} is none of {', '.join(DTYPES)}")
+    if odd := [name for name in args.dtypes if name not in PRECISIONS]:
+        raise InputError(f"--dtypes: {odd[0]!r} is none of {', '.join(PRECISIONS)}")
     if "tf32" in args.dtypes and jax.default_backend() != "gpu":
         raise InputError("--dtypes: tf32 is a format of NVIDIA GPUs, and there is none here: leave it out")
     if odd := [name for name in args.kernels if name not in OURS]:

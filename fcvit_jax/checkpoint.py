@@ -10,10 +10,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +22,7 @@ from flax import traverse_util
 
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
+from fcvit_jax.files import check_room, check_target, staged
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
 
@@ -97,7 +95,7 @@ def save_checkpoint(
     `overwrite`: exists and is not a checkpoint), cannot be written or has no room left, and where the parts do not fit
     each other.
     """
-    path = check_target(path, overwrite)
+    path = check_target(path, overwrite, ENTRIES)
     _check_fit(config, preprocess, class_names)
     _check_shapes("params", params, abstract_params(config))
     meta = {
@@ -123,52 +121,6 @@ def save_checkpoint(
         meta["files"] = {file.relative_to(staging / "params").as_posix(): _sha256(file) for file in files}
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path
-
-
-def check_target(path: str | Path, overwrite: bool, entries: frozenset[str] = ENTRIES) -> Path:
-    """The path, if a directory of these entries may be written there; to be called before any long work.
-
-    Raises InputError where there is something already; with `overwrite`, where there is anything but those entries.
-    """
-    path = Path(path).expanduser().resolve()
-    there = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
-    if there and not overwrite:
-        raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
-    if odd := sorted(there - entries):
-        raise InputError(f"{path} is not overwritten: it holds more than is replaced ({odd[0]}); choose another name")
-    writable_directory(path.parent)
-    return path
-
-
-def writable_directory(path: Path) -> Path:
-    """Make a directory and try to write into it, before any long work. Raises InputError where that fails."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            return path
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-
-
-def check_room(directory: Path, tree: Any) -> None:
-    """Raises InputError where the arrays of a tree do not fit on the disk, which Orbax would notice half-way."""
-    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(directory).free
-    if needed > free:
-        room = f"{needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB free"
-        raise InputError(f"{directory} cannot be written (the disk is full: {room}): make room, and run it again")
-
-
-@contextlib.contextmanager
-def told_in_one_line(path: Path) -> Iterator[None]:
-    """A disk that is full after all, or fails, while `path` is written."""
-    try:
-        yield
-    except (OSError, ValueError) as error:  # TensorStore raises ValueError
-        full = any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
-        if isinstance(error, InputError) or not (full or isinstance(error, OSError)):
-            raise
-        why = "the disk is full" if full else getattr(error, "strerror", None) or error
-        raise InputError(f"{path} cannot be written ({why}): make room, and run it again") from None
 
 
 def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
@@ -256,39 +208,3 @@ def _restore(path: Path, config: ViTConfig, sharding: jax.sharding.Sharding) -> 
         abstract = abstract_params(config, sharding)
         _check_shapes(str(path), checkpointer.metadata(path.absolute()).item_metadata.tree, abstract)
         return checkpointer.restore(path.absolute(), abstract)
-
-
-@contextlib.contextmanager
-def staged(path: Path) -> Iterator[Path]:
-    """A directory beside `path` that takes its place when the block ends well, and vanishes when it does not."""
-    with told_in_one_line(path):
-        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
-        try:
-            yield staging
-            staging.chmod(0o755)
-            if path.exists():
-                retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
-                os.replace(path, retired)
-                try:
-                    os.replace(staging, path)
-                except BaseException:
-                    os.replace(retired, path)
-                    raise
-                shutil.rmtree(retired)
-            else:
-                os.replace(staging, path)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-
-def sweep(path: Path) -> None:
-    """Remove what writers of `path` left beside it when they were killed.
-
-    Where one was killed between taking the old directory away and putting the new one there, the old one comes back.
-    """
-    random = "?" * 8  # as `mkdtemp` has it
-    with told_in_one_line(path):
-        for retired in path.parent.glob(f".{path.name}.old-{random}"):
-            shutil.rmtree(retired) if path.exists() else os.replace(retired, path)
-        for staging in path.parent.glob(f".{path.name}.partial-{random}"):
-            shutil.rmtree(staging)

@@ -9,6 +9,24 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 
+from fcvit_jax.errors import InputError
+
+# By the name that a configuration's `dtype` takes: the dtype of the computation, and the precision of float32 products,
+# which GPUs would otherwise round to TF32.
+PRECISIONS = {
+    "float32": (jnp.float32, "highest"),
+    "tf32": (jnp.float32, "tensorfloat32"),
+    "bfloat16": (jnp.bfloat16, "default"),
+}
+
+
+def computation(dtype: str) -> tuple[Any, str]:
+    """Look up an entry of `PRECISIONS`. Raises InputError for another name."""
+    if dtype not in PRECISIONS:
+        raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(PRECISIONS)}")
+    return PRECISIONS[dtype]
+
+
 _LOOPS = {"xla_cpu_use_fusion_emitters": False}
 _PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 _LIBRARY = {"xla_gpu_enable_triton_gemm": False}

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import load_checkpoint, save_checkpoint, sweep
+from fcvit_jax.checkpoint import load_checkpoint, save_checkpoint
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.errors import InputError
+from fcvit_jax.files import sweep
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
 

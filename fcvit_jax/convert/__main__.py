@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from fcvit_jax.checkpoint import check_target, flat_params, load_checkpoint, save_checkpoint
+from fcvit_jax.checkpoint import ENTRIES, flat_params, load_checkpoint, save_checkpoint
 from fcvit_jax.convert import export
 from fcvit_jax.convert.fetch import expected_sha256, locate, weight_file
 from fcvit_jax.convert.geometry import Grid, infer_config
@@ -35,6 +35,7 @@ from fcvit_jax.convert.sidecar import Sidecar, read_sidecar
 from fcvit_jax.convert.translation import Converted, Row, Translation, assemble, translate
 from fcvit_jax.data.preprocess import PRESETS, Preprocess, preset
 from fcvit_jax.errors import InputError, OneLineParser, naming, one_line_errors
+from fcvit_jax.files import check_target
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.config import GELUS, POOLS, ViTConfig
 
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Read, translate, and write what --to says: a checkpoint directory, timm's file, or transformers' directory."""
-    out = export.check_target(args.out, args.to, args.overwrite) if args.to else check_target(args.out, args.overwrite)
+    out = export.check_target(args.out, args.to, args.overwrite) if args.to else check_target(args.out, args.overwrite, ENTRIES)
     source = _understand(*_read(args), args)
     config, grid = _infer(source, args)
     preprocess = _preprocess(source, args, config)

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from fcvit_jax import checkpoint
-from fcvit_jax.checkpoint import flat_params, staged
+from fcvit_jax.checkpoint import flat_params
 from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Row
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
+from fcvit_jax.files import staged
 from fcvit_jax.models.config import ViTConfig
 
 _INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {

@@ -24,20 +24,6 @@ from fcvit_jax.models.kernels import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 
-# What `dtype` may be: the computation's dtype, and the precision of float32 products, which GPUs would round to TF32.
-DTYPES = {
-    "float32": (jnp.float32, "highest"),
-    "tf32": (jnp.float32, "tensorfloat32"),
-    "bfloat16": (jnp.bfloat16, "default"),
-}
-
-
-def computation(dtype: str) -> tuple[Any, str]:
-    """The entry of `DTYPES`. Raises InputError where there is none."""
-    if dtype not in DTYPES:
-        raise InputError(f"dtype is {dtype!r}: choose one of {', '.join(DTYPES)}")
-    return DTYPES[dtype]
-
 
 class Outcome(NamedTuple):
     """What became of the rows of one batch under one schedule.
@@ -121,11 +107,11 @@ def compile_step(
     """Compile `eval_step` for batches of one size, the rows spread over the devices of the mesh.
 
     params: the parameters; those of a call have to lie on the devices as these do, replicated or sharded. dtype: a key
-    of `DTYPES`; it replaces the model's own, and so do the kernels that `choose_kernels` picks. scored,
+    of `compiling.PRECISIONS`; it replaces the model's own, and so do the kernels that `choose_kernels` picks. scored,
     labels_per_image: as the `Source` has them.
     """
     parallel.check_batch_size(batch_size, mesh)
-    compute, precision = computation(dtype)
+    compute, precision = compiling.computation(dtype)
     model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)

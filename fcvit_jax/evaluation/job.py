@@ -12,12 +12,13 @@ from typing import Any
 import jax
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions, writable_directory
+from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
+from fcvit_jax.compiling import PRECISIONS, computation
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.labels import match_head, real_labels
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import DTYPES, computation
+from fcvit_jax.files import writable_directory
 from fcvit_jax.models import zoo
 from fcvit_jax.models.kernels import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
@@ -75,7 +76,7 @@ class Job:
     @cached_property
     def params(self) -> Any:
         """Those of the checkpoint, in the dtype of the computation; in bfloat16 both are on the devices."""
-        return cast_params(self.checkpoint.params, DTYPES[self.settings.dtype][0])
+        return cast_params(self.checkpoint.params, PRECISIONS[self.settings.dtype][0])
 
     @property
     def num_records(self) -> int:
@@ -116,7 +117,7 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "schedules": {name: str(schedule) for name, schedule in job.schedules.items()},
         "batch_size": settings.batch_size,
         "dtype": settings.dtype,
-        "kernels": choose_kernels(DTYPES[settings.dtype][0], job.mesh.devices.flat),
+        "kernels": choose_kernels(PRECISIONS[settings.dtype][0], job.mesh.devices.flat),
         "save_logits": settings.save_logits,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),

@@ -1,7 +1,6 @@
 """Logits of a whole data set as `logits_<schedule>.npz`, streamed: memory does not grow with the number of images."""
 
 import os
-import re
 import shutil
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +12,7 @@ import numpy as np
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.outcomes import Outcomes
+from fcvit_jax.files import file_name
 
 
 class LogitsWriter:
@@ -86,8 +86,3 @@ class LogitsWriter:
     def remove(directory: Path) -> None:
         """Remove the files that `save` reads."""
         shutil.rmtree(directory / ".logits", ignore_errors=True)
-
-
-def file_name(schedule: str) -> str:
-    """A schedule's name as part of a file name: an explicit form holds colons and commas."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", schedule)

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import struct
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,6 +15,7 @@ from fcvit_jax import parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import Outcome
+from fcvit_jax.files import write_whole
 
 NAME_BYTES = 256  # of an image's name, as it travels between processes; of a longer one the end
 
@@ -65,17 +65,6 @@ def concatenate(parts: Iterable[Outcomes]) -> Outcomes:
 def save_outcomes(path: Path, schedules: Sequence[str], outcomes: Outcomes) -> None:
     """Write the arrays as one .npz, with `schedules`, str [s]; whole or not at all."""
     write_whole(path, _npz(schedules=np.asarray(schedules), **outcomes._asdict()))
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under another name, then give it its own. Raises InputError where that fails."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room and start again") from None
 
 
 _BLOCK = struct.Struct("<III")  # ahead of each block: the number of its batch, its length, its CRC-32

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.evaluation.html import render_page
-from fcvit_jax.evaluation.outcomes import write_whole
 from fcvit_jax.evaluation.plot import plot_pareto
 from fcvit_jax.evaluation.rows import Row, Run, differences, read_run
 from fcvit_jax.evaluation.table import format_table
+from fcvit_jax.files import write_whole
 
 __all__ = ["format_table", "main", "write_report"]
 

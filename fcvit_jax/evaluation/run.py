@@ -13,16 +13,16 @@ from jax.experimental import multihost_utils
 from jax.stages import Compiled
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import writable_directory
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
 from fcvit_jax.evaluation.job import Job, Settings, fingerprint, prepare
 from fcvit_jax.evaluation.logits import LogitsWriter
-from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_outcomes, write_whole
+from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_outcomes
 from fcvit_jax.evaluation.results import class_table, gmacs_rows, result_rows
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
 from fcvit_jax.evaluation.times import Times
+from fcvit_jax.files import writable_directory, write_whole
 
 PANELS = 6  # of the gallery, at most, beside each image
 JOURNAL = ".outcomes"  # in the working directory, until the results are written

@@ -29,13 +29,12 @@ from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fcvit_jax import compiling
-from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, writable_directory
+from fcvit_jax.checkpoint import Checkpoint, load_checkpoint
 from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import EXTENSIONS, FORMS, Record, Source, open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
-from fcvit_jax.evaluation.logits import file_name
-from fcvit_jax.evaluation.outcomes import write_whole
+from fcvit_jax.files import file_name, writable_directory, write_whole
 from fcvit_jax.models.schedule import Dense, MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT
 

@@ -23,11 +23,11 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
-from fcvit_jax.checkpoint import Checkpoint, check_target, flat_params, load_checkpoint, staged, versions
+from fcvit_jax.checkpoint import Checkpoint, flat_params, load_checkpoint, versions
+from fcvit_jax.compiling import computation
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import computation
-from fcvit_jax.evaluation.logits import file_name
+from fcvit_jax.files import check_target, file_name, staged
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT, cast_params
 
@@ -57,7 +57,7 @@ def export(
     Args:
       schedules: one, or names and explicit forms separated by commas.
       batch_sizes: merging wants shapes that are fixed when a program is made, and so is b.
-      dtype: a key of `DTYPES`. With bfloat16 weights are stored so too, but for those of the norms, which stay float32.
+      dtype: a key of `PRECISIONS`. With bfloat16 the weights are stored in it too, except those of the norms.
       platforms: what the programs can be compiled for, some of `PLATFORMS`.
       features: return (logits, pooled) from a program, pooled float32 as `ViT` has it: [b, d].
       overwrite: replace an earlier export.

@@ -16,8 +16,8 @@ import argparse
 import json
 import re
 
+from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.errors import OneLineParser, one_line_errors
-from fcvit_jax.evaluation.accuracy import DTYPES
 from fcvit_jax.export import PLATFORMS, export
 
 
@@ -73,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=tuple(PRECISIONS),
         default="float32",
         help="of the computation; tf32 rounds products on GPUs, bfloat16 halves weights.npz too (float32 by default)",
     )

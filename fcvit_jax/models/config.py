@@ -2,10 +2,10 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from typing import Any
 
 from fcvit_jax.errors import InputError
+from fcvit_jax.settings import check_settings, setting
 
 GELUS = ("exact", "tanh", "quick")
 POOLS = ("token", "avg", "token_avg", "dist_avg")
@@ -18,45 +18,38 @@ class ViTConfig:
     Sequence: [class token][distillation token][registers][patches, row-major]; prefix tokens are those before patches.
     """
 
-    image_size: tuple[int, int] = (224, 224)  # (height, width) in pixels
-    patch_size: int = 16
-    embed_dim: int = 768
-    depth: int = 12
-    num_heads: int = 12
-    mlp_dim: int = 3072
-    num_classes: int = 1000  # 0: no head, the logits are the pooled features
+    image_size: tuple[int, int] = setting((224, 224), low=1)  # (height, width) in pixels
+    patch_size: int = setting(16, low=1)
+    embed_dim: int = setting(768, low=1)
+    depth: int = setting(12, low=1)
+    num_heads: int = setting(12, low=1)
+    mlp_dim: int = setting(3072, low=1)
+    num_classes: int = setting(1000, low=0)  # 0: no head, the logits are the pooled features
     class_token: bool = True
     dist_token: bool = False
-    num_registers: int = 0
+    num_registers: int = setting(0, low=0)
     no_embed_class: bool = False  # the position embedding has no entries for prefix tokens (DeiT-III, registers)
     patch_bias: bool = True
     pre_norm: bool = False  # a norm in front of the blocks (CLIP)
     qkv_bias: bool = True
-    layer_scale: float | None = None  # initial value of LayerScale; None: there is none
-    gelu: str = "exact"  # exact | tanh | quick
-    norm_eps: float = 1e-6
+    layer_scale: float | None = setting(None, low=0)  # initial value of LayerScale; None: the model has none
+    gelu: str = setting("exact", choices=GELUS)
+    norm_eps: float = setting(1e-6, low=0)
     # token | avg (of the patches) | token_avg (both, side by side) | dist_avg (mean of a distilled model's two heads)
-    pool: str = "token"
+    pool: str = setting("token", choices=POOLS)
     fc_norm: bool = False  # the last norm comes after the pooling instead of before
-    representation_size: int = 0  # width of a tanh layer in front of the head (the ViT paper's pre-training); 0: none
+    representation_size: int = setting(
+        0, low=0
+    )  # width of a tanh layer in front of the head (the ViT paper's pre-training); 0: none
     proportional_attention: bool = True  # a merged token attracts attention in proportion to its size
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if not _KINDS[field.type](value):
-                raise InputError(f"{field.name} is {value!r}: it must be {getattr(field.type, '__name__', field.type)}")
-            lowest = 1 if field.name in _POSITIVE else 0
-            if not isinstance(value, str | None) and min(value if isinstance(value, tuple) else (value,)) < lowest:
-                raise InputError(f"{field.name} is {value}: it must be {'positive' if lowest else '0 or more'}")
+        check_settings(self)
         if self.embed_dim % self.num_heads:
             raise InputError(f"embed_dim {self.embed_dim} does not divide into {self.num_heads} heads")
         if self.image_size[0] % self.patch_size or self.image_size[1] % self.patch_size:
             height, width = self.image_size
             raise InputError(f"image_size {height}x{width} does not divide into patches of {self.patch_size} pixels")
-        for name, choices in (("gelu", GELUS), ("pool", POOLS)):
-            if getattr(self, name) not in choices:
-                raise InputError(f"{name} is {getattr(self, name)!r}: choose one of {', '.join(choices)}")
         if self.pool != "avg" and not self.class_token:
             raise InputError(f"pool {self.pool!r} needs a class token")
         if self.pool == "dist_avg" and not self.dist_token:
@@ -97,16 +90,4 @@ class ViTConfig:
         expected = {field.name for field in dataclasses.fields(cls)}
         if odd := sorted(expected ^ fields.keys()):
             raise InputError(f"model configuration: unknown or missing fields {', '.join(odd)}")
-        size = fields["image_size"]
-        return cls(**{**fields, "image_size": tuple(size) if isinstance(size, list) else size})
-
-
-_KINDS: dict[Any, Callable[[Any], bool]] = {
-    int: lambda value: type(value) is int,
-    bool: lambda value: type(value) is bool,
-    str: lambda value: type(value) is str,
-    float: lambda value: type(value) in (int, float),
-    float | None: lambda value: value is None or type(value) in (int, float),
-    tuple[int, int]: lambda value: type(value) is tuple and [type(side) for side in value] == [int, int],
-}
-_POSITIVE = ("image_size", "patch_size", "embed_dim", "depth", "num_heads", "mlp_dim")
+        return cls(**fields)

@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any
 
 from fcvit_jax.allocator import keep_freed_memory
-from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, writable_directory
+from fcvit_jax.checkpoint import Checkpoint, load_checkpoint
 from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import OneLineParser, one_line_errors
+from fcvit_jax.files import writable_directory
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.training.comparison import Comparison, check_comparable, compare, interval
 from fcvit_jax.training.figure import plot_flatness

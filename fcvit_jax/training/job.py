@@ -8,13 +8,14 @@ import jax
 from jax.experimental import multihost_utils
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import abstract_params, sweep
+from fcvit_jax.checkpoint import abstract_params
+from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.convert.__main__ import main as convert
 from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.batches import batches_an_epoch
 from fcvit_jax.data.sources import FORMS, Source, open_source
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import DTYPES
+from fcvit_jax.files import sweep
 from fcvit_jax.models import zoo
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT
@@ -84,7 +85,7 @@ def prepare(config: Any, workdir: Path) -> tuple[Job, Any]:
             f"batch_size is {config.batch_size}: it must be a multiple of sam.microbatches, {sam_config.microbatches}, "
             f"times the {mesh.size} devices"
         )
-    compute, precision = DTYPES[config.dtype]
+    compute, precision = PRECISIONS[config.dtype]
     jax.config.update("jax_default_matmul_precision", precision)
     depth = start.config.depth
     schedules = {"dense": MergeSchedule.dense(depth), **parse_schedules(config.schedules, depth)}
@@ -143,7 +144,7 @@ def check_fields(config: Any, workdir: Path) -> None:
         raise InputError(f"workers is {config.workers}: it must be 1 or more, or none")
     if config.seed < 0:
         raise InputError(f"seed is {config.seed}: it must be 0 or more")
-    for name, choices in (("dtype", tuple(DTYPES)), ("on_bad", ("stop", "skip"))):
+    for name, choices in (("dtype", tuple(PRECISIONS)), ("on_bad", ("stop", "skip"))):
         if config[name] not in choices:
             raise InputError(f"{name} is {config[name]!r}: choose one of {', '.join(choices)}")
 

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fcvit_jax.checkpoint import told_in_one_line
+from fcvit_jax.files import told_in_one_line
 
 
 class Log:

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax import parallel
-from fcvit_jax.checkpoint import sweep, told_in_one_line, writable_directory
 from fcvit_jax.data.batches import BadImage, Batch, device_batches, train_batches
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import Accuracy
+from fcvit_jax.files import sweep, told_in_one_line, writable_directory
 from fcvit_jax.training.flatness import main as flatness
 from fcvit_jax.training.job import WRITTEN, Job, check_same, prepare
 from fcvit_jax.training.log import Log

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from fcvit_jax.checkpoint import check_room, told_in_one_line
 from fcvit_jax.errors import InputError
+from fcvit_jax.files import check_room, told_in_one_line
 
 
 class States:

@@ -4,8 +4,9 @@ import pytest
 
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.logits import LogitsWriter, file_name
+from fcvit_jax.evaluation.logits import LogitsWriter
 from fcvit_jax.evaluation.outcomes import Outcomes
+from fcvit_jax.files import file_name
 
 NAMES = ("dense", "dense:1,global:2:r3")
 RNG = np.random.default_rng(0)

@@ -17,8 +17,8 @@ from PIL import Image
 import fcvit_jax as fc
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import abstract_params, save_checkpoint
+from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
-from fcvit_jax.evaluation.accuracy import DTYPES
 from fcvit_jax.export.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -70,7 +70,7 @@ def some_images(count, config=CONFIG):
 
 def by_the_model(checkpoint, name, images, dtype="float32"):
     """(logits, pooled) of the library's own model."""
-    compute, precision = DTYPES[dtype]
+    compute, precision = PRECISIONS[dtype]
     model = fc.ViT(checkpoint.config, fc.MergeSchedule.parse(name, checkpoint.config.depth), compute)
 
     @jax.jit

@@ -1,0 +1,112 @@
+"""Files and directories that are whole or not there: checks before long work, staging, one-line errors."""
+
+import contextlib
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from fcvit_jax.errors import InputError
+
+
+def check_target(path: str | Path, overwrite: bool, entries: frozenset[str]) -> Path:
+    """The path, if a directory of these entries may be written there; to be called before any long work.
+
+    Raises InputError where there is something already; with `overwrite`, where there is anything but those entries.
+    """
+    path = Path(path).expanduser().resolve()
+    there = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
+    if there and not overwrite:
+        raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
+    if odd := sorted(there - entries):
+        raise InputError(f"{path} is not overwritten: it holds more than is replaced ({odd[0]}); choose another name")
+    writable_directory(path.parent)
+    return path
+
+
+def writable_directory(path: Path) -> Path:
+    """Make a directory and try to write into it, before any long work. Raises InputError where that fails."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path):
+            return path
+    except OSError as error:
+        raise InputError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def check_room(directory: Path, tree: Any) -> None:
+    """Raises InputError where the arrays of a tree do not fit on the disk, which Orbax would notice half-way."""
+    needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(directory).free
+    if needed > free:
+        room = f"{needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB free"
+        raise InputError(f"{directory} cannot be written (the disk is full: {room}): make room, and run it again")
+
+
+@contextlib.contextmanager
+def told_in_one_line(path: Path) -> Iterator[None]:
+    """A disk that is full after all, or fails, while `path` is written."""
+    try:
+        yield
+    except (OSError, ValueError) as error:  # TensorStore raises ValueError
+        full = any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
+        if isinstance(error, InputError) or not (full or isinstance(error, OSError)):
+            raise
+        why = "the disk is full" if full else getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written ({why}): make room, and run it again") from None
+
+
+@contextlib.contextmanager
+def staged(path: Path) -> Iterator[Path]:
+    """A directory beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    with told_in_one_line(path):
+        staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
+        try:
+            yield staging
+            staging.chmod(0o755)
+            if path.exists():
+                retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old-", dir=path.parent))
+                os.replace(path, retired)
+                try:
+                    os.replace(staging, path)
+                except BaseException:
+                    os.replace(retired, path)
+                    raise
+                shutil.rmtree(retired)
+            else:
+                os.replace(staging, path)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def sweep(path: Path) -> None:
+    """Remove what writers of `path` left beside it when they were killed.
+
+    Where one was killed between taking the old directory away and putting the new one there, the old one comes back.
+    """
+    random = "?" * 8  # as `mkdtemp` has it
+    with told_in_one_line(path):
+        for retired in path.parent.glob(f".{path.name}.old-{random}"):
+            shutil.rmtree(retired) if path.exists() else os.replace(retired, path)
+        for staging in path.parent.glob(f".{path.name}.partial-{random}"):
+            shutil.rmtree(staging)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name, then rename it. Raises InputError if that fails."""
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise InputError(f"{path} cannot be written ({error.strerror}): make room and start again") from None
+
+
+def file_name(text: str) -> str:
+    """Text as part of a file name: explicit schedules contain colons, commas and parentheses."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)

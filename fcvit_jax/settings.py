@@ -1,0 +1,108 @@
+"""The one validator of configuration dataclasses: types come from annotations, bounds and choices from the field."""
+
+import dataclasses
+import math
+import numbers
+import operator
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from fcvit_jax.errors import InputError
+
+_BOUNDS: dict[str, tuple[Callable[[Any, Any], bool], str]] = {
+    "low": (operator.ge, "{} or more"),
+    "above": (operator.gt, "above {}"),
+    "high": (operator.le, "{} or less"),
+    "below": (operator.lt, "below {}"),
+}
+_NOUNS = {int: "whole number", float: "number"}
+
+
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str = "",
+    choices: Sequence[str] = (),
+    rising: bool = False,
+    **bounds: float,
+) -> Any:
+    """Declare a dataclass field that `check_settings` limits.
+
+    bounds: any of low (>=), above (>), high (<=), below (<); for a tuple they hold for every element. rising: the
+    elements of a tuple must increase. help: one line for a command line.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": tuple(choices), "rising": rising, "bounds": bounds}
+    )
+
+
+def check_settings(config: Any, where: str = "") -> None:
+    """Check every field of a frozen dataclass, in its `__post_init__`.
+
+    Lists become tuples and whole numbers floats where the annotation says so. where: put before the field's name, such
+    as "sam.". Raises InputError that names the first field of a wrong type or out of bounds.
+    """
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        choices, bounds = limits.get("choices", ()), limits.get("bounds", {})
+        try:
+            fitted = _fit(value, field.type)
+        except TypeError:
+            fitted = dataclasses.MISSING
+        parts: tuple[Any, ...] = fitted if isinstance(fitted, tuple) else (fitted,)
+        accepted = fitted is None or (
+            fitted is not dataclasses.MISSING
+            and (not choices or fitted in choices)
+            and all(_BOUNDS[name][0](part, bound) for name, bound in bounds.items() for part in parts)
+            and not (limits.get("rising") and list(parts) != sorted(set(parts)))
+        )
+        if not accepted:
+            wanted = _wanted(field.type, bounds) + ", in rising order" * limits.get("rising", False)
+            fix = f"choose one of {', '.join(choices)}" if choices else f"it must be {wanted}"
+            raise InputError(f"{where}{field.name} is {value!r}: {fix}")
+        object.__setattr__(config, field.name, fitted)
+
+
+def _fit(value: Any, kind: Any) -> Any:
+    """The value as its annotation has it. Raises TypeError if it does not fit."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        if value is None and type(None) in inner:
+            return None
+        return _fit(value, next(each for each in inner if each is not type(None)))
+    if origin is tuple:
+        if not isinstance(value, list | tuple) or not value:
+            raise TypeError
+        kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
+        if len(kinds) != len(value):
+            raise TypeError
+        return tuple(map(_fit, value, kinds))
+    if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)
+    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    if kind in (int, float) or not (kind is Any or isinstance(value, origin or kind)):
+        raise TypeError
+    return value
+
+
+def _wanted(kind: Any, bounds: dict[str, float]) -> str:
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    limits = " and ".join(_BOUNDS[name][1].format(f"{bound:g}") for name, bound in bounds.items())
+    limits = f", {limits}" if limits else ""
+    if origin in (types.UnionType, typing.Union):
+        return f"{_wanted(next(each for each in inner if each is not type(None)), bounds)}, or none"
+    if origin is tuple:
+        count = "" if inner[-1] is Ellipsis else f"{len(inner)} "
+        return f"{count}{_NOUNS.get(inner[0], inner[0].__name__)}s{limits}"
+    if kind is bool:
+        return "true or false"
+    return (
+        f"a {_NOUNS[kind]}{limits}"
+        if kind in _NOUNS
+        else "text"
+        if kind is str
+        else getattr(kind, "__name__", str(kind))
+    )
