@@ -68,7 +68,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def convert(args: argparse.Namespace) -> None:
     """Read, translate, and write what --to says: a checkpoint directory, timm's file, or transformers' directory."""
-    out = export.check_target(args.out, args.to, args.overwrite) if args.to else check_target(args.out, args.overwrite, ENTRIES)
+    out = (
+        export.check_target(args.out, args.to, args.overwrite)
+        if args.to
+        else check_target(args.out, args.overwrite, ENTRIES)
+    )
     source = _understand(*_read(args), args)
     config, grid = _infer(source, args)
     preprocess = _preprocess(source, args, config)
