@@ -15,9 +15,16 @@ from fcvit_jax.data.preprocess import Preprocess as Preprocess
 from fcvit_jax.errors import InputError as InputError
 from fcvit_jax.export import export as export
 from fcvit_jax.models import flops as flops
+from fcvit_jax.models import rules as rules
 from fcvit_jax.models import zoo as zoo
+from fcvit_jax.models.attention import attend as attend
 from fcvit_jax.models.config import ViTConfig as ViTConfig
+from fcvit_jax.models.merging import Matching as Matching
+from fcvit_jax.models.merging import follow_patches as follow_patches
+from fcvit_jax.models.merging import merge_tokens as merge_tokens
 from fcvit_jax.models.merging import unmerge_tokens as unmerge_tokens
+from fcvit_jax.models.rules import Layer as Layer
+from fcvit_jax.models.rules import match_tokens as match_tokens
 from fcvit_jax.models.schedule import Dense as Dense
 from fcvit_jax.models.schedule import Global as Global
 from fcvit_jax.models.schedule import Local as Local

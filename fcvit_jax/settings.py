@@ -44,11 +44,12 @@ def check_settings(config: Any, where: str = "") -> None:
     Lists become tuples and whole numbers floats where the annotation says so. where: put before the field's name, such
     as "sam.". Raises InputError that names the first field of a wrong type or out of bounds.
     """
+    kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
-        value, limits = getattr(config, field.name), field.metadata
+        kind, value, limits = kinds[field.name], getattr(config, field.name), field.metadata
         choices, bounds = limits.get("choices", ()), limits.get("bounds", {})
         try:
-            fitted = _fit(value, field.type)
+            fitted = _fit(value, kind)
         except TypeError:
             fitted = dataclasses.MISSING
         parts: tuple[Any, ...] = fitted if isinstance(fitted, tuple) else (fitted,)
@@ -59,7 +60,7 @@ def check_settings(config: Any, where: str = "") -> None:
             and not (limits.get("rising") and list(parts) != sorted(set(parts)))
         )
         if not accepted:
-            wanted = _wanted(field.type, bounds) + ", in rising order" * limits.get("rising", False)
+            wanted = _wanted(kind, bounds) + ", in rising order" * limits.get("rising", False)
             fix = f"choose one of {', '.join(choices)}" if choices else f"it must be {wanted}"
             raise InputError(f"{where}{field.name} is {value!r}: {fix}")
         object.__setattr__(config, field.name, fitted)

@@ -20,7 +20,7 @@ from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.kernels import choose_kernels
+from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 
@@ -112,7 +112,8 @@ def compile_step(
     """
     parallel.check_batch_size(batch_size, mesh)
     compute, precision = compiling.computation(dtype)
-    model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat))
+    schedule = model.schedule or MergeSchedule.dense(model.config.depth)
+    model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat, schedule))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
     call = partial(eval_step, model, preprocess, scored)

@@ -20,7 +20,7 @@ from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import writable_directory
 from fcvit_jax.models import zoo
-from fcvit_jax.models.kernels import choose_kernels
+from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import cast_params
 
@@ -117,7 +117,10 @@ def fingerprint(job: Job) -> dict[str, Any]:
         "schedules": {name: str(schedule) for name, schedule in job.schedules.items()},
         "batch_size": settings.batch_size,
         "dtype": settings.dtype,
-        "kernels": choose_kernels(PRECISIONS[settings.dtype][0], job.mesh.devices.flat),
+        "kernels": {
+            name: choose_kernels(PRECISIONS[settings.dtype][0], job.mesh.devices.flat, schedule)
+            for name, schedule in job.schedules.items()
+        },
         "save_logits": settings.save_logits,
         "device": jax.devices()[0].device_kind,
         "versions": versions(),

@@ -1,7 +1,8 @@
 """Multiply-accumulates of a ViT under a schedule, counted analytically.
 
 What the papers print as "GFLOPS" is multiply-accumulates / 1e9 of the matrix products alone: patch embedding,
-projections, attention, MLP and head. Norms, softmax, activations and the matching itself are left out.
+projections, attention, MLP and head. Norms, softmax, activations and Token Merging's matching are left out; a merge
+rule adds what it computes beyond that.
 """
 
 from fcvit_jax.models.config import ViTConfig
@@ -12,8 +13,11 @@ def layer_macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> tupl
     """Multiply-accumulates of every layer, for one image."""
     width = config.embed_dim
     return tuple(
-        # qkv and output projection; logits and weighted sum; MLP, behind the merging.
-        4 * layer.tokens_in * width**2 + 2 * layer.tokens_in**2 * width + 2 * layer.tokens_out * width * config.mlp_dim
+        # qkv and output projection; logits and weighted sum; what the rule adds; MLP, after the merging.
+        4 * layer.tokens_in * width**2
+        + 2 * layer.tokens_in**2 * width
+        + (layer.rule.macs(layer, config) if layer.removed else 0)
+        + 2 * layer.tokens_out * width * config.mlp_dim
         for layer in (schedule or MergeSchedule.dense(config.depth)).plan(config)
     )
 
@@ -28,15 +32,18 @@ def macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> int:
 
 
 def executed_gmacs(config: ViTConfig, schedule: MergeSchedule | None = None) -> float:
-    """What is computed for the logits, in multiply-accumulates / 1e9 of one image: `gmacs`, but that the last layer of
-    a model that pools prefix tokens has queries, projection and MLP for these alone, and keys and values for all.
+    """Multiply-accumulates / 1e9 that are computed for the logits of one image.
+
+    Fewer than `gmacs` if prefix tokens are pooled: the last layer then computes queries, projection and MLP for these
+    alone, and keys and values for all, and does not merge.
     """
     saved = 0
     if count := config.pooled_tokens:
         width = config.embed_dim
         layer = (schedule or MergeSchedule.dense(config.depth)).plan(config)[-1]
         queries, outputs = layer.tokens_in - count, layer.tokens_out - count
-        saved = queries * (2 * width**2 + 2 * layer.tokens_in * width) + 2 * outputs * width * config.mlp_dim
+        saved = layer.rule.macs(layer, config) if layer.removed else 0
+        saved += queries * (2 * width**2 + 2 * layer.tokens_in * width) + 2 * outputs * width * config.mlp_dim
     return (macs(config, schedule) - saved) / 1e9
 
 

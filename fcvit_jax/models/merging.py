@@ -1,152 +1,101 @@
-"""Bipartite matching and merging of tokens: pure functions of fixed shapes.
+"""A matching of tokens, and what is done with one: merge, unmerge, follow. Pure functions of fixed shapes.
 
-Token Merging, arXiv 2210.09461, section 3; in windows, as LGTM, arXiv 2303.02331. A matching says for every token
-where it goes, and everything else (merging values, following patches) is written in terms of that, so that global and
-windowed merging differ in nothing but how the matching is found. Nothing is sorted: a rank is a count of comparisons.
+Token Merging, arXiv 2210.09461, section 3. How a matching is found is a rule's business (`models.rules`); nothing here
+depends on it.
 
-Shape letters: b batch, n tokens in, r tokens removed, k width of the metric, d width, p patches.
+Shape letters: b batch, n tokens in, t tokens out, d width, p patches.
 """
 
-from typing import NamedTuple
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.compiling import einsum, in_one_axis
-from fcvit_jax.models.schedule import Layer
+from fcvit_jax.compiling import einsum
 
 
-class Matching(NamedTuple):
-    """Which tokens of a sequence become one.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Matching:
+    """Where every token of a sequence goes, and what it contributes there. A pytree.
 
-    target: int32 [b, n], the position in the output of every token of the input.
-    order: int32 [b, n], the tokens, first those that stay, as in the output, then those that are merged away, window by
-        window, the most similar first: each of 0 to n - 1 once, unless keys are not finite.
+    target: int32 [b, n], the position in the output. Every position from 0 to tokens_out - 1 needs a token of positive
+        weight.
+    tokens_out: the length of the output, t.
+    order: int32 [b, n], each of 0 to n - 1 once: first the t tokens that stay, in the order of the output, then those
+        that are merged away. Optional: float32 merging is faster with it.
+    weight: float32 [b, n], with what weight a token enters the mean; 0 prunes it. None: its size.
+    gain: float32 [b, n], how much size it brings to its target. None: its size, and nothing if it is pruned.
+    keep_norm: scale each merged token to the weighted mean of its members' norms (as MLERP, arXiv 2312.01026).
     """
 
     target: jax.Array
-    order: jax.Array
+    tokens_out: int = dataclasses.field(metadata={"static": True})
+    order: jax.Array | None = None
+    weight: jax.Array | None = None
+    gain: jax.Array | None = None
+    keep_norm: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
-def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
-    """Find the tokens to merge in one layer of a schedule.
+def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array]:
+    """Replace matched tokens by their weighted mean.
 
-    metric: [b, n, k], any float dtype, what tokens are compared by; the matching is done in float32.
-    layer: with `layer.removed > 0`. prefix: leading tokens, never merged; they count in the alternation of a global
-    matching and not in that of windows.
+    x: [b, n, d], any float dtype. size: float32 [b, n]. Returns [b, t, d] in the dtype of x, and the sizes, float32
+    [b, t]. Sums run in float32. A token that nothing is merged into keeps its value to the last bit.
     """
-    metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-    windows = layer.windows
-    if windows is None:
-        return _match_alternating(metric, layer.removed, prefix)
-    batch, tokens, width = metric.shape
-    patches = tokens - prefix
-    length, metric = patches // windows, metric[:, prefix:]
-    grouped = window_order(*layer.regroup, patches) if layer.regroup else None
-    if grouped is not None:
-        metric = metric[:, grouped]
-    found = _match_alternating(metric.reshape(batch * windows, length, width), layer.removed, 0)
-
-    kept = length - layer.removed
-    target, order = (part.reshape(batch, windows, length) for part in found)
-    window = np.arange(windows, dtype=np.int32)[None, :, None]
-    target, order = target + kept * window, order + length * window
-    target, stay, go = (part.reshape(batch, -1) for part in (target, order[:, :, :kept], order[:, :, kept:]))
-    order = jnp.concatenate([stay, go], axis=1)
-    if grouped is not None:
-        target, order = target[:, np.argsort(grouped)], jnp.asarray(grouped)[order]
-    staying = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
-    return Matching(*(jnp.concatenate([staying, prefix + part], axis=1) for part in (target, order)))
+    weight = size if matching.weight is None else matching.weight
+    by_order = x.dtype == jnp.float32 and matching.order is not None
+    merge = _merge_by_order if by_order else _merge_by_product
+    norms = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True) if matching.keep_norm else None
+    merged, total = merge(x, weight, matching)
+    if norms is not None:
+        wanted, _ = merge(norms, weight, matching)
+        found = jnp.linalg.norm(merged.astype(jnp.float32), axis=-1, keepdims=True)
+        scale = jnp.where(found > 0, wanted / jnp.where(found > 0, found, 1.0), 1.0)
+        alone = _members(matching) == 1
+        merged = jnp.where(alone[..., None], merged, (merged.astype(jnp.float32) * scale).astype(x.dtype))
+    if matching.gain is not None:
+        return merged, _sum_by_target(matching.gain, matching)
+    if matching.weight is not None:
+        return merged, _sum_by_target(jnp.where(matching.weight > 0, size, 0.0), matching)
+    return merged, total
 
 
-def _match_alternating(metric: jax.Array, r: int, prefix: int) -> Matching:
-    """Bipartite soft matching (arXiv 2210.09461, section 3) of [b, n, k] float32; the first `prefix` tokens stay.
-
-    Even positions are A, odd ones B; each A proposes the B with the most similar metric (cosine), the r best proposals
-    are merged, and the output is [prefix][A kept, in order][B]. Equal similarities go to the lower position.
-    """
-    batch, tokens, _ = metric.shape
-    first_a, first_b = first_positions(prefix)
-    squares = jnp.sum(metric * metric, axis=-1)
-    metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
-    a, b = metric[:, first_a::2], metric[:, first_b::2]
-    similarity = jnp.einsum("bik,bjk->bij", a, b, precision=jax.lax.Precision.HIGHEST)
-
-    best, proposal = jnp.argmax(similarity, axis=-1).astype(jnp.int32), jnp.max(similarity, axis=-1)
-    mine, other = proposal[:, :, None], proposal[:, None, :]
-    before = np.tri(a.shape[1], k=-1, dtype=bool)[None]  # [_, i, j]: j stands before i
-    rank = _total((other > mine) | ((other == mine) & before))
-    stays, keep = rank >= r, a.shape[1] - r
-    position = _total(stays[:, None, :] & before)  # of A, where it stays
-    into = prefix + jnp.where(stays, position, keep + best)
-    order = first_a + 2 * _inverse(jnp.where(stays, position, keep + rank))
-
-    fixed = np.zeros(tokens, np.int32)  # the targets of all but A
-    fixed[:prefix] = np.arange(prefix)
-    fixed[first_b::2] = prefix + keep + np.arange(b.shape[1])
-    last = first_a + 2 * (a.shape[1] - 1)
-    spread = jax.lax.pad(into, jnp.zeros((), into.dtype), ((0, 0, 0), (first_a, tokens - 1 - last, 1)))
-    leading, behind_a = (
-        jnp.broadcast_to(part.astype(np.int32), (batch, len(part)))
-        for part in (np.arange(prefix), np.arange(first_b, tokens, 2))
-    )
-    order = jnp.concatenate([leading, order[:, :keep], behind_a, order[:, keep:]], axis=1)
-    return Matching(spread + fixed[None], order)
-
-
-def first_positions(prefix: int) -> tuple[int, int]:
-    """Where A and B begin, each of which has every second position from there on; the prefix is in neither."""
-    return prefix + prefix % 2, prefix + 1 - prefix % 2
-
-
-def _inverse(place: jax.Array) -> jax.Array:
-    """Which of so many tokens has each place, both int32 [b, tokens]; 0 to tokens - 1 whatever the places are."""
-    index = np.arange(place.shape[1])
-    found = place[:, None, :] == index[None, :, None]
-    return jnp.minimum(_total(jnp.where(found, index[None, None], 0)), len(index) - 1)
-
-
-def _total(x: jax.Array) -> jax.Array:
-    """The sum along the last axis, int32, of bools or small integers: in float32, which is faster on CPU."""
-    return jnp.sum(x, axis=-1, dtype=jnp.float32).astype(jnp.int32)
-
-
-def window_order(cells: tuple[int, int], windows: tuple[int, int], patches: int) -> np.ndarray:
-    """The permutation, int32 [patches], that brings patch tokens from row-major cells into window-by-window order.
-
-    Cells hold equal numbers of tokens, which stay together; windows are row-major, and so are the cells inside one.
-    """
-    (rows, columns), (down, across) = cells, windows
-    index = np.arange(rows * columns, dtype=np.int32)
-    index = index.reshape(down, rows // down, across, columns // across).transpose(0, 2, 1, 3).reshape(-1)
-    tokens = np.arange(patches, dtype=np.int32).reshape(rows * columns, -1)
-    return tokens[index].reshape(-1)
-
-
-def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching, tokens_out: int) -> tuple[jax.Array, jax.Array]:
-    """Replace matched tokens by their size-weighted mean.
-
-    x: [b, n, d], any float dtype; size: [b, n] float32. Returns the same for tokens_out tokens. Sums run in float32.
-
-    In float32 the tokens are gathered, and a product adds those that are merged. In other dtypes all of it is one
-    product with the weights of the means, rounded to that dtype: matrix units do this faster than memory moves what is
-    gathered. In both, a token that nothing is merged into keeps its value to the last bit.
-    """
-    slots = np.arange(tokens_out)[None, :, None]
-    if x.dtype != jnp.float32:
-        into = jnp.where(matching.target[:, None, :] == slots, size[:, None, :], 0.0)
-        total = into.sum(axis=-1)
-        return einsum("bjn,bnd->bjd", (into / total[..., None]).astype(x.dtype), x), total
-    order = matching.order
-    staying, leaving = order[:, :tokens_out], order[:, tokens_out:]
+def _merge_by_order(x: jax.Array, weight: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array]:
+    """Gather the tokens that stay; one product adds those that are merged away."""
+    order, count = matching.order, matching.tokens_out
+    assert order is not None
+    staying, leaving = order[:, :count], order[:, count:]
     kept, gone = _take_rows(x, staying), _take_rows(x, leaving)
-    sizes, goals = _take_rows(size, order), _take_rows(matching.target, leaving)
-    into = jnp.where(goals[:, None] == slots, sizes[:, None, tokens_out:], 0.0)
+    weights, goals = _take_rows(weight, order), _take_rows(matching.target, leaving)
+    into = jnp.where(goals[:, None] == np.arange(count)[None, :, None], weights[:, None, count:], 0.0)
     added = into.sum(axis=-1)
-    sums = jnp.einsum("bjr,brd->bjd", into, gone, precision=jax.lax.Precision.HIGHEST)
-    total = sizes[:, :tokens_out] + added
+    sums = jnp.einsum("btr,brd->btd", into, gone, precision=jax.lax.Precision.HIGHEST)
+    total = weights[:, :count] + added
     return kept + (sums - kept * added[..., None]) / total[..., None], total
+
+
+def _merge_by_product(x: jax.Array, weight: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array]:
+    """One product with the weights of the means, in the dtype of x: matrix units are faster than a gather."""
+    slots = np.arange(matching.tokens_out)[None, :, None]
+    into = jnp.where(matching.target[:, None, :] == slots, weight[:, None, :], 0.0)
+    total = into.sum(axis=-1)
+    return einsum("btn,bnd->btd", (into / total[..., None]).astype(x.dtype), x), total
+
+
+def _sum_by_target(values: jax.Array, matching: Matching) -> jax.Array:
+    """Float32 [b, n] -> [b, t]: the sum over the tokens of each target."""
+    slots = np.arange(matching.tokens_out)[None, :, None]
+    return jnp.where(matching.target[:, None, :] == slots, values[:, None, :], 0.0).sum(axis=-1)
+
+
+def _members(matching: Matching) -> jax.Array:
+    """How many tokens enter the mean of each target: float32 [b, t]."""
+    counted = jnp.ones(matching.target.shape, jnp.float32)
+    if matching.weight is not None:
+        counted = jnp.where(matching.weight > 0, counted, 0.0)
+    return _sum_by_target(counted, matching)
 
 
 def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
@@ -154,11 +103,21 @@ def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1, mode="clip")
 
 
-def follow_patches(source_map: jax.Array, matching: Matching) -> jax.Array:
-    """Update the source map: for each patch [b, p], int32, the index of the token it is in after this matching."""
-    return jnp.take_along_axis(matching.target, source_map, axis=1)
+def follow_patches(source: jax.Array, matching: Matching) -> jax.Array:
+    """Update the source map, int32 [b, p]: for each patch, the index of the token that it is in after this matching.
+
+    A pruned token's patches follow its target, so that the map stays total; `follow_pruned` tells them apart.
+    """
+    return jnp.take_along_axis(matching.target, source, axis=1)
 
 
-def unmerge_tokens(x: jax.Array, source_map: jax.Array) -> jax.Array:
-    """Copy every token's value back to its patches: [b, n, d] and [b, p] -> [b, p, d], patches in row-major order."""
-    return jnp.take_along_axis(x, source_map[..., None], axis=1)
+def follow_pruned(pruned: jax.Array, source: jax.Array, matching: Matching) -> jax.Array:
+    """Update which patches were pruned, bool [b, p]. source: the source map before this matching."""
+    if matching.weight is None:
+        return pruned
+    return pruned | (jnp.take_along_axis(matching.weight, source, axis=1) == 0)
+
+
+def unmerge_tokens(x: jax.Array, source: jax.Array) -> jax.Array:
+    """Copy every token's value back to its patches: [b, t, d] and int32 [b, p] -> [b, p, d], in row-major order."""
+    return jnp.take_along_axis(x, source[..., None], axis=1)

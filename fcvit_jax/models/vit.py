@@ -1,24 +1,27 @@
 """The Vision Transformer, with token merging between attention and MLP.
 
-ViT: arXiv 2010.11929; DeiT and its distillation token: arXiv 2012.12877; LayerScale: arXiv 2103.17239; registers: arXiv
-2309.16588; token merging and proportional attention: arXiv 2210.09461, sections 3 and 4.1.
+ViT: arXiv 2010.11929; DeiT and its distillation token: arXiv 2012.12877; LayerScale: arXiv 2103.17239; stochastic
+depth: arXiv 1603.09382; registers: arXiv 2309.16588; token merging and proportional attention: arXiv 2210.09461,
+sections 3 and 4.1.
 
 Shape letters: b batch, n tokens, d width, p patches, c classes.
 """
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax.errors import InputError
+from fcvit_jax.models import fused
+from fcvit_jax.models.attention import Attention
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.kernels import KERNELS, kernels_of
-from fcvit_jax.models.layers import MLP, Attention, Norm, Stream, multiply
-from fcvit_jax.models.merging import follow_patches
-from fcvit_jax.models.schedule import Layer, MergeSchedule
+from fcvit_jax.models.layers import MLP, LayerNorm, multiply, scale_branch
+from fcvit_jax.models.merging import Matching, follow_patches, follow_pruned, merge_tokens
+from fcvit_jax.models.rules import Layer
+from fcvit_jax.models.schedule import MergeSchedule
 
 
 class ViT(nn.Module):
@@ -28,22 +31,24 @@ class ViT(nn.Module):
     `(logits, out)`: logits float32 [b, c], and `out` with
 
     - "embedded": [b, n, d], what enters the first layer;
-    - "layers": per layer {"tokens": [b, n_l, d], "size": float32 [b, n_l], "source": int32 [b, p]}, after that layer;
-      "size" is how many patches a token stands for (1 for prefix tokens), "source" the index of each patch's token;
-    - "tokens": [b, n_L, d], the final sequence, normed unless the norm follows the pooling; "size", "source" of it;
-    - "pooled": [b, d] (`dist_avg`: [b, 2, d], `token_avg`: [b, 2 d]); "head_logits": `dist_avg` only, float32
-      [b, 2, c].
+    - "layers": for each layer, the sequence that leaves it:
+      - "tokens": [b, n_l, d];
+      - "size": float32 [b, n_l], how many patches a token stands for (1 for prefix tokens);
+      - "source": int32 [b, p], the index of each patch's token;
+      - "pruned": bool [b, p], the patches that a pruning rule dropped (their index in "source" is a stand-in);
+    - "tokens": [b, n_L, d], the final sequence, normed unless the norm follows the pooling; "size", "source" and
+      "pruned" of it;
+    - "pooled": [b, d] (`dist_avg`: [b, 2, d], `token_avg`: [b, 2 d]);
+    - "head_logits": `dist_avg` only, float32 [b, 2, c].
 
-    Under jit, what is not used of `out` is not computed. Where prefix tokens are pooled, the logits need nothing else
-    of the last layer: it is computed for these tokens alone, without merging, and once more for all if its tokens are
-    used. That is exact, and 7 % less to compute for a dense ViT-S/16 (`flops.executed_gmacs`).
+    Under jit, unused parts of `out` cost nothing. If prefix tokens are pooled, the logits need nothing else of the last
+    layer: it is computed for these tokens alone, without merging, and again for all if its tokens are used. That is
+    exact, and 7 % less to compute for a dense ViT-S/16 (`flops.executed_gmacs`).
 
     Parameters are float32, or cast by `cast_params`; `dtype` is that of the computation. With `train=True`, dropout and
     stochastic depth, which rises linearly over the layers, need `rngs={"dropout": key}`; the last layer's two
-    computations then drop different numbers.
-    `kernels`: "xla", for any device and any dtype; "triton", the fused programs of `models.triton` for NVIDIA GPUs, in
-    bfloat16 and without gradients, with images of its own on each (`compiling.on_each_device`); "interpreted", the same
-    ones without a GPU, slowly.
+    computations then drop different numbers. `remat` recomputes activations in the backward pass.
+    `kernels`: one of `fused.KERNELS`, as `fused.choose_kernels` gives it; "xla" runs everywhere, in any dtype.
     `schedule` defaults to dense; one that does not fit the model raises InputError when the model is first applied.
     """
 
@@ -58,44 +63,36 @@ class ViT(nn.Module):
     @nn.compact
     def __call__(self, images: jax.Array, train: bool = False) -> tuple[jax.Array, dict[str, Any]]:
         config = self.config
-        if self.kernels not in KERNELS:
-            raise InputError(f"kernels is {self.kernels!r}: choose one of {', '.join(KERNELS)}")
-        if self.kernels != "xla" and (train or self.dtype != jnp.bfloat16):
-            raise InputError(f"kernels is {self.kernels!r}: it computes in bfloat16, and not in training; choose 'xla'")
         if images.shape[1:] != (*config.image_size, 3):
             height, width = config.image_size
             raise InputError(f"images are {images.shape}: this model takes [batch, {height}, {width}, 3]")
         schedule = self.schedule or MergeSchedule.dense(config.depth)
+        plan = schedule.plan(config)
 
         x = Embedding(config, self.dtype, self.dropout, name="embed")(images, train)
-        prefix = config.num_prefix_tokens
-        size = jnp.ones(x.shape[:2], jnp.float32)
-        source = jnp.broadcast_to(jnp.arange(prefix, x.shape[1], dtype=jnp.int32), (x.shape[0], config.num_patches))
         out: dict[str, Any] = {"embedded": x, "layers": []}
-
-        kind = nn.remat(Block, static_argnums=(3, 4, 5)) if self.remat else Block
-        stream = pooled = Stream(x)
-        for index, layer in enumerate(schedule.plan(config)):
-            drop_path = self.drop_path * index / max(config.depth - 1, 1)
-            block = kind(config, self.dtype, self.dropout, drop_path, self.kernels, name=f"blocks_{index}")
-            if index == config.depth - 1 and config.pooled_tokens:
-                pooled, _, _ = block(stream, size, layer, train, config.pooled_tokens)
-            stream, size, matching = block(stream, size, layer, train, 0)
-            if matching is not None:
-                source = follow_patches(source, matching)
-            out["layers"].append({"tokens": stream.tokens, "size": size, "source": source})
-        if not config.pooled_tokens:
-            pooled = stream
-
-        norm = Norm(config, self.kernels, name="norm")
-        if config.fc_norm:
-            pool = _pool(config, pooled.tokens, size)
-            _, normed = norm(Stream(pool.reshape(pool.shape[0], -1, pool.shape[-1])))
-            out["tokens"], out["pooled"] = stream.tokens, normed.reshape(pool.shape)
+        if self.kernels == "xla":
+            pooled, layers = self._run_blocks(x, plan, train)
         else:
-            out["tokens"], out["pooled"] = norm(stream)[1], _pool(config, norm(pooled)[1], size)
-        out |= {"size": size, "source": source}
-        pooled = out["pooled"]
+            fused.check(self.kernels, self.dtype, train, schedule)
+            pooled, layers = fused.run_blocks(config, x, plan, interpret=self.kernels == "interpreted")
+
+        source = jnp.arange(config.num_prefix_tokens, config.num_tokens, dtype=jnp.int32)
+        source = jnp.broadcast_to(source, (x.shape[0], config.num_patches))
+        pruned = jnp.zeros(source.shape, jnp.bool_)
+        for tokens, size, matching in layers:
+            if matching is not None:
+                pruned = follow_pruned(pruned, source, matching)
+                source = follow_patches(source, matching)
+            out["layers"].append({"tokens": tokens, "size": size, "source": source, "pruned": pruned})
+        last = out["layers"][-1]
+
+        norm = LayerNorm(config.norm_eps, name="norm")
+        if config.fc_norm:
+            tokens, pooled = last["tokens"], norm(_pool(config, pooled, last["size"]))
+        else:
+            tokens, pooled = norm(last["tokens"]), _pool(config, norm(pooled), last["size"])
+        out |= {**last, "tokens": tokens, "pooled": pooled}
         if not config.num_classes:
             features = pooled.mean(axis=1) if config.pool == "dist_avg" else pooled
             return features.astype(jnp.float32), out
@@ -108,12 +105,62 @@ class ViT(nn.Module):
         out["head_logits"] = both.astype(jnp.float32)
         return out["head_logits"].mean(axis=1), out
 
+    def _run_blocks(self, x: jax.Array, plan: tuple[Layer, ...], train: bool) -> tuple[jax.Array, list["Merged"]]:
+        """Apply the blocks; return the tokens to be pooled, and what leaves each layer."""
+        config, layers = self.config, [Merged(x, jnp.ones(x.shape[:2], jnp.float32))]
+        kind = nn.remat(Block, static_argnums=(3, 4, 5)) if self.remat else Block
+        pooled = None
+        for index, layer in enumerate(plan):
+            drop_path = self.drop_path * index / max(config.depth - 1, 1)
+            block = kind(config, self.dtype, self.dropout, drop_path, name=f"blocks_{index}")
+            x, size, _ = layers[-1]
+            if index == config.depth - 1 and config.pooled_tokens:
+                pooled = block(x, size, layer, train, config.pooled_tokens).x
+            layers.append(block(x, size, layer, train, 0))
+        return layers[-1].x if pooled is None else pooled, layers[1:]
 
-def cast_params(params: Any, dtype: Any) -> Any:
-    """The parameters as a model of this dtype casts them, once instead of in every call: all but the norms'."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf if any("norm" in key.key for key in path) else leaf.astype(dtype), params
-    )
+
+class Merged(NamedTuple):
+    """What leaves a layer: tokens [b, n, d], their sizes, float32 [b, n], and the matching, if any merged."""
+
+    x: jax.Array
+    size: jax.Array
+    matching: Matching | None = None
+
+
+class Block(nn.Module):
+    """Attention, merging, MLP, each on the residual stream.
+
+    With `only`, the first so many tokens alone are computed, and nothing is merged.
+    """
+
+    config: ViTConfig
+    dtype: Any
+    dropout: float
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, size: jax.Array, layer: Layer, train: bool, only: int = 0) -> Merged:
+        config = self.config
+        norm1, norm2 = (LayerNorm(config.norm_eps, name=name) for name in ("norm1", "norm2"))
+        attention, mlp = Attention(config, self.dtype, name="attn"), MLP(config, self.dtype, name="mlp")
+        # Before the first merge every size is 1, and its logarithm adds nothing.
+        attended = attention(norm1(x), size if layer.tokens_in < config.num_tokens else None, only)
+        x = x[:, : only or None] + self._branch(attended.y, "ls1", train)
+
+        matching = None
+        if layer.removed and not only:
+            matching = layer.rule(attended, x, size, layer, config.num_prefix_tokens)
+            x, size = merge_tokens(x, size, matching)
+
+        x = x + self._branch(mlp(norm2(x)), "ls2", train)
+        return Merged(x, size, matching)
+
+    def _branch(self, y: jax.Array, scale: str, train: bool) -> jax.Array:
+        """Apply dropout, LayerScale and stochastic depth to a residual branch."""
+        y = nn.Dropout(self.dropout, deterministic=not train)(y)
+        y = scale_branch(self, scale, y, self.config)
+        return nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)(y)
 
 
 class Embedding(nn.Module):
@@ -128,7 +175,7 @@ class Embedding(nn.Module):
         config = self.config
         batch, width, side = images.shape[0], config.embed_dim, config.patch_size
         kernel = self.param("kernel", nn.initializers.lecun_normal((0, 1, 2)), (side, side, 3, width))
-        # One product of [b p, side side 3] with [side side 3, d]: the convolution, without one.
+        # A convolution with a stride of its own width is one product of [b p, side side 3] with [side side 3, d].
         (down, across), pixels = config.grid, images.astype(self.dtype)
         pixels = pixels.reshape(batch, down, side, across, side, 3).transpose(0, 1, 3, 2, 4, 5)
         bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype) if config.patch_bias else None
@@ -152,51 +199,14 @@ class Embedding(nn.Module):
         else:
             x = jnp.concatenate([*prefix, x], axis=1) + positions
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
-        return Norm(config, name="norm_pre")(Stream(x))[1] if config.pre_norm else x
+        return LayerNorm(config.norm_eps, name="norm_pre")(x) if config.pre_norm else x
 
 
-class Block(nn.Module):
-    """Attention, merging, MLP, each on the residual stream; returns the stream, sizes and the matching, if any.
-
-    With `only` above 0, the stream is returned for the first so many tokens, and nothing is merged.
-    """
-
-    config: ViTConfig
-    dtype: Any
-    dropout: float
-    drop_path: float
-    kernels: str = "xla"
-
-    @nn.compact
-    def __call__(self, stream: Stream, size: jax.Array, layer: Layer, train: bool, only: int = 0):
-        config = self.config
-        attention = Attention(config, self.dtype, self.kernels, name="attn")
-        norm1, norm2 = (Norm(config, self.kernels, name=name) for name in ("norm1", "norm2"))
-        # Before the first merge every size is 1 and its logarithm nothing.
-        sizes = size if layer.tokens_in < config.num_tokens else None
-        x, normed = norm1(stream)
-        y, metric = attention(normed, sizes, only or x.shape[1])
-        stream = Stream(x[:, : y.shape[1]], self._branch(y, "ls1", train))
-
-        matching = None
-        if layer.removed and not only:
-            matching = kernels_of(self.kernels).match(metric, layer, config.num_prefix_tokens)
-            x, normed, size = norm2.of_merged(stream, size, matching, layer.tokens_out)
-        else:
-            x, normed = norm2(stream)
-
-        y = MLP(config, self.dtype, name="mlp")(normed)
-        stream = Stream(x, self._branch(y, "ls2", train))
-        # Triton adds it up together with the next norm; elsewhere `remat` would keep both parts.
-        return stream if self.kernels != "xla" else Stream(stream.tokens), size, matching
-
-    def _branch(self, y: jax.Array, scale_name: str, train: bool) -> jax.Array:
-        """Dropout, LayerScale and stochastic depth (arXiv 1603.09382) of a residual branch."""
-        y = nn.Dropout(self.dropout, deterministic=not train)(y)
-        if self.config.layer_scale is not None:
-            gamma = self.param(scale_name, nn.initializers.constant(self.config.layer_scale), (self.config.embed_dim,))
-            y *= gamma.astype(y.dtype)[None, None]
-        return nn.Dropout(self.drop_path, broadcast_dims=(1, 2), deterministic=not train)(y)
+def cast_params(params: Any, dtype: Any) -> Any:
+    """Cast the parameters as a model of this dtype does in every call: all but the norms'."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf if any("norm" in key.key for key in path) else leaf.astype(dtype), params
+    )
 
 
 def _pool(config: ViTConfig, x: jax.Array, size: jax.Array) -> jax.Array:

@@ -8,7 +8,6 @@ import pytest
 
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.layers import Stream
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import Block, ViT
 
@@ -47,10 +46,10 @@ def test_every_layer_agrees_with_xla(text):
             x: Any = jax.ShapeDtypeStruct((1, layer.tokens_in, 384), jnp.float32)
             size = jax.ShapeDtypeStruct((1, layer.tokens_in), jnp.float32)
             block = Block(config, jnp.float32, 0.0, 0.0)
-            params = jax.eval_shape(partial(block.init, layer=layer, train=False), jax.random.key(0), Stream(x), size)
+            params = jax.eval_shape(partial(block.init, layer=layer, train=False), jax.random.key(0), x, size)
 
             def run(params, x, size, layer=layer, block=block):
-                return block.apply(params, Stream(x), size, layer, False)[:2]
+                return block.apply(params, x, size, layer, False)[:2]
 
             counted[layer] = xla_macs(run, params, x, size)
         assert counted[layer] == pytest.approx(macs, rel=0.03), f"layer {index}"

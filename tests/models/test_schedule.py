@@ -1,8 +1,11 @@
+import dataclasses
+
 import pytest
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.schedule import Dense, Global, Layer, Local, MergeSchedule, parse_schedules
+from fcvit_jax.models.rules import RULES, Layer, Rule
+from fcvit_jax.models.schedule import Dense, Global, Local, MergeSchedule, parse_schedules
 
 VIT_S = ViTConfig(embed_dim=384, num_heads=6, mlp_dim=1536)
 SMALL = ViTConfig(image_size=(64, 96), patch_size=8, embed_dim=8, depth=4, num_heads=2, mlp_dim=16)  # 8x12 patches
@@ -130,3 +133,80 @@ def test_a_range_of_rates_stands_for_its_names():
 def test_ranges_that_make_no_sense(text, says):
     with pytest.raises(InputError, match=says):
         parse_schedules(f"dense,{text}", 12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Other(Rule):
+    fuse: bool = False
+    k: int = 1
+
+
+@pytest.fixture
+def other(monkeypatch):
+    monkeypatch.setitem(RULES, "other", Other)
+
+
+@pytest.mark.parametrize(
+    ("text", "stages"),
+    [
+        ("tome_r13@tome", (Global(12, 13),)),
+        ("tome_r13@other", (Global(12, 13, Other()),)),
+        ("s2dfe_r18@other(k=2)", (Dense(2), Global(10, 18, Other(k=2)))),
+        (
+            "s2winc7_r16@other(fuse=true,k=2)",
+            (Dense(1), Local(6, 16, rule=Other(True, 2)), Global(5, 16, Other(True, 2))),
+        ),
+        (
+            "dense:2,local:5:r16:w2x7@other(fuse=true,k=2),global:5:r16",
+            (Dense(2), Local(5, 16, (2, 7), Other(True, 2)), Global(5, 16)),
+        ),
+        ("dense:11,global:1:r3@other", (Dense(11), Global(1, 3, Other()))),
+    ],
+)
+@pytest.mark.usefixtures("other")
+def test_rules_stand_behind_names_and_stages(text, stages):
+    schedule = MergeSchedule.parse(text, 12)
+    assert schedule == MergeSchedule(stages)
+    assert MergeSchedule.parse(str(schedule), 12) == schedule
+    assert str(schedule).count("@") == sum(
+        getattr(stage, "rule", None) not in (None, Global(1, 1).rule) for stage in stages
+    )
+    rules = [layer.rule for layer in schedule.plan(VIT_S) if layer.removed]
+    assert rules == [stage.rule for stage in stages if not isinstance(stage, Dense) for _ in range(stage.layers)]
+
+
+@pytest.mark.usefixtures("other")
+def test_lists_and_ranges_take_rules():
+    text = (
+        "dense,tome@other(fuse=true,k=2):1-3:2,s2dfe@other:4-4,tome_r5@other,dense:11,global:1:r3@other(k=2,fuse=true)"
+    )
+    assert list(parse_schedules(text, 12)) == [
+        "dense",
+        "tome_r1@other(fuse=true,k=2)",
+        "tome_r3@other(fuse=true,k=2)",
+        "s2dfe_r4@other",
+        "tome_r5@other",
+        "dense:11,global:1:r3@other(k=2,fuse=true)",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tome_r3@oter", "unknown merge rule 'oter': choose other"),
+        ("tome_r3@", "is not a schedule"),
+        ("dense@other", "is not a schedule"),
+        ("dense:12@other", "is not a stage"),
+        ("tome@other:3", "is not a range of schedules"),
+        ("tome_r3@other(k=x)", "k is 'x': it must be a whole number"),
+    ],
+)
+@pytest.mark.usefixtures("other")
+def test_rules_that_do_not_fit(text, says):
+    with pytest.raises(InputError, match=says):
+        parse_schedules(text, 12)
+
+
+def test_a_rule_is_an_instance_of_a_rule_class():
+    with pytest.raises(InputError, match="its rule must be an instance of a class derived from rules.Rule"):
+        MergeSchedule((Global(12, 3, rule=Other),))  # pyright: ignore[reportArgumentType]

@@ -1,5 +1,6 @@
-"""The kernels of the model against float64: attention, LayerNorm and merging, by XLA and by Triton's programs."""
+"""The fused programs for NVIDIA GPUs against float64 and the plain block; interpreted without a GPU."""
 
+import dataclasses
 import re
 from typing import Any
 
@@ -10,11 +11,11 @@ import pytest
 
 import fcvit_jax as fc
 from fcvit_jax.compiling import on_each_device
-from fcvit_jax.models import triton, xla
-from fcvit_jax.models.kernels import choose_kernels
-from fcvit_jax.models.merging import match_tokens
-from fcvit_jax.models.schedule import Layer
-from fcvit_jax.models.triton_matching import match
+from fcvit_jax.models import fused_kernels
+from fcvit_jax.models.fused import choose_kernels
+from fcvit_jax.models.fused_kernels import Affine
+from fcvit_jax.models.fused_matching import match
+from fcvit_jax.models.rules import Layer, Rule, match_tokens
 from fcvit_jax.parallel import batched, data_mesh, replicated
 
 # On a GPU the programs themselves; without one they are interpreted.
@@ -51,95 +52,13 @@ def norm_by_numpy(x, scale, bias):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * float64(scale) + float64(bias)
 
 
-@pytest.mark.parametrize(("tokens", "queries"), [(11, 11), (11, 1), (261, 1), (405, 1)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.float32, 2e-5), (jnp.bfloat16, 0.03)])
-@pytest.mark.parametrize("proportional", [True, False])
-def test_attention_equals_float64(tokens, queries, dtype, tolerance, proportional):
-    q, k, v, size = draw(tokens, queries, dtype)
-    size = size if proportional else None
-    parts = (in_one(q), in_one(k, v)) if queries < tokens else (in_one(q, k, v),)
-    found, keys = jax.jit(xla.attend)(parts, size)
-    assert found.dtype == dtype
-    assert found.shape == (2, queries, 3, 16)
-    np.testing.assert_allclose(float64(found), by_numpy(q, k, v, size), atol=tolerance)
-    np.testing.assert_allclose(float64(keys), float64(k).mean(axis=1), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("proportional", [True, False])
-@pytest.mark.parametrize(
-    ("together", "dtype", "tolerance"),
-    [(1, jnp.float32, 2e-5), (2, jnp.float32, 2e-5), (4, jnp.float32, 2e-5), (2, jnp.bfloat16, 0.03)],
-)
-def test_many_keys_attend_by_some_heads_at_a_time(together, dtype, tolerance, proportional, monkeypatch):
-    monkeypatch.setattr(xla, "_LOGITS", 2 * 405 * 405 * together)
-    jax.clear_caches()  # which know the function, and not the limit
-    q, k, v, size = draw(405, 405, dtype, heads=4)
-    program = jax.jit(lambda *x: xla.attend((in_one(*x),), size if proportional else None)[0]).lower(q, k, v)
-    assert (f"tensor<{2 * together}x405x405xf32>" in program.as_text()) == (jax.default_backend() == "cpu")
-    expected = by_numpy(q, k, v, size if proportional else None)
-    np.testing.assert_allclose(float64(program.compile()(q, k, v)), expected, atol=tolerance)
-
-
-@pytest.mark.skipif(jax.device_count() < 2, reason="there is one device")
-def test_images_with_many_keys_stay_where_they_are(monkeypatch):
-    monkeypatch.setattr(xla, "_LOGITS", 2 * 405 * 405)  # one head at a time
-    jax.clear_caches()  # which know the function, and not the limit
-    qkv, size = jax.device_put(
-        (jnp.ones((2, 405, 3, 3, 16)), jnp.ones((2, 405))), batched(data_mesh(jax.devices()[:2]))
-    )
-
-    def total(qkv, size):
-        y, keys = xla.attend((qkv,), size)
-        return (y.sum(axis=(1, 2, 3)) + keys.sum(axis=(1, 2))) @ jnp.ones(2)
-
-    for program in (jax.jit(lambda *parts: xla.attend(parts[:1], parts[1])), jax.jit(jax.grad(total))):
-        text = str(program.lower(qkv, size).compile().as_text())
-        assert "while" in text
-        assert not re.search("all-gather|all-to-all|collective-permute", text)
-
-
-@pytest.mark.parametrize("queries", [11, 1])
-def test_attention_by_softmax_as_on_gpus(queries):
-    q, k, v, size = draw(11, queries, jnp.bfloat16)
-    call = jax.jit(xla._attend_by_softmax)
-    bias = jnp.log(size)[:, None, None]
-    np.testing.assert_allclose(
-        float64(call(q * q.shape[-1] ** -0.5, k, v, bias).transpose(0, 2, 1, 3)), by_numpy(q, k, v, size), atol=0.03
-    )
-    text = call.trace(q, k, v, bias).lower(lowering_platforms=("cuda",)).as_text()
-    sums = re.findall(r"stablehlo\.dot_general.*-> tensor<[\dx]*x16x(\w+)>", text)
-    assert sums == ["f32" if queries == 1 else "bf16"]
-
-
-@pytest.mark.parametrize("tokens", [11, 261, 405])  # the second in two halves, the third head by head
-@pytest.mark.parametrize("scale", [1.0, 40.0])  # the latter beyond what exp can hold
-@pytest.mark.parametrize("proportional", [True, False])
-def test_gradients_of_attention_equal_those_through_softmax(tokens, scale, proportional, monkeypatch):
-    monkeypatch.setattr(xla, "_LOGITS", 1)
-    q, k, v, size = draw(tokens, tokens, jnp.float32)
-    qkv = scale * q, k, v
-    size = size if proportional else None
-    towards = jax.random.normal(jax.random.key(9), (2, tokens, 3, 16))
-
-    def by_softmax(q, k, v):
-        logits = jnp.einsum("bhqk,bhnk->bhqn", q, k) / 4
-        logits += 0.0 if size is None else jnp.log(size)[:, None, None, :]
-        return jnp.sum(jnp.einsum("bhqn,bhnk->bqhk", jax.nn.softmax(logits), v) * towards)
-
-    def ours(q, k, v):
-        return jnp.sum(xla.attend((in_one(q, k, v),), size)[0] * towards)
-
-    for found, expected in zip(*(jax.grad(f, (0, 1, 2))(*qkv) for f in (ours, by_softmax)), strict=True):
-        np.testing.assert_allclose(found, expected, atol=2e-5 * scale)
-
-
 # Less than a tile of keys, one and a few, two; a head of a width that is no power of two.
 @pytest.mark.parametrize(("tokens", "width"), [(11, 16), (77, 16), (128, 32), (130, 20), (33, 8)])
 @pytest.mark.parametrize("proportional", [True, False])
 def test_triton_attention_equals_float64(tokens, width, proportional):
     q, k, v, size = draw(tokens, tokens, jnp.bfloat16, width=width)
     size = size if proportional else None
-    found, _ = triton.attend((in_one(q, k, v),), size, INTERPRET)
+    found = fused_kernels.attend(in_one(q, k, v), size, INTERPRET)
     np.testing.assert_allclose(float64(found), by_numpy(q, k, v, size), atol=0.03)
 
 
@@ -161,7 +80,7 @@ def test_triton_matches_as_xla(layer, prefix, width):
     qkv = jax.random.normal(jax.random.key(7), (3, layer.tokens_in, 3, 3, width)).astype(jnp.bfloat16)
     found = match(qkv, layer, prefix, INTERPRET)
     expected = match_tokens(qkv[:, :, 1].astype(jnp.float32).mean(axis=2), layer, prefix)
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -172,13 +91,14 @@ def test_triton_matches_each_token_once_whatever_the_keys_are(layer):
     equal = match(jnp.ones_like(keys), layer, 1, INTERPRET)
     found = match(keys.at[1, 5:9].set(jnp.nan).at[1, 11].set(jnp.inf), layer, 1, INTERPRET)
     for matching in (equal, found):
+        assert matching.order is not None
         assert (np.sort(matching.order) == np.arange(33)).all()
         goals = np.take_along_axis(np.asarray(matching.target), np.asarray(matching.order), axis=1)
         assert (goals[:, : layer.tokens_out] == np.arange(layer.tokens_out)).all()
         assert goals.max() < layer.tokens_out
-    for ours, theirs in zip(found, expected, strict=True):
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours[::2], theirs[::2])
-    for ours, theirs in zip(equal, match_tokens(jnp.ones((3, 33, 4)), layer, 1), strict=True):
+    for ours, theirs in zip(*map(jax.tree.leaves, (equal, match_tokens(jnp.ones((3, 33, 4)), layer, 1))), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
 
@@ -188,7 +108,7 @@ def test_triton_adds_and_norms(shape, with_branch):
     keys = jax.random.split(jax.random.key(1), 4)
     x, branch = (3 * jax.random.normal(key, shape).astype(jnp.bfloat16) + 1 for key in keys[:2])
     scale, bias = (jax.random.normal(key, shape[-1:]) for key in keys[2:])
-    total, normed = triton.add_and_norm(x, branch if with_branch else None, xla.Affine(scale, bias, 1e-6), INTERPRET)
+    total, normed = fused_kernels.add_and_norm(x, branch if with_branch else None, Affine(scale, bias, 1e-6), INTERPRET)
     np.testing.assert_array_equal(total, x + branch if with_branch else x)
     np.testing.assert_allclose(float64(normed), norm_by_numpy(total, scale, bias), atol=0.04)
 
@@ -211,8 +131,9 @@ def test_triton_merges_and_norms(layer, d):
     scale, bias = (jax.random.normal(key, (d,)) for key in keys[2:4])
     size = jax.random.randint(keys[4], (2, n), 1, 40).astype(jnp.float32)
     matching = match_tokens(jax.random.normal(keys[5], (2, n, 8)), layer, 1)
-    merged, normed, sizes = triton.merge_and_norm(
-        x, branch, size, matching, t, xla.Affine(scale, bias, 1e-6), INTERPRET
+    assert matching.order is not None
+    merged, normed, sizes = fused_kernels.merge_and_norm(
+        x, branch, size, matching, Affine(scale, bias, 1e-6), INTERPRET
     )
 
     # One by one, as the target says.
@@ -263,15 +184,15 @@ def test_a_model_computes_the_same_by_either_kernels(schedule):
 )
 def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done(layer, width, programs):
     """Triton's intermediate language comes out; what is behind it takes a GPU."""
-    n, t = layer.tokens_in, layer.tokens_out
+    n = layer.tokens_in
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, n, 3, 6, width), (2, n, 384))]
     size, vector = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, n), (384,)))
 
     def everything(qkv, x, size, scale):
-        norm = xla.Affine(scale, scale, 1e-6)
-        x, normed = triton.add_and_norm(x, x, norm)
-        y, metric = triton.attend((qkv,), size)
-        return y, normed, triton.merge_and_norm(x, x, size, match(metric, layer, 1), t, norm)
+        norm = Affine(scale, scale, 1e-6)
+        x, normed = fused_kernels.add_and_norm(x, x, norm)
+        y = fused_kernels.attend(qkv, size)
+        return y, normed, fused_kernels.merge_and_norm(x, x, size, match(qkv, layer, 1), norm)
 
     lowered = jax.jit(everything).trace(*shapes, size, vector).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == programs
@@ -295,11 +216,19 @@ def test_each_of_several_devices_runs_triton_s_programs_on_its_own_images():
     np.testing.assert_allclose(several(*spread), one(*here), atol=1e-5)
     call, arguments = program("triton", count)
     text = call.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    attending = re.findall(r"__gpu\$xla.gpu.triton.*name = \"attend\".*-> tensor<(\w+)>", text)
+    attending = re.findall(r"__gpu\$xla.gpu.fused_kernels.*name = \"attend\".*-> tensor<(\w+)>", text)
     assert set(attending) == {f"{4 // count}x{tokens}x2x16xbf16" for tokens in (17, 14)}
 
 
-def test_kernels_that_are_not_to_be_had_are_told():
+@dataclasses.dataclass(frozen=True)
+class Reversed(Rule):
+    """A rule without a fused program."""
+
+    def __call__(self, attended, x, size, layer, prefix):
+        return match_tokens(-x, layer, prefix)
+
+
+def test_kernels_that_cannot_compute_a_model_are_refused():
     config, images = fc.ViTConfig((32, 32), 8, 32, 2, 2, 64, num_classes=5), jnp.zeros((1, 32, 32, 3))
     with pytest.raises(fc.InputError, match="kernels is 'flash': choose one of xla, triton, interpreted"):
         fc.ViT(config, kernels="flash").init(jax.random.key(0), images)
@@ -308,6 +237,9 @@ def test_kernels_that_are_not_to_be_had_are_told():
         fc.ViT(config, kernels="triton").init(jax.random.key(0), images)
     with pytest.raises(fc.InputError, match=told):
         fc.ViT(config, kernels="triton", dtype=jnp.bfloat16).init(jax.random.key(0), images, train=True)
+    schedule = fc.MergeSchedule((fc.Global(2, 3, Reversed()),))
+    with pytest.raises(fc.InputError, match="it has no program for the merge rule Reversed; choose 'xla'"):
+        fc.ViT(config, schedule, kernels="triton", dtype=jnp.bfloat16).init(jax.random.key(0), images)
 
 
 def test_triton_is_chosen_for_new_gpus_in_bfloat16():
@@ -315,11 +247,18 @@ def test_triton_is_chosen_for_new_gpus_in_bfloat16():
         def __init__(self, platform, capability):
             self.platform, self.compute_capability = platform, capability
 
-    new, old = Device("gpu", "9.0"), Device("gpu", "7.5")
-    assert choose_kernels(jnp.bfloat16, [new]) == "triton"
-    assert choose_kernels(jnp.float32, [new]) == "xla"
-    assert choose_kernels(jnp.bfloat16, [new, new]) == "triton"
-    assert choose_kernels(jnp.bfloat16, [new, old]) == "xla"
-    assert choose_kernels(jnp.bfloat16, [old]) == "xla"
-    assert choose_kernels(jnp.bfloat16, [Device("gpu", "gfx90a:sramecc+")]) == "xla"
-    assert choose_kernels(jnp.bfloat16, jax.devices("cpu")) == "xla"
+    new, old, amd = Device("gpu", "9.0"), Device("gpu", "7.5"), Device("gpu", "gfx90a:sramecc+")
+    merging = fc.MergeSchedule((fc.Dense(1), fc.Global(1, 3)))
+    own = fc.MergeSchedule((fc.Global(1, 3), fc.Global(1, 3, Reversed())))
+
+    def chosen(dtype, *devices, schedule=merging):
+        return choose_kernels(dtype, devices, schedule)
+
+    assert chosen(jnp.bfloat16, new) == "triton"
+    assert chosen(jnp.bfloat16, new, schedule=own) == "xla"
+    assert chosen(jnp.float32, new) == "xla"
+    assert chosen(jnp.bfloat16, new, new) == "triton"
+    assert chosen(jnp.bfloat16, new, old) == "xla"
+    assert chosen(jnp.bfloat16, old) == "xla"
+    assert chosen(jnp.bfloat16, amd) == "xla"
+    assert chosen(jnp.bfloat16, *jax.devices("cpu")) == "xla"

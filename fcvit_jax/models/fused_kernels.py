@@ -1,37 +1,39 @@
-"""The model's memory-bound parts for NVIDIA GPUs, each in one pass over memory: Pallas kernels that Triton compiles.
+"""Attention, norms and merging for NVIDIA GPUs, each in one pass over memory: Pallas kernels that Triton compiles.
 
 XLA writes the logits of attention to memory, and cuDNN takes no bias that is the same for all queries; LayerNorm and
-merging pass over the tokens several times, as does matching, which is in `triton_matching`. `kernels` chooses them;
-`docs/performance.md` has what each is worth. Forward only. `interpret` computes them without a GPU, slowly.
+merging pass over the tokens several times. docs/performance.md has what each is worth. Forward only, in bfloat16.
+`interpret` computes them without a GPU, slowly.
 
 Shape letters: b batch, n tokens in, t tokens out, d width, h heads, k head width.
 """
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fcvit_jax.models import xla
 from fcvit_jax.models.merging import Matching
 
 _QUERIES, _KEYS = 64, 64  # of a tile of attention
 
 
-def attend(
-    parts: tuple[jax.Array, ...], size: jax.Array | None, interpret: bool = False
-) -> tuple[jax.Array, jax.Array]:
-    """Proportional attention as `xla.attend`, bfloat16 alone; that one is called where few queries come apart.
+class Affine(NamedTuple):
+    """A LayerNorm's scale and bias, float32 [d] each, and eps, a Python float that is added to the variance."""
 
-    The softmax is kept running over tiles of keys, as in arXiv 2205.14135, in float32. What comes with it, for `match`,
-    is qkv itself.
+    scale: jax.Array
+    bias: jax.Array
+    eps: float
+
+
+def attend(qkv: jax.Array, size: jax.Array | None, interpret: bool = False) -> jax.Array:
+    """Compute proportional attention as `attention.attend`, of queries, keys and values [b, n, 3, h, k], bfloat16.
+
+    The softmax is kept running over tiles of keys, as in arXiv 2205.14135, in float32. Returns [b, n, h, k].
     """
-    if len(parts) != 1:
-        return xla.attend(parts, size)
-    (qkv,) = parts
     b, n, _, h, k = qkv.shape
     wide, tail = max(16, pl.next_power_of_2(k)), _tail(n, _KEYS)
     keys = n // _KEYS * _KEYS + tail
@@ -55,7 +57,7 @@ def attend(
         interpret=interpret,
         name="attend",
     )(qkv, qkv, qkv, bias)
-    return y, qkv
+    return y
 
 
 def _attend(q_ref, k_ref, v_ref, bias_ref, o_ref, *, n: int, width: int, tail: int) -> None:
@@ -100,9 +102,9 @@ def _tail(n: int, tile: int) -> int:
 
 
 def add_and_norm(
-    x: jax.Array, branch: jax.Array | None, norm: xla.Affine, interpret: bool = False
+    x: jax.Array, branch: jax.Array | None, norm: Affine, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """As `xla.add_and_norm`."""
+    """Add two arrays [b, n, d], the second optional; return the sum and its LayerNorm, both in the dtype of x."""
     b, n, d = x.shape
     wide = pl.next_power_of_2(d)
     rows = max(1, 4096 // wide)
@@ -145,15 +147,13 @@ def _normed(x, mask, scale_ref, bias_ref, columns, width: int, eps: float):
 
 
 def merge_and_norm(
-    x: jax.Array,
-    branch: jax.Array,
-    size: jax.Array,
-    matching: Matching,
-    tokens_out: int,
-    norm: xla.Affine,
-    interpret: bool = False,
+    x: jax.Array, branch: jax.Array, size: jax.Array, matching: Matching, norm: Affine, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `xla.merge_and_norm`; sums run in float32."""
+    """Merge the tokens x + branch, [b, n, d], by size, as `merging.merge_tokens`; sums run in float32.
+
+    matching: with an order, and without weights. Returns tokens [b, t, d], their LayerNorm, and sizes [b, t].
+    """
+    tokens_out = matching.tokens_out
     b, n, d = x.shape
     wide = pl.next_power_of_2(d)
     rows = max(1, 4096 // wide)
@@ -171,7 +171,7 @@ def merge_and_norm(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="merge_and_norm",
-    )(x, branch, size, *matching, norm.scale, norm.bias)
+    )(x, branch, size, matching.target, matching.order, norm.scale, norm.bias)
     return mean, normed, total
 
 

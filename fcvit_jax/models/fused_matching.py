@@ -1,6 +1,6 @@
-"""Matching for NVIDIA GPUs: a Pallas kernel that Triton compiles, forward only, as those of `triton`.
+"""Token Merging's matching for NVIDIA GPUs: a Pallas kernel that Triton compiles, forward only.
 
-XLA takes a dozen programs for it, which pass over the similarities again and again.
+XLA compiles it to a dozen programs, which pass over the similarities again and again.
 
 Shape letters: b batch, n tokens, h heads, k head width.
 """
@@ -13,17 +13,17 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
-from fcvit_jax.models.merging import Matching, first_positions, match_tokens, window_order
-from fcvit_jax.models.schedule import Layer
+from fcvit_jax.models.merging import Matching
+from fcvit_jax.models.rules import Layer, first_positions, match_tokens, window_order
 
 _MOST = 128  # tokens that propose, and that are proposed to
 
 
 def match(qkv: jax.Array, layer: Layer, prefix: int, interpret: bool = False) -> Matching:
-    """Matching as `merging.match_tokens` of the keys' mean over the heads, a program for each window of an image.
+    """Match as `rules.ToMe` does, by a program for each window of an image.
 
-    qkv: [b, n, 3, h, k]. That function itself is called where more than 128 tokens of a window propose, or are proposed
-    to: all similarities of a window are in registers at once.
+    qkv: [b, n, 3, h, k], bfloat16. `rules.match_tokens` is called instead if more than 128 tokens of a window propose,
+    or are proposed to: all similarities of a window are in registers at once.
     """
     b, n, _, h, k = qkv.shape
     if layer.windows is None:
@@ -42,21 +42,20 @@ def match(qkv: jax.Array, layer: Layer, prefix: int, interpret: bool = False) ->
 
     side = pl.BlockSpec((None, tall), lambda window, image: (window, 0))
     tokens = pl.BlockSpec((None, n), lambda window, image: (image, 0))
-    return Matching(
-        *pl.pallas_call(
-            functools.partial(_match, counts=counts, width=k, removed=layer.removed, prefix=prefix, exact=interpret),
-            grid=(windows, b),
-            in_specs=[
-                *[side] * 2,
-                pl.BlockSpec((None, n, None, h, wide), lambda window, image: (image, 0, 1, 0, 0)),
-            ],
-            out_specs=[tokens] * 2,
-            out_shape=[jax.ShapeDtypeStruct((b, n), jnp.int32)] * 2,
-            compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
-            interpret=interpret,
-            name="match",
-        )(*(np.pad(part, ((0, 0), (0, tall - part.shape[1])), constant_values=n) for part in sides), qkv)
-    )
+    target, order = pl.pallas_call(
+        functools.partial(_match, counts=counts, width=k, removed=layer.removed, prefix=prefix, exact=interpret),
+        grid=(windows, b),
+        in_specs=[
+            *[side] * 2,
+            pl.BlockSpec((None, n, None, h, wide), lambda window, image: (image, 0, 1, 0, 0)),
+        ],
+        out_specs=[tokens] * 2,
+        out_shape=[jax.ShapeDtypeStruct((b, n), jnp.int32)] * 2,
+        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="match",
+    )(*(np.pad(part, ((0, 0), (0, tall - part.shape[1])), constant_values=n) for part in sides), qkv)
+    return Matching(target, layer.tokens_out, order)
 
 
 def _match(

@@ -1,0 +1,148 @@
+"""The transformer blocks by fused programs for NVIDIA GPUs, and the one choice between them and the plain blocks.
+
+The same function and parameters as `vit.Block`, for inference in bfloat16: what each residual branch adds is summed up
+together with the norm that comes next. Shape letters: b batch, n tokens, d width.
+"""
+
+import re
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from fcvit_jax.errors import InputError
+from fcvit_jax.models.attention import attend
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.layers import MLP, Linear, norm_params, scale_branch
+from fcvit_jax.models.merging import Matching
+from fcvit_jax.models.rules import Layer, ToMe
+from fcvit_jax.models.schedule import Dense, MergeSchedule
+
+# "xla": the plain blocks. "triton": these, on NVIDIA GPUs. "interpreted": these, without a GPU, slowly.
+KERNELS = ("xla", "triton", "interpreted")
+
+
+def choose_kernels(dtype: Any, devices: Iterable[Any], schedule: MergeSchedule) -> str:
+    """Choose the fastest of `KERNELS` for inference: "triton" on NVIDIA GPUs in bfloat16, if it has the rules.
+
+    XLA cannot split these programs: each of several devices has to compute images of its own
+    (`compiling.on_each_device`). That has not been run on several GPUs yet.
+    """
+
+    def runs_triton(device: Any) -> bool:
+        capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are named otherwise
+        return device.platform == "gpu" and bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0
+
+    fits = dtype == jnp.bfloat16 and _without_kernels(schedule) is None
+    return "triton" if fits and all(map(runs_triton, devices)) else "xla"
+
+
+def check(kernels: str, dtype: Any, train: bool, schedule: MergeSchedule) -> None:
+    """Raise InputError if these programs cannot compute what a model is asked for."""
+    if kernels not in KERNELS:
+        raise InputError(f"kernels is {kernels!r}: choose one of {', '.join(KERNELS)}")
+    if train or dtype != jnp.bfloat16:
+        raise InputError(f"kernels is {kernels!r}: it computes in bfloat16, and not in training; choose 'xla'")
+    if rule := _without_kernels(schedule):
+        raise InputError(f"kernels is {kernels!r}: it has no program for the merge rule {rule}; choose 'xla'")
+
+
+def _without_kernels(schedule: MergeSchedule) -> str | None:
+    """The first rule of a schedule that has no fused program."""
+    rules = [stage.rule for stage in schedule.stages if not isinstance(stage, Dense)]
+    return next((str(rule) for rule in rules if type(rule) is not ToMe), None)
+
+
+class Stream(NamedTuple):
+    """The residual stream: x [b, n, d], and the branch that the next norm adds to it."""
+
+    x: jax.Array
+    branch: Any = None
+
+    @property
+    def total(self) -> jax.Array:
+        return self.x if self.branch is None else self.x + self.branch
+
+
+def run_blocks(
+    config: ViTConfig, x: jax.Array, plan: tuple[Layer, ...], interpret: bool
+) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array, Matching | None]]]:
+    """Apply the blocks, as `ViT._run_blocks`; to be called in a compact method, whose module gets the parameters."""
+    stream, size, pooled, layers = Stream(x), jnp.ones(x.shape[:2], jnp.float32), None, []
+    for index, layer in enumerate(plan):
+        block = FusedBlock(config, interpret, name=f"blocks_{index}")
+        if index == config.depth - 1 and config.pooled_tokens:
+            pooled, _, _ = block(stream, size, layer, config.pooled_tokens)
+        stream, size, matching = block(stream, size, layer)
+        layers.append((stream.total, size, matching))
+    return (pooled or stream).total, layers
+
+
+class FusedBlock(nn.Module):
+    """Attention, merging, MLP; with `only`, of the first so many tokens, without merging."""
+
+    config: ViTConfig
+    interpret: bool
+
+    @nn.compact
+    def __call__(
+        self, stream: Stream, size: jax.Array, layer: Layer, only: int = 0
+    ) -> tuple[Stream, jax.Array, Matching | None]:
+        # Imported here: JAX builds for other devices may lack Pallas's Triton backend.
+        from fcvit_jax.models.fused_kernels import add_and_norm, merge_and_norm
+        from fcvit_jax.models.fused_matching import match
+
+        config, matching = self.config, None
+        norm1, norm2 = (NormParams(config, name=name)() for name in ("norm1", "norm2"))
+        x, normed = add_and_norm(*stream, norm1, self.interpret)
+        sizes = size if layer.tokens_in < config.num_tokens else None
+        y, qkv = FusedAttention(config, self.interpret, name="attn")(normed, sizes, only)
+        stream = Stream(x[:, : only or None], scale_branch(self, "ls1", y, config))
+        if layer.removed and not only:
+            matching = match(qkv, layer, config.num_prefix_tokens, self.interpret)
+            x, normed, size = merge_and_norm(*stream, size, matching, norm2, self.interpret)
+        else:
+            x, normed = add_and_norm(*stream, norm2, self.interpret)
+        y = MLP(config, jnp.bfloat16, name="mlp")(normed)
+        return Stream(x, scale_branch(self, "ls2", y, config)), size, matching
+
+
+class NormParams(nn.Module):
+    """The parameters of a LayerNorm that a fused program computes."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self) -> Any:
+        from fcvit_jax.models.fused_kernels import Affine
+
+        return Affine(*norm_params(self, self.config.embed_dim), self.config.norm_eps)
+
+
+class FusedAttention(nn.Module):
+    """As `attention.Attention`; returns the output, and queries, keys and values [b, n, 3, heads, head width]."""
+
+    config: ViTConfig
+    interpret: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, size: jax.Array | None, queries: int) -> tuple[jax.Array, Any]:
+        from fcvit_jax.models import fused_kernels
+
+        config, (batch, tokens, width) = self.config, x.shape
+        size = size if config.proportional_attention else None
+        linear = partial(Linear, dtype=jnp.bfloat16)
+        project, qkv = linear(3 * width, use_bias=config.qkv_bias, name="qkv"), None
+        if queries:
+            split = (batch, -1, 1, config.num_heads, width // config.num_heads)
+            q = project(x[:, :queries], slice(width)).reshape(split)
+            k, v = jnp.split(project(x, slice(width, None)).reshape(batch, tokens, 2, *split[3:]), 2, axis=2)
+            q, k, v = (part[:, :, 0].transpose(0, 2, 1, 3) for part in (q, k, v))
+            y = attend(q, k, v, size).transpose(0, 2, 1, 3)
+        else:
+            qkv = project(x).reshape(batch, tokens, 3, config.num_heads, width // config.num_heads)
+            y = fused_kernels.attend(qkv, size, self.interpret)
+        return linear(width, name="proj")(y.reshape(batch, -1, width)), qkv
