@@ -1,4 +1,7 @@
-"""How programs are compiled: XLA's options, batches in parts, loops that compile fast, and bfloat16 on CPU."""
+"""How programs are compiled: precisions, XLA's options, batches in parts, and bfloat16 on CPU.
+
+What is here for speed alone says what it was worth on two cores of an Intel Xeon; docs/performance.md has the conditions.
+"""
 
 import functools
 import os
@@ -34,17 +37,15 @@ _TOKENS = 3200  # 16 images of 197, of 3,152
 
 
 def options(images: int, tokens: int, dtype: Any) -> dict[str, Any] | None:
-    """Compiler options, for `jax.jit` or `compile`, of a model that computes so many images on a device at a call.
+    """Choose compiler options, for `jax.jit` or `compile`, of a model's inference.
 
-    tokens: of an image, at first. dtype: of the computation. None where there is nothing to be said: for other
-    devices, where XLA_FLAGS name the options, and where this XLA knows none of them (docs/performance.md).
+    images: computed on a device in one call. tokens: of an image, before merging. dtype: of the computation. Returns
+    None if no option applies: on other devices, if XLA_FLAGS sets the option, or if this XLA does not know it.
 
-    On CPU, XLA's older emitter of fused loops: models that merge compile in 0.6 of the time with it, dense ones, and
-    gradients, in up to 2.4 times of it. And in float32, for more than a few tokens, Eigen's matrix products instead of
-    YNNPACK's, which are a tenth slower; not for long sequences, whose attention is slower with them. On GPUs, where
-    there are many tokens, matrix products by NVIDIA's library alone: XLA else compiles programs of its own for every
-    product, to find the fastest, which takes two to eight times as long and gains something for the few tokens of one
-    image only.
+    - CPU: XLA's older emitter of fused loops. Merged models compile in half the time, dense ones in 1.5 times of it.
+    - CPU, float32, from 768 tokens in a call and up to 600 an image: Eigen's matrix products instead of YNNPACK's.
+    - GPU, from 1,024 tokens in a call: matrix products by NVIDIA's library alone. XLA otherwise compiles and times
+      programs of its own for every product, in two to eight times the compile time, for no gain at this size.
     """
     backend = jax.default_backend()
     wanted: dict[str, Any] = {}
@@ -69,11 +70,11 @@ def _accepted(name: str, value: Any) -> bool:
 
 
 def on_each_device(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callable[..., Any]:
-    """`call(params, *batch)` on every device of the mesh for its own images, in parts of `part_size`.
+    """Run `call(params, *batch)` on every device of the mesh for its own images, in parts of `part_size`.
 
-    Every array of the batch and of what is returned has an axis of images in front, which is spread over the mesh; call
-    computes each image by itself. Left to share one program out, XLA may copy to all devices what is reshaped, and
-    cannot split programs that are not its own (Triton's). tokens: of an image.
+    Every array of the batch and of the result has a leading axis of images, which is spread over the mesh; call must
+    compute each image by itself. If XLA partitioned one program instead, it could copy reshaped arrays to all devices,
+    and it cannot split Triton's programs. tokens: of an image.
     """
 
     def by_parts(params: Any, *batch: Any) -> Any:
@@ -96,11 +97,11 @@ def on_each_device(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callabl
 
 
 def part_size(images: int, tokens: int, devices: Sequence[Any]) -> int:
-    """How many of a device's images, each of so many tokens, it should compute at a time; they divide the images.
+    """Choose how many of a device's images to compute at a time: a divisor of `images`.
 
-    On a CPU at most about 3,200 tokens, or 1,600 on each of several devices that it is taken as: what lies between the
-    products of more falls out of the caches, by which a dense ViT-S at batch 32 loses an eighth of its speed
-    (docs/performance.md). All on other devices, and where no divisor is at least half of that. devices: this process's.
+    On a CPU at most about 3,200 tokens, or 1,600 on each of several CPU devices: the activations of more do not stay in
+    the caches. All of them on other devices, or if no divisor is at least half of that. tokens: of an image. devices:
+    of this process.
     """
     if devices[0].platform != "cpu":
         return images
@@ -110,15 +111,15 @@ def part_size(images: int, tokens: int, devices: Sequence[Any]) -> int:
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a positive number that is no more than `most`; 1 where that is less than 1."""
+    """The largest divisor of a positive number that is at most `most`, or 1."""
     return max(size for size in range(1, max(1, min(number, most)) + 1) if number % size == 0)
 
 
 def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """An elementwise function of a small array, computed with all elements in one axis.
+    """Compute an elementwise function of a small array with all elements in one axis.
 
-    XLA on CPU unrolls loops over a short last axis: the logarithms of sizes would take three times as long to compile.
-    The barrier keeps it from undoing the reshape.
+    XLA:CPU unrolls loops over a short last axis: the logarithms of sizes take three times as long to compile. The
+    barrier keeps it from undoing the reshape.
     """
     return function(jax.lax.optimization_barrier(x.reshape(-1))).reshape(x.shape)
 
@@ -126,10 +127,10 @@ def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax
 def einsum(
     subscripts: str, x: jax.Array, y: jax.Array, finish: Callable[[jax.Array], jax.Array] = lambda sums: sums
 ) -> jax.Array:
-    """As `jnp.einsum` of two arrays of one float dtype, and `finish` of that, which returns the dtype that it is given.
+    """Compute `finish(jnp.einsum(...))` of two arrays of one float dtype; `finish` keeps the dtype that it is given.
 
-    On CPU in bfloat16 the sums are float32, and rounded when they are finished: for those XLA's library has the matrix
-    units of CPUs (AMX); sums of bfloat16 take five times as long, and each rounding as long as reading what is rounded.
+    On CPU in bfloat16 the sums are float32 and rounded after `finish`: only for these XLA's library uses the CPU's
+    matrix units (AMX), which are five times as fast, and each rounding costs as much as a pass over memory.
     """
 
     def plain(x: jax.Array, y: jax.Array) -> jax.Array:

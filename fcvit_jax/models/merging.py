@@ -47,14 +47,12 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     weight = size if matching.weight is None else matching.weight
     by_order = x.dtype == jnp.float32 and matching.order is not None
     merge = _merge_by_order if by_order else _merge_by_product
-    norms = jnp.linalg.norm(x.astype(jnp.float32), axis=-1, keepdims=True) if matching.keep_norm else None
     merged, total = merge(x, weight, matching)
-    if norms is not None:
-        wanted, _ = merge(norms, weight, matching)
-        found = jnp.linalg.norm(merged.astype(jnp.float32), axis=-1, keepdims=True)
-        scale = jnp.where(found > 0, wanted / jnp.where(found > 0, found, 1.0), 1.0)
-        alone = _members(matching) == 1
-        merged = jnp.where(alone[..., None], merged, (merged.astype(jnp.float32) * scale).astype(x.dtype))
+    if matching.keep_norm:
+        wanted, found = merge(_norms(x), weight, matching)[0], _norms(merged)
+        scale = wanted / jnp.where(found > 0, found, 1.0)
+        alone = _members(matching)[..., None] == 1
+        merged = jnp.where(alone, merged, (merged.astype(jnp.float32) * scale).astype(x.dtype))
     if matching.gain is not None:
         return merged, _sum_by_target(matching.gain, matching)
     if matching.weight is not None:
@@ -88,6 +86,12 @@ def _sum_by_target(values: jax.Array, matching: Matching) -> jax.Array:
     """Float32 [b, n] -> [b, t]: the sum over the tokens of each target."""
     slots = np.arange(matching.tokens_out)[None, :, None]
     return jnp.where(matching.target[:, None, :] == slots, values[:, None, :], 0.0).sum(axis=-1)
+
+
+def _norms(x: jax.Array) -> jax.Array:
+    """Euclidean norms, float32 [b, n, 1]; the gradient of a zero is zero."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=-1, keepdims=True)
+    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
 
 
 def _members(matching: Matching) -> jax.Array:

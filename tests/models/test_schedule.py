@@ -208,5 +208,5 @@ def test_rules_that_do_not_fit(text, says):
 
 
 def test_a_rule_is_an_instance_of_a_rule_class():
-    with pytest.raises(InputError, match="its rule must be an instance of a class derived from rules.Rule"):
+    with pytest.raises(InputError, match=r"its rule must be an instance of a class derived from rules\.Rule"):
         MergeSchedule((Global(12, 3, rule=Other),))  # pyright: ignore[reportArgumentType]
