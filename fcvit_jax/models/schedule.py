@@ -8,7 +8,7 @@ Token Merging, arXiv 2210.09461.
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -162,6 +162,24 @@ class MergeSchedule:
                         removed = min(r, patches // 2)
                         patches -= removed
                         yield Layer(before, prefix + patches, removed, rule=rule)
+
+
+Schedules = str | MergeSchedule | Iterable[str | MergeSchedule] | Mapping[str, MergeSchedule]
+
+
+def name_schedules(schedules: Schedules, depth: int) -> dict[str, MergeSchedule]:
+    """Give schedules names, in order: text as `parse_schedules` reads it, objects by their explicit form.
+
+    schedules: text, a schedule, several of either, or a mapping from names to schedules.
+    """
+    if isinstance(schedules, str):
+        return parse_schedules(schedules, depth)
+    if isinstance(schedules, Mapping):
+        return {str(name): schedule for name, schedule in schedules.items()}
+    named = {}
+    for each in [schedules] if isinstance(schedules, MergeSchedule) else schedules:
+        named |= parse_schedules(each, depth) if isinstance(each, str) else {str(each): each}
+    return named
 
 
 def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
