@@ -17,7 +17,6 @@ from fcvit_jax.export import export as export
 from fcvit_jax.models import flops as flops
 from fcvit_jax.models import rules as rules
 from fcvit_jax.models import zoo as zoo
-from fcvit_jax.models.attention import attend as attend
 from fcvit_jax.models.config import ViTConfig as ViTConfig
 from fcvit_jax.models.merging import Matching as Matching
 from fcvit_jax.models.merging import follow_patches as follow_patches
