@@ -216,7 +216,7 @@ def test_each_of_several_devices_runs_triton_s_programs_on_its_own_images():
     np.testing.assert_allclose(several(*spread), one(*here), atol=1e-5)
     call, arguments = program("triton", count)
     text = call.trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    attending = re.findall(r"__gpu\$xla.gpu.fused_kernels.*name = \"attend\".*-> tensor<(\w+)>", text)
+    attending = re.findall(r"__gpu\$xla.gpu.triton.*name = \"attend\".*-> tensor<(\w+)>", text)
     assert set(attending) == {f"{4 // count}x{tokens}x2x16xbf16" for tokens in (17, 14)}
 
 
