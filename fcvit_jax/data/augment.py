@@ -15,10 +15,16 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
-from fcvit_jax.errors import InputError, is_number
+from fcvit_jax.errors import InputError
+from fcvit_jax.settings import check_settings, setting
 
 CROPS = ("random_resized", "resize_crop", "eval")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
+
+
+def _check_order(field: str, pair: tuple[float, float]) -> None:
+    if pair[0] > pair[1]:
+        raise InputError(f"{field} is {pair}: write the smaller number first")
 
 
 @dataclass(frozen=True)
@@ -29,19 +35,14 @@ class RandomAffine:
     two numbers. fill: 0 to 255. Raises InputError for values out of range.
     """
 
-    degrees: float = 0.0
-    shift: float = 0.0
-    scale: tuple[float, float] = (1.0, 1.0)
-    fill: int = 0
+    degrees: float = setting(0.0, low=0, high=180)
+    shift: float = setting(0.0, low=0, high=1)
+    scale: tuple[float, float] = setting((1.0, 1.0), low=0.01, high=100)
+    fill: int = setting(0, low=0, high=255)
 
     def __post_init__(self):
-        _tidy(
-            self,
-            degrees=_number("affine.degrees", self.degrees, 0, 180),
-            shift=_number("affine.shift", self.shift, 0, 1),
-            scale=_span("affine.scale", self.scale, 0.01, 100),
-            fill=int(_number("affine.fill", self.fill, 0, 255)),
-        )
+        check_settings(self, "augment.affine.")
+        _check_order("augment.affine.scale", self.scale)
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 [height, width, 3] -> the same shape; bilinear."""
@@ -84,34 +85,27 @@ class Augment:
       InputError: a value is out of range; the message names the field.
     """
 
-    crop: str = "random_resized"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    crop: str = setting("random_resized", choices=CROPS)
+    scale: tuple[float, float] = setting((0.08, 1.0), low=1e-4, high=1)
+    ratio: tuple[float, float] = setting((3 / 4, 4 / 3), low=0.01, high=100)
+    flip: float = setting(0.5, low=0, high=1)
     policy: str = "none"
-    erase: float = 0.0
+    erase: float = setting(0.0, low=0, high=1)
     affine: RandomAffine | None = None
 
     def __post_init__(self):
-        if self.crop not in CROPS:
-            raise InputError(f"augment.crop is {self.crop!r}: it must be one of {', '.join(CROPS)}")
         affine: Any = self.affine
         if affine is not None and not isinstance(affine, RandomAffine):
             try:
-                affine = RandomAffine(**affine)
+                object.__setattr__(self, "affine", RandomAffine(**affine))
             except TypeError:
                 fields = ", ".join(field.name for field in dataclasses.fields(RandomAffine))
                 raise InputError(f"augment.affine is {affine!r}: its fields are {fields}") from None
-        _tidy(
-            self,
-            scale=_span("scale", self.scale, 1e-4, 1),
-            ratio=_span("ratio", self.ratio, 0.01, 100),
-            flip=_number("flip", self.flip, 0, 1),
-            erase=_number("erase", self.erase, 0, 1),
-            affine=affine,
-        )
+        check_settings(self, "augment.")
+        _check_order("augment.scale", self.scale)
+        _check_order("augment.ratio", self.ratio)
         if self.policy != "none":
-            RandAugment.parse(str(self.policy))
+            RandAugment.parse(self.policy)
 
     def __call__(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
         """uint8 `[height, width, 3]` of `preprocess.image_size`, resized with its interpolation.
@@ -300,23 +294,3 @@ def rand_operations(increasing: bool) -> dict[str, Operation]:
         "TranslateXRel": warp(lambda image, level: (1, 0, 0.45 * level * image.width, 0, 1, 0)),
         "TranslateYRel": warp(lambda image, level: (1, 0, 0, 0, 1, 0.45 * level * image.height)),
     }
-
-
-def _tidy(recipe: Any, **fields: Any) -> None:
-    """Set checked fields of a frozen dataclass: lists, as JSON and config files give them, would not hash."""
-    for field, value in fields.items():
-        object.__setattr__(recipe, field, value)
-
-
-def _number(field: str, value: Any, low: float, high: float) -> float:
-    if not is_number(value, low) or value > high:
-        raise InputError(f"augment.{field} is {value!r}: it must be a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _span(field: str, value: Any, low: float, high: float) -> tuple[float, float]:
-    pair = tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2 or not all(is_number(x, low) for x in pair) or not pair[0] <= pair[1] <= high:
-        why = f"it must be two numbers from {low:g} to {high:g}, the smaller first"
-        raise InputError(f"augment.{field} is {value!r}: {why}")
-    return float(pair[0]), float(pair[1])

@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from fcvit_jax.data.preprocess import Preprocess, decode
-from fcvit_jax.data.sources import Source
+from fcvit_jax.data.records import Source
 from fcvit_jax.errors import InputError
 
 Row = tuple[np.ndarray, int | tuple[int, ...], str]  # uint8 [height, width, 3], label or labels, name

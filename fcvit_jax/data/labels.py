@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 from fcvit_jax.data import imagenet
-from fcvit_jax.data.sources import Record, Source
+from fcvit_jax.data.records import Record, Source
 from fcvit_jax.errors import InputError
 
 

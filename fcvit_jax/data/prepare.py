@@ -21,7 +21,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fcvit_jax.data.sources import Source, open_source
+from fcvit_jax.data.records import Source
+from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 
 VERSION, FEATURES = "1.0.0", {"image", "label", "file_name"}

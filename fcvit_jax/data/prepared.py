@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fcvit_jax.data import imagenet
-from fcvit_jax.data.sources import Record, Source
+from fcvit_jax.data.records import Record, Source
 from fcvit_jax.data.tfrecord import TFRecords
 from fcvit_jax.errors import InputError
 

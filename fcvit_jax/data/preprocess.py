@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import io
 import math
-import numbers
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,10 +20,12 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fcvit_jax.errors import InputError
+from fcvit_jax.settings import check_settings, setting
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+_BYTES = "divide 0..255 values by 255"
 
 MAX_RESIZED_PIXELS = 2**26  # a strip one pixel wide would otherwise take all memory
 CROP_MODES = ("center", "squash", "border")
@@ -33,15 +34,6 @@ INTERPOLATIONS = {
     "bilinear": Image.Resampling.BILINEAR,
     "lanczos": Image.Resampling.LANCZOS,
 }
-
-
-def _numbers(field: str, values: Any, count: int, kind: type = numbers.Real) -> tuple[Any, ...]:
-    """`values` as a tuple, checked to be `count` finite numbers of that kind."""
-    items = tuple(values) if isinstance(values, list | tuple) else ()
-    if len(items) != count or not all(isinstance(x, kind) and x == x and abs(x) != math.inf for x in items):
-        wanted = f"{count} {'integers' if kind is numbers.Integral else 'numbers'}" if count > 1 else "a number"
-        raise InputError(f"preprocess.{field}: expected {wanted}, got {values[0] if count == 1 else values!r}")
-    return items
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,33 +56,15 @@ class Preprocess:
         resized, it would have more than `MAX_RESIZED_PIXELS`.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-    interpolation: str = "bicubic"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    image_size: tuple[int, int] = setting((224, 224), low=1)
+    crop_pct: float = setting(0.875, low=0.1, high=2, hint="a share, not percent")
+    crop_mode: str = setting("center", choices=CROP_MODES)
+    interpolation: str = setting("bicubic", choices=tuple(INTERPOLATIONS))
+    mean: tuple[float, float, float] = setting(IMAGENET_MEAN, low=0, high=1, hint=_BYTES)
+    std: tuple[float, float, float] = setting(IMAGENET_STD, above=0, high=1, hint=_BYTES)
 
     def __post_init__(self):
-        tidy = {
-            "image_size": tuple(map(int, _numbers("image_size", self.image_size, 2, numbers.Integral))),
-            "crop_pct": float(*_numbers("crop_pct", [self.crop_pct], 1)),
-            "mean": tuple(map(float, _numbers("mean", self.mean, 3))),
-            "std": tuple(map(float, _numbers("std", self.std, 3))),
-        }
-        for field, value in tidy.items():  # lists, as JSON and config files give them, would not hash
-            object.__setattr__(self, field, value)
-        if min(self.image_size) < 1:
-            raise InputError(f"preprocess.image_size: {self.image_size} must be positive")
-        if not 0.1 <= self.crop_pct <= 2:
-            raise InputError(f"preprocess.crop_pct: {self.crop_pct} is not within 0.1 and 2 (a share, not percent)")
-        for field, known in (("crop_mode", CROP_MODES), ("interpolation", tuple(INTERPOLATIONS))):
-            if getattr(self, field) not in known:
-                raise InputError(f"preprocess.{field}: {getattr(self, field)!r} is none of {', '.join(known)}")
-        if not all(0 <= value <= 1 for value in self.mean):
-            raise InputError(f"preprocess.mean: {self.mean} is not within 0 and 1 (divide 0..255 values by 255)")
-        if not all(0 < value <= 1 for value in self.std):
-            raise InputError(f"preprocess.std: {self.std} is not above 0 and up to 1 (divide 0..255 values by 255)")
+        check_settings(self, "preprocess.")
 
     @property
     def resize_size(self) -> tuple[int, int]:
