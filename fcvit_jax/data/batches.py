@@ -67,18 +67,15 @@ def eval_batches(
       start: the first batch to yield, to resume an interrupted run; past the last one, nothing is yielded.
       limit: use only the first so many records.
       workers: decoding threads, by default one per core; use more if images arrive slowly over a network.
-      on_bad: as in `train_batches`.
+      on_bad: what to do about an image that cannot be read or decoded: `stop` raises BadImage in place of the batch;
+        `skip` leaves its row as padding and reports it in `Batch.skipped`.
 
-    Raises:
-      InputError: at once, if there is nothing to yield or the numbers do not fit; later, in place of the batch that
-        holds it, for an image that cannot be decoded (`BadImage`).
+    Raises InputError at once if there is nothing to yield or the numbers do not fit.
     """
     count = len(source) if limit is None else min(limit, len(source))
-    rows = _rows(batch_size, process_index, process_count, workers, on_bad)
+    rows = _rows(batch_size, process_count, workers, on_bad)
     if limit is not None and limit < 1:
         raise InputError(f"limit: {limit} is not positive")
-    if start < 0:
-        raise InputError(f"start: {start} is negative")
     if count < 1:
         raise InputError(f"{source.spec}: no records")
     first = [k * batch_size + process_index * rows for k in range(start, math.ceil(count / batch_size))]
@@ -113,16 +110,11 @@ def train_batches(
     Args:
       transform: maps an RGB image and a generator to pixels; called by threads.
       image_size: (height, width) of those pixels.
-      batch_size: rows over all processes; each process reads only its share.
-      workers: decoding threads, by default one per core.
-      on_bad: what to do about an image that cannot be read or decoded: `stop` raises; `skip` leaves its row as padding
-        and reports it in `Batch.skipped`.
+      batch_size, workers, on_bad: as in `eval_batches`.
 
-    Raises:
-      InputError: at once, if the data set is smaller than a batch or the numbers do not fit; later, in place of the
-        batch that holds it, for a bad image (`BadImage`).
+    Raises InputError as `eval_batches` does, and if the data set is smaller than a batch.
     """
-    rows = _rows(batch_size, process_index, process_count, workers, on_bad)
+    rows = _rows(batch_size, process_count, workers, on_bad)
     if seed < 0:
         raise InputError(f"seed: {seed} is negative")
     if source.labels_per_image > 1:
@@ -153,14 +145,12 @@ def batches_an_epoch(source: Source, batch_size: int) -> int:
     return len(source) // batch_size
 
 
-def _rows(batch_size: int, process_index: int, process_count: int, workers: int | None, on_bad: str) -> int:
+def _rows(batch_size: int, process_count: int, workers: int | None, on_bad: str) -> int:
     """Rows of one process. Raises InputError if an argument is out of range."""
     if on_bad not in ("stop", "skip"):
         raise InputError(f"on_bad: {on_bad!r} is neither stop nor skip")
     if batch_size < 1 or batch_size % process_count:
         raise InputError(f"batch_size: {batch_size} is not a positive multiple of {process_count}, the process count")
-    if not 0 <= process_index < process_count:
-        raise InputError(f"process_index: {process_index} is not within 0 and {process_count - 1}")
     if workers is not None and workers < 1:
         raise InputError(f"workers: {workers} is not positive")
     return batch_size // process_count

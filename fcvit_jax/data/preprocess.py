@@ -29,6 +29,7 @@ _BYTES = "divide 0..255 values by 255"
 
 MAX_RESIZED_PIXELS = 2**26  # a strip one pixel wide would otherwise take all memory
 CROP_MODES = ("center", "squash", "border")
+OVERRIDES = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -128,10 +129,8 @@ class Preprocess:
         """Inverse of `to_dict`. Raises InputError naming the fields that are unknown, missing or out of range."""
         if not isinstance(fields, dict):
             raise InputError(f"preprocess: expected fields by name, got {fields!r}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for what, names in (("unknown", fields.keys() - known), ("missing", known - fields.keys())):
-            if names:
-                raise InputError(f"preprocess: {what} field {', '.join(sorted(names))}")
+        if odd := sorted({field.name for field in dataclasses.fields(cls)} ^ fields.keys()):
+            raise InputError(f"preprocess: unknown or missing fields {', '.join(odd)}")
         return cls(**fields)
 
 
@@ -162,22 +161,16 @@ def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
     return dataclasses.replace(PRESETS[name], image_size=image_size, **dict(map(_override, overrides)))
 
 
-def _per_channel(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split("/")))
-
-
-OVERRIDES = {"crop_pct": float, "crop_mode": str, "interpolation": str, "mean": _per_channel, "std": _per_channel}
-
-
 def _override(text: str) -> tuple[str, Any]:
-    """`"crop_pct=1.0"` -> `("crop_pct", 1.0)`."""
+    """`"crop_pct=1.0"` -> `("crop_pct", 1.0)`; numbers per channel are separated by slashes."""
     field, equals, value = (part.strip() for part in text.partition("="))
     if not equals or field not in OVERRIDES:
         raise InputError(f"preprocess: {text!r} is no override; write FIELD=VALUE, FIELD one of {', '.join(OVERRIDES)}")
     try:
-        return field, OVERRIDES[field](value)
+        values: tuple[float, ...] = tuple(map(float, value.split("/")))
     except ValueError:
-        raise InputError(f"preprocess.{field}: {value!r} is no number (three are written .485/.456/.406)") from None
+        return field, value
+    return field, values if len(values) > 1 else values[0]
 
 
 def decode(data: bytes | np.ndarray, name: str) -> Image.Image:

@@ -5,9 +5,9 @@ little-endian. The checksums are not read: damaged lengths do not add up to the 
 """
 
 import bisect
+import functools
 import itertools
 import os
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,8 +29,7 @@ class TFRecords:
         """parts: TFDS's file instructions: `filename`, `skip`, `take` and `examples_in_shard`."""
         self._parts = list(parts)
         self._ends = list(itertools.accumulate(part.take for part in parts))
-        self._indices: list[np.ndarray | None] = [None] * len(parts)
-        self._locks = [threading.Lock() for _ in parts]
+        self._starts = functools.cache(record_starts)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -38,10 +37,7 @@ class TFRecords:
     def __getitem__(self, index: int) -> bytes:
         which = bisect.bisect_right(self._ends, index)
         part = self._parts[which]
-        with self._locks[which]:
-            starts = self._indices[which]
-            if starts is None:
-                starts = self._indices[which] = record_starts(part.filename, part.examples_in_shard)
+        starts = self._starts(part.filename, part.examples_in_shard)
         place = part.skip + part.take - (self._ends[which] - index)
         start, end = int(starts[place]) + _HEADER, int(starts[place + 1]) - _FOOTER
         # Opened for each record: a process may not have a handle for each of a thousand files.
