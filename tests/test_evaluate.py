@@ -90,7 +90,7 @@ def logits_by_hand(checkpoint):
     for name in SCHEDULES:
         model = fc.ViT(CONFIG, fc.MergeSchedule.parse(name, 3))
         pixels = PREPROCESS.normalize(jax.numpy.asarray(PIXELS))
-        found[name] = np.asarray(model.apply({"params": loaded.params}, pixels)[0], np.float64)
+        found[name] = np.asarray(jax.jit(model.apply)({"params": loaded.params}, pixels)[0], np.float64)
     return found
 
 
