@@ -26,16 +26,16 @@ def setting(
     help: str = "",
     choices: Sequence[str] = (),
     rising: bool = False,
+    hint: str = "",
     **bounds: float,
 ) -> Any:
     """Declare a dataclass field that `check_settings` limits.
 
     bounds: any of low (>=), above (>), high (<=), below (<); for a tuple they hold for every element. rising: the
-    elements of a tuple must increase. help: one line for a command line.
+    elements of a tuple must increase. help: one line for a command line. hint: ends the message of an error.
     """
-    return dataclasses.field(
-        default=default, metadata={"help": help, "choices": tuple(choices), "rising": rising, "bounds": bounds}
-    )
+    limits = {"help": help, "choices": tuple(choices), "rising": rising, "hint": hint, "bounds": bounds}
+    return dataclasses.field(default=default, metadata=limits)
 
 
 def check_settings(config: Any, where: str = "") -> None:
@@ -62,7 +62,8 @@ def check_settings(config: Any, where: str = "") -> None:
         if not accepted:
             wanted = _wanted(kind, bounds) + ", in rising order" * limits.get("rising", False)
             fix = f"choose one of {', '.join(choices)}" if choices else f"it must be {wanted}"
-            raise InputError(f"{where}{field.name} is {value!r}: {fix}")
+            hint = f" ({limits['hint']})" if limits.get("hint") else ""
+            raise InputError(f"{where}{field.name} is {value!r}: {fix}{hint}")
         object.__setattr__(config, field.name, fitted)
 
 
@@ -91,19 +92,15 @@ def _fit(value: Any, kind: Any) -> Any:
 
 def _wanted(kind: Any, bounds: dict[str, float]) -> str:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    limits = " and ".join(_BOUNDS[name][1].format(f"{bound:g}") for name, bound in bounds.items())
-    limits = f", {limits}" if limits else ""
+    limits = [_BOUNDS[name][1].format(f"{bound:g}") for name, bound in bounds.items()]
+    limited = ", " + " and ".join(limits) if limits else ""
+    if bounds.keys() == {"low", "high"}:
+        limited = f" from {bounds['low']:g} to {bounds['high']:g}"
     if origin in (types.UnionType, typing.Union):
         return f"{_wanted(next(each for each in inner if each is not type(None)), bounds)}, or none"
     if origin is tuple:
         count = "" if inner[-1] is Ellipsis else f"{len(inner)} "
-        return f"{count}{_NOUNS.get(inner[0], inner[0].__name__)}s{limits}"
-    if kind is bool:
-        return "true or false"
-    return (
-        f"a {_NOUNS[kind]}{limits}"
-        if kind in _NOUNS
-        else "text"
-        if kind is str
-        else getattr(kind, "__name__", str(kind))
-    )
+        return f"{count}{_NOUNS.get(inner[0], inner[0].__name__)}s{limited}"
+    if kind in _NOUNS:
+        return f"a {_NOUNS[kind]}{limited}"
+    return {bool: "true or false", str: "text"}.get(kind) or getattr(kind, "__name__", str(kind))

@@ -44,7 +44,7 @@ def test_what_is_saved_is_loaded(saved, params):
 def test_parameters_may_be_spread_over_the_devices(saved):
     loaded = load_checkpoint(saved, parallel.replicated(parallel.data_mesh()))
     assert loaded.params["embed"]["kernel"].sharding.is_fully_replicated
-    assert len(loaded.params["embed"]["kernel"].devices()) == jax.device_count() == 8
+    assert len(loaded.params["embed"]["kernel"].devices()) == jax.device_count() > 1
 
 
 def test_a_working_directory_of_training_is_opened_too(tmp_path, params):

@@ -89,7 +89,10 @@ def test_several_devices_of_a_cpu_compute_half_as_many_at_a_time():
     assert compiling.part_size(4, 197, [cpu] * 8) == 4
 
 
-@pytest.mark.parametrize(("size", "devices"), [(6, 1), (3, 1), (2, 1), (1, 1), (3, 2), (1, 2), (1, 3)])
+THREE = pytest.param(1, 3, marks=pytest.mark.devices(3))
+
+
+@pytest.mark.parametrize(("size", "devices"), [(6, 1), (3, 1), (2, 1), (1, 1), (3, 2), (1, 2), THREE])
 def test_parts_come_together_in_order(size, devices, monkeypatch):
     seen = []
 

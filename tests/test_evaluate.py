@@ -90,7 +90,7 @@ def logits_by_hand(checkpoint):
     for name in SCHEDULES:
         model = fc.ViT(CONFIG, fc.MergeSchedule.parse(name, 3))
         pixels = PREPROCESS.normalize(jax.numpy.asarray(PIXELS))
-        found[name] = np.asarray(model.apply({"params": loaded.params}, pixels)[0], np.float64)
+        found[name] = np.asarray(jax.jit(model.apply)({"params": loaded.params}, pixels)[0], np.float64)
     return found
 
 
@@ -397,14 +397,15 @@ def test_published_accuracies_stand_in_the_rows_of_those_weights_and_images(sett
     assert (costs[0]["published_top1"], costs[0]["published_gmacs"]) == (0.7973, 2.787)
 
 
-def start(workdir, *more: Any, devices: Any = 1, cache: Any = "", **fields: Any):
+def start(workdir, *more: Any, devices: Any = 1, cache: Any = None, **fields: Any):
     """evaluate.py as a process."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
         "PYTHONFAULTHANDLER": "1",
     }
-    command = [sys.executable, str(ROOT / "evaluate.py"), f"--workdir={workdir}", f"--compile_cache={cache}", *more]
+    command = [sys.executable, str(ROOT / "evaluate.py"), f"--workdir={workdir}", *more]
+    command += [f"--compile_cache={cache}"] if cache else []
     return subprocess.Popen(
         [*command, *(f"--config.{name}={value}" for name, value in fields.items())],
         env=environment,
@@ -569,6 +570,7 @@ def jax_cache():
     names = ["dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes"]
     names = [f"jax_compilation_cache_{name}" if name == "dir" else f"jax_{name}" for name in names]
     before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update(names[0], None)
     yield lambda: jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
     for name, value in before.items():
         jax.config.update(name, value)

@@ -1,6 +1,6 @@
-"""Training augmentation on the host, with PIL and numpy: one recipe from a decoded image to the model's uint8 pixels.
+"""Augment training images on the host, with PIL and numpy: one recipe from a decoded image to uint8 pixels.
 
-All chance comes from the generator that is passed in: an image's fate hangs on its seed, not on the order of threads.
+All randomness comes from the generator passed in, so results do not depend on the order of threads.
 """
 
 import dataclasses
@@ -15,33 +15,34 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
-from fcvit_jax.errors import InputError, is_number
+from fcvit_jax.errors import InputError
+from fcvit_jax.settings import check_settings, setting
 
 CROPS = ("random_resized", "resize_crop", "eval")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
+def _check_order(field: str, pair: tuple[float, float]) -> None:
+    if pair[0] > pair[1]:
+        raise InputError(f"{field} is {pair}: write the smaller number first")
+
+
 @dataclass(frozen=True)
 class RandomAffine:
-    """A random rotation, shift and scale about the centre; what comes into view is filled with `fill`.
+    """A random rotation, shift and scale about the centre.
 
-    degrees: up to so many, either way. shift: up to this share of the height and width. scale: a factor between its
-    two numbers. fill: 0 to 255. Raises InputError for values out of range.
+    degrees: the largest angle, either way. shift: the largest share of the height and width. scale: the smallest and
+    the largest factor. fill: 0 to 255, for pixels from outside the image.
     """
 
-    degrees: float = 0.0
-    shift: float = 0.0
-    scale: tuple[float, float] = (1.0, 1.0)
-    fill: int = 0
+    degrees: float = setting(0.0, low=0, high=180)
+    shift: float = setting(0.0, low=0, high=1)
+    scale: tuple[float, float] = setting((1.0, 1.0), low=0.01, high=100)
+    fill: int = setting(0, low=0, high=255)
 
     def __post_init__(self):
-        _tidy(
-            self,
-            degrees=_number("affine.degrees", self.degrees, 0, 180),
-            shift=_number("affine.shift", self.shift, 0, 1),
-            scale=_span("affine.scale", self.scale, 0.01, 100),
-            fill=int(_number("affine.fill", self.fill, 0, 255)),
-        )
+        check_settings(self, "augment.affine.")
+        _check_order("augment.affine.scale", self.scale)
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """uint8 [height, width, 3] -> the same shape; bilinear."""
@@ -49,7 +50,7 @@ class RandomAffine:
         angle = math.radians(rng.uniform(-self.degrees, self.degrees))
         down, across = rng.uniform(-self.shift, self.shift, 2) * (height, width)
         shrink = 1 / rng.uniform(*self.scale)
-        # PIL wants the inverse map, from a pixel of the result to its source: rotate and scale about the centre.
+        # PIL takes the inverse map, from a pixel of the result to its source.
         cos, sin = math.cos(angle) * shrink, math.sin(angle) * shrink
         x, y = width / 2, height / 2  # PIL takes pixel i from i + 0.5
         matrix = (
@@ -64,60 +65,46 @@ class RandomAffine:
 
 @dataclass(frozen=True)
 class Augment:
-    """From a decoded image to a model's pixels, with chance; the fields are what a config sets, and it is hashable.
+    """The augmentation of a training image; a hashable configuration. Raises InputError for values out of range.
 
-    In this order: crop, flip, policy, erase, affine. A step that is off draws no random numbers.
+    The order is crop, flip, policy, erase, affine. A step that is off draws no random numbers.
 
     Args:
       crop: `random_resized`: a box of random area and aspect ratio, resized (the Inception crop, arXiv 1409.4842);
-        `resize_crop`: the shorter side to `floor(image_size / crop_pct)` of the preprocessing, then a random crop, the
-        aspect ratio kept; `eval`: the preprocessing's own.
+        `resize_crop`: the shorter side to `floor(image_size / crop_pct)` of the preprocessing, then a random crop,
+        keeping the aspect ratio; `eval`: that of the preprocessing.
       scale, ratio: of the Inception crop: share of the image's area, and width over height.
       flip: probability of mirroring left to right.
       policy: `none`, or RandAugment as timm writes it: `rand-m9-n2-mstd0.5-inc1` (see `RandAugment.parse`).
       erase: probability that a rectangle, 2 to 33 % of the area, of aspect 0.3 to 3.3, becomes noise (random erasing,
-        arXiv 1708.04896). It is timm's `pixel` mode, normal noise in the units of the normalised image, but on the
-        bytes before normalisation: what falls outside 0..255 is clipped.
-      affine: a `RandomAffine`, or its fields as a mapping.
-
-    Raises:
-      InputError: a value is out of range; the message names the field.
+        arXiv 1708.04896): timm's `pixel` mode, but on bytes, so that values outside 0..255 are clipped.
+      affine: a `RandomAffine`, or a mapping of its fields.
     """
 
-    crop: str = "random_resized"
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    flip: float = 0.5
+    crop: str = setting("random_resized", choices=CROPS)
+    scale: tuple[float, float] = setting((0.08, 1.0), low=1e-4, high=1)
+    ratio: tuple[float, float] = setting((3 / 4, 4 / 3), low=0.01, high=100)
+    flip: float = setting(0.5, low=0, high=1)
     policy: str = "none"
-    erase: float = 0.0
+    erase: float = setting(0.0, low=0, high=1)
     affine: RandomAffine | None = None
 
     def __post_init__(self):
-        if self.crop not in CROPS:
-            raise InputError(f"augment.crop is {self.crop!r}: it must be one of {', '.join(CROPS)}")
         affine: Any = self.affine
         if affine is not None and not isinstance(affine, RandomAffine):
             try:
-                affine = RandomAffine(**affine)
+                object.__setattr__(self, "affine", RandomAffine(**affine))
             except TypeError:
                 fields = ", ".join(field.name for field in dataclasses.fields(RandomAffine))
                 raise InputError(f"augment.affine is {affine!r}: its fields are {fields}") from None
-        _tidy(
-            self,
-            scale=_span("scale", self.scale, 1e-4, 1),
-            ratio=_span("ratio", self.ratio, 0.01, 100),
-            flip=_number("flip", self.flip, 0, 1),
-            erase=_number("erase", self.erase, 0, 1),
-            affine=affine,
-        )
+        check_settings(self, "augment.")
+        _check_order("augment.scale", self.scale)
+        _check_order("augment.ratio", self.ratio)
         if self.policy != "none":
-            RandAugment.parse(str(self.policy))
+            RandAugment.parse(self.policy)
 
     def __call__(self, image: Image.Image, preprocess: Preprocess, rng: np.random.Generator) -> np.ndarray:
-        """uint8 `[height, width, 3]` of `preprocess.image_size`, resized with its interpolation.
-
-        Raises InputError where the `eval` crop does: a strip so long that, resized, it would take all memory.
-        """
+        """Return uint8 `[height, width, 3]`, as `preprocess` does; with crop `eval`, it raises the same errors."""
         height, width = preprocess.image_size
         resample = INTERPOLATIONS[preprocess.interpolation]
         image = image if image.mode == "RGB" else image.convert("RGB")
@@ -150,9 +137,9 @@ def _erase(pixels: np.ndarray, preprocess: Preprocess, rng: np.random.Generator)
 def random_box(
     size: tuple[int, int], scale: tuple[float, float], ratio: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int] | None:
-    """(left, top, right, bottom), of uniform area and log-uniform aspect ratio, inside `size` (width, height).
+    """Draw (left, top, right, bottom) of uniform area and log-uniform aspect ratio inside `size` (width, height).
 
-    Torchvision's `RandomResizedCrop.get_params`. None if ten draws in a row stick out.
+    As torchvision's `RandomResizedCrop.get_params`. None if ten boxes in a row do not fit.
     """
     width, height = size
     for _ in range(10):
@@ -166,7 +153,7 @@ def random_box(
 
 
 def _center_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """The largest box in the centre whose width over height is within `ratio`, as torchvision falls back to."""
+    """The largest central box whose width over height is within `ratio`: torchvision's fallback."""
     width, height = size
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
@@ -175,12 +162,12 @@ def _center_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int,
 
 
 def _covering_box(size: tuple[int, int], preprocess: Preprocess, rng: np.random.Generator) -> Box:
-    """Where a random crop of the image, resized to cover `preprocess.resize_size`, lies in the image before resizing.
+    """A random crop of the image resized to cover `preprocess.resize_size`, in pixels of the image before resizing.
 
-    Resizing just that much never builds the whole resized image, which for a strip could take all memory.
+    So the whole resized image, which can be huge for a strip, is never built.
     """
     (width, height), (to_height, to_width) = size, preprocess.image_size
-    # A crop_pct above 1 would ask for a border: training has none.
+    # A crop_pct above 1 means a border: training has none.
     covered_height, covered_width = map(max, preprocess.resize_size, preprocess.image_size)
     shrink = min(width / covered_width, height / covered_height)
     w, h = min(width, to_width * shrink), min(height, to_height * shrink)
@@ -190,14 +177,13 @@ def _covering_box(size: tuple[int, int], preprocess: Preprocess, rng: np.random.
 
 @dataclass(frozen=True)
 class RandAugment:
-    """`layers` operations drawn with replacement, each carried out with `probability` (arXiv 1909.13719), as in timm.
+    """Apply `layers` operations, drawn with replacement, each with `probability` (arXiv 1909.13719), as in timm.
 
     An operation's strength is the magnitude plus normal noise of deviation `std` (above 100: uniform from 0 to the
-    magnitude), clipped to 0..`limit`; 10 is full strength, and those with a direction draw a sign.
+    magnitude), clipped to 0..`limit`; 10 is full strength. Operations with a direction draw a sign.
 
-    Args:
-      increasing: all operations grow stronger with the magnitude; otherwise posterise and solarise grow weaker, and
-        colour, contrast, brightness and sharpness go from 0.1 to 1.9 with "no change" at magnitude 5.
+    increasing: all operations get stronger with the magnitude. Otherwise posterise and solarise get weaker, and
+    colour, contrast, brightness and sharpness go from 0.1 to 1.9 with "no change" at magnitude 5.
     """
 
     magnitude: float = 10
@@ -210,9 +196,9 @@ class RandAugment:
     @staticmethod
     @functools.cache
     def parse(text: str) -> "RandAugment":
-        """timm's form: `rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`, of which all but `rand` may be left out, in any order.
+        """Parse timm's `rand-m9-n2-p0.5-mstd0.5-mmax10-inc1`; all parts but `rand` are optional, in any order.
 
-        A magnitude above the limit, which timm clips in silence, is refused. Raises InputError.
+        Raises InputError, also for a magnitude above the limit, which timm clips silently.
         """
         keys = dict(m="magnitude", n="layers", p="probability", mstd="std", mmax="limit", inc="increasing")
         start, *parts = text.split("-")
@@ -237,7 +223,7 @@ class RandAugment:
         resample: Image.Resampling = Image.Resampling.BICUBIC,
         fill: tuple[int, ...] = (128, 128, 128),
     ) -> Image.Image:
-        """RGB -> RGB of the same size; what comes into view is filled with `fill`."""
+        """RGB -> RGB of the same size; `fill` colours pixels from outside the image."""
         if resample == Image.Resampling.LANCZOS:  # for resizing only
             resample = Image.Resampling.BICUBIC
         operations = list(rand_operations(self.increasing).values())
@@ -257,10 +243,10 @@ Operation = Callable[[Image.Image, float, dict[str, Any]], Image.Image]
 
 @functools.cache
 def rand_operations(increasing: bool) -> dict[str, Operation]:
-    """RandAugment's operations by timm's names, less the suffix `Increasing`: its set without Cutout."""
+    """RandAugment's operations by timm's names, without the suffix `Increasing` and without Cutout."""
 
     def warp(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
-        """The affine map, of image and level, that takes a pixel of the result to its source."""
+        """matrix: the affine map, of image and level, from a pixel of the result to its source."""
         affine = Image.Transform.AFFINE
         return lambda image, level, look: image.transform(image.size, affine, matrix(image, level), **look)
 
@@ -272,7 +258,7 @@ def rand_operations(increasing: bool) -> dict[str, Operation]:
     def posterize(image: Image.Image, level: float, _) -> Image.Image:
         steps = int(4 * abs(level))
         drop = 8 - (4 - steps if increasing else steps)  # the lowest bits; from 8 on the image is black
-        # Not PIL's: since version 13 it refuses to keep no bit, and timm's RandAugment crashes at full strength.
+        # Not PIL's: since version 13 it refuses to keep 0 bits, which full strength needs.
         return image.point([value >> drop << drop if drop > 0 else value for value in range(256)] * 3)
 
     def solarize(image: Image.Image, level: float, _) -> Image.Image:
@@ -300,23 +286,3 @@ def rand_operations(increasing: bool) -> dict[str, Operation]:
         "TranslateXRel": warp(lambda image, level: (1, 0, 0.45 * level * image.width, 0, 1, 0)),
         "TranslateYRel": warp(lambda image, level: (1, 0, 0, 0, 1, 0.45 * level * image.height)),
     }
-
-
-def _tidy(recipe: Any, **fields: Any) -> None:
-    """Set checked fields of a frozen dataclass: lists, as JSON and config files give them, would not hash."""
-    for field, value in fields.items():
-        object.__setattr__(recipe, field, value)
-
-
-def _number(field: str, value: Any, low: float, high: float) -> float:
-    if not is_number(value, low) or value > high:
-        raise InputError(f"augment.{field} is {value!r}: it must be a number from {low:g} to {high:g}")
-    return float(value)
-
-
-def _span(field: str, value: Any, low: float, high: float) -> tuple[float, float]:
-    pair = tuple(value) if isinstance(value, list | tuple) else ()
-    if len(pair) != 2 or not all(is_number(x, low) for x in pair) or not pair[0] <= pair[1] <= high:
-        why = f"it must be two numbers from {low:g} to {high:g}, the smaller first"
-        raise InputError(f"augment.{field} is {value!r}: {why}")
-    return float(pair[0]), float(pair[1])

@@ -1,4 +1,4 @@
-"""Facts of ImageNet-1k: the synsets in the order of a model's outputs, and the classes of sets that test on fewer."""
+"""Facts of ImageNet-1k: the synsets in the order of a model's outputs, and the classes of its smaller variants."""
 
 import functools
 import importlib.util
@@ -7,7 +7,7 @@ from pathlib import Path
 from fcvit_jax.errors import InputError
 
 NUM_CLASSES = 1000
-MOST_REAL_LABELS = 9  # that any image has in ReaL (arXiv 2006.07159)
+MOST_REAL_LABELS = 9  # of any image in ReaL (arXiv 2006.07159)
 
 # fmt: off
 # ImageNet-A (arXiv 1907.07174): the outputs of its 200 classes.
@@ -39,13 +39,13 @@ IMAGENET_R = (
 
 @functools.cache
 def synsets() -> tuple[str, ...]:
-    """The 1,000 WordNet ids, `n01440764` to `n15075141`, sorted: output i of a model stands for the i-th.
+    """The 1,000 WordNet ids, `n01440764` to `n15075141`, sorted: output i of a model means the i-th.
 
-    They are read off the list that TensorFlow Datasets carries, without importing it. Raises InputError without it.
+    Read from the list that TensorFlow Datasets carries, without importing it. Raises InputError if it is missing.
     """
     package = importlib.util.find_spec("tensorflow_datasets")
     for folder in package.submodule_search_locations or () if package else ():
         path = Path(folder) / "datasets" / "imagenet2012" / "labels.txt"
         if path.exists():
             return tuple(path.read_text(encoding="utf-8").split())
-    raise InputError("ImageNet's class list is missing: it comes with tensorflow-datasets; install that anew")
+    raise InputError("ImageNet's class list is missing: it comes with tensorflow-datasets: reinstall it")

@@ -1,4 +1,4 @@
-"""Labels that mean what a head's outputs mean: ImageNet's, those of its variants, and ReaL's, several an image."""
+"""Match a data set's labels to a head's outputs: ImageNet's, those of its variants, and ReaL's, several per image."""
 
 import dataclasses
 import json
@@ -6,26 +6,21 @@ import re
 from pathlib import Path
 
 from fcvit_jax.data import imagenet
-from fcvit_jax.data.sources import Record, Source
+from fcvit_jax.data.records import Record, Source
 from fcvit_jax.errors import InputError
 
 
 def match_head(source: Source, num_classes: int, class_names: list[str] | None, where: str) -> Source:
-    """The source with labels that index the head's outputs, and the head's class names.
+    """Return the source with labels that index the head's outputs, and with the head's class names.
 
-    * Classes of the same names, in the same order, are taken as they are; so are as many classes as the head has
-      outputs, where the head has no names.
-    * A head of 1000 outputs, without names, named by ImageNet's synsets or in words, takes classes that are named by
-      synsets: all 1,000 in any order, or some of them, and then a prediction is made among those alone (`scored`), as
-      ImageNet-A and ImageNet-R want it. Classes named `0` to `999` are in the head's order (ImageNet-V2).
+    * Classes with the head's names, in its order, stay unchanged. If the head has no names, so do as many classes as
+      it has outputs.
+    * An ImageNet head (1000 outputs without names, named by synsets or in words) takes classes named by synsets: all
+      1,000 in any order, or some of them; then predictions are made among those alone (`scored`), as in ImageNet-A and
+      ImageNet-R. Classes named `0` to `999` are in the head's order (ImageNet-V2).
 
-    Args:
-      num_classes: the head's outputs.
-      class_names: what the head's outputs are called, if that is known.
-      where: the checkpoint, for messages.
-
-    Raises:
-      InputError: the labels mean something else.
+    num_classes: the head's outputs. class_names: their names, if known. where: the checkpoint, for messages. Raises
+    InputError if the labels mean something else.
     """
     if not num_classes:
         raise InputError(f"{where} has no head: it gives features, not classes")
@@ -41,7 +36,7 @@ def match_head(source: Source, num_classes: int, class_names: list[str] | None, 
             if len(strangers) < len(ours):
                 raise InputError(
                     f"{source.spec} has class {strangers[0]!r} beside ImageNet's: it is none of the 1,000 synsets; "
-                    "take it away, or give it its right name"
+                    "remove or rename it"
                 )
         else:
             return _relabelled(source, tuple(outputs[name] for name in ours), names)
@@ -56,16 +51,13 @@ def match_head(source: Source, num_classes: int, class_names: list[str] | None, 
 
 
 def real_labels(source: Source, path: str | Path) -> Source:
-    """ImageNet's validation images under the labels of "Are we done with ImageNet?" (arXiv 2006.07159).
+    """Give ImageNet's validation images the labels of "Are we done with ImageNet?" (arXiv 2006.07159).
 
-    Any arrangement of the images will do: they are known by their file names, `ILSVRC2012_val_00000001.JPEG` and so on.
+    Images are identified by their file names, `ILSVRC2012_val_00000001.JPEG` and so on, in whatever folders they are.
 
-    Args:
-      path: Google's real.json: for each validation image, in order, a list of the outputs that are right. An image
-        without any is not counted.
-
-    Raises:
-      InputError: the file is not that, or the first image has another name; when read, for any other image.
+    path: Google's real.json: for each validation image, in order, a list of the right outputs. Images without any are
+    not counted. Raises InputError if the file has another form, or an image another name: for the first image at once,
+    for others when they are read.
     """
     try:
         labels = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
@@ -100,12 +92,12 @@ def real_labels(source: Source, path: str | Path) -> Source:
 
 
 def _in_imagenets_order(class_names: list[str] | None) -> bool:
-    """Whether 1,000 outputs so called are ImageNet's: they have no names, its synsets, or names in words."""
+    """Whether 1,000 outputs of these names are ImageNet's: no names, its synsets in order, or words."""
     return not class_names or not re.fullmatch(r"n\d{8}", class_names[0]) or tuple(class_names) == imagenet.synsets()
 
 
 def _relabelled(source: Source, table: tuple[int, ...], class_names: tuple[str, ...]) -> Source:
-    """The source with label `table[i]` for its label i."""
+    """Replace label i by `table[i]`."""
 
     def read(index: int) -> Record:
         record = source.read(index)

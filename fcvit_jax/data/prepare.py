@@ -1,11 +1,11 @@
-"""Write a folder of images, one folder a class, as a data set of TensorFlow Datasets: few files instead of many.
+"""Write a folder of images, one folder per class, as a data set of TensorFlow Datasets: few files instead of many.
 
   python -m fcvit_jax.data.prepare photos/val data --name photos --split validation
   python evaluate.py --config.dataset=tfds:photos/validation@data ...
 
-The files are kept byte for byte, in ArrayRecord, in the folder's order and under their names: results are those of
-folder:photos/val. TensorFlow is not needed. Run again with another --split to add that to the same data set; the class
-folders must then be the same.
+The files are copied byte for byte into ArrayRecord files, with their order and names, so results equal those of
+folder:photos/val. TensorFlow is not needed. Run it again with another --split to add that split to the data set; the
+class folders must be the same.
 """
 
 import argparse
@@ -21,11 +21,12 @@ from typing import Any
 
 from tqdm import tqdm
 
-from fcvit_jax.data.sources import Source, open_source
+from fcvit_jax.data.records import Source
+from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 
 VERSION, FEATURES = "1.0.0", {"image", "label", "file_name"}
-IMAGES_PER_FILE, MOST_FILES = 1000, 256  # more images a file where there would be more files: readers keep all open
+IMAGES_PER_FILE, MOST_FILES = 1000, 256  # readers keep all files open: beyond that, files grow
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,9 +36,9 @@ def main(argv: list[str] | None = None) -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("folder", metavar="FOLDER", help="holds one folder a class, images inside it at any depth")
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder for data sets; made if it is not there")
-    parser.add_argument("--name", help="the data set's; default: the folder's")
+    parser.add_argument("folder", metavar="FOLDER", help="holds one folder per class, images inside it at any depth")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder for data sets; created if it does not exist")
+    parser.add_argument("--name", help="of the data set; default: the folder's name")
     parser.add_argument("--split", default="test", help="default: test")
     args = parser.parse_args(argv)
     with one_line_errors():
@@ -48,12 +49,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(source: Source, out: Path, name: str, split: str, progress: bool = False) -> str:
-    """Write the records of a source as split `split` of data set `name` in the folder `out`; returns their spec.
+    """Write the records of a source as split `split` of data set `name` in the folder `out`; return their spec.
 
-    The split appears when it is whole. A data set that is there already gets it too, if its classes are the same.
+    The split appears when it is complete. It is added to an existing data set if the classes are the same.
 
     Raises:
-      InputError: the split exists, the classes differ, a name is not fit, an image or `out` cannot be read or written.
+      InputError: the split exists, the classes differ, a name is invalid, an image cannot be read, or `out` written.
     """
     for option, value in (("--name", name), ("--split", split)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value) or value == "all":
@@ -67,7 +68,7 @@ def prepare(source: Source, out: Path, name: str, split: str, progress: bool = F
             spec = f"tfds:{name}/{split}@"
             written = open_source(f"{spec}{staging}")
             if (len(written), written.class_names) != (len(source), source.class_names):
-                raise InputError(f"{source.spec}: its class names do not survive in a list of one a line; rename them")
+                raise InputError(f"{source.spec}: a class name has a line break or ends in a space: rename its folder")
             _publish(Path(staging) / name / VERSION, target)
     except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises the latter
         why = getattr(error, "strerror", None) or str(error).splitlines()[0]
@@ -76,28 +77,32 @@ def prepare(source: Source, out: Path, name: str, split: str, progress: bool = F
 
 
 def _check_target(target: Path, source: Source, split: str) -> None:
-    """Whether the split may be added, before any long work. Raises InputError."""
+    """Check that the split may be added, before any long work. Raises InputError."""
     if not target.exists():
         return
     try:
         info, features = (
-            json.loads((target / file).read_text(encoding="utf-8")) for file in ("dataset_info.json", "features.json")
+            json.loads((target / f"{file}.json").read_text("utf-8")) for file in ("dataset_info", "features")
         )
-        there = [known["name"] for known in info["splits"]]
-        ours = there and info["fileFormat"] == "array_record" and set(features["featuresDict"]["features"]) == FEATURES
+        present = [known["name"] for known in info["splits"]]
+        ours = info["fileFormat"] == "array_record" and set(features["featuresDict"]["features"]) == FEATURES
     except (OSError, ValueError, LookupError, TypeError):
-        ours, there = False, []
-    if not ours:
+        ours, present = False, []
+    if not ours or not present:
         raise InputError(f"{target} exists and was not written by this command: choose another --name")
-    if split in there:
+    if split in present:
         raise InputError(f"{target} has a split {split!r} already: choose another --split or --name")
-    other = open_source(f"tfds:{target.parent.name}:{VERSION}/{there[0]}@{target.parents[1]}").class_names
+    other = open_source(f"tfds:{target.parent.name}:{VERSION}/{present[0]}@{target.parents[1]}").class_names
     if other != source.class_names:
         raise InputError(f"{target} has other classes than {source.spec}, so no split is added: choose another --name")
 
 
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
 def _write(directory: Path, source: Source, name: str, split: str, progress: bool) -> None:
-    """The data set of this one split, into a new directory."""
+    """Write the data set with this one split into a new directory."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.dataset_info import DatasetIdentity
     from tensorflow_datasets.core.sequential_writer import SequentialWriter
@@ -110,39 +115,33 @@ def _write(directory: Path, source: Source, name: str, split: str, progress: boo
                 raise InputError(f"{source.spec}: {record.name} is no image file, so there are no bytes to keep")
             yield {"image": io.BytesIO(record.image), "label": record.label, "file_name": record.name}
 
-    features = tfds.features.FeaturesDict(
-        {
-            "image": tfds.features.Image(),
-            "label": tfds.features.ClassLabel(names=source.class_names),
-            "file_name": tfds.features.Text(),
-        }
-    )
+    label = tfds.features.ClassLabel(names=source.class_names)
+    features = {"image": tfds.features.Image(), "label": label, "file_name": tfds.features.Text()}
     directory.mkdir(parents=True)
-    # No builder of TFDS's: it would shuffle, and beyond a gigabyte it wants TensorFlow to do so.
+    # Not one of TFDS's builders: they shuffle, for which they need TensorFlow beyond a gigabyte.
     identity = DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name="")
     writer = SequentialWriter(
-        tfds.core.DatasetInfo(builder=identity, features=features, disable_shuffling=True),
+        tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features), disable_shuffling=True),
         max_examples_per_shard=max(IMAGES_PER_FILE, math.ceil(len(source) / MOST_FILES)),
         file_format="array_record",
     )
     writer.initialize_splits([split])
-    many: Any = examples()  # is iterated over
+    many: Any = examples()  # annotated as a list, but iterated over
     writer.add_examples({split: many})
     writer.close_all()
 
 
 def _publish(staging: Path, target: Path) -> None:
-    """Move a new data set to its place, or its split into the data set that is there."""
+    """Move a new data set into place, or its split into the existing data set."""
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         os.rename(staging, target)
         return
-    info = json.loads((target / "dataset_info.json").read_text(encoding="utf-8"))
-    added = json.loads((staging / "dataset_info.json").read_text(encoding="utf-8"))
+    info, added = (_read_json(place / "dataset_info.json") for place in (target, staging))
     info["splits"] += added["splits"]
     for file in staging.glob("*.array_record-*"):
         os.rename(file, target / file.name)
-    # Last, and at once: until then no reader knows of the new files.
+    # Last, and atomically: until then no reader sees the new files.
     (staging / "dataset_info.json").write_text(json.dumps(info, indent=2), encoding="utf-8")
     os.replace(staging / "dataset_info.json", target / "dataset_info.json")
 

@@ -1,4 +1,4 @@
-"""Data sets that TensorFlow Datasets has prepared, read from their files: no TensorFlow, no network."""
+"""Data sets prepared by TensorFlow Datasets (TFDS), read from their files without TensorFlow or network."""
 
 import difflib
 import os
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from fcvit_jax.data import imagenet
-from fcvit_jax.data.sources import Record, Source
+from fcvit_jax.data.records import Record, Source
 from fcvit_jax.data.tfrecord import TFRecords
 from fcvit_jax.errors import InputError
 
@@ -30,12 +30,12 @@ def open_prepared(spec: str, rest: str) -> Source:
     builder: Any = tfds.builder_from_directory(directory)
     features, records = builder.info.features, _records(spec, builder, split, directory)
     image_key = _feature(spec, features, tfds.features.Image, "image")
-    # ReaL's set has labels of two kinds; those it is for are lists.
+    # ReaL's data set has the original labels too; its own are lists.
     several = "real_label" in features and isinstance(features["real_label"], tfds.features.Sequence)
     label_key = "real_label" if several else _feature(spec, features, tfds.features.ClassLabel, "label")
     class_names = (features[label_key].feature if several else features[label_key]).names
     most_labels = imagenet.MOST_REAL_LABELS if several else 1
-    # TFDS would decode with whichever of OpenCV and PIL is installed: take the files' own bytes.
+    # TFDS would decode with OpenCV or PIL, whichever is installed: take the files' own bytes.
     encoded: Any = tfds.decode.SkipDecoding
     skip = {key: encoded() for key, kind in features.items() if isinstance(kind, tfds.features.Image)}
 
@@ -46,29 +46,33 @@ def open_prepared(spec: str, rest: str) -> Source:
             image, labels = example[image_key], np.atleast_1d(example[label_key])
         except InputError:
             raise
-        except Exception as error:  # of the reader, written in C++, of protobuf, or of TFDS
-            why = (str(error).splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # from the reader (C++), protobuf or TFDS
+            why = _first_line(error)
             raise InputError(
                 f"{spec}: record {index} in {directory} cannot be read ({why}); if a file is damaged, copy or prepare "
-                "it anew"
+                "it again"
             ) from None
         file_name = example.get("file_name", f"{split}/{index:08d}")
         file_name = file_name.decode() if isinstance(file_name, bytes) else str(file_name)
         if labels.size and labels.min() < 0:
             raise InputError(f"{spec}: {file_name} has no label; this split cannot be scored")
         if labels.size > most_labels:
-            raise InputError(f"{spec}: {file_name} has {labels.size} labels, and no image of ReaL's has so many")
+            raise InputError(f"{spec}: {file_name} has {labels.size} labels; at most {most_labels} are expected")
         return Record(image, tuple(map(int, labels)) if several else int(labels[0]), file_name)
 
-    # TFDS names all 1,000 classes in these; prepared from their folders, the sets name their own 200.
+    # TFDS names all 1,000 classes in these; prepared from their folders, they name their own 200.
     variants = {"imagenet_a": imagenet.IMAGENET_A, "imagenet_r": imagenet.IMAGENET_R}
     scored = variants.get(builder.info.name) if len(class_names) == imagenet.NUM_CLASSES else None
-    ordered = builder.info.disable_shuffling  # as our own command writes a folder; TFDS shuffles while it prepares
+    ordered = builder.info.disable_shuffling  # our own command keeps a folder's order; TFDS shuffles
     return Source(spec, tuple(class_names), len(records), read, scored, most_labels, ordered)
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0].strip("'\" .")
+
+
 def _records(spec: str, builder: Any, split: str, directory: Path) -> TFRecords | Sequence[bytes]:
-    """The serialised examples of a split, read from ArrayRecord if there is a choice. Raises InputError."""
+    """The serialised examples of a split, from ArrayRecord if the data set has both formats. Raises InputError."""
     from tensorflow_datasets.core.decode import DeserializeMethod
 
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
@@ -85,9 +89,8 @@ def _records(spec: str, builder: Any, split: str, directory: Path) -> TFRecords 
         if not files:
             raise ValueError("it is empty")
     except (ValueError, KeyError) as error:
-        why = (str(error).splitlines() or [""])[0].strip("'\" .")
         splits = ", ".join(builder.info.splits)
-        raise InputError(f"{spec}: split {split!r} cannot be read ({why}); there are {splits}") from None
+        raise InputError(f"{spec}: split {split!r} cannot be read ({_first_line(error)}); there are {splits}") from None
     if kind == "tfrecord":
         return TFRecords(files)
     _allow_open_files(len(files))
@@ -95,7 +98,7 @@ def _records(spec: str, builder: Any, split: str, directory: Path) -> TFRecords 
 
 
 def _allow_open_files(count: int) -> None:
-    """ArrayRecord's readers keep each file open, ImageNet's training split has 1,024, and as many are often allowed."""
+    """Raise the limit if need be: ArrayRecord keeps every file open, and ImageNet's training split has 1,024."""
     wanted, (soft, hard) = count + 512, resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft not in (resource.RLIM_INFINITY, hard) and soft < wanted:
         most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
@@ -130,7 +133,7 @@ def _prepared_directory(spec: str, name: str, data_dir: Path) -> Path:
 
 
 def _feature(spec: str, features: Mapping[str, Any], kind: type, name: str) -> str:
-    """The feature called `name`, or the only one of that kind. Raises InputError if that is not to be told."""
+    """The feature called `name`, or the only one of that kind. Raises InputError if there are none or several."""
     candidates = [key for key, feature in features.items() if isinstance(feature, kind)]
     if name in candidates:
         return name

@@ -1,7 +1,7 @@
-"""Image bytes to the pixels a model was trained on: decode, resize and crop on the host, normalise on the device.
+"""Turn image bytes into the pixels a model was trained on: decode, resize, crop on the host; normalise on the device.
 
-One PIL path serves every source, because the decoder, the resampling filter and each rounding are part of what the
-weights expect. The uint8 pixels equal those of timm's evaluation transform bit for bit.
+All sources use the same PIL code, because weights expect one decoder, one filter and one rounding. The uint8 pixels
+equal those of timm's evaluation transform bit for bit.
 """
 
 import contextlib
@@ -9,7 +9,6 @@ import dataclasses
 import difflib
 import io
 import math
-import numbers
 import threading
 import warnings
 from collections.abc import Iterator
@@ -21,13 +20,16 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from fcvit_jax.errors import InputError
+from fcvit_jax.settings import check_settings, setting
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
+_BYTES = "divide 0..255 values by 255"
 
 MAX_RESIZED_PIXELS = 2**26  # a strip one pixel wide would otherwise take all memory
 CROP_MODES = ("center", "squash", "border")
+OVERRIDES = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -35,62 +37,32 @@ INTERPOLATIONS = {
 }
 
 
-def _numbers(field: str, values: Any, count: int, kind: type = numbers.Real) -> tuple[Any, ...]:
-    """`values` as a tuple, checked to be `count` finite numbers of that kind."""
-    items = tuple(values) if isinstance(values, list | tuple) else ()
-    if len(items) != count or not all(isinstance(x, kind) and x == x and abs(x) != math.inf for x in items):
-        wanted = f"{count} {'integers' if kind is numbers.Integral else 'numbers'}" if count > 1 else "a number"
-        raise InputError(f"preprocess.{field}: expected {wanted}, got {values[0] if count == 1 else values!r}")
-    return items
-
-
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
     """How an image becomes a model's input; hashable, and part of a checkpoint.
 
-    The image is resized towards `floor(image_size / crop_pct)`, antialiased, and `image_size` is cut from its centre:
+    The image is resized to `floor(image_size / crop_pct)`, antialiased, and `image_size` is cut from its centre:
 
-    * `center` keeps the aspect ratio and covers that size (the shorter side fits); what sticks out is lost;
+    * `center` keeps the aspect ratio and covers that size (the shorter side fits); the rest is cut off;
     * `squash` resizes both sides to it, whatever the aspect ratio;
     * `border` keeps the aspect ratio and stays inside it (the longer side fits); the mean colour fills the rest.
 
-    Args:
-      image_size: (height, width) in pixels.
-      crop_pct: share of the resized image that is kept, 0.1 to 2; above 1 the image gets a border.
-      mean, std: per channel, in units of the pixel range: 0.5 is mid-grey.
+    image_size: (height, width) in pixels. crop_pct: share of the resized image that is kept; above 1 the image gets a
+    border. mean, std: per channel, in units of the pixel range: 0.5 is mid-grey.
 
-    Raises:
-      InputError: a field is out of range; the message names it. When called: the image is so long and narrow that,
-        resized, it would have more than `MAX_RESIZED_PIXELS`.
+    Raises InputError if a field is out of range; when called, if the image is so long and narrow that it would have
+    more than `MAX_RESIZED_PIXELS` after resizing.
     """
 
-    image_size: tuple[int, int] = (224, 224)
-    crop_pct: float = 0.875
-    crop_mode: str = "center"
-    interpolation: str = "bicubic"
-    mean: tuple[float, float, float] = IMAGENET_MEAN
-    std: tuple[float, float, float] = IMAGENET_STD
+    image_size: tuple[int, int] = setting((224, 224), low=1)
+    crop_pct: float = setting(0.875, low=0.1, high=2, hint="a share, not percent")
+    crop_mode: str = setting("center", choices=CROP_MODES)
+    interpolation: str = setting("bicubic", choices=tuple(INTERPOLATIONS))
+    mean: tuple[float, float, float] = setting(IMAGENET_MEAN, low=0, high=1, hint=_BYTES)
+    std: tuple[float, float, float] = setting(IMAGENET_STD, above=0, high=1, hint=_BYTES)
 
     def __post_init__(self):
-        tidy = {
-            "image_size": tuple(map(int, _numbers("image_size", self.image_size, 2, numbers.Integral))),
-            "crop_pct": float(*_numbers("crop_pct", [self.crop_pct], 1)),
-            "mean": tuple(map(float, _numbers("mean", self.mean, 3))),
-            "std": tuple(map(float, _numbers("std", self.std, 3))),
-        }
-        for field, value in tidy.items():  # lists, as JSON and config files give them, would not hash
-            object.__setattr__(self, field, value)
-        if min(self.image_size) < 1:
-            raise InputError(f"preprocess.image_size: {self.image_size} must be positive")
-        if not 0.1 <= self.crop_pct <= 2:
-            raise InputError(f"preprocess.crop_pct: {self.crop_pct} is not within 0.1 and 2 (a share, not percent)")
-        for field, known in (("crop_mode", CROP_MODES), ("interpolation", tuple(INTERPOLATIONS))):
-            if getattr(self, field) not in known:
-                raise InputError(f"preprocess.{field}: {getattr(self, field)!r} is none of {', '.join(known)}")
-        if not all(0 <= value <= 1 for value in self.mean):
-            raise InputError(f"preprocess.mean: {self.mean} is not within 0 and 1 (divide 0..255 values by 255)")
-        if not all(0 < value <= 1 for value in self.std):
-            raise InputError(f"preprocess.std: {self.std} is not above 0 and up to 1 (divide 0..255 values by 255)")
+        check_settings(self, "preprocess.")
 
     @property
     def resize_size(self) -> tuple[int, int]:
@@ -99,7 +71,7 @@ class Preprocess:
         return max(1, math.floor(height / self.crop_pct)), max(1, math.floor(width / self.crop_pct))
 
     def __call__(self, image: Image.Image) -> np.ndarray:
-        """The pixels that `normalize` takes: uint8 `[height, width, 3]`, on the host."""
+        """Resize and crop on the host: uint8 `[height, width, 3]`, which `normalize` takes."""
         if image.mode != "RGB":
             image = image.convert("RGB")
         width, height = self._resized(*image.size)
@@ -119,7 +91,7 @@ class Preprocess:
         return cropped
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the resized image. The long side is cut or rounded just as timm does: a pixel matters."""
+        """(width, height) of the resized image. The long side is floored or rounded exactly as in timm."""
         to_height, to_width = self.resize_size
         if self.crop_mode == "squash":
             return to_width, to_height
@@ -131,14 +103,13 @@ class Preprocess:
         return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def normalize(self, images: jax.typing.ArrayLike) -> jax.Array:
-        """`(images / 255 - mean) / std` as float32, on the device and inside jit; uint8 `[..., height, width, 3]`.
+        """Compute `(images / 255 - mean) / std` in float32, inside jit; images: uint8 `[..., height, width, 3]`.
 
-        Bytes travel to the device and become floats there: a quarter of the traffic.
+        Done on the device, which is sent a quarter of the bytes that way.
         """
         images = jnp.asarray(images)
         channels = (1,) * (images.ndim - 1) + (3,)
-        # One subtraction, one division: XLA turns division by a constant into a product, and twice that is an error
-        # of 7e-7; this way round it is within 2.5e-7 of exact.
+        # XLA replaces division by a constant by a product: one division is within 2.5e-7 of exact, two within 7e-7.
         mean, std = (np.float32(255 * np.asarray(values)).reshape(channels) for values in (self.mean, self.std))
         return (images.astype(jnp.float32) - mean) / std
 
@@ -149,7 +120,7 @@ class Preprocess:
         return f"{self.interpolation} {'->'.join(sizes)} {self.crop_mode}, mean {mean} std {std}"
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as JSON has them (tuples are lists); `from_dict` reads them back."""
+        """Return all fields as JSON has them (tuples are lists); `from_dict` reads them."""
         fields = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
@@ -158,10 +129,8 @@ class Preprocess:
         """Inverse of `to_dict`. Raises InputError naming the fields that are unknown, missing or out of range."""
         if not isinstance(fields, dict):
             raise InputError(f"preprocess: expected fields by name, got {fields!r}")
-        known = {field.name for field in dataclasses.fields(cls)}
-        for what, names in (("unknown", fields.keys() - known), ("missing", known - fields.keys())):
-            if names:
-                raise InputError(f"preprocess: {what} field {', '.join(sorted(names))}")
+        if odd := sorted({field.name for field in dataclasses.fields(cls)} ^ fields.keys()):
+            raise InputError(f"preprocess: unknown or missing fields {', '.join(odd)}")
         return cls(**fields)
 
 
@@ -180,10 +149,9 @@ PRESETS: dict[str, Preprocess] = {
 
 
 def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
-    """The preset of that name, with overrides: `"timm/augreg"`, `"timm/augreg,crop_pct=1.0,mean=.5/.5/.5"`.
+    """Look up a preset, with overrides: `"timm/augreg"`, `"timm/augreg,crop_pct=1.0,mean=.5/.5/.5"`.
 
-    Raises:
-      InputError: no such preset (the nearest names are told), no such field, or a value that is no number.
+    Raises InputError if there is no such preset or field, or a value is no number.
     """
     name, *overrides = (part.strip() for part in text.split(","))
     if name not in PRESETS:
@@ -193,44 +161,37 @@ def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
     return dataclasses.replace(PRESETS[name], image_size=image_size, **dict(map(_override, overrides)))
 
 
-def _per_channel(text: str) -> tuple[float, ...]:
-    return tuple(map(float, text.split("/")))
-
-
-OVERRIDES = {"crop_pct": float, "crop_mode": str, "interpolation": str, "mean": _per_channel, "std": _per_channel}
-
-
 def _override(text: str) -> tuple[str, Any]:
-    """`"crop_pct=1.0"` -> `("crop_pct", 1.0)`."""
+    """`"crop_pct=1.0"` -> `("crop_pct", 1.0)`; numbers per channel are separated by slashes."""
     field, equals, value = (part.strip() for part in text.partition("="))
     if not equals or field not in OVERRIDES:
         raise InputError(f"preprocess: {text!r} is no override; write FIELD=VALUE, FIELD one of {', '.join(OVERRIDES)}")
     try:
-        return field, OVERRIDES[field](value)
+        values: tuple[float, ...] = tuple(map(float, value.split("/")))
     except ValueError:
-        raise InputError(f"preprocess.{field}: {value!r} is no number (three are written .485/.456/.406)") from None
+        return field, value
+    return field, values if len(values) > 1 else values[0]
 
 
 def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
-    """RGB image of an encoded file, or of uint8 pixels `[h, w, 3]` or `[h, w]`.
+    """Decode a file's bytes, or uint8 pixels `[h, w, 3]` or `[h, w]`, to an RGB image; from any thread.
 
-    EXIF orientation is ignored, as in timm. Safe to call from several threads.
-    Raises InputError, naming the image, if it cannot be decoded whole.
+    EXIF orientation is ignored, as in timm. Raises InputError, naming the image, if it cannot be decoded completely.
     """
     if isinstance(data, np.ndarray):
         return Image.fromarray(data).convert("RGB")
     try:
         with _quiet_pil():
             image = Image.open(io.BytesIO(data))
-            if image.format == "TIFF":  # parses tags, and complains of them, on loading too
+            if image.format == "TIFF":  # parses tags, and warns of them, on loading too
                 image.load()
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
             image = image.convert("RGBA")  # the same colours as straight to RGB, but without a warning
-        image.load()  # where it is RGB, convert would copy it
+        image.load()
         return image if image.mode == "RGB" else image.convert("RGB")
     except UnidentifiedImageError:
         why = "no known image format" if data else "the file is empty"
-    except Exception as error:  # what a decoder raises on damaged bytes is anybody's guess
+    except Exception as error:  # decoders raise anything on damaged bytes
         why = (str(error).splitlines() or [type(error).__name__])[0]
     raise InputError(f"image {name} cannot be decoded: {why}")
 
@@ -240,14 +201,14 @@ _WARNING_FILTERS = threading.Lock()
 
 @contextlib.contextmanager
 def _quiet_pil() -> Iterator[None]:
-    """Silence PIL's remarks on odd metadata. Filters are global to the process: one thread at a time, and briefly."""
+    """Silence PIL's warnings of odd metadata. Filters are global to the process: one thread at a time, and briefly."""
     with _WARNING_FILTERS, warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"PIL\b")
         yield
 
 
 def _center(length: int, to: int) -> tuple[slice, slice]:
-    """Along one axis: which pixels the centre crop takes, and where they go (inside a border if there are too few)."""
+    """The pixels along one axis that the centre crop takes, and where they go (inside a border if too few)."""
     if length < to:
         start = (to - length) // 2
         return slice(0, length), slice(start, start + length)

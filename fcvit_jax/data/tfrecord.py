@@ -1,15 +1,13 @@
 """TFRecord files without TensorFlow: random access to their records.
 
-A record is its length (uint64), a checksum of that (uint32), its bytes and a checksum of those, all little-endian. A
-checksum is CRC-32C, rotated and shifted.
+A record is its length (uint64), a checksum of the length (uint32), its bytes and a checksum of the bytes (uint32), all
+little-endian. The checksums are not read: damaged lengths do not add up to the file's size, and images decode or fail.
 """
 
 import bisect
 import functools
 import itertools
 import os
-import struct
-import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,22 +15,21 @@ import numpy as np
 
 from fcvit_jax.errors import InputError
 
-_HEADER, _FOOTER = struct.Struct("<QI"), struct.Struct("<I")
+_HEADER, _FOOTER = 12, 4  # bytes around a record's own
 
 
 class TFRecords:
-    """The records of several files, or of parts of them, as one sequence; may be read from several threads at a time.
+    """The records of several files, or of parts of them, as one sequence; several threads may read it at once.
 
-    A file's index is made when its first record is asked for, from the records' headers alone, and takes 8 bytes a
-    record. Raises InputError, naming the file, where it is truncated, damaged, or not what was to be expected.
+    A file is indexed when its first record is read, from the records' lengths alone; the index takes 8 bytes per
+    record. Raises InputError, naming the file, if it is damaged or holds an unexpected number of records.
     """
 
     def __init__(self, parts: Sequence[Any]):
         """parts: TFDS's file instructions: `filename`, `skip`, `take` and `examples_in_shard`."""
         self._parts = list(parts)
         self._ends = list(itertools.accumulate(part.take for part in parts))
-        self._indices: list[np.ndarray | None] = [None] * len(parts)
-        self._locks = [threading.Lock() for _ in parts]
+        self._starts = functools.cache(record_starts)
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -40,66 +37,32 @@ class TFRecords:
     def __getitem__(self, index: int) -> bytes:
         which = bisect.bisect_right(self._ends, index)
         part = self._parts[which]
-        with self._locks[which]:
-            starts = self._indices[which]
-            if starts is None:
-                starts = self._indices[which] = record_starts(part.filename, part.examples_in_shard)
+        starts = self._starts(part.filename, part.examples_in_shard)
         place = part.skip + part.take - (self._ends[which] - index)
-        start, end = int(starts[place]) + _HEADER.size, int(starts[place + 1]) - _FOOTER.size
-        # Opened for each record: a handle for each of a thousand files would be more than a process may have.
+        start, end = int(starts[place]) + _HEADER, int(starts[place + 1]) - _FOOTER
+        # Opened for each record: a process may not have a handle for each of a thousand files.
         with open(part.filename, "rb") as file:
             return os.pread(file.fileno(), end - start, start)
 
 
 def record_starts(path: str | os.PathLike, count: int) -> np.ndarray:
-    """int64 [count + 1]: at which byte each record's header stands, and at last the file's end.
+    """int64 [count + 1]: the byte at which each record's header starts, then the file's size.
 
-    Raises InputError if the file is truncated or damaged, or holds more or fewer records than `count`.
+    Raises InputError if the file is not exactly `count` records long.
     """
     starts = [0]
     try:
         with open(path, "rb") as file:
             size = os.fstat(file.fileno()).st_size
-            while starts[-1] < size:
-                header = os.pread(file.fileno(), _HEADER.size, starts[-1])
-                if len(header) < _HEADER.size:
-                    starts.append(starts[-1] + _HEADER.size)
-                    break
-                length, checksum = _HEADER.unpack(header)
-                if masked_crc32c(header[:8]) != checksum:
-                    raise InputError(
-                        f"{path} is no TFRecord file, or damaged: the header at byte {starts[-1]} does not fit its "
-                        "checksum; copy or prepare it anew"
-                    )
-                starts.append(starts[-1] + _HEADER.size + length + _FOOTER.size)
+            while starts[-1] < size and len(starts) <= count:
+                length = int.from_bytes(os.pread(file.fileno(), 8, starts[-1]), "little")
+                starts.append(starts[-1] + _HEADER + length + _FOOTER)
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     found = len(starts) - 1
-    if starts[-1] > size:
+    if (found, starts[-1]) != (count, size):
         raise InputError(
-            f"{path} is truncated: record {found} of {count} ends at byte {starts[-1]}, the file has {size}; copy or "
-            "prepare it anew"
+            f"{path} is damaged, or no TFRecord file of {count} records: record {found} ends at byte {starts[-1]} of "
+            f"{size}; copy or prepare it again"
         )
-    if found != count:
-        raise InputError(f"{path} has {found} records, its data set says {count}; copy or prepare it anew")
     return np.asarray(starts, np.int64)
-
-
-def masked_crc32c(data: bytes) -> int:
-    """TFRecord's checksum of the bytes. In Python: for headers, not for images."""
-    crc = 0xFFFFFFFF
-    table = _crc32c_table()
-    for byte in data:
-        crc = table[(crc ^ byte) & 0xFF] ^ (crc >> 8)
-    crc ^= 0xFFFFFFFF
-    return (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-@functools.cache
-def _crc32c_table() -> tuple[int, ...]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = (byte >> 1) ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return tuple(table)

@@ -143,18 +143,18 @@ def test_hashable_equal_and_back_from_json():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"crop": "center"}, "augment.crop is 'center': it must be one of random_resized, resize_crop, eval"),
-        ({"scale": (0.5, 0.1)}, r"augment.scale is \(0.5, 0.1\): it must be two numbers from 0.0001 to 1, the smaller"),
+        ({"crop": "center"}, "augment.crop is 'center': choose one of random_resized, resize_crop, eval"),
+        ({"scale": (0.5, 0.1)}, r"augment.scale is \(0.5, 0.1\): write the smaller number first"),
         ({"scale": (0, 1)}, r"augment.scale is \(0, 1\)"),
-        ({"scale": 0.5}, "augment.scale is 0.5: it must be two numbers"),
-        ({"ratio": ("1", 2)}, "augment.ratio is .*: it must be two numbers from 0.01 to 100"),
+        ({"scale": 0.5}, "augment.scale is 0.5: it must be 2 numbers from 0.0001 to 1"),
+        ({"ratio": ("1", 2)}, "augment.ratio is .*: it must be 2 numbers from 0.01 to 100"),
         ({"ratio": (0.75, math.nan)}, "augment.ratio is"),
         ({"flip": 50}, "augment.flip is 50: it must be a number from 0 to 1"),
         ({"flip": True}, "augment.flip is True: it must be a number from 0 to 1"),
-        ({"scale": (False, True)}, r"augment.scale is \(False, True\): it must be two numbers"),
+        ({"scale": (False, True)}, r"augment.scale is \(False, True\): it must be 2 numbers"),
         ({"erase": None}, "augment.erase is None: it must be a number from 0 to 1"),
         ({"policy": "light1"}, "augment.policy is 'light1': it must be none, or like rand-m9"),
-        ({"policy": None}, "augment.policy is 'None'"),
+        ({"policy": None}, "augment.policy is None: it must be text"),
         ({"policy": "rand-x3"}, "augment.policy is 'rand-x3'"),
         ({"policy": "rand-m9.5"}, "augment.policy is 'rand-m9.5'"),
         ({"policy": "rand-m15"}, "augment.policy is 'rand-m15': magnitudes are clipped to 10; add mmax15, or lower m"),
@@ -162,6 +162,7 @@ def test_hashable_equal_and_back_from_json():
         ({"affine": {"angle": 3}}, "augment.affine is .*: its fields are degrees, shift, scale, fill"),
         ({"affine": {"degrees": -3}}, "augment.affine.degrees is -3: it must be a number from 0 to 180"),
         ({"affine": {"scale": (0, 1)}}, r"augment.affine.scale is \(0, 1\)"),
+        ({"affine": {"scale": (1, 0.5)}}, r"augment.affine.scale is \(1.0, 0.5\): write the smaller number first"),
     ],
 )
 def test_bad_fields_are_named(fields, message):

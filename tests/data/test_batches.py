@@ -116,9 +116,7 @@ def test_workers_change_nothing(workers):
         (0, {}, "test:0: no records"),
         (5, {"batch_size": 0}, "batch_size: 0 is not a positive multiple of 1"),
         (5, {"process_count": 3}, "batch_size: 4 is not a positive multiple of 3, the process count"),
-        (5, {"process_count": 2, "process_index": 2}, "process_index: 2 is not within 0 and 1"),
         (5, {"limit": 0}, "limit: 0 is not positive"),
-        (5, {"start": -1}, "start: -1 is negative"),
         (5, {"workers": 0}, "workers: 0 is not positive"),
     ],
 )
@@ -165,7 +163,7 @@ def test_breaking_off_leaves_no_threads(wrap):
 
 
 def on_devices() -> NamedSharding:
-    return NamedSharding(jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
+    return NamedSharding(jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,)), PartitionSpec("data"))
 
 
 def test_device_batches_are_sharded_and_equal():
@@ -177,8 +175,8 @@ def test_device_batches_are_sharded_and_equal():
         for array, expected in zip(ours[:3], theirs[:3], strict=True):
             assert isinstance(array, jax.Array)
             assert array.dtype == expected.dtype
-            assert len(array.addressable_shards) == 8
-            assert array.addressable_shards[3].data.shape == (1, *expected.shape[1:])
+            assert len(array.addressable_shards) == 2
+            assert array.addressable_shards[1].data.shape == (4, *expected.shape[1:])
             np.testing.assert_array_equal(array, expected)
 
 
@@ -332,7 +330,6 @@ def test_what_a_transform_refuses_is_told_by_name_and_its_bugs_are_not_skipped()
         ({"batch_size": 14}, "batch_size: 14 is more than the 13 images of test:13"),
         ({"batch_size": 0}, "batch_size: 0 is not a positive multiple of 1"),
         ({"process_count": 3}, "batch_size: 4 is not a positive multiple of 3, the process count"),
-        ({"process_count": 2, "process_index": -1}, "process_index: -1 is not within 0 and 1"),
         ({"workers": 0}, "workers: 0 is not positive"),
         ({"on_bad": "ignore"}, "on_bad: 'ignore' is neither stop nor skip"),
         ({"seed": -1}, "seed: -1 is negative"),

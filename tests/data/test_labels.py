@@ -225,5 +225,7 @@ def test_batches_of_several_labels(tmp_path):
     assert second.labels.tolist() == [[-1, -1, -1]] * 4
     assert not second.mask.any()
     assert second.names == ("ILSVRC2012_val_00000005.JPEG", "", "", "")
-    with pytest.raises(InputError, match="set:val has several labels an image: it can be evaluated on, not trained on"):
+    with pytest.raises(
+        InputError, match="set:val has several labels per image: it can be evaluated on, not trained on"
+    ):
         train_batches(source, lambda image, rng: np.zeros((4, 6, 3), np.uint8), (4, 6), 2, range(1), 0)

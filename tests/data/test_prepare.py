@@ -164,7 +164,7 @@ def test_some_of_imagenets_classes_are_scored_as_their_folder_is(tmp_path, name,
 
 def test_class_names_that_a_list_cannot_hold_are_refused(tmp_path):
     source = Source("set:x", ("a", "b\nc"), 1, lambda i: Record(b"x", 0, "x"))
-    with pytest.raises(InputError, match="class names do not survive in a list of one a line; rename them"):
+    with pytest.raises(InputError, match="a class name has a line break or ends in a space: rename its folder"):
         prepare.prepare(source, tmp_path, "odd", "test")
     assert list(tmp_path.iterdir()) == []
 

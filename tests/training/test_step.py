@@ -213,6 +213,7 @@ def test_what_is_frozen_neither_changes_nor_is_perturbed_nor_counts():
     images, labels, mask = batch()
     state, metrics = step(start, (images, labels, mask))
 
+    @jax.jit
     def loss(head):
         logits, _ = ViT(CONFIG).apply({"params": {**PARAMS, "head": head}}, PREPROCESS.normalize(images))
         return cross_entropy(logits, soft_targets(labels, 3, 0.0), "softmax").mean()
@@ -257,7 +258,7 @@ def test_padding_changes_nothing():
 def test_the_loss_is_the_mean_over_rows_however_padding_lies_in_the_microbatches():
     images, labels, mask = batch()
     rows = images, labels, mask.at[jnp.asarray([0, 4, 8, 1])].set(False)
-    logits, _ = ViT(CONFIG).apply({"params": PARAMS}, PREPROCESS.normalize(images))
+    logits, _ = jax.jit(ViT(CONFIG).apply)({"params": PARAMS}, PREPROCESS.normalize(images))
     kept = np.flatnonzero(rows[2])
     expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels)[kept].mean()
     accuracy = (np.argmax(logits, -1) == labels)[kept].mean()

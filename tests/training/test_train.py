@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AxisType, Mesh
 from PIL import Image
 
@@ -27,7 +26,7 @@ import fcvit_jax as fc
 import train_sam
 from configs import digits_sam
 from configs.training import defaults
-from fcvit_jax import flags, parallel
+from fcvit_jax import parallel
 from fcvit_jax.checkpoint import PACKAGED
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.training import job, run, testing
@@ -104,21 +103,9 @@ def wait_for(found, process):
         time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def programs(tmp_path_factory):
-    """Compiled quickly, and what was compiled for one run serves the next: it is most of what a tiny run costs."""
-    flags.keep_programs(str(tmp_path_factory.mktemp("programs")))
-    compilation_cache.reset_cache()
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-    flags.keep_programs("")
-    compilation_cache.reset_cache()
-
-
 @pytest.fixture
-def devices(monkeypatch, programs):
-    """Of how many devices a run in this process is to know: a program for eight takes minutes on a small machine."""
+def devices(monkeypatch):
+    """Of how many devices a run in this process is to know."""
 
     def few(count):
         mesh = Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
@@ -328,13 +315,12 @@ def start_pair(workdir, **changes):
     return [start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=2, **changes) for index in (0, 1)]
 
 
-def test_two_processes_equal_one(whole, tmp_path, devices):
+def test_two_processes_equal_one(whole, tmp_path):
     # Adam would divide gradients that are rounding alone, such as those of the keys' biases, by their own size.
     changes = dict(fsdp=True, optimizer__name="sgd", optimizer__learning_rate=0.1, checkpoint=str(whole), epochs=0.5)
     for process in start_pair(tmp_path / "two", **changes):
         finish(process)
-    devices(4)
-    run.train(tiny(**changes), tmp_path / "one")
+    finish(start(tmp_path / "one", devices=4, **changes))
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5)  # noqa: E731
     jax.tree.map(close, params(tmp_path / "two"), params(tmp_path / "one"))
     tests = [fc.load_checkpoint(tmp_path / name).meta["provenance"]["test"] for name in ("one", "two")]
@@ -413,7 +399,7 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"batch_size": 33}, "batch_size is 33: it must be a positive multiple of the 8 devices"),
+        ({"batch_size": 33}, "batch_size is 33: it must be a positive multiple of the 2 devices"),
         ({"batch_size": 3200}, "batch_size: 3200 is more than the 1437 images of digits:train"),
         ({"warmup_epochs": 1.0}, "warmup_epochs is 1.0: it must be 0 or more, and below epochs"),
         ({"sam.rho": -1.0}, "sam.rho is -1.0"),
@@ -460,7 +446,7 @@ def several_labels(spec):
 def test_several_labels_an_image_are_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(job, "open_source", several_labels)
     monkeypatch.setattr(testing, "compile_steps", None)
-    with pytest.raises(fc.InputError, match="digits:train has several labels an image: it can be evaluated on, not tr"):
+    with pytest.raises(fc.InputError, match="digits:train has several labels per image: it can be evaluated on, not t"):
         run.train(tiny(), tmp_path)
 
 
