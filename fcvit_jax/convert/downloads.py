@@ -93,10 +93,10 @@ def download(url: str, sha256: str | None = None, check: Callable[[Path], object
         _check_response(response, sha256)
 
     def fetch(url: str, output_file: Any, pooch_: Any, **kwargs: Any) -> None:
-        # tqdm is silent unless standard error is a terminal.
-        bar: Any = tqdm(desc=cached.name.split("-", 1)[1], unit="B", unit_scale=True, disable=None)
-        settings: Any = dict(timeout=_TIMEOUT, hooks={"response": check_response})
-        pooch.HTTPDownloader(progressbar=bar, chunk_size=1 << 16, **settings)(url, output_file, pooch_)
+        # The total is pooch's to set. Silent unless standard error is a terminal.
+        with tqdm(desc=cached.name.split("-", 1)[1], total=1, unit="B", unit_scale=True, disable=None) as bar:
+            settings: Any = dict(progressbar=bar, timeout=_TIMEOUT, hooks={"response": check_response})
+            pooch.HTTPDownloader(chunk_size=1 << 16, **settings)(url, output_file, pooch_)
         _verify(Path(output_file), expected, check)
 
     with naming(url):
@@ -113,7 +113,8 @@ def download(url: str, sha256: str | None = None, check: Callable[[Path], object
         except requests.HTTPError as error:
             raise InputError(_refusal(error.response)) from error
         except requests.RequestException as error:
-            reason = "".join(filter(str.isprintable, str(error)))[:200]
+            cause = getattr(error.args[0] if error.args else None, "reason", error)  # urllib3's, without its wrapping
+            reason = "".join(filter(str.isprintable, str(cause)))[:200]
             raise InputError(f"cannot be downloaded ({reason}): check the address and the network") from error
         except OSError as error:
             what = f"{error.filename or cached} cannot be written ({error.strerror or error})"

@@ -11,6 +11,7 @@ import numpy as np
 
 from fcvit_jax.checkpoint import flat_params
 from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Arrays, Target
+from fcvit_jax.convert.sidecar import HUGGINGFACE_FIELDS, TIMM_FIELDS
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import check_target, staged
@@ -23,6 +24,7 @@ _INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "token": lambda x: x,
     "grid": lambda x: x,
 }
+_TIMM_GELU = {"tanh": "gelu_tanh", "quick": "quick_gelu"}
 _HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
 HF_ENTRIES = frozenset({"config.json", "model.safetensors", "preprocessor_config.json"})  # of transformers' directory
@@ -89,34 +91,20 @@ def timm_call(config: ViTConfig) -> str:
     for what, there in lacking.items():
         if there:
             raise InputError(f"--to timm: timm's ViT has no {what}: it cannot hold this model")
-    size = config.image_size[0] if config.image_size[0] == config.image_size[1] else config.image_size
+    usual, height, width = ViTConfig(), *config.image_size
     arguments: dict[str, Any] = dict(
-        img_size=size,
-        patch_size=config.patch_size,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
+        img_size=height if height == width else config.image_size,
         mlp_ratio=config.mlp_dim / config.embed_dim,
         num_classes=config.num_classes,
     )
-    if not config.qkv_bias:
-        arguments["qkv_bias"] = False
-    if config.layer_scale is not None:
-        arguments["init_values"] = config.layer_scale
+    for key, field in TIMM_FIELDS.items():
+        value = getattr(config, field)
+        if key in ("patch_size", "embed_dim", "depth", "num_heads") or value != getattr(usual, field):
+            arguments.setdefault(key, _TIMM_GELU[value] if field == "gelu" else value)
     if config.pool == "avg" or config.fc_norm:
         arguments |= dict(global_pool=config.pool, fc_norm=config.fc_norm)
-    if not config.class_token:
-        arguments["class_token"] = False
-    if config.num_registers:
-        arguments["reg_tokens"] = config.num_registers
-    if config.no_embed_class:
-        arguments["no_embed_class"] = True
-    if config.pre_norm:
-        arguments["pre_norm"] = True
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    if config.gelu != "exact":
-        text += f", act_layer={ {'tanh': 'gelu_tanh', 'quick': 'quick_gelu'}[config.gelu]!r}"
-    if config.norm_eps != 1e-6:
+    if config.norm_eps != usual.norm_eps:
         text += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={config.norm_eps})"
     name = "deit.VisionTransformerDistilled" if config.dist_token else "vision_transformer.VisionTransformer"
     return f"timm.models.{name}({text})"
@@ -128,7 +116,7 @@ def to_huggingface(
     """The state dict and the config.json of transformers' ViT, DeiT or DINOv2, whichever holds this model.
 
     A model with LayerScale, registers or `token_avg` pooling becomes a DINOv2, whose head sees the class token and the
-    patches' mean: a head on the class token gets zeros for the other half. Raises InputError where none can hold it.
+    patches' mean: a head on the class token gets zeros for the other half. Raises InputError if none can hold it.
     """
     problem = _not_in_huggingface(config)
     if problem:
@@ -156,27 +144,24 @@ def to_huggingface(
         # The base model is an attribute of that name; the heads are beside it.
         arrays = {key if "classifier." in key else f"{kind}.{key}": array for key, array in arrays.items()}
     labels = class_names or [f"LABEL_{index}" for index in range(config.num_classes)]
-    description = {
+    description = {key: getattr(config, field) for key, field in HUGGINGFACE_FIELDS.items()} | {
         "architectures": [name + suffix + ("WithTeacher" if both_heads else "")],
         "model_type": kind,
-        "hidden_size": width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        **({"mlp_ratio": config.mlp_dim // width} if dinov2 else {"intermediate_size": config.mlp_dim}),
         "hidden_act": _HF_GELU[config.gelu],
-        "layer_norm_eps": config.norm_eps,
         "image_size": config.image_size[0],
-        "patch_size": config.patch_size,
         "num_channels": 3,
-        "qkv_bias": config.qkv_bias,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        **({"layerscale_value": config.layer_scale, "use_mask_token": False} if dinov2 else {}),
-        **({"num_register_tokens": config.num_registers} if config.num_registers else {}),
         "id2label": {str(index): label for index, label in enumerate(labels)},
         "label2id": {label: index for index, label in enumerate(labels)},
         "dtype": "float32",
     }
+    if dinov2:
+        del description["intermediate_size"]
+        ratio = config.mlp_dim // width
+        description |= {"mlp_ratio": ratio, "layerscale_value": config.layer_scale, "use_mask_token": False}
+    if not config.num_registers:
+        del description["num_register_tokens"]
     return arrays, description
 
 
@@ -210,8 +195,10 @@ def write_safetensors(path: Path, arrays: Arrays) -> None:
     contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as folder:
-            save_file(contiguous, Path(folder, path.name), metadata={"format": "pt"})
-            os.replace(Path(folder, path.name), path)
+            file = Path(folder, path.name)
+            save_file(contiguous, file, metadata={"format": "pt"})
+            file.chmod(0o644)  # the library's is the owner's alone
+            os.replace(file, path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be written ({why}): make room, and run it again") from None

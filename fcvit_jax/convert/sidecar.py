@@ -30,7 +30,7 @@ _MODEL_TYPES = {
 _PROCESSORS = {"ViT": (2, False, True), "DeiT": (3, True, True), "Bit": (3, True, False), "CLIP": (3, True, False)}
 
 # Key -> field of `ViTConfig`.
-_HUGGINGFACE = {
+HUGGINGFACE_FIELDS = {
     "hidden_size": "embed_dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "num_heads",
@@ -40,7 +40,7 @@ _HUGGINGFACE = {
     "num_register_tokens": "num_registers",
 } | {name: name for name in ("image_size", "patch_size", "qkv_bias")}
 _SAME = ("patch_size", "embed_dim", "depth", "num_heads", "qkv_bias", "class_token", "no_embed_class", "pre_norm")
-_TIMM = {name: name for name in _SAME} | {
+TIMM_FIELDS = {name: name for name in _SAME} | {
     "img_size": "image_size",
     "reg_tokens": "num_registers",
     "init_values": "layer_scale",
@@ -118,7 +118,9 @@ def _read_huggingface(config: Stated) -> Sidecar:
         raise InputError(f"model_type {reprlib.repr(kind)}, supported are {', '.join(_MODEL_TYPES)}")
     if config.get("use_swiglu_ffn"):
         raise InputError("use_swiglu_ffn: SwiGLU models (DINOv2 giant) are not supported")
-    found = _fields({"layer_norm_eps": _MODEL_TYPES[kind][0], "hidden_act": "gelu", **_known(config)}, _HUGGINGFACE)
+    found = _fields(
+        {"layer_norm_eps": _MODEL_TYPES[kind][0], "hidden_act": "gelu", **_known(config)}, HUGGINGFACE_FIELDS
+    )
     if "embed_dim" in found and (ratio := _take(config, "mlp_ratio", int, default=None)):
         found.setdefault("mlp_dim", found["embed_dim"] * ratio)
     names = _names("id2label", config.get("id2label"))
@@ -131,7 +133,7 @@ def _read_timm(config: Stated) -> Sidecar:
     name, pixels = _take(config, "architecture", str), _pretrained_cfg(config)
     stated = {"img_size": pixels.get("input_size"), "global_pool": config.get("global_pool")}
     stated = _known({**stated, **_take(config, "model_args", dict, default={})})
-    found = _fields(stated, _TIMM)
+    found = _fields(stated, TIMM_FIELDS)
     for pattern, (implied, problem) in _TIMM_NAMES.items():
         if re.search(pattern, name):
             if problem:

@@ -37,6 +37,7 @@ def test_safetensors_are_written_as_by_their_library(tmp_path):
     }
     pytorch.write_safetensors(tmp_path / "ours", arrays)
     tensors = {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
+    assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o644
     library.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
