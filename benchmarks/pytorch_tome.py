@@ -18,7 +18,7 @@ import timm
 import torch
 from torch.nn import functional
 
-from fcvit_jax.convert import export
+from fcvit_jax.convert import pytorch
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
 
@@ -28,10 +28,10 @@ def load_timm(config: ViTConfig, params: Mapping[str, Any]) -> Any:
 
     Raises InputError where timm has no such model.
     """
-    model = eval(export.timm_call(config), {"timm": timm, "torch": torch, "functools": functools})
+    model = eval(pytorch.timm_call(config), {"timm": timm, "torch": torch, "functools": functools})
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "model.safetensors"
-        export.write_timm(path, config, params)
+        pytorch.write_timm(path, config, params)
         model.load_state_dict(safetensors.torch.load_file(path), strict=True)
     return model.eval()
 

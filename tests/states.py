@@ -11,7 +11,7 @@ from fcvit_jax.convert.readers import read_weights
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 
-# 2 layers, 128 wide (a width whose heads cannot be told), 4x4 patches of 8 pixels.
+# 2 layers, 128 wide (a width from which heads cannot be inferred), 4x4 patches of 8 pixels.
 CONFIG = ViTConfig((32, 32), 8, 128, 2, 2, 256, num_classes=5)
 
 

@@ -7,12 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pooch.utils
 import pytest
+from huggingface_hub import constants
 
 import fcvit_jax as fc
-from fcvit_jax.convert import fetch
 from fcvit_jax.convert.__main__ import main
-from fcvit_jax.convert.export import write_safetensors
+from fcvit_jax.convert.pytorch import write_safetensors
 from states import in_layout
 
 DOCS = Path(__file__).parents[1] / "docs" / "conversion.md"
@@ -75,10 +76,14 @@ def make(source, home):
         (folder / "config.json").write_text(json.dumps(TIMM_HUB))
     elif source.startswith("hf-hub:"):
         save_huggingface(in_hub_cache(home, source.removeprefix("hf-hub:")))
-    elif source.startswith(("deit3", "https:")):
-        url = source if "://" in source else str(fc.zoo.get(source).source)
-        cached = home / "cache" / f"{fetch._short_hash(url)}-{url.split('/')[-1]}"
+    elif source in fc.zoo.names():
+        folder, architecture = in_hub_cache(home, f"timm/{source}"), source.split(".")[0]
+        save(folder / "model.safetensors", in_layout("timm", zoo(architecture)))
+        config = TIMM_HUB | {"architecture": architecture}
+        (folder / "config.json").write_text(json.dumps(config))
+    elif source.startswith("https:"):
         arrays = in_layout("timm", zoo("deit3_small_patch16_224"))
+        cached = home / "cache" / pooch.utils.unique_file_name(source)
         save(cached, {re.sub(r"ls(\d)\.gamma", r"gamma_\1", key): array for key, array in arrays.items()}, "model")
     elif source == "model_best.pth.tar":
         save(here.with_suffix(".pth"), in_layout("timm", TINY), "state_dict_ema")
@@ -126,16 +131,20 @@ def make(source, home):
         save(here, in_layout("timm", replace(TINY, **scaled)))
 
 
-@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.removeprefix("python -m fcvit_jax.convert "))
-def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """The folder of the caches; the working directory is empty, and there is no network."""
     monkeypatch.chdir(tmp_path)
-    source, out, *flags = shlex.split(command)[3:]
-    if source.startswith("hf-hub:"):
-        constants = pytest.importorskip("huggingface_hub.constants")
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("FCVIT_JAX_CACHE", str(tmp_path / "home" / "cache"))
-    make(source, tmp_path / "home")
+    return tmp_path / "home"
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.removeprefix("python -m fcvit_jax.convert "))
+def test_the_command_runs_as_written(command, home, capsys):
+    source, out, *flags = shlex.split(command)[3:]
+    make(source, home)
     main([source, out, *flags])
     assert Path(out).exists()
     if "--to" in flags:
@@ -149,3 +158,14 @@ def test_the_command_runs_as_written(command, tmp_path, monkeypatch, capsys):
 def test_there_is_a_command_for_every_kind_of_source():
     assert len(COMMANDS) == 22
     assert len(set(COMMANDS)) == 22
+
+
+def test_the_python_example_runs_as_written(home, capsys):
+    make("deit_small_patch16_224.fb_in1k", home)
+    make("model.safetensors", home)
+    names = {}
+    exec(re.findall(r"```python\n(.*?)```", DOCS.read_text(), re.DOTALL)[0], names)
+    assert names["checkpoint"].config.image_size == (224, 224)
+    assert names["larger"].config.image_size == (384, 384)
+    assert names["path"].name == "deit_s.safetensors"
+    assert "layout: timm" in capsys.readouterr().out

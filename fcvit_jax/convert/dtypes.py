@@ -30,7 +30,7 @@ _TABLE = (
     ("uint8", "U8", "ByteStorage"),
     ("bool", "BOOL", "BoolStorage"),
 )
-DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name, _, _ in _TABLE}
+NUMPY_DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name, _, _ in _TABLE}
 SAFETENSORS_DTYPES = {tag: name for name, tag, _ in _TABLE if tag}
 STORAGE_DTYPES = {storage: name for name, _, storage in _TABLE if storage} | {
     "UntypedStorage": "uint8",  # bytes: the tensor says what they are

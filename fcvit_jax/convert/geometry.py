@@ -1,4 +1,4 @@
-"""The configuration of a model: read off the shapes of its leaves, completed by what is known and what is asked."""
+"""The configuration of a model: inferred from the shapes of its leaves, completed by what is known and asked."""
 
 import math
 from collections.abc import Mapping
@@ -15,19 +15,17 @@ Grid = tuple[int, int]
 def infer_config(
     translation: Translation, sources: Mapping[str, Mapping[str, Any]], asked: Mapping[str, Any]
 ) -> tuple[ViTConfig, Grid | None]:
-    """The configuration of a file, and the grid (rows, columns) of its position embedding; None: it holds none.
+    """Infer the configuration of a file, and the grid (rows, columns) of its position embedding, None if it has none.
 
-    sources: fields of ViTConfig by where they come from, a named model or the config.json beside the file; the file
-    must agree with each, and of two the later goes first. asked: the fields that a user sets, which go before all:
-    num_heads, gelu, norm_eps, pool, image_size (height, width), patch_size, num_classes (0 drops the head),
-    proportional_attention.
-
-    Raises InputError where the file contradicts what is known or asked, or something has to be asked for.
+    sources: fields of ViTConfig by their origin, a named model or the config.json beside the file; the file must agree
+    with each, and later ones override. asked: fields that a user states, which override all: num_heads, gelu, norm_eps,
+    pool, image_size (height, width), patch_size, num_classes (0 drops the head), proportional_attention.
+    Raises InputError if the file contradicts what is known or asked, or if a field must be stated.
     """
     known = {name: value for fields in sources.values() for name, value in fields.items()}
     if translation.layout.config_json == "huggingface" and not known:
         raise InputError(
-            "a Hugging Face model without config.json, which tells its heads, GELU and epsilon: put that beside the "
+            "a Hugging Face model without config.json, which states its heads, GELU and epsilon: put that beside the "
             "file, or pass --model"
         )
     leaves = translation.leaves
@@ -63,7 +61,7 @@ def infer_config(
             raise InputError(f"not {origin}: {name} is {value} in the file, {fields[name]} there")
     if found["pre_norm"] and not {"gelu", "norm_eps"} <= {*known, *asked}:
         raise InputError(
-            "a model with norm_pre (CLIP): GELU and epsilon cannot be told from the file; pass --model, or --gelu "
+            "a model with norm_pre (CLIP): GELU and epsilon cannot be inferred from the file; pass --model, or --gelu "
             "(OpenAI's weights: quick, LAION's: exact) and --norm_eps 1e-5"
         )
 
@@ -82,8 +80,8 @@ def infer_config(
     }
     if asked.get("num_heads", inferred["num_heads"]) != inferred["num_heads"]:
         heads, wanted = inferred["num_heads"], asked["num_heads"]
-        told = next((origin for origin, fields in sources.items() if "num_heads" in fields), "the file")
-        raise InputError(f"{told} has {heads} heads, you asked for {wanted}: leave --num_heads out")
+        origin = next((origin for origin, fields in sources.items() if "num_heads" in fields), "the file")
+        raise InputError(f"{origin} has {heads} heads, you asked for {wanted}: leave --num_heads out")
     settings = {name: known[name] for name in ("gelu", "norm_eps", "proportional_attention") if name in known}
     return ViTConfig(**{**settings, **found, **inferred, **asked, "num_classes": num_classes}), grid
 
@@ -109,7 +107,7 @@ def _grid(
         options = options[1:] if known["no_embed_class"] and any(prefix) else options[:1]
     sizes = [fields.get("image_size", (0, 0)) for fields in (known, asked)]
     stated, wanted = ((height // patch, width // patch) for height, width in sizes)
-    # What is known goes first, then a square, and last what is asked for, which may be another grid of as many patches.
+    # First what is known, then a square; last what is asked, which may be another grid of as many patches.
     for taken in options:
         side = math.isqrt(max(entries - taken, 0))
         for grid in (stated, (side, side), wanted):
@@ -133,7 +131,7 @@ def _pool(translation: Translation, cls: int, dist: int, fc_norm: bool) -> str:
 
 
 def _num_classes(translation: Translation, asked: int | None) -> int:
-    """The number of classes of the head in the file, if it is what was asked for."""
+    """The number of classes of the file's head. Raises InputError if another was asked."""
     there = _columns(translation, "head/kernel")
     if not there and asked != 0 and "head/bias" in translation.leaves:
         raise InputError("the head has a bias, but no weight: the file is incomplete; pass --num_classes 0 without it")
@@ -152,9 +150,9 @@ def _columns(translation: Translation, path: str) -> int:
 
 
 def _usual_heads(width: int) -> int:
-    """Heads are 64 wide in the usual ViTs; packed projections do not tell, so that other widths are asked for."""
+    """Heads are 64 wide in the usual ViTs; packed projections do not show it, so other widths must be stated."""
     if any(config.embed_dim == width == 64 * config.num_heads for config in zoo.ARCHITECTURES.values()):
         return width // 64
     raise InputError(
-        f"the number of heads of a {width}-wide model cannot be told from the file: pass --model or --num_heads"
+        f"the number of heads of a {width}-wide model cannot be inferred from the file: pass --model or --num_heads"
     )

@@ -1,15 +1,15 @@
-"""The key layouts of published ViT weights, each one declarative table, and how a file's layout is told.
+"""The key layouts of published ViT weights, a declarative table each, and the detection of a file's layout.
 
-A row is `source key -> (path in the parameter tree, transform)`. In a key, "#" stands for the number of a block; a path
+An entry is `source key -> (path in the parameter tree, transform)`. "#" in a key stands for a block's number; a path
 with "#" under a key without one is that of an array stacked over the blocks. A path that ends in ":q", ":k" or ":v" is
 a part of the packed projection. Transforms are those of `translation.py`:
 
-    copy     as it is
+    copy     unchanged
     linear   [out, in] -> [in, out]
     conv     [d, 3, p, p] -> [p, p, 3, d]
     token    [d], [1, d] or [1, n, d] -> [1, n, d]
     grid     [n, d], [n, 1, d] or [1, n, d] -> [1, n, d], a position embedding: resampled where the grids differ
-    heads    [..., h, k] -> [..., h k], Flax's projection into heads; this tells the number of heads
+    heads    [..., h, k] -> [..., h k], Flax's projection into heads; this gives the number of heads
     merge    [h, k, d] -> [h k, d], Flax's projection out of the heads
 """
 
@@ -23,22 +23,31 @@ import numpy as np
 from fcvit_jax.errors import InputError
 
 Arrays = Mapping[str, np.ndarray]
-Row = tuple[str, str]
+Target = tuple[str, str]
 
 
-def _torch(source: str, path: str, transform: str) -> dict[str, Row]:
+def _torch(source: str, path: str, transform: str) -> dict[str, Target]:
     """A module of torch: weight and bias of a norm ("copy") or of a dense or convolutional layer."""
     weight = "scale" if transform == "copy" else "kernel"
     return {f"{source}.weight": (f"{path}/{weight}", transform), f"{source}.bias": (f"{path}/bias", "copy")}
 
 
-def _flax(source: str, path: str, weight: str) -> dict[str, Row]:
+def _flax(source: str, path: str, weight: str) -> dict[str, Target]:
     """A module of Flax: a norm ("scale") or a dense layer ("kernel")."""
     return {f"{source}/{name}": (f"{path}/{name}", "copy") for name in (weight, "bias")}
 
 
+def _torch_block(block: str, norm1: str, proj: str, norm2: str, fc1: str, fc2: str) -> dict[str, Target]:
+    """A block's modules of torch by their names, but for the projections to queries, keys and values."""
+    names = {"norm1": norm1, "attn/proj": proj, "norm2": norm2, "mlp/fc1": fc1, "mlp/fc2": fc2}
+    entries = {}
+    for path, name in names.items():
+        entries |= _torch(f"{block}.{name}", f"blocks_#/{path}", "copy" if "norm" in path else "linear")
+    return entries
+
+
 # timm's ViT, and with it DeiT, DeiT-III, DINO, MAE and timm's CLIP towers.
-TIMM: dict[str, Row] = {
+TIMM: dict[str, Target] = {
     "cls_token": ("embed/cls_token", "token"),
     "dist_token": ("embed/dist_token", "token"),
     "reg_token": ("embed/reg_token", "token"),
@@ -46,14 +55,10 @@ TIMM: dict[str, Row] = {
     "pos_embed": ("embed/pos_embed", "grid"),
     **_torch("patch_embed.proj", "embed", "conv"),
     **_torch("norm_pre", "embed/norm_pre", "copy"),
-    **_torch("blocks.#.norm1", "blocks_#/norm1", "copy"),
+    **_torch_block("blocks.#", "norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"),
     **_torch("blocks.#.attn.qkv", "blocks_#/attn/qkv", "linear"),
-    **_torch("blocks.#.attn.proj", "blocks_#/attn/proj", "linear"),
     "blocks.#.ls1.gamma": ("blocks_#/ls1", "copy"),
     "blocks.#.gamma_1": ("blocks_#/ls1", "copy"),  # DeiT-III
-    **_torch("blocks.#.norm2", "blocks_#/norm2", "copy"),
-    **_torch("blocks.#.mlp.fc1", "blocks_#/mlp/fc1", "linear"),
-    **_torch("blocks.#.mlp.fc2", "blocks_#/mlp/fc2", "linear"),
     "blocks.#.ls2.gamma": ("blocks_#/ls2", "copy"),
     "blocks.#.gamma_2": ("blocks_#/ls2", "copy"),
     **_torch("norm", "norm", "copy"),
@@ -63,7 +68,7 @@ TIMM: dict[str, Row] = {
     **_torch("head_dist", "head_dist", "linear"),
 }
 
-_HF_EMBEDDINGS: dict[str, Row] = {
+_HF_EMBEDDINGS: dict[str, Target] = {
     "embeddings.cls_token": ("embed/cls_token", "token"),
     "embeddings.distillation_token": ("embed/dist_token", "token"),
     "embeddings.register_tokens": ("embed/reg_token", "token"),
@@ -76,54 +81,43 @@ _HF_EMBEDDINGS: dict[str, Row] = {
 }
 
 
-def _hf_attention(block: str, names: tuple[str, str, str, str]) -> dict[str, Row]:
-    *projections, out = (f"{block}.attention.{name}" for name in names)
-    rows = _torch(out, "blocks_#/attn/proj", "linear")
-    for part, source in zip("qkv", projections, strict=True):
-        rows[f"{source}.weight"] = (f"blocks_#/attn/qkv/kernel:{part}", "linear")
-        rows[f"{source}.bias"] = (f"blocks_#/attn/qkv/bias:{part}", "copy")
-    return rows
+def _hf_qkv(attention: str, names: tuple[str, str, str]) -> dict[str, Target]:
+    entries = {}
+    for part, name in zip("qkv", names, strict=True):
+        entries[f"{attention}.{name}.weight"] = (f"blocks_#/attn/qkv/kernel:{part}", "linear")
+        entries[f"{attention}.{name}.bias"] = (f"blocks_#/attn/qkv/bias:{part}", "copy")
+    return entries
 
 
-_HF_SAVED = ("attention.query", "attention.key", "attention.value", "output.dense")
-_HF_MEMORY = ("q_proj", "k_proj", "v_proj", "o_proj")  # transformers 5 renamed its modules, not yet its files
-HF_VIT: dict[str, Row] = {
+# In files, and in the memory of transformers 5, which renamed its modules but not yet its files.
+_HF_SAVED = _hf_qkv("encoder.layer.#.attention", ("attention.query", "attention.key", "attention.value"))
+_HF_QKV = ("q_proj", "k_proj", "v_proj")
+_SAVED_PROJ, _BEFORE, _AFTER = "attention.output.dense", "layernorm_before", "layernorm_after"
+HF_VIT: dict[str, Target] = {
     **_HF_EMBEDDINGS,
-    **_torch("encoder.layer.#.layernorm_before", "blocks_#/norm1", "copy"),
-    **_hf_attention("encoder.layer.#", _HF_SAVED),
-    **_torch("encoder.layer.#.layernorm_after", "blocks_#/norm2", "copy"),
-    **_torch("encoder.layer.#.intermediate.dense", "blocks_#/mlp/fc1", "linear"),
-    **_torch("encoder.layer.#.output.dense", "blocks_#/mlp/fc2", "linear"),
-    **_torch("layers.#.layernorm_before", "blocks_#/norm1", "copy"),
-    **_hf_attention("layers.#", _HF_MEMORY),
-    **_torch("layers.#.layernorm_after", "blocks_#/norm2", "copy"),
-    **_torch("layers.#.mlp.fc1", "blocks_#/mlp/fc1", "linear"),
-    **_torch("layers.#.mlp.fc2", "blocks_#/mlp/fc2", "linear"),
+    **_HF_SAVED,
+    **_torch_block("encoder.layer.#", _BEFORE, _SAVED_PROJ, _AFTER, "intermediate.dense", "output.dense"),
+    **_hf_qkv("layers.#.attention", _HF_QKV),
+    **_torch_block("layers.#", _BEFORE, "attention.o_proj", _AFTER, "mlp.fc1", "mlp.fc2"),
 }
-HF_DINOV2: dict[str, Row] = {
+HF_DINOV2: dict[str, Target] = {
     **_HF_EMBEDDINGS,
-    **_torch("encoder.layer.#.norm1", "blocks_#/norm1", "copy"),
-    **_hf_attention("encoder.layer.#", _HF_SAVED),
-    **_hf_attention("encoder.layer.#", _HF_MEMORY),
+    **_HF_SAVED,
+    **_torch_block("encoder.layer.#", "norm1", _SAVED_PROJ, "norm2", "mlp.fc1", "mlp.fc2"),
+    **_hf_qkv("encoder.layer.#.attention", _HF_QKV),
+    **_torch("encoder.layer.#.attention.o_proj", "blocks_#/attn/proj", "linear"),
     "encoder.layer.#.layer_scale1.lambda1": ("blocks_#/ls1", "copy"),
-    **_torch("encoder.layer.#.norm2", "blocks_#/norm2", "copy"),
-    **_torch("encoder.layer.#.mlp.fc1", "blocks_#/mlp/fc1", "linear"),
-    **_torch("encoder.layer.#.mlp.fc2", "blocks_#/mlp/fc2", "linear"),
     "encoder.layer.#.layer_scale2.lambda1": ("blocks_#/ls2", "copy"),
 }
 
 _TV_BLOCK = "encoder.layers.encoder_layer_#"
-TORCHVISION: dict[str, Row] = {
+TORCHVISION: dict[str, Target] = {
     "class_token": ("embed/cls_token", "token"),
     "encoder.pos_embedding": ("embed/pos_embed", "grid"),
     **_torch("conv_proj", "embed", "conv"),
-    **_torch(f"{_TV_BLOCK}.ln_1", "blocks_#/norm1", "copy"),
+    **_torch_block(_TV_BLOCK, "ln_1", "self_attention.out_proj", "ln_2", "mlp.0", "mlp.3"),
     f"{_TV_BLOCK}.self_attention.in_proj_weight": ("blocks_#/attn/qkv/kernel", "linear"),
     f"{_TV_BLOCK}.self_attention.in_proj_bias": ("blocks_#/attn/qkv/bias", "copy"),
-    **_torch(f"{_TV_BLOCK}.self_attention.out_proj", "blocks_#/attn/proj", "linear"),
-    **_torch(f"{_TV_BLOCK}.ln_2", "blocks_#/norm2", "copy"),
-    **_torch(f"{_TV_BLOCK}.mlp.0", "blocks_#/mlp/fc1", "linear"),
-    **_torch(f"{_TV_BLOCK}.mlp.3", "blocks_#/mlp/fc2", "linear"),
     **_torch(f"{_TV_BLOCK}.mlp.linear_1", "blocks_#/mlp/fc1", "linear"),  # torchvision 0.12
     **_torch(f"{_TV_BLOCK}.mlp.linear_2", "blocks_#/mlp/fc2", "linear"),
     **_torch("encoder.ln", "norm", "copy"),
@@ -132,7 +126,7 @@ TORCHVISION: dict[str, Row] = {
 }
 
 
-def _google(positions: str, block: str, attention: int, norm2: int, mlp: int) -> dict[str, Row]:
+def _google(positions: str, block: str, attention: int, norm2: int, mlp: int) -> dict[str, Target]:
     """Google's two code bases number the modules of a block differently: one counts every module, one each kind."""
     heads = f"{block}/MultiHeadDotProductAttention_{attention}"
     rows = {
@@ -155,26 +149,26 @@ def _google(positions: str, block: str, attention: int, norm2: int, mlp: int) ->
     return rows
 
 
-GOOGLE: dict[str, Row] = _google("Transformer/posembed_input/pos_embedding", "Transformer/encoderblock_#", 1, 2, 3)
-BIG_VISION: dict[str, Row] = _google("pos_embedding", "Transformer/encoderblock_#", 0, 1, 0)
-BIG_VISION_SCAN: dict[str, Row] = _google("pos_embedding", "Transformer/encoderblock", 0, 1, 0)
+GOOGLE: dict[str, Target] = _google("Transformer/posembed_input/pos_embedding", "Transformer/encoderblock_#", 1, 2, 3)
+BIG_VISION: dict[str, Target] = _google("pos_embedding", "Transformer/encoderblock_#", 0, 1, 0)
+BIG_VISION_SCAN: dict[str, Target] = _google("pos_embedding", "Transformer/encoderblock", 0, 1, 0)
 # A checkpoint of this library: the leaves under their own names.
-OWN: dict[str, Row] = {path: (path, "copy") for path, _ in TIMM.values()}
+OWN: dict[str, Target] = {path: (path, "copy") for path, _ in TIMM.values()}
 
 
 @dataclass(frozen=True)
 class Layout:
     """One published layout.
 
-    prefix: what may stand in front of the keys, a pattern. dropped: patterns of keys that inference does not need, with
-    the reason. resampling: the convention of `posembed.py` by which its authors resize position embeddings. sign: a
-    pattern of a key without which a file is not of this layout. config_json: whose config.json may stand beside the
-    file, "timm" or "huggingface"; the latter must, or a model be named. sincos2d: a file without a position embedding
-    means the fixed one. note: what a user should be told.
+    prefix: pattern of what may precede the keys. dropped: patterns of keys that inference does not need, with the
+    reason. resampling: the convention of `posembed.py` by which its authors resize position embeddings. sign: pattern
+    of a key that every file of this layout has. config_json: whose config.json may be beside the file, "timm" or
+    "huggingface"; the latter is required unless a model is named. sincos2d: a file without a position embedding means
+    the fixed one. note: a warning for the user.
     """
 
     name: str
-    table: Mapping[str, Row]
+    table: Mapping[str, Target]
     prefix: str = ""
     dropped: Mapping[str, str] = field(default_factory=dict)
     resampling: str = "timm"
@@ -183,8 +177,8 @@ class Layout:
     sincos2d: bool = False
     note: str | None = None
 
-    def find(self, key: str) -> tuple[Row | None, str]:
-        """The row of a key, and its number of the block ("" where it has none)."""
+    def find(self, key: str) -> tuple[Target | None, str]:
+        """The target of a key, and the number of its block ("" if it has none)."""
         key = re.sub(f"^({self.prefix})", "", key)
         for head in self._numbered:
             if found := re.match(rf"{re.escape(head)}(\d{{1,4}})(\D.*)", key):
@@ -201,17 +195,16 @@ class Layout:
 
     @cached_property
     def _numbered(self) -> list[str]:
-        """What stands in front of the number of a block."""
+        """What precedes the number of a block."""
         return sorted({key.split("#")[0] for key in self.table if "#" in key})
 
     def missing(self, arrays: Iterable[str]) -> list[str]:
-        """The first key of each leaf that a ViT cannot be without, where nothing in the file fills it."""
-        filled = {row[0].split(":")[0] for row, number in map(self.find, arrays) if row and number in ("", "0")}
-        return [
-            next(key for key, row in self.table.items() if row[0].split(":")[0] == path).replace("#", "0")
-            for path in ("embed/kernel", "blocks_#/attn/qkv/kernel", "blocks_#/mlp/fc1/kernel")
-            if path not in filled
-        ]
+        """For each leaf that every ViT has and nothing in the file fills: its first key."""
+        found = map(self.find, arrays)
+        filled = {target[0].split(":")[0] for target, number in found if target and number in ("", "0")}
+        keys = {target[0].split(":")[0]: key for key, target in reversed([*self.table.items()])}
+        needed = ("embed/kernel", "blocks_#/attn/qkv/kernel", "blocks_#/mlp/fc1/kernel")
+        return [keys[path].replace("#", "0") for path in needed if path not in filled]
 
 
 _BV = r"params/img/|params/"
@@ -249,7 +242,7 @@ LAYOUTS = (
     Layout("fcvit_jax", OWN),
 )
 
-# Keys that tell of a family with another architecture, or of a layout that is not read.
+# Keys that identify a family with another architecture, or a layout that is not read.
 _FOREIGN = {
     r"image_encoder\.blocks\.": "Segment Anything, a SAM that has nothing to do with sharpness-aware minimisation",
     r"relative_position|rel_pos_|attn\.q_bias$": "BEiT or Swin, whose attention has other terms",
@@ -274,11 +267,11 @@ SUPPORTED = "timm, DeiT, DINO, DINOv2, MAE, Hugging Face ViT/DeiT/DINOv2, torchv
 def detect_layout(arrays: Arrays) -> Layout:
     """The layout that knows most keys of a file.
 
-    Raises InputError naming the family that a key tells of, or else the nearest layout and what differs.
+    Raises InputError that names the family that a key belongs to, or the nearest layout and what differs.
     """
     for pattern, family in _FOREIGN.items():
         if found := next((key for key in arrays if re.search(pattern, key)), None):
-            raise InputError(f"{found!r} tells of {family}; supported are {SUPPORTED}")
+            raise InputError(f"{found!r} is a key of {family}; supported are {SUPPORTED}")
     known = {layout.name: sum(layout.knows(key) for key in arrays) for layout in LAYOUTS}
     fitting = [layout for layout in LAYOUTS if not layout.sign or any(re.search(layout.sign, key) for key in arrays)]
     layout = max(fitting, key=lambda layout: known[layout.name])
@@ -289,6 +282,6 @@ def detect_layout(arrays: Arrays) -> Layout:
         if inside := next((key for key in arrays if key.endswith(f".{missing[0]}")), None):
             wrapper = inside.removesuffix(missing[0])
             odd = next((key for key in arrays if not key.startswith(wrapper)), "others")
-            differs = f"its keys stand under {wrapper!r}, and {odd!r} beside them: save the inner model's state_dict"
+            differs = f"its keys begin with {wrapper!r}, and {odd!r} does not: save the inner model's state_dict"
         raise InputError(f"unknown layout (first keys: {first}); the nearest is {layout.name} ({differs})")
     return layout

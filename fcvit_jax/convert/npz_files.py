@@ -11,7 +11,7 @@ import zlib
 import numpy as np
 from numpy.lib import format as npy
 
-from fcvit_jax.convert.dtypes import DTYPES, check_total, is_shape
+from fcvit_jax.convert.dtypes import NUMPY_DTYPES, check_total, is_shape
 from fcvit_jax.errors import InputError
 
 _CHUNK = 2**16
@@ -31,7 +31,7 @@ def check_members(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def map_member(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarray:
-    """The bytes of a member that is stored as it is, without a copy: a view of the mapped file, perhaps not aligned.
+    """The bytes of an uncompressed member: a view of the mapped file, perhaps not aligned.
 
     Raises KeyError for a member that is not there, InputError or an error of zipfile for one that is damaged.
     """
@@ -43,7 +43,7 @@ def map_member(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarr
     content = np.frombuffer(data, np.uint8)[begin : begin + member.file_size]
     if len(content) < member.file_size:
         raise InputError(f"is damaged ({name!r} reaches past its end): download it again")
-    # Zero is what torch writes where it was told not to compute any: set_crc32_options(False).
+    # torch writes zero if it computes none: set_crc32_options(False).
     if member.CRC not in (0, zlib.crc32(content.data)):
         raise InputError(f"is damaged (the checksum of {name!r} is wrong): download it again")
     return content
@@ -71,8 +71,8 @@ def _read_npy(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarra
         shape, fortran_order, dtype = _HEADERS[version](head, _MAX_HEADER)
     if dtype.hasobject:
         raise InputError(f"has pickled objects in {name!r}, which are not read: save it as an array of numbers")
-    target = DTYPES["bfloat16"] if dtype == _RAW else dtype.newbyteorder("=")
-    if target not in DTYPES.values():
+    target = NUMPY_DTYPES["bfloat16"] if dtype == _RAW else dtype.newbyteorder("=")
+    if target not in NUMPY_DTYPES.values():
         raise InputError(f"has {name!r} in dtype {str(dtype)[:50]}, which is not read: save it as float32")
     content = content[head.tell() :]
     if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(content):
@@ -87,7 +87,7 @@ def _read_npy(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarra
 
 
 def _inflate_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
-    """Unpack in pieces: a stream that goes on after its stated size is never held."""
+    """Unpack in pieces: a stream longer than its stated size is never held."""
     member = archive.getinfo(name)
     if member.compress_type != zipfile.ZIP_DEFLATED:
         raise InputError(f"has {name!r} packed otherwise than by deflate: save it with numpy.savez")

@@ -1,7 +1,7 @@
-"""Weight files as NumPy arrays, without torch and without running anything that a file brings along.
+"""Weight files as NumPy arrays, without torch and without executing code from a file.
 
-Four formats are read, told apart by content: safetensors, the zip of `torch.save`, the legacy stream that it wrote
-before version 1.6, and NumPy's `.npz`; and the index of a checkpoint in several such files.
+Four formats are read, identified by content: safetensors, the zip of `torch.save`, the legacy stream that it wrote
+before version 1.6, and NumPy's `.npz`; also the index of a checkpoint in several such files.
 """
 
 import contextlib
@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fcvit_jax.convert.dtypes import DTYPES, SAFETENSORS_DTYPES, are_sizes, check_total, is_shape
+from fcvit_jax.convert.dtypes import NUMPY_DTYPES, SAFETENSORS_DTYPES, are_sizes, check_total, is_shape
 from fcvit_jax.convert.npz_files import check_members, read_npz
 from fcvit_jax.convert.torch_files import Contents, no_averaged, read_torch_legacy, read_torch_zip
 from fcvit_jax.errors import InputError
@@ -26,7 +26,7 @@ from fcvit_jax.errors import InputError
 _MAX_HEADER = 100_000_000
 _MAX_PREFIXES = 8
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.", "visual.trunk.", "base_model.", "timm_model.")
-# What may stand beside a prefix: the heads that DINO and DINOv2 train with, the step count of torch's AveragedModel.
+# Keys that may lack the others' prefix: heads of DINO's and DINOv2's training, the step count of AveragedModel.
 _BESIDE = {"backbone.": r"head\.(mlp|last_layer)\.|(dino|ibot)_head\.", "module.": r"n_averaged$"}
 
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
@@ -50,18 +50,16 @@ class WeightFile:
 
 
 def read_weights(path: str | Path, ema: bool = False) -> WeightFile:
-    """Read `.safetensors`, `.npz`, what `torch.save` made of a state dict (`.pth`, `.pt`, `.bin`), or the
-    `.index.json` of several of them, whatever its suffix.
+    """Read `.safetensors`, `.npz`, a state dict saved by `torch.save`, or the `.index.json` of several such files.
 
     Dtypes are float64/32/16, bfloat16 and float8 (of `ml_dtypes`), complex, signed and unsigned integers, and bool. A
-    state dict under usual keys such as "model" is unwrapped. Of live and averaged weights in one torch file the live
-    ones are read, the averaged where there are no others, or with `ema`. A prefix such as "module." that all names
-    share is taken off; heads of self-supervised training that stand beside it are among `skipped`.
+    state dict under a usual key such as "model" is unwrapped. If a torch file holds live and averaged weights, the live
+    ones are read, or with `ema` the averaged ones. A prefix such as "module." that all names share is removed; the
+    heads of self-supervised training, which lack it, are among `skipped`.
 
-    Raises:
-      InputError: a file is missing, damaged, of a kind that is not read, holds no tensors, unpacks to more than four
-        times its size, has no averaged weights where `ema` asks for them, disagrees with its index, or refers to a
-        function or class that is not tensor data. Nothing that a file names is imported or called.
+    Raises InputError if a file is missing, damaged, of a kind that is not read, holds no tensors, unpacks to more than
+    four times its size, has no averaged weights for `ema`, disagrees with its index, or refers to a function or class
+    that is not tensor data. Nothing that a file names is imported or called.
     """
     path = Path(path)
     with _told_of(path):
@@ -194,8 +192,8 @@ def _identify(data: mmap.mmap, path: Path) -> str:
         raise InputError("starts like HTML: this is a web page, not a checkpoint: the download failed")
     if text.startswith(b"version https://git-lfs"):
         size = re.search(rb"^size (\d+)", head, re.MULTILINE)
-        told = f" of {size[1].decode()} bytes" if size else ""
-        raise InputError(f"is a Git LFS pointer{told}, not the weights: run `git lfs pull`")
+        size_text = f" of {size[1].decode()} bytes" if size else ""
+        raise InputError(f"is a Git LFS pointer{size_text}, not the weights: run `git lfs pull`")
     if text.startswith(b"{") and (path.name.endswith(".index.json") or data.find(b'"weight_map"') >= 0):
         return "index"
     for magic, packer in _PACKED.items():
@@ -214,6 +212,7 @@ def _identify(data: mmap.mmap, path: Path) -> str:
     )
 
 
+# The safetensors library copies every tensor that it reads; here they are views of the mapped file.
 def _read_safetensors(data: mmap.mmap) -> dict[str, np.ndarray]:
     length = int.from_bytes(data[:8], "little")
     if length > min(_MAX_HEADER, len(data) - 8):
@@ -232,7 +231,7 @@ def _safetensor(name: str, entry: dict[str, Any], content: np.ndarray) -> np.nda
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise InputError(f"has {name!r} in dtype {entry['dtype']!r}, which is not read: save it as F32, F16 or BF16")
-    dtype = DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]]
+    dtype = NUMPY_DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]]
     if not is_shape(shape) or not are_sizes(begin, end) or not begin <= end <= len(content):
         raise InputError(f"is damaged ({name!r} lies outside the file): download it again")
     if math.prod(shape) * dtype.itemsize != end - begin:
@@ -241,9 +240,9 @@ def _safetensor(name: str, entry: dict[str, Any], content: np.ndarray) -> np.nda
 
 
 def _strip_prefixes(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
-    """Take off the prefixes that all names share; say which, and what stood beside them.
+    """Remove the prefixes that all names share; return also the prefixes, and the names that lack them.
 
-    A bound on their number keeps hostile names cheap.
+    The bound on their number keeps hostile names cheap.
     """
     removed, skipped = "", []
     for _ in range(_MAX_PREFIXES):

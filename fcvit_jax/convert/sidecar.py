@@ -1,7 +1,7 @@
-"""What the JSON files beside a weight file say: the geometry that keys and shapes do not tell, pixels, class names.
+"""The JSON files beside a weight file: geometry that keys and shapes do not show, preprocessing, class names.
 
-Two libraries leave a `config.json` beside their weights: transformers (`save_pretrained`; the pixels stand in
-`preprocessor_config.json`) and timm (`save_for_hf`; the pixels stand in the same file).
+Two libraries write a `config.json` beside their weights: transformers (`save_pretrained`, with the preprocessing in
+`preprocessor_config.json`) and timm (`save_for_hf`, with the preprocessing in the same file).
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from fcvit_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 
-# model_type -> epsilon and image processor, which its classes take where the files leave them out.
+# model_type -> epsilon and image processor, the defaults of its classes.
 _MODEL_TYPES = {
     "vit": (1e-12, "ViT"),
     "deit": (1e-12, "DeiT"),
     "dinov2": (1e-6, "Bit"),
     "dinov2_with_registers": (1e-6, "Bit"),
 }
-# Image processor -> filter and centre crop, which it takes where the file leaves them out; whether one number as size,
-# in files from before transformers 4.25, is that of a square or of the shorter side.
+# Image processor -> default filter and centre crop; whether a size of one number, in files from before transformers
+# 4.25, is a square or the shorter side.
 _PROCESSORS = {"ViT": (2, False, True), "DeiT": (3, True, True), "Bit": (3, True, False), "CLIP": (3, True, False)}
 
 # Key -> field of `ViTConfig`.
-_HUGGINGFACE = {
+HUGGINGFACE_FIELDS = {
     "hidden_size": "embed_dim",
     "num_hidden_layers": "depth",
     "num_attention_heads": "num_heads",
@@ -40,13 +40,13 @@ _HUGGINGFACE = {
     "num_register_tokens": "num_registers",
 } | {name: name for name in ("image_size", "patch_size", "qkv_bias")}
 _SAME = ("patch_size", "embed_dim", "depth", "num_heads", "qkv_bias", "class_token", "no_embed_class", "pre_norm")
-_TIMM = {name: name for name in _SAME} | {
+TIMM_FIELDS = {name: name for name in _SAME} | {
     "img_size": "image_size",
     "reg_tokens": "num_registers",
     "init_values": "layer_scale",
     "act_layer": "gelu",
 }
-# What timm's names tell and its files do not: fields, or what it is that we do not have.
+# What timm's names imply and its files do not state: fields, or what is not supported.
 _TIMM_NAMES: dict[str, tuple[dict[str, Any], str | None]] = {
     r"_rope(_|$)": ({}, "rotary positions"),
     r"_rpn_": ({}, "norms behind its branches"),
@@ -81,11 +81,11 @@ class Sidecar:
 
 
 def read_sidecar(weights: Path, kinds: tuple[str, ...] = ("timm", "huggingface"), pixels: bool = True) -> Sidecar:
-    """Read what stands in the folder of a weight file, which may itself be a link into a cache.
+    """Read the JSON files in the folder of a weight file, which may itself be a link into a cache.
 
-    kinds: whose files may belong to it; others, such as those of another model in a folder of downloads, are left
-    alone. pixels: False leaves the preprocessing alone, for a user who states it. Raises InputError naming the file
-    that is damaged, that tells of a model which is not supported, or whose pixels `Preprocess` cannot express.
+    kinds: whose files may belong to it; others, such as those of another model in a folder of downloads, are ignored.
+    pixels: False skips the preprocessing. Raises InputError that names the file if it is damaged, if its model is not
+    supported, or if `Preprocess` cannot express its preprocessing.
     """
     if not kinds:
         return Sidecar()
@@ -99,7 +99,7 @@ def read_sidecar(weights: Path, kinds: tuple[str, ...] = ("timm", "huggingface")
     files = (path.name,) if sidecar.kind else ()
     preprocess = None
     if pixels and sidecar.kind == "timm":
-        with _naming(path, mend=": pass --preprocess"):
+        with _naming(path, fix=": pass --preprocess"):
             preprocess = _read_timm_pixels(config)
     elif (
         pixels
@@ -107,7 +107,7 @@ def read_sidecar(weights: Path, kinds: tuple[str, ...] = ("timm", "huggingface")
         and (stated := _load(path := path.with_name("preprocessor_config.json"))) is not None
     ):
         files += (path.name,)
-        with _naming(path, mend=": pass --preprocess"):
+        with _naming(path, fix=": pass --preprocess"):
             preprocess = _read_huggingface_pixels(stated, config.get("model_type"))
     return replace(sidecar, files=files, preprocess=preprocess)
 
@@ -118,7 +118,9 @@ def _read_huggingface(config: Stated) -> Sidecar:
         raise InputError(f"model_type {reprlib.repr(kind)}, supported are {', '.join(_MODEL_TYPES)}")
     if config.get("use_swiglu_ffn"):
         raise InputError("use_swiglu_ffn: SwiGLU models (DINOv2 giant) are not supported")
-    found = _fields({"layer_norm_eps": _MODEL_TYPES[kind][0], "hidden_act": "gelu", **_known(config)}, _HUGGINGFACE)
+    found = _fields(
+        {"layer_norm_eps": _MODEL_TYPES[kind][0], "hidden_act": "gelu", **_known(config)}, HUGGINGFACE_FIELDS
+    )
     if "embed_dim" in found and (ratio := _take(config, "mlp_ratio", int, default=None)):
         found.setdefault("mlp_dim", found["embed_dim"] * ratio)
     names = _names("id2label", config.get("id2label"))
@@ -131,12 +133,12 @@ def _read_timm(config: Stated) -> Sidecar:
     name, pixels = _take(config, "architecture", str), _pretrained_cfg(config)
     stated = {"img_size": pixels.get("input_size"), "global_pool": config.get("global_pool")}
     stated = _known({**stated, **_take(config, "model_args", dict, default={})})
-    found = _fields(stated, _TIMM)
-    for pattern, (told, problem) in _TIMM_NAMES.items():
+    found = _fields(stated, TIMM_FIELDS)
+    for pattern, (implied, problem) in _TIMM_NAMES.items():
         if re.search(pattern, name):
             if problem:
                 raise InputError(f"architecture {name!r}, which has {problem}: it is not supported")
-            found = told | found
+            found = implied | found
     pool = stated.get("global_pool")
     if pool not in (None, "", "token", "avg", "map") or stated.get("pool_include_prefix"):
         raise InputError(f"global_pool {pool!r} or pool_include_prefix, supported are token and avg of the patches")
@@ -247,11 +249,11 @@ def _load(path: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, mend: str = "") -> Iterator[None]:
+def _naming(path: Path, fix: str = "") -> Iterator[None]:
     try:
         yield
     except InputError as error:
-        raise InputError(f"{path} says {error}{mend}") from error
+        raise InputError(f"{path} says {error}{fix}") from error
 
 
 def _known(stated: Stated) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """What `torch.save` wrote, as NumPy arrays: the zip of version 1.6 and later, and the legacy stream before it.
 
-Both are pickles, and a pickle is a program. It runs here in an interpreter that hands out nothing but plain data:
+Both are pickles, and a pickle is a program. It runs here in an interpreter that gives out nothing but plain data:
 strings, dicts and the records below. Tensors are looked at only when it has ended.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fcvit_jax.convert.dtypes import DTYPES, STORAGE_DTYPES, are_sizes, check_total, is_shape
+from fcvit_jax.convert.dtypes import NUMPY_DTYPES, STORAGE_DTYPES, are_sizes, check_total, is_shape
 from fcvit_jax.convert.npz_files import map_member
 from fcvit_jax.errors import InputError
 
@@ -46,7 +46,7 @@ class _Tuple(tuple):
 # The records are compared by identity for the same reason.
 @dataclass(frozen=True, eq=False, repr=False)
 class _Storage:
-    """A run of `length` bytes in the file; `dtype` is a key of `DTYPES`."""
+    """A run of `length` bytes in the file; `dtype` is a key of `NUMPY_DTYPES`."""
 
     key: str | int
     dtype: str
@@ -139,7 +139,7 @@ class _Unpickler(pickle._Unpickler):
             return _REBUILDERS[full]
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]  # a string: it cannot be called
-        if module == "torch" and name in DTYPES:
+        if module == "torch" and name in NUMPY_DTYPES:
             return name
         if _HARMLESS.fullmatch(full):
             return _Inert
@@ -152,7 +152,7 @@ class _Unpickler(pickle._Unpickler):
         kind, dtype, key, _location, numel, *view = pid
         if kind != "storage" or not isinstance(key, str | int) or not are_sizes(numel) or any(view):
             raise ValueError("a reference to something that is not a whole storage")
-        storage = _Storage(key, dtype, numel * DTYPES[dtype].itemsize)
+        storage = _Storage(key, dtype, numel * NUMPY_DTYPES[dtype].itemsize)
         self.storages.setdefault(key, storage)
         return storage
 
@@ -207,7 +207,7 @@ def read_torch_legacy(data: mmap.mmap, ema: bool) -> Contents:
     for key in _Unpickler(data).load():
         storage = unpickler.storages[key]
         numel, begin = int.from_bytes(data.read(8), "little"), data.tell()
-        end = begin + numel * DTYPES[storage.dtype].itemsize
+        end = begin + numel * NUMPY_DTYPES[storage.dtype].itemsize
         if end - begin != storage.length or end > len(data):
             raise InputError("is damaged (it ends inside its tensors): download it again")
         places[key] = slice(begin, end)
@@ -221,7 +221,7 @@ def read_torch_legacy(data: mmap.mmap, ema: bool) -> Contents:
 
 
 def no_averaged(entries: Iterable[object]) -> InputError:
-    """What to raise where averaged weights are asked for and there are none."""
+    """The error for averaged weights that are asked and absent."""
     names = [str(entry) for entry in entries if isinstance(entry, str | int)]
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return InputError(f"holds no averaged weights; its entries are {listed or 'none'}: leave ema out")
@@ -277,7 +277,7 @@ def _tensors(tree: dict[Any, object]) -> dict[str, _Tensor]:
 
 
 def _build_array(name: str, tensor: _Tensor, content: np.ndarray) -> np.ndarray:
-    dtype, length, size, stride = DTYPES[tensor.dtype], tensor.storage.length, tensor.size, tensor.stride
+    dtype, length, size, stride = NUMPY_DTYPES[tensor.dtype], tensor.storage.length, tensor.size, tensor.stride
     given = len(size) == len(stride) and is_shape(size) and are_sizes(tensor.offset, *stride)
     if not given or length > len(content):
         raise InputError(f"is damaged ({name!r} does not fit its storage): download it again")

@@ -42,8 +42,8 @@ class Piece(NamedTuple):
     transform: str
 
 
-class Row(NamedTuple):
-    """One line of the report: what becomes of a source key."""
+class MappedKey(NamedTuple):
+    """How a source key is mapped: one line of the report."""
 
     key: str
     shape: tuple[int, ...]
@@ -59,7 +59,7 @@ class Translation:
     layout: Layout
     leaves: dict[str, dict[str, Piece]]
     dropped: dict[str, str]
-    num_heads: int | None  # where the file's shapes tell
+    num_heads: int | None  # if the file's shapes show it
 
     def shape(self, path: str, rank: int) -> tuple[int, ...]:
         """The shape of a leaf, its parts side by side along the last axis."""
@@ -70,9 +70,11 @@ class Translation:
         return (*first[:-1], sum(part.array.shape[-1] for part in parts))
 
     @property
-    def rows(self) -> tuple[Row, ...]:
+    def keys(self) -> tuple[MappedKey, ...]:
         return tuple(
-            Row(piece.key, piece.source_shape, f"{path}:{part}" if part else path, piece.array.shape, piece.transform)
+            MappedKey(
+                piece.key, piece.source_shape, f"{path}:{part}" if part else path, piece.array.shape, piece.transform
+            )
             for path, pieces in self.leaves.items()
             for part, piece in pieces.items()
         )
@@ -90,10 +92,10 @@ class Translation:
 
 @dataclass(frozen=True)
 class Converted:
-    """params: the parameter tree, float32. rows, dropped {key: reason} and remarks: what to tell."""
+    """params: the parameter tree, float32. dropped: {key: reason}. remarks: warnings for the user."""
 
     params: dict[str, Any]
-    rows: tuple[Row, ...]
+    keys: tuple[MappedKey, ...]
     dropped: dict[str, str]
     remarks: tuple[str, ...]
 
@@ -111,12 +113,12 @@ def translate(arrays: Arrays) -> Translation:
         if reason := layout.reason(key):
             dropped[key] = reason
             continue
-        row, number = layout.find(key)
-        if row is None:
+        target, number = layout.find(key)
+        if target is None:
             raise InputError(
                 f"{key!r} is no key of the {layout.name} layout: this is another architecture, or a damaged file"
             )
-        pattern, transform = row
+        pattern, transform = target
         if transform == "heads" and array.ndim > 1:
             num_heads = array.shape[-2]
         stacked = "#" in pattern and not number
@@ -180,14 +182,14 @@ def assemble(
         )
     if missing := [path for path in wanted if path not in filled]:
         raise InputError(f"nothing in the file fills {', '.join(missing[:3])}: it is incomplete, or not this model's")
-    rows = tuple(
-        row._replace(leaf_shape=resampled[row.path], transform=f"{row.transform}, resampled")
-        if row.path in resampled
-        else row
-        for row in translation.rows
-        if row.key not in dropped
+    keys = tuple(
+        mapped._replace(leaf_shape=resampled[mapped.path], transform=f"{mapped.transform}, resampled")
+        if mapped.path in resampled
+        else mapped
+        for mapped in translation.keys
+        if mapped.key not in dropped
     )
-    return Converted(traverse_util.unflatten_dict(filled, sep="/"), rows, dropped, tuple(remarks))
+    return Converted(traverse_util.unflatten_dict(filled, sep="/"), keys, dropped, tuple(remarks))
 
 
 def _numbers(pieces: list[Piece]) -> np.ndarray:

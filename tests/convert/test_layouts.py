@@ -95,7 +95,7 @@ def test_a_file_of_every_layout_is_told_and_fills_every_leaf(layout):
     inferred, grid = infer_config(translation, {"": {"layer_scale": scale}}, {"num_heads": 4})
     assert inferred == config
     converted = assemble(translation, config, grid)
-    assert {row.key for row in converted.rows} == arrays.keys() - {"mask_token"}
+    assert {mapped.key for mapped in converted.keys} == arrays.keys() - {"mask_token"}
     total = sum(value.size for key, value in arrays.items() if key != "mask_token")
     assert total == sum(leaf.size for leaf in jax.tree.leaves(converted.params))
 

@@ -126,7 +126,7 @@ def test_inspect_tells_and_writes_nothing(weights, tmp_path, capsys):
     assert "layout: timm" in printed
     assert "model: ViT 128 wide, 1 layers, 2 heads" in printed
     main(["--inspect", str(weights)])
-    assert "model: the number of heads of a 128-wide model cannot be told" in capsys.readouterr().out
+    assert "model: the number of heads of a 128-wide model cannot be inferred" in capsys.readouterr().out
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
@@ -189,21 +189,22 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(name, says, inspect, tmp_path
         (("--num_classes", "10", *GIVEN), "the head has 5 classes, you asked for 10"),
         (("--model", "vit_smal_patch16_224"), "the nearest names are vit_small_patch16_224"),
         (("--model", "deit_small_patch16_224.fb_in1k"), "not a deit_small_patch16_224.fb_in1k: patch_size is 8"),
-        (("--num_heads", "2"), "the normalisation cannot be told from the file"),
+        (("--num_heads", "2"), "the normalisation cannot be inferred from the file"),
         (("--preprocess", "timm/deit"), "pass --model or --num_heads"),
         (("--num_heads", "2", "--preprocess", "timm/dait"), "did you mean timm/deit"),
         (("--num_heads", "3", "--preprocess", "timm/deit"), "128 does not divide into 3 heads"),
         (("--image_size", "36", *GIVEN), "36x36 does not divide into patches of 8"),
-        (("--norm_eps", "0", *GIVEN), "'0' is not a small number"),
+        (("--norm_eps", "0", *GIVEN), "norm_eps is 0.0: it must be a number, above 0 and below 1, or none"),
         (("--patch_size", "5", *GIVEN), "32x32 does not divide into patches of 5"),
         (("--pos_embed", "spline", *GIVEN), "invalid choice: 'spline'"),
         (("--ema", *GIVEN), "averaged"),
         (("--sha256", "0" * 64, *GIVEN), "its sha256 begins"),
+        (("--sha256", "0" * 7, *GIVEN), "'0000000' is no sha256"),
         (("--to", "timm", *GIVEN), "--to timm writes one file"),
         (("--to", "hf", "--pool", "avg", *GIVEN), "have no average pooling without the class token"),
         (("--image_size", "0", *GIVEN), "'0' is not a size in pixels"),
-        (("--num_classes", "-1", *GIVEN), "'-1' is not a whole number"),
-        (("--num_classes", "many", *GIVEN), "'many' is not a whole number"),
+        (("--num_classes", "-1", *GIVEN), "num_classes is -1: it must be a whole number, 0 or more, or none"),
+        (("--num_classes", "many", *GIVEN), "argument --num_classes: invalid int value: 'many'"),
         (("--colour", *GIVEN), "unrecognized arguments: --colour"),
         (("--class_names", "/nowhere.txt", *GIVEN), "--class_names /nowhere.txt cannot be read"),
     ],

@@ -46,8 +46,8 @@ def test_every_leaf_holds_its_source():
     np.testing.assert_array_equal(params["embed"]["kernel"], arrays["patch_embed.proj.weight"].transpose(2, 3, 1, 0))
     assert converted.dropped == {}
     assert converted.remarks == ()
-    assert sorted(row.key for row in converted.rows) == sorted(arrays)
-    assert ("head.weight", (5, 128), "head/kernel", (128, 5), "linear") in converted.rows
+    assert sorted(mapped.key for mapped in converted.keys) == sorted(arrays)
+    assert ("head.weight", (5, 128), "head/kernel", (128, 5), "linear") in converted.keys
 
 
 @pytest.mark.parametrize("dtype", [np.float16, bfloat16, np.float64])
@@ -68,7 +68,7 @@ def test_the_head_is_what_was_asked_for():
     assert backbone.num_classes == 0
     assert converted.dropped == dict.fromkeys(("head.weight", "head.bias"), "the head was not asked for")
     assert "head" not in converted.params
-    assert not any(row.key.startswith("head") for row in converted.rows)
+    assert not any(mapped.key.startswith("head") for mapped in converted.keys)
     for key in ("head.weight", "head.bias"):
         del arrays[key]
     assert infer(arrays, num_heads=2).num_classes == 0
@@ -193,7 +193,7 @@ def test_another_image_size_resamples_the_positions_and_says_so():
     assert converted.params["embed"]["pos_embed"].shape == (1, 1 + 6 * 8, 128)
     np.testing.assert_array_equal(converted.params["embed"]["pos_embed"][:, 0], arrays["pos_embed"][:, 0])
     assert "position embedding 4x4, the model's grid 6x8: resampled (bicubic, antialiased" in converted.remarks[0]
-    assert ("pos_embed", (1, 17, 128), "embed/pos_embed", (1, 49, 128), "grid, resampled") in converted.rows
+    assert ("pos_embed", (1, 17, 128), "embed/pos_embed", (1, 49, 128), "grid, resampled") in converted.keys
 
 
 def test_another_patch_size_resamples_the_kernel_and_says_so():
@@ -258,5 +258,5 @@ def test_a_file_without_a_final_norm_or_with_half_a_head_is_incomplete():
 
 def test_keys_under_a_wrapper_with_others_beside_are_told():
     arrays = {f"net.vit.{key}": value for key, value in state_dict().items()} | {"criterion.weight": np.ones(3)}
-    with pytest.raises(InputError, match=r"stand under 'net.vit.', and 'criterion.weight' beside them"):
+    with pytest.raises(InputError, match=r"keys begin with 'net.vit.', and 'criterion.weight' does not"):
         translate(arrays)

@@ -1,4 +1,4 @@
-"""Back again: a parameter tree as the file that timm or transformers loads, without PyTorch."""
+"""A parameter tree as the file that timm or transformers loads, written without PyTorch."""
 
 import json
 import os
@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from fcvit_jax import checkpoint
 from fcvit_jax.checkpoint import flat_params
-from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Row
+from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Arrays, Target
+from fcvit_jax.convert.sidecar import HUGGINGFACE_FIELDS, TIMM_FIELDS
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.files import staged
+from fcvit_jax.files import check_target, staged
 from fcvit_jax.models.config import ViTConfig
 
 _INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
@@ -24,28 +24,27 @@ _INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "token": lambda x: x,
     "grid": lambda x: x,
 }
+_TIMM_GELU = {"tanh": "gelu_tanh", "quick": "quick_gelu"}
 _HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
-ENTRIES = frozenset({"config.json", "model.safetensors", "preprocessor_config.json"})  # of transformers' directory
-
-Arrays = dict[str, np.ndarray]
+HF_ENTRIES = frozenset({"config.json", "model.safetensors", "preprocessor_config.json"})  # of transformers' directory
 
 
-def check_target(out: str, to: str, overwrite: bool) -> Path:
-    """The path, if it may be written; otherwise InputError. To be called before any long work.
+def check_output(out: str | Path, to: str, overwrite: bool) -> Path:
+    """Return the path if it may be written, or raise InputError; to be called before any long work.
 
-    `OUT.safetensors` is a file. Any other OUT is a directory as transformers saves models; only such a one is replaced.
+    `OUT.safetensors` is a file, any other OUT a directory of transformers. Only such a file or directory is replaced.
     """
-    path = Path(out).expanduser().resolve()
-    if path.suffix != ".safetensors":
-        if to == "timm":
-            raise InputError(f"{out}: --to timm writes one file: name it {out}.safetensors")
-        return checkpoint.check_target(path, overwrite, ENTRIES)
-    return checkpoint.check_target(path, overwrite, frozenset([] if path.is_dir() else [path.name]))
+    if Path(out).suffix == ".safetensors":
+        path = Path(out).expanduser().resolve()
+        return check_target(path, overwrite, frozenset() if path.is_dir() else frozenset({path.name}))
+    if to == "timm":
+        raise InputError(f"{out}: --to timm writes one file: name it {out}.safetensors")
+    return check_target(out, overwrite, HF_ENTRIES)
 
 
 def write_timm(path: Path, config: ViTConfig, params: Mapping[str, Any]) -> str:
-    """Write the safetensors file; returns how to load it in timm. Raises InputError where timm has no such model."""
+    """Write the safetensors file; returns how to load it in timm. Raises InputError if timm has no such model."""
     call = timm_call(config)
     write_safetensors(path, _invert(TIMM, params, skip="norm." if config.fc_norm else "fc_norm."))
     return f"in PyTorch: model = {call}; model.load_state_dict(safetensors.torch.load_file({path.name!r}), strict=True)"
@@ -58,10 +57,10 @@ def write_huggingface(
     preprocess: Preprocess | None,
     class_names: tuple[str, ...] | None,
 ) -> str:
-    """Write model.safetensors, config.json and, where transformers can say it, preprocessor_config.json.
+    """Write model.safetensors, config.json and, if transformers can express it, preprocessor_config.json.
 
     `path` is the directory, or a .safetensors file that gets the weights alone. Returns how to load it.
-    Raises InputError where transformers has no such model.
+    Raises InputError if transformers has no such model.
     """
     arrays, description = to_huggingface(config, params, class_names)
     kind = description["architectures"][0]
@@ -74,15 +73,15 @@ def write_huggingface(
         for name, fields in (("config.json", description), ("preprocessor_config.json", processor)):
             if fields:
                 (directory / name).write_text(json.dumps(fields, indent=2) + "\n")
-    told = f"in PyTorch: transformers.{kind}.from_pretrained({path.name!r})"
+    usage = f"in PyTorch: transformers.{kind}.from_pretrained({path.name!r})"
     if processor:
-        return told
+        return usage
     why = f"it cannot say {preprocess}" if preprocess else "pass --preprocess for one"
-    return f"{told}; there is no preprocessor_config.json: {why}"
+    return f"{usage}; there is no preprocessor_config.json: {why}"
 
 
 def timm_call(config: ViTConfig) -> str:
-    """The expression that builds the module in timm. Raises InputError where timm has no such module."""
+    """The expression that builds the module in timm. Raises InputError if timm has no such module."""
     lacking = {
         "layer in front of the head": config.representation_size > 0,
         "head on the class token and the patches' mean": config.pool == "token_avg",
@@ -92,34 +91,20 @@ def timm_call(config: ViTConfig) -> str:
     for what, there in lacking.items():
         if there:
             raise InputError(f"--to timm: timm's ViT has no {what}: it cannot hold this model")
-    size = config.image_size[0] if config.image_size[0] == config.image_size[1] else config.image_size
+    usual, height, width = ViTConfig(), *config.image_size
     arguments: dict[str, Any] = dict(
-        img_size=size,
-        patch_size=config.patch_size,
-        embed_dim=config.embed_dim,
-        depth=config.depth,
-        num_heads=config.num_heads,
+        img_size=height if height == width else config.image_size,
         mlp_ratio=config.mlp_dim / config.embed_dim,
         num_classes=config.num_classes,
     )
-    if not config.qkv_bias:
-        arguments["qkv_bias"] = False
-    if config.layer_scale is not None:
-        arguments["init_values"] = config.layer_scale
+    for key, field in TIMM_FIELDS.items():
+        value = getattr(config, field)
+        if key in ("patch_size", "embed_dim", "depth", "num_heads") or value != getattr(usual, field):
+            arguments.setdefault(key, _TIMM_GELU[value] if field == "gelu" else value)
     if config.pool == "avg" or config.fc_norm:
         arguments |= dict(global_pool=config.pool, fc_norm=config.fc_norm)
-    if not config.class_token:
-        arguments["class_token"] = False
-    if config.num_registers:
-        arguments["reg_tokens"] = config.num_registers
-    if config.no_embed_class:
-        arguments["no_embed_class"] = True
-    if config.pre_norm:
-        arguments["pre_norm"] = True
     text = ", ".join(f"{name}={value!r}" for name, value in arguments.items())
-    if config.gelu != "exact":
-        text += f", act_layer={ {'tanh': 'gelu_tanh', 'quick': 'quick_gelu'}[config.gelu]!r}"
-    if config.norm_eps != 1e-6:
+    if config.norm_eps != usual.norm_eps:
         text += f", norm_layer=functools.partial(torch.nn.LayerNorm, eps={config.norm_eps})"
     name = "deit.VisionTransformerDistilled" if config.dist_token else "vision_transformer.VisionTransformer"
     return f"timm.models.{name}({text})"
@@ -127,11 +112,11 @@ def timm_call(config: ViTConfig) -> str:
 
 def to_huggingface(
     config: ViTConfig, params: Mapping[str, Any], class_names: tuple[str, ...] | None
-) -> tuple[Arrays, dict[str, Any]]:
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """The state dict and the config.json of transformers' ViT, DeiT or DINOv2, whichever holds this model.
 
     A model with LayerScale, registers or `token_avg` pooling becomes a DINOv2, whose head sees the class token and the
-    patches' mean: a head on the class token gets zeros for the other half. Raises InputError where none can hold it.
+    patches' mean: a head on the class token gets zeros for the other half. Raises InputError if none can hold it.
     """
     problem = _not_in_huggingface(config)
     if problem:
@@ -156,35 +141,32 @@ def to_huggingface(
         arrays["classifier.weight"] = np.concatenate([weight, np.zeros_like(weight)], axis=1)
     suffix = "Model" if not config.num_classes else "ForImageClassification"
     if config.num_classes:
-        # The base model stands in an attribute of that name; the heads stand beside it.
+        # The base model is an attribute of that name; the heads are beside it.
         arrays = {key if "classifier." in key else f"{kind}.{key}": array for key, array in arrays.items()}
     labels = class_names or [f"LABEL_{index}" for index in range(config.num_classes)]
-    description = {
+    description = {key: getattr(config, field) for key, field in HUGGINGFACE_FIELDS.items()} | {
         "architectures": [name + suffix + ("WithTeacher" if both_heads else "")],
         "model_type": kind,
-        "hidden_size": width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.num_heads,
-        **({"mlp_ratio": config.mlp_dim // width} if dinov2 else {"intermediate_size": config.mlp_dim}),
         "hidden_act": _HF_GELU[config.gelu],
-        "layer_norm_eps": config.norm_eps,
         "image_size": config.image_size[0],
-        "patch_size": config.patch_size,
         "num_channels": 3,
-        "qkv_bias": config.qkv_bias,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
-        **({"layerscale_value": config.layer_scale, "use_mask_token": False} if dinov2 else {}),
-        **({"num_register_tokens": config.num_registers} if config.num_registers else {}),
         "id2label": {str(index): label for index, label in enumerate(labels)},
         "label2id": {label: index for index, label in enumerate(labels)},
         "dtype": "float32",
     }
+    if dinov2:
+        del description["intermediate_size"]
+        ratio = config.mlp_dim // width
+        description |= {"mlp_ratio": ratio, "layerscale_value": config.layer_scale, "use_mask_token": False}
+    if not config.num_registers:
+        del description["num_register_tokens"]
     return arrays, description
 
 
 def to_image_processor(preprocess: Preprocess) -> dict[str, Any] | None:
-    """The preprocessor_config.json that says the same to transformers; None where none of its processors can."""
+    """The preprocessor_config.json of the same preprocessing, or None if no processor of transformers can do it."""
     (resize_height, resize_width), (height, width) = preprocess.resize_size, preprocess.image_size
     cropped = (resize_height, resize_width) != (height, width)
     if preprocess.crop_mode == "border" or (preprocess.crop_mode == "center" and height != width):
@@ -201,33 +183,25 @@ def to_image_processor(preprocess: Preprocess) -> dict[str, Any] | None:
     return fields | {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True} | statistics
 
 
-def write_safetensors(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
-    """Write float32 arrays as the safetensors library does, byte for byte, tensor after tensor; atomically.
+def write_safetensors(path: Path, arrays: Arrays) -> None:
+    """Write float32 arrays as a safetensors file that is whole or not there, with the metadata that transformers needs.
 
-    Keys in alphabetical order, the header padded to 8 bytes with spaces. The metadata says "pt", as transformers asks.
-    Raises InputError where the place cannot be written.
+    Raises InputError if the place cannot be written.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name in sorted(arrays):
-        begin, end = end, end + 4 * arrays[name].size
-        header[name] = {"dtype": "F32", "shape": list(arrays[name].shape), "data_offsets": [begin, end]}
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    staging = None
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    # The library writes an array's memory, whatever its strides.
+    contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
     try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            staging = file.name
-            file.write(len(text).to_bytes(8, "little") + text)
-            for name in sorted(arrays):
-                file.write(np.ascontiguousarray(arrays[name], "<f4").data)
-        os.chmod(staging, 0o644)
-        os.replace(staging, path)
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error.strerror}") from None
-    finally:
-        if staging and os.path.exists(staging):
-            os.unlink(staging)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as folder:
+            file = Path(folder, path.name)
+            save_file(contiguous, file, metadata={"format": "pt"})
+            file.chmod(0o644)  # the library's is the owner's alone
+            os.replace(file, path)
+    except (OSError, SafetensorError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be written ({why}): make room, and run it again") from None
 
 
 def _not_in_huggingface(config: ViTConfig) -> str | None:
@@ -248,7 +222,7 @@ def _not_in_huggingface(config: ViTConfig) -> str | None:
     return next((problem for problem, there in problems.items() if there), None)
 
 
-def _invert(table: Mapping[str, Row], params: Mapping[str, Any], skip: str) -> Arrays:
+def _invert(table: Mapping[str, Target], params: Mapping[str, Any], skip: str) -> dict[str, np.ndarray]:
     """The leaves under the keys of a table; of two keys for a leaf the first, but for those that start with `skip`."""
     leaves = flat_params(params)
     blocks = 1 + max(int(path.split("/")[0].removeprefix("blocks_")) for path in leaves if path.startswith("blocks_"))

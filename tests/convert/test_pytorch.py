@@ -1,6 +1,7 @@
 import functools
 import json
 import os
+import resource
 from dataclasses import replace
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from fcvit_jax.checkpoint import abstract_params
-from fcvit_jax.convert import export
+from fcvit_jax.convert import pytorch
 from fcvit_jax.convert.sidecar import read_sidecar
 from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.data.preprocess import PRESETS, Preprocess
@@ -34,8 +35,9 @@ def test_safetensors_are_written_as_by_their_library(tmp_path):
         "empty": np.ones((0, 3), np.float32),
         "ü": np.ones(3, np.float32),
     }
-    export.write_safetensors(tmp_path / "ours", arrays)
+    pytorch.write_safetensors(tmp_path / "ours", arrays)
     tensors = {name: torch.from_numpy(np.array(array, order="C")) for name, array in arrays.items()}
+    assert (tmp_path / "ours").stat().st_mode & 0o777 == 0o644
     library.save_file(tensors, tmp_path / "theirs", metadata={"format": "pt"})
     assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
 
@@ -62,7 +64,7 @@ def test_the_call_that_is_told_builds_the_module_in_timm(changes, tmp_path, monk
     safetensors = pytest.importorskip("safetensors")
     pytest.importorskip("safetensors.torch")
     config = ViTConfig(**{**dict(zip(ViTConfig.__dataclass_fields__, SIZE, strict=False)), **changes})
-    told = export.write_timm(tmp_path / "out.safetensors", config, params(config))
+    told = pytorch.write_timm(tmp_path / "out.safetensors", config, params(config))
     program = told.removeprefix("in PyTorch: ")
     names = {"timm": timm, "torch": torch, "functools": functools, "safetensors": safetensors}
     monkeypatch.chdir(tmp_path)
@@ -76,7 +78,7 @@ def test_the_call_that_is_told_builds_the_module_in_timm(changes, tmp_path, monk
 def test_the_image_processor_says_the_same_pixels(name, tmp_path):
     pixels = PRESETS[name]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(export.to_image_processor(pixels)))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(pytorch.to_image_processor(pixels)))
     read = read_sidecar(tmp_path / "model.safetensors").preprocess
     assert read is not None
     assert read.resize_size == pixels.resize_size
@@ -85,25 +87,25 @@ def test_the_image_processor_says_the_same_pixels(name, tmp_path):
 
 def test_pixels_that_no_processor_can_say_are_told(tmp_path):
     for pixels in (Preprocess(crop_mode="border", image_size=(32, 32)), Preprocess(image_size=(32, 48))):
-        assert export.to_image_processor(pixels) is None
-    told = export.write_huggingface(
+        assert pytorch.to_image_processor(pixels) is None
+    told = pytorch.write_huggingface(
         tmp_path / "out", PLAIN, params(PLAIN), Preprocess((32, 32), crop_mode="border"), None
     )
     assert "no preprocessor_config.json: it cannot say bicubic" in told
     assert sorted(os.listdir(tmp_path / "out")) == ["config.json", "model.safetensors"]
-    told = export.write_huggingface(tmp_path / "bare", PLAIN, params(PLAIN), None, None)
+    told = pytorch.write_huggingface(tmp_path / "bare", PLAIN, params(PLAIN), None, None)
     assert "pass --preprocess for one" in told
 
 
 def test_weights_alone_may_be_written_for_transformers(tmp_path):
-    told = export.write_huggingface(tmp_path / "vit.safetensors", PLAIN, params(PLAIN), None, None)
+    told = pytorch.write_huggingface(tmp_path / "vit.safetensors", PLAIN, params(PLAIN), None, None)
     assert told == "the weights of transformers.ViTForImageClassification, without its config.json"
     assert os.listdir(tmp_path) == ["vit.safetensors"]
 
 
 def test_class_names_go_along(tmp_path):
     names = ("ant", "bee", "cat", "dog", "elk")
-    export.write_huggingface(tmp_path / "out", PLAIN, params(PLAIN), Preprocess((32, 32)), names)
+    pytorch.write_huggingface(tmp_path / "out", PLAIN, params(PLAIN), Preprocess((32, 32)), names)
     assert read_sidecar(tmp_path / "out" / "model.safetensors").class_names == names
 
 
@@ -124,7 +126,7 @@ def test_class_names_go_along(tmp_path):
 def test_what_transformers_cannot_hold_is_refused(changes, lacks, tmp_path):
     config = ViTConfig(**{**dict(zip(ViTConfig.__dataclass_fields__, SIZE, strict=False)), **changes})
     with pytest.raises(InputError, match=lacks):
-        export.write_huggingface(tmp_path / "out", config, params(config), None, None)
+        pytorch.write_huggingface(tmp_path / "out", config, params(config), None, None)
     assert os.listdir(tmp_path) == []
 
 
@@ -142,7 +144,7 @@ def test_what_transformers_cannot_hold_is_refused(changes, lacks, tmp_path):
 def test_what_timm_cannot_hold_is_refused(changes, tmp_path):
     config = ViTConfig(*SIZE, **changes)
     with pytest.raises(InputError, match="it cannot hold this model"):
-        export.write_timm(tmp_path / "out.safetensors", config, params(config))
+        pytorch.write_timm(tmp_path / "out.safetensors", config, params(config))
     assert os.listdir(tmp_path) == []
 
 
@@ -153,29 +155,30 @@ def test_only_what_it_writes_is_replaced(tmp_path):
     file.write_bytes(b"")
     for out, to in ((folder, "hf"), (file, "timm"), (file, "hf")):
         with pytest.raises(InputError, match="exists already"):
-            export.check_target(str(out), to, overwrite=False)
+            pytorch.check_output(str(out), to, overwrite=False)
     with pytest.raises(InputError, match=r"it holds more than is replaced \(thesis.txt\)"):
-        export.check_target(str(folder), "hf", overwrite=True)
-    assert export.check_target(str(file), "timm", overwrite=True) == file
+        pytorch.check_output(str(folder), "hf", overwrite=True)
+    assert pytorch.check_output(str(file), "timm", overwrite=True) == file
     (folder / "config.json").write_text("{}")
     with pytest.raises(InputError, match="thesis"):
-        export.check_target(str(folder), "hf", overwrite=True)
+        pytorch.check_output(str(folder), "hf", overwrite=True)
     (folder / "thesis.txt").unlink()
-    assert export.check_target(str(folder), "hf", overwrite=True) == folder
+    assert pytorch.check_output(str(folder), "hf", overwrite=True) == folder
 
 
-def test_a_full_disk_leaves_nothing(tmp_path, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "replace", full)
-    with pytest.raises(InputError, match="cannot be written: No space left on device"):
-        export.write_timm(tmp_path / "out.safetensors", CONFIG, params(CONFIG))
+def test_a_file_that_does_not_fit_leaves_nothing(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with pytest.raises(InputError, match=r"out.safetensors cannot be written \(.*File too large.*\): make room"):
+            pytorch.write_timm(tmp_path / "out.safetensors", CONFIG, params(CONFIG))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == []
 
 
 def test_google_files_come_out_in_the_keys_of_timm():
     arrays = in_layout("Google vision_transformer", PLAIN)
-    there = export._invert(export.TIMM, assemble(translate(arrays), PLAIN, (4, 4)).params, skip="fc_norm.")
+    there = pytorch._invert(pytorch.TIMM, assemble(translate(arrays), PLAIN, (4, 4)).params, skip="fc_norm.")
     query = arrays["Transformer/encoderblock_1/MultiHeadDotProductAttention_1/query/kernel"]
     np.testing.assert_array_equal(there["blocks.1.attn.qkv.weight"][:128], query.reshape(128, 128).T)

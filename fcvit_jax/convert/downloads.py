@@ -1,0 +1,173 @@
+"""From what a user names (path, address, hub repository, zoo name) to a local file, by way of a cache."""
+
+import difflib
+import hashlib
+import ipaddress
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import urljoin, urlsplit
+
+from tqdm import tqdm
+
+from fcvit_jax.convert.hub import WEIGHTS, fetch_from_hub
+from fcvit_jax.errors import InputError, naming
+from fcvit_jax.models import zoo
+
+# Files that trainers leave beside the weights, under the same suffixes.
+_BESIDE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)")
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
+_TIMEOUT = 30  # seconds without a byte
+_BY_HAND = "download it in a browser, and name the file"
+
+
+def locate(source: str, sha256: str | None = None, check: Callable[[Path], object] | None = None) -> Path:
+    """Return the local file or directory behind what a user typed.
+
+    source: an existing path, returned unchanged; `https://...`; `hf-hub:OWNER/NAME[@REVISION]`; or a full name of the
+    zoo. sha256, check: those of `download`, for addresses only. Raises InputError if there is no such file, name or
+    repository, or if it cannot be downloaded.
+    """
+    if os.path.exists(source):
+        return Path(source)
+    if source.startswith("hf-hub:"):
+        with naming(source):
+            return fetch_from_hub(source)
+    if "://" in source:
+        return download(source, sha256, check)
+    if source in zoo.names() and (address := zoo.get(source).source):
+        # timm publishes each of its tags on the hub; torchvision's weights are at an address.
+        return locate(address if ".tv_" in source else f"hf-hub:timm/{source}", sha256, check)
+    near = [name for name in zoo.names() if name.startswith(f"{source}.")]
+    near = near or difflib.get_close_matches(source, zoo.names(), n=3, cutoff=0.6)
+    fix = f", nor a full name of the zoo; the nearest are {', '.join(near)}" if near else ": check the path"
+    raise InputError(f"{source}: no such file{fix}")
+
+
+def weight_file(directory: Path) -> Path:
+    """Return the weights, or the index of their shards, in a directory of transformers; else the only weight file.
+
+    Raises InputError if there is none, if there are several, or if the directory cannot be read.
+    """
+    try:
+        names = sorted(entry.name for entry in directory.iterdir() if entry.is_file())
+    except OSError as error:
+        raise InputError(f"{directory} cannot be read ({error.strerror}): check the path") from error
+    names = [name for name in names if not _BESIDE.fullmatch(name)]
+    found = [name for name in WEIGHTS if name in names][:1] or [name for name in names if name.endswith(_SUFFIXES)]
+    if len(found) == 1:
+        return directory / found[0]
+    listed = ", ".join(map(repr, (found or names)[:8])) + ", ..." * (len(found) > 8)
+    if found:
+        raise InputError(f"{directory} holds {len(found)} weight files ({listed}): name one of them")
+    raise InputError(
+        f"{directory} holds {listed or 'no files'}, no weights ({', '.join(_SUFFIXES)}): name the right directory"
+    )
+
+
+def expected_sha256(name: str) -> str | None:
+    """The start of a file's sha256, if its name ends in it as torch.hub's names do: `deit-cd65a155.pth`.
+
+    None if the name does not end in eight hex digits, or if they are a date such as 20240131.
+    """
+    found = re.search(r"-([0-9a-f]{8})(?:\.[A-Za-z]\w*)*$", name)
+    return found[1] if found and not re.match(r"20\d\d(0[1-9]|1[0-2])[0-3]\d", found[1]) else None
+
+
+def download(url: str, sha256: str | None = None, check: Callable[[Path], object] | None = None) -> Path:
+    """Download a file into the cache, unless it is there, and return its path.
+
+    The cache is `$FCVIT_JAX_CACHE`, or pooch's for "fcvit_jax": `~/.cache/fcvit_jax` on Linux. A file gets its name
+    there when it is whole and checked.
+
+    sha256: 8 to 64 hex digits that the file's sha256 must begin with; by default those in its name, if any. Plain http
+    needs all 64, unless the host is this machine. check: called with the path of the whole file; raises InputError if
+    it is no weight file. Raises InputError if the address, network, server, file or cache is at fault.
+    """
+    import pooch
+    import requests
+
+    def check_response(response: requests.Response, **kwargs: Any) -> None:
+        _check_response(response, sha256)
+
+    def fetch(url: str, output_file: Any, pooch_: Any, **kwargs: Any) -> None:
+        # The total is pooch's to set. Silent unless standard error is a terminal.
+        with tqdm(desc=cached.name.split("-", 1)[1], total=1, unit="B", unit_scale=True, disable=None) as bar:
+            settings: Any = dict(progressbar=bar, timeout=_TIMEOUT, hooks={"response": check_response})
+            pooch.HTTPDownloader(chunk_size=1 << 16, **settings)(url, output_file, pooch_)
+        _verify(Path(output_file), expected, check)
+
+    with naming(url):
+        _check_address(url, sha256)
+        expected = sha256 or expected_sha256(urlsplit(url).path)
+        folder = Path(os.environ.get("FCVIT_JAX_CACHE") or pooch.os_cache("fcvit_jax")).expanduser()
+        cached = folder / pooch.utils.unique_file_name(url)
+        pooch.get_logger().setLevel("WARNING")
+        try:
+            if cached.exists() and expected and not _sha256(cached).startswith(expected):
+                cached.unlink()
+            downloader: Any = fetch
+            return Path(pooch.retrieve(url, None, cached.name, folder, downloader=downloader))
+        except requests.HTTPError as error:
+            raise InputError(_refusal(error.response)) from error
+        except requests.RequestException as error:
+            cause = getattr(error.args[0] if error.args else None, "reason", error)  # urllib3's, without its wrapping
+            reason = "".join(filter(str.isprintable, str(cause)))[:200]
+            raise InputError(f"cannot be downloaded ({reason}): check the address and the network") from error
+        except OSError as error:
+            what = f"{error.filename or cached} cannot be written ({error.strerror or error})"
+            raise InputError(f"{what}: make room, or set FCVIT_JAX_CACHE to another directory") from error
+
+
+def _check_address(url: str, sha256: str | None) -> None:
+    try:
+        scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
+    except ValueError as error:
+        raise InputError("is no valid address: check it") from error
+    if scheme not in ("http", "https"):
+        raise InputError("only https:// is downloaded: download it otherwise, and name the file")
+    try:
+        local = host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        local = False
+    if scheme == "http" and not local and len(sha256 or "") != 64:
+        raise InputError("plain http may be tampered with: use https, or pass --sha256 with all 64 digits")
+
+
+def _check_response(response: Any, sha256: str | None) -> None:
+    """Refuse a redirection before it is followed, and a web page instead of a file."""
+    if response.is_redirect:
+        target = urljoin(response.url, response.headers["location"])
+        with naming(f"redirected to {target}"):
+            if response.url.startswith("https:") and not target.startswith("https:"):
+                raise InputError("a step down from https: use another address")
+            _check_address(target, sha256)
+    elif response.ok and response.headers.get("content-type", "").startswith("text/html"):
+        raise InputError(f"the server sends a web page, perhaps a login: {_BY_HAND}")
+
+
+def _refusal(response: Any) -> str:
+    """Say what a status other than success means for the user."""
+    fix = "check the address"
+    if response.status_code in (401, 403):
+        fix = f"if it needs a login, {_BY_HAND}"
+    elif response.status_code == 429 or response.status_code >= 500:
+        fix = "try again later"
+    return f"the server answers {response.status_code} ({response.reason or 'no reason'}): {fix}"
+
+
+def _verify(path: Path, expected: str | None, check: Callable[[Path], object] | None) -> None:
+    if expected and not (found := _sha256(path)).startswith(expected):
+        raise InputError(f"its sha256 is {found}, not {expected}: run the same command again, or check --sha256")
+    if check:
+        try:
+            check(path)
+        except InputError as error:  # names the temporary file, which is gone when this is read
+            raise InputError(f"the file {str(error).removeprefix(str(path)).lstrip(': ')}") from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

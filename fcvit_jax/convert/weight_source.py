@@ -1,0 +1,181 @@
+"""Weights with all that is known of them: the file, the meaning of its keys, the JSON beside it, the model's name."""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fcvit_jax.checkpoint import flat_params, load_checkpoint
+from fcvit_jax.convert.downloads import expected_sha256, locate, weight_file
+from fcvit_jax.convert.geometry import Grid, infer_config
+from fcvit_jax.convert.readers import WeightFile, read_weights
+from fcvit_jax.convert.sidecar import Sidecar, read_sidecar
+from fcvit_jax.convert.translation import Converted, Translation, translate
+from fcvit_jax.data.preprocess import PRESETS, Preprocess, preset
+from fcvit_jax.errors import InputError, naming
+from fcvit_jax.models import zoo
+from fcvit_jax.models.config import ViTConfig
+
+# Fields in which a file may differ from the model that it is named after: its keys decide.
+_DECIDED_BY_KEYS = ("image_size", "num_classes", "pool", "fc_norm", "representation_size")
+
+
+def named_model(src: str, model: str | None) -> zoo.Model | None:
+    """The model that a user names, or that SRC names if it is a full name of the zoo."""
+    name = model or (src if "." in src and src in zoo.names() else None)
+    return zoo.get(name) if name else None
+
+
+def open_weights(src: str, ema: bool, sha256: str | None) -> tuple[WeightFile, Sidecar | None]:
+    """Read the weights behind SRC; of a checkpoint of this library also what its meta.json says.
+
+    Raises InputError if SRC cannot be found, downloaded or read, or has another sha256 than `sha256` or its name says.
+    """
+    if src.startswith("packaged:"):
+        return _open_checkpoint(src)
+    path = locate(src, sha256, lambda path: read_weights(path, ema))
+    if path.is_dir():
+        if any((path / name).is_dir() for name in ("params", "checkpoint/params")):
+            return _open_checkpoint(path)
+        path = weight_file(path)
+    weights = read_weights(path, ema)
+    expected, found = sha256 or expected_sha256(path.name), weights.files[path.name]
+    if expected and not found.startswith(expected):
+        origin = "--sha256" if sha256 else "its name"
+        raise InputError(
+            f"{path}: its sha256 begins {found[: len(expected)]}, {origin} says {expected}: the file is damaged or "
+            "another one; download it again" + ("" if sha256 else ", or pass --sha256 if you renamed it")
+        )
+    return weights, None
+
+
+def _open_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:
+    checkpoint = load_checkpoint(path)
+    arrays, meta = flat_params(checkpoint.params), checkpoint.meta
+    names = tuple(meta["class_names"]) if meta["class_names"] else None
+    return WeightFile(checkpoint.path, "checkpoint", arrays, meta["files"], None, ()), Sidecar(
+        "fcvit_jax", (), asdict(checkpoint.config), checkpoint.preprocess, names, provenance=meta["provenance"]
+    )
+
+
+@dataclass(frozen=True)
+class WeightSource:
+    """A weight file, the meaning of its keys, the JSON beside it, and the named model that it holds, if any."""
+
+    weights: WeightFile
+    translation: Translation
+    sidecar: Sidecar
+    model: zoo.Model | None
+
+    @classmethod
+    def understand(
+        cls, weights: WeightFile, sidecar: Sidecar | None, model: zoo.Model | None, pixels: bool = True
+    ) -> "WeightSource":
+        """Find the layout of the keys, and read the JSON that belongs to it; `pixels` as in `read_sidecar`.
+
+        Raises InputError if the keys are not those of a supported model, or the JSON is damaged or unsupported.
+        """
+        try:
+            with naming(weights.path):
+                translation = translate(weights.arrays)
+        except InputError:
+            if not sidecar:
+                read_sidecar(weights.path, ("huggingface",), pixels=False)  # may refuse the model by its name
+            raise
+        if not sidecar:
+            kind = translation.layout.config_json
+            sidecar = read_sidecar(weights.path, (kind,) if kind else (), pixels)
+        return cls(weights, translation, sidecar, model)
+
+    def infer(self, asked: Mapping[str, Any]) -> tuple[ViTConfig, Grid | None]:
+        """The configuration, and the grid of the file's position embedding; `asked` as in `infer_config`."""
+        stated = {}
+        if self.model:
+            fields = asdict(self.model.config)
+            stated[f"a {self.model.name}"] = {name: fields[name] for name in fields if name not in _DECIDED_BY_KEYS}
+        if self.sidecar.kind:
+            # config.json names an architecture, and states or leaves to the keys what differs from it.
+            named = zoo.ARCHITECTURES.get(self.sidecar.architecture or "")
+            usual = {name: getattr(named, name) for name in ("num_heads", "gelu", "norm_eps")} if named else {}
+            stated["what config.json describes"] = usual | self.sidecar.fields
+        with naming(self.weights.path):
+            return infer_config(self.translation, stated, asked)
+
+    def preprocess(self, asked: str | None, config: ViTConfig) -> Preprocess:
+        """What `asked` (a preset), the model's name or the JSON beside the file says of pixels, in this order.
+
+        Raises InputError if none says it, or says it for another image size.
+        """
+        if asked:
+            return preset(asked, config.image_size)
+        origin, known = "the preprocessing beside the weights", self.sidecar.preprocess
+        if self.model and self.model.preprocess:
+            origin, known = self.model.name, self.model.preprocess
+        if not known:
+            name = self.model.name if self.model else ""
+            tag = next((tagged for tagged in zoo.names() if name and tagged.startswith(f"{name}.")), None)
+            raise InputError(
+                f"{self.weights.path}: the normalisation cannot be inferred from the file (timm's ViT and DeiT have "
+                f"the same keys): pass {f'--model {tag} or ' if tag else ''}--preprocess {'|'.join(PRESETS)}"
+            )
+        if known.image_size != config.image_size:
+            height, width = known.image_size
+            raise InputError(
+                f"{origin} is for {height}x{width} pixels ({known}), the model for {config.image_size[0]}x"
+                f"{config.image_size[1]}: pass --image_size {height}x{width}, or --preprocess"
+            )
+        return known
+
+    def class_names(self, asked: str | Path | Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:
+        """The names in a sequence or a text file, or by default those in the JSON if there is one for each class."""
+        if asked is None:
+            names = self.sidecar.class_names
+            return names if names and len(names) == num_classes else None
+        origin = "--class_names"
+        if isinstance(asked, str | Path):
+            origin = f"--class_names {asked}"
+            try:
+                asked = Path(asked).read_text(encoding="utf-8").splitlines()
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(f"{origin} cannot be read as text: {error}") from None
+        names = tuple(filter(None, map(str.strip, asked)))
+        if len(names) != num_classes or len(set(names)) != num_classes:
+            raise InputError(f"{origin} has {len(set(names))} different names, one a line; the head has {num_classes}")
+        return names
+
+    def assumptions(self, config: ViTConfig, num_heads: int | None) -> tuple[str, ...]:
+        """Warnings of what the conversion assumes, as neither the file nor a name nor JSON states it."""
+        remarks = []
+        pixels = self.sidecar.preprocess
+        if self.sidecar.kind == "huggingface" and pixels and pixels.crop_mode == "center":
+            remarks.append(
+                "transformers cuts the centre one pixel further up or left where a margin is odd; here as timm"
+            )
+        if not (self.model or self.sidecar.kind or self.translation.num_heads or num_heads):
+            remarks.append(
+                f"{config.num_heads} heads, GELU {config.gelu} and epsilon {config.norm_eps:g} are assumed, as is "
+                "usual: pass --model, or --num_heads, --gelu and --norm_eps, if they are others"
+            )
+        return tuple(remarks)
+
+    def provenance(self, converted: Converted) -> dict[str, Any]:
+        """What meta.json keeps of where the parameters come from."""
+        weights = self.weights
+        digests = list(weights.files.values())
+        return {
+            "source": weights.path.name,
+            # For several files, the digest of their digests: one string that tells these weights from others.
+            "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
+            "files": weights.files,
+            "from": self.sidecar.provenance,
+            "format": weights.format,
+            "layout": self.translation.layout.name,
+            "wrapper": weights.wrapper,
+            "left_aside": weights.skipped,
+            "model": self.model.name if self.model else self.sidecar.architecture,
+            "beside": self.sidecar.files,
+            "keys": [key._asdict() for key in converted.keys],
+            "dropped": converted.dropped,
+            "remarks": converted.remarks,
+        }
