@@ -73,7 +73,7 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
         raise InputError(f"{directory / 'meta.json'}: {error}") from error
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for name, sha256 in meta["files"].items():
-        if _sha256(directory / "params" / name) != sha256:
+        if file_sha256(directory / "params" / name) != sha256:
             raise InputError(f"{directory / 'params' / name} is missing or damaged (a broken copy?): copy it again")
     params = _restore(directory / "params", config, sharding)
     return Checkpoint(directory, config, params, preprocess, meta)
@@ -118,7 +118,7 @@ def save_checkpoint(
             checkpointer.save((staging / "params").absolute(), jax.tree.map(host, dict(params)))
         (staging / "params" / "commit_success.txt").unlink(missing_ok=True)  # names the place it was staged at
         files = sorted(file for file in (staging / "params").rglob("*") if file.is_file())
-        meta["files"] = {file.relative_to(staging / "params").as_posix(): _sha256(file) for file in files}
+        meta["files"] = {file.relative_to(staging / "params").as_posix(): file_sha256(file) for file in files}
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path
 
@@ -193,7 +193,8 @@ def _check_shapes(where: str, tree: Mapping[str, Any], abstract: Mapping[str, An
         raise InputError(f"{where}: {name} is {there.get(name)}, its configuration wants {wanted.get(name)}")
 
 
-def _sha256(path: Path) -> str | None:
+def file_sha256(path: Path) -> str | None:
+    """The sha256 of a file's content; None if there is no such file."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from fcvit_jax.files import file_name
 
 
 class LogitsWriter:
-    """Logits batch by batch, in files under `directory/.logits`; `save` makes of them what a user reads."""
+    """Logits batch by batch, in files under `directory/.logits`; `save` makes the files for users from them."""
 
     def __init__(self, directory: Path, schedules: Sequence[str], shape: tuple[int, int], start: int = 0):
-        """shape: images, classes. start: rows that an interrupted run has written; with 0 the files are made anew.
+        """shape: images, classes. start: rows that an interrupted run has written; with 0 the files are created.
 
-        Raises InputError where the files cannot be made, or are not there any more.
+        Raises InputError if the files cannot be created, or no longer exist.
         """
         self._directory, self._folder, self._rows = directory, directory / ".logits", start
         try:
@@ -32,27 +31,24 @@ class LogitsWriter:
             self._arrays = {
                 name: np.lib.format.open_memmap(path, "r+" if start else "w+", np.float32, shape)
                 for name, path in files.items()
-                if not start or path.exists() or not self._target(name).exists()  # `save` had come further
+                if not start or path.exists() or not self._target(name).exists()  # else `save` has finished this one
             }
             if not start:
                 self._reserve()
         except (OSError, ValueError) as error:
             raise InputError(
-                f"{self._folder} cannot be used for the logits ({error}): make room, or start in another --workdir"
+                f"{self._folder} cannot be used for the logits ({error}): make room, or choose another --workdir"
             ) from None
 
     def _target(self, schedule: str) -> Path:
         return self._directory / f"logits_{file_name(schedule)}.npz"
 
     def _reserve(self) -> None:
-        """Take the room on the disk: where it is missing later, writing to a mapped file kills the process.
-
-        `save` needs that of one file more.
-        """
+        """Allocate the disk space now, with one file more for `save`: a full disk kills who writes to a mapped file."""
         sizes = {path: path.stat().st_size for path in self._folder.iterdir()}
         sizes[self._folder / "whole.npz"] = max(sizes.values())
         for path, size in sizes.items() if hasattr(os, "posix_fallocate") else ():
-            with path.open("r+b" if path.exists() else "wb") as file:
+            with path.open("ab") as file:
                 os.posix_fallocate(file.fileno(), 0, size)
 
     def add(self, batch: Batch, logits: Mapping[str, jax.Array]) -> None:
@@ -65,21 +61,17 @@ class LogitsWriter:
     def save(self, outcomes: Outcomes) -> None:
         """Write one file a schedule: `logits` float32 [n, c], `labels` and `names`; each whole or not at all.
 
-        What it was read from is removed. Raises InputError where there is no room.
+        Removes the files that it reads, one by one. Raises InputError if the disk is full.
         """
         for name, logits in self._arrays.items():
             partial, target = self._folder / "whole.npz", self._target(name)
-            arrays = {"logits": logits[: self._rows], "labels": outcomes.labels, "names": outcomes.names}
             try:
-                with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
-                    for key, array in arrays.items():
-                        with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                            np.lib.format.write_array(member, array, allow_pickle=False)
+                np.savez(partial, logits=logits[: self._rows], labels=outcomes.labels, names=outcomes.names)
                 os.replace(partial, target)
                 Path(str(logits.filename)).unlink()
             except OSError as error:
                 raise InputError(
-                    f"{target} cannot be written ({error.strerror}): make room and start again; nothing is counted anew"
+                    f"{target} cannot be written ({error.strerror}): make room and run it again; all counts are kept"
                 ) from None
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""Outcomes of a whole data set: collected batch by batch, in a file from which an interrupted evaluation goes on."""
+"""Outcomes of a whole data set: collected batch by batch, in a file from which an interrupted evaluation resumes."""
 
 import io
 import json
@@ -17,14 +17,14 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import Outcome
 from fcvit_jax.files import write_whole
 
-NAME_BYTES = 256  # of an image's name, as it travels between processes; of a longer one the end
+NAME_BYTES = 256  # that processes exchange of an image's name: the end of a longer one
 
 
 class Outcomes(NamedTuple):
-    """What became of n images under s schedules, in the data set's order; images that do not count are left out.
+    """The outcomes of n images under s schedules, in the data set's order, without images that do not count.
 
     names: str [n]. labels: int32 [n], or [n, k] padded with -1. rank, prediction: int32 [s, n], as in `Outcome`.
-    kl: float32 [s, n], from dense; NaN where dense is not among the schedules.
+    kl: float32 [s, n], from dense; NaN if dense is not among the schedules.
     """
 
     names: np.ndarray
@@ -35,7 +35,7 @@ class Outcomes(NamedTuple):
 
 
 def collect(batch: Batch, outcomes: Mapping[str, Outcome], mesh: jax.sharding.Mesh) -> Outcomes:
-    """The rows of a batch that count. Of several processes all call it, and all get the rows of all."""
+    """Keep the rows of a batch that count. All processes call this, and each gets the rows of all."""
     rank = np.stack([outcome.rank for outcome in outcomes.values()])
     names, labels = _everywhere(batch, mesh) if jax.process_count() > 1 else (np.asarray(batch.names), batch.labels)
     none = np.full(rank.shape[1], 0 if "dense" in outcomes else np.nan, np.float32)  # dense differs from itself by 0
@@ -46,7 +46,7 @@ def collect(batch: Batch, outcomes: Mapping[str, Outcome], mesh: jax.sharding.Me
 
 
 def _everywhere(batch: Batch, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, Any]:
-    """The names and labels of a batch's rows on all processes. Names never leave their process otherwise."""
+    """Gather the names and labels of a batch's rows on all processes: names do not leave their process otherwise."""
     coded = np.array([name.encode(errors="surrogateescape")[-NAME_BYTES:] for name in batch.names], f"S{NAME_BYTES}")
     spread = jax.make_array_from_process_local_data(
         parallel.batched(mesh), coded.view(np.uint8).reshape(-1, NAME_BYTES)
@@ -57,35 +57,35 @@ def _everywhere(batch: Batch, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, Any]
 
 
 def concatenate(parts: Iterable[Outcomes]) -> Outcomes:
-    """The parts, one behind the other. There must be one at least."""
+    """Concatenate the outcomes of one or more batches."""
     names, labels, *others = zip(*parts, strict=True)
     return Outcomes(np.concatenate(names), np.concatenate(labels), *(np.concatenate(rows, axis=1) for rows in others))
 
 
 def save_outcomes(path: Path, schedules: Sequence[str], outcomes: Outcomes) -> None:
-    """Write the arrays as one .npz, with `schedules`, str [s]; whole or not at all."""
+    """Write the arrays as one .npz, with `schedules`, str [s]. A partial file is never left behind."""
     write_whole(path, _npz(schedules=np.asarray(schedules), **outcomes._asdict()))
 
 
-_BLOCK = struct.Struct("<III")  # ahead of each block: the number of its batch, its length, its CRC-32
+_BLOCK = struct.Struct("<III")  # before each block: the number of its batch, its length, its CRC-32
 
 
 class Journal:
-    """A file of outcomes to which each batch is appended as a block, so that the next run goes on behind the last.
+    """A file to which the outcomes of each batch are appended as a block, so that the next run can resume after it.
 
-    Its first line says what the run is. A block that is torn, because the process was killed while writing it, is cut
-    off with all behind it; so is one that is not the next in order, as two runs in one folder would leave it.
+    The first line identifies the run. A block that is torn, because the process was killed while writing it, is cut off
+    with everything after it; so is a block out of order, which two runs in one directory would leave.
 
-    parts: the outcomes of the whole batches found there, and of those appended since.
-    differs: where the file is of another run, in what; nothing of it is used.
+    parts: the outcomes of the whole batches found in the file, and of those appended since.
+    differs: if the file belongs to another run, which entries differ; none of its outcomes are used.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any]):
-        """run: what decides the outcomes, as JSON-able values."""
+    def __init__(self, path: Path | None, run: Mapping[str, Any]):
+        """path: None keeps the outcomes in memory alone. run: what decides the outcomes, as JSON-able values."""
         self.parts: list[Outcomes] = []
         self.differs: tuple[str, ...] = ()
         self._path, self._head = path, json.dumps(run, sort_keys=True).encode() + b"\n"
-        content = path.read_bytes() if path.exists() else b""
+        content = path.read_bytes() if path and path.exists() else b""
         if content.startswith(self._head):
             self._used = self._read(content, len(self._head))
         elif content:
@@ -93,7 +93,7 @@ class Journal:
             self.differs = tuple(sorted(key for key in before | now if before.get(key) != now.get(key)))
 
     def _read(self, content: bytes, at: int) -> int:
-        """Take over the whole blocks that begin there; returns where they end."""
+        """Read the whole blocks that begin at `at`; returns where they end."""
         while at + _BLOCK.size <= len(content):
             batch, length, checksum = _BLOCK.unpack_from(content, at)
             block = content[at + _BLOCK.size : at + _BLOCK.size + length]
@@ -105,23 +105,26 @@ class Journal:
         return at
 
     def append(self, outcomes: Outcomes) -> None:
-        """Add the next batch. Raises InputError where it cannot be written."""
-        block = _npz(**outcomes._asdict())
+        """Add the next batch. Raises InputError if it cannot be written."""
+        if self._path:
+            self._write(self._path, _npz(**outcomes._asdict()))
+        self.parts.append(outcomes)
+
+    def _write(self, path: Path, block: bytes) -> None:
         content = _BLOCK.pack(len(self.parts), len(block), zlib.crc32(block)) + block
         try:
-            if not self.parts:  # and not what another run has left there
-                self._path.write_bytes(self._head)
+            if not self.parts:  # replaces what another run has left there
+                path.write_bytes(self._head)
                 self._used = len(self._head)
-            with self._path.open("r+b") as file:
+            with path.open("r+b") as file:
                 file.seek(self._used)
                 file.truncate()
                 file.write(content)
         except OSError as error:
             raise InputError(
-                f"{self._path} cannot be written ({error.strerror}): make room and start again; it goes on from there"
+                f"{path} cannot be written ({error.strerror}): make room, then run it again to resume"
             ) from None
         self._used += len(content)
-        self.parts.append(outcomes)
 
 
 def _npz(**arrays: np.ndarray) -> bytes:

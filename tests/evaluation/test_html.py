@@ -12,7 +12,7 @@ from PIL import Image
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation import html
 from fcvit_jax.evaluation.html import render_page
-from fcvit_jax.evaluation.rows import Run
+from fcvit_jax.evaluation.runs import Run
 from fcvit_jax.evaluation.table import columns
 
 NASTY = '</script><b title="x">&amp;{{plotly}}\''

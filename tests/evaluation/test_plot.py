@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fcvit_jax.evaluation.plot import COLOURS, draw_pareto, lines, plot_pareto, published_curves
-from fcvit_jax.evaluation.rows import Run
+from fcvit_jax.evaluation.runs import Run
 
 VIT_S = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 

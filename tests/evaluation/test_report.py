@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from fcvit_jax.evaluation.report import format_table, main, write_report
-from fcvit_jax.evaluation.rows import read_run
+from fcvit_jax.evaluation.runs import read_run
 
 
 def test_files(tmp_path, make_rows):

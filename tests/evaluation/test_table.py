@@ -1,7 +1,7 @@
 import pytest
 
 from fcvit_jax.evaluation import published
-from fcvit_jax.evaluation.rows import Run
+from fcvit_jax.evaluation.runs import Run
 from fcvit_jax.evaluation.table import WIDTH, columns, differs, findings, format_table
 
 

@@ -1,11 +1,10 @@
-"""Result rows as `evaluate.py` writes them: one JSON object a merge schedule, with all its conditions.
+"""Result rows, one a merge schedule with all its conditions, and the runs that they are read from.
 
 Rows of earlier versions lack fields, and a field that was not measured is null: read them with `row.get`.
 """
 
 import json
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,15 +12,14 @@ from typing import Any
 
 from fcvit_jax.errors import InputError
 
-Row = Mapping[str, Any]
+ResultRow = dict[str, Any]
 
-# The fields that a schedule's result consists of; all others say under which conditions it was measured.
-RESULTS = (
-    *("schedule", "stages", "top1", "top1_low", "top1_high", "top5", "correct", "gained", "lost", "mcnemar_p"),
-    *("agreement", "kl", "gmacs", "gmacs_executed", "tokens_out", "images_per_second", "images_per_second_spread"),
-    *("speedup", "compile_seconds", "reference_top1", "reference_sigmas", "published_top1", "published_gmacs"),
+# What was measured of a schedule; all other fields are the conditions of the measurement.
+MEASURED = (
+    *("top1", "top1_low", "top1_high", "top5", "correct", "gained", "lost", "mcnemar_p", "agreement", "kl"),
+    *("gmacs", "gmacs_executed", "tokens_out", "images_per_second", "images_per_second_spread", "speedup"),
+    *("compile_seconds", "reference_top1", "reference_sigmas", "published_top1", "published_gmacs"),
 )
-_TEXTS = ("schedule", "stages")
 
 
 @dataclass(frozen=True)
@@ -32,30 +30,29 @@ class Run:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     per_class: Mapping[str, Any] | None = None
     gallery: tuple[Path, ...] = ()
 
     @property
-    def dense(self) -> Row | None:
+    def dense(self) -> ResultRow | None:
         return next((row for row in self.rows if row["schedule"] == "dense"), None)
 
     @property
     def evaluated(self) -> bool:
-        """Whether there are accuracies, and not the schedules' costs alone."""
+        """Whether any row has an accuracy, and not the cost alone."""
         return any(row.get("top1") is not None for row in self.rows)
 
-    def change(self, row: Row) -> float | None:
-        """Points of top-1 against the dense model; None where either was not measured."""
-        if self.dense is None or self.dense.get("top1") is None or row.get("top1") is None:
-            return None
-        return 100 * (row["top1"] - self.dense["top1"])
+    def change(self, row: ResultRow) -> float | None:
+        """Points of top-1 gained over the dense model; None if either was not measured."""
+        before, after = (self.dense or {}).get("top1"), row.get("top1")
+        return None if before is None or after is None else 100 * (after - before)
 
 
-def read_run(path: Path, rows: Sequence[Row] | None = None) -> Run:
-    """Read a working directory of `evaluate.py`, or the results.jsonl in one, with what lies beside it.
+def read_run(path: Path, rows: Sequence[ResultRow] | None = None) -> Run:
+    """Read a working directory of `evaluate.py`, or its results.jsonl, with the files beside it.
 
-    rows: those of the run, where they are at hand. Raises InputError that names the file and the line.
+    rows: the rows of the run, if they are known already. Raises InputError that names the file and the line.
     """
     directory = path if path.is_dir() else path.parent
     if rows is None:
@@ -64,19 +61,8 @@ def read_run(path: Path, rows: Sequence[Row] | None = None) -> Run:
     return Run(directory.resolve().name, tuple(rows), _read_per_class(directory / "per_class.json"), gallery)
 
 
-def family(schedule: str) -> str:
-    """The schedule's name without its rate: schedules that differ in nothing else share a line of a plot."""
-    return re.sub(r":r\d+", ":r", re.sub(r"_r\d+$", "", schedule))
-
-
-def rate(schedule: str) -> int | None:
-    """The r of a schedule; None where it has none, or several."""
-    found = set(re.findall(r"[_:]r(\d+)", schedule))
-    return int(found.pop()) if len(found) == 1 else None
-
-
 def differences(runs: Sequence[Run]) -> list[str]:
-    """What differs between the rows beside their schedules, a line each: such rows are no fair comparison."""
+    """List the conditions that differ between rows, a sentence each: such rows are no fair comparison."""
     rows = [(run.name, row) for run in runs for row in run.rows]
     lines = [
         _difference("preprocessing", [(name, row.get("preprocess")) for name, row in rows]),
@@ -91,39 +77,39 @@ def differences(runs: Sequence[Run]) -> list[str]:
     return [line for line in lines if line]
 
 
-def _labelled(row: Row) -> str | None:
+def _labelled(row: ResultRow) -> str | None:
     return f"{row['dataset']} with {row['real_labels']}" if row.get("real_labels") else row.get("dataset")
 
 
-def devices(row: Row) -> str:
-    """What a row was computed on, in words: "2 x NVIDIA H200", "CPU (2 cores) as 2 devices"."""
+def devices(row: ResultRow) -> str:
+    """Name the devices of a row: "2 x NVIDIA H200", "CPU (2 cores) as 2 devices"."""
     count, name = row.get("num_devices"), row.get("device")
     one_cpu = str(name).startswith("CPU") and count != 1 and row.get("num_processes", 1) == 1
     return f"{name} as {count} devices" if one_cpu else f"{count} x {name}"
 
 
-def _machine(row: Row) -> str | None:
+def _machine(row: ResultRow) -> str | None:
     parts = [row.get(key) for key in ("num_devices", "device", "batch_size", "dtype")]
     return None if None in parts else f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}"
 
 
 def _difference(noun: str, values: Sequence[tuple[str, Any]]) -> str:
-    """One line where there is more than one value; what a row does not say is not held against it."""
+    """One sentence if there are several values; rows that lack the field are left out."""
     found: dict[Any, list[str]] = {}
     for name, value in values:
         if value is not None:
             found.setdefault(value, []).append(name)
     if len(found) < 2:
         return ""
-    told = (f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in found.items())
-    return f"rows of different {noun} are compared: {'; '.join(told)}"
+    listed = (f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in found.items())
+    return f"rows of different {noun} are compared: {'; '.join(listed)}"
 
 
-def _read_rows(path: Path) -> list[Row]:
+def _read_rows(path: Path) -> list[ResultRow]:
     try:
         lines = path.read_text().splitlines()
     except FileNotFoundError:
-        raise InputError(f"{path} is absent: name a working directory of evaluate.py, or a results.jsonl") from None
+        raise InputError(f"{path} does not exist: give a working directory of evaluate.py or a results.jsonl") from None
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path} cannot be read as a results.jsonl: {error}") from None
     rows = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
@@ -132,17 +118,18 @@ def _read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _parse(line: str, place: str) -> Row:
+def _parse(line: str, place: str) -> ResultRow:
     try:
         row = json.loads(line)
     except ValueError:
         row = None
     if not isinstance(row, dict) or not isinstance(row.get("schedule"), str):
         raise InputError(f"{place}: not a result row, which is a JSON object with a schedule; run evaluate.py again")
-    for field in RESULTS:
-        value = row.get(field)
-        if field not in _TEXTS and value is not None and not _is_number(value):
-            raise InputError(f"{place}: field {field!r} is {value!r} and should be a number; run evaluate.py again")
+    for field in MEASURED:
+        if row.get(field) is not None and not _is_number(row[field]):
+            raise InputError(
+                f"{place}: field {field!r} is {row[field]!r} and should be a number; run evaluate.py again"
+            )
     return row
 
 
