@@ -249,9 +249,9 @@ def test_interrupted_it_goes_on_and_counts_every_image_once(run, tmp_path, monke
 def test_another_run_in_the_folder_is_begun_anew(run, tmp_path, monkeypatch, capsys):
     with interrupted(monkeypatch, 1):
         run(tmp_path, schedules="dense", save_logits=True)
-    assert {path.name for path in tmp_path.iterdir()} == {".outcomes", ".logits"}
+    assert {path.name for path in tmp_path.iterdir()} == {".outcomes"}
     rows = run(tmp_path, schedules="dense", dtype="bfloat16")
-    assert "the interrupted run there differs in dtype, save_logits; starting over" in capsys.readouterr().out
+    assert "the interrupted run there differs in dtype, logits; starting over" in capsys.readouterr().out
     assert rows[0]["num_images"] == 13
     assert {path.name for path in tmp_path.iterdir()} == {"outcomes.npz", "per_class.json", *report.REPORTS}
 

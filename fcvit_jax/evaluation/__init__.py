@@ -17,12 +17,13 @@ from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
 from fcvit_jax.evaluation.inputs import EvaluationConfig, EvaluationInputs, Schedules, open_inputs
+from fcvit_jax.evaluation.logits import save_logits
 from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_outcomes
 from fcvit_jax.evaluation.result_rows import class_table, cost_rows, result_rows
 from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
 from fcvit_jax.evaluation.times import Times
-from fcvit_jax.evaluation.workdir import forget, resume
+from fcvit_jax.evaluation.workdir import forget, open_journal
 from fcvit_jax.files import writable_directory, write_whole
 
 __all__ = ["EvaluationConfig", "ResultRow", "cost_rows", "evaluate"]
@@ -111,7 +112,7 @@ def _classify_all(
     if others and "dense" in steps:
         with times("compiling"):
             compare = compile_divergence(others, inputs.checkpoint.config.num_classes, inputs.step_config)
-    journal, writer = resume(workdir, inputs) if workdir and first else (Journal(None, {}), None)
+    journal = open_journal(workdir, inputs) if workdir and first else Journal(None, {})
     done = len(journal.parts)
     if jax.process_count() > 1:
         done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
@@ -124,17 +125,18 @@ def _classify_all(
         for batch, outcomes, logits in classify(steps, inputs.params, batches, compare, times):
             with times("on the host"):
                 part = collect(batch, outcomes, inputs.mesh)
-                if writer:
-                    writer.add(batch, logits)
-                if first:
+                if inputs.config.save_logits:  # in a single process
+                    counts = np.asarray(batch.mask)
+                    journal.append(part, [np.asarray(logits[name])[counts] for name in steps])
+                elif first:
                     journal.append(part)
             bar.update(min(size, total - bar.n))
     if not first:
         return None
     with times("on the host"):
         whole = concatenate(journal.parts)
-        if writer:
-            writer.save(whole)
+        if workdir and inputs.config.save_logits:
+            save_logits(workdir, list(steps), inputs.checkpoint.config.num_classes, journal, whole)
     return whole
 
 

@@ -117,7 +117,7 @@ class EvaluationInputs:
             "batch_size": config.batch_size,
             "dtype": config.dtype,
             "kernels": ",".join(sorted(kernels)),
-            "save_logits": config.save_logits,
+            "logits": config.save_logits,
             "device": jax.devices()[0].device_kind,
             "versions": versions(),
         }

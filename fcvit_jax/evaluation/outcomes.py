@@ -1,10 +1,11 @@
 """Outcomes of a whole data set: collected batch by batch, in a file from which an interrupted evaluation resumes."""
 
 import io
+import itertools
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,46 +86,62 @@ class Journal:
         self.parts: list[Outcomes] = []
         self.differs: tuple[str, ...] = ()
         self._path, self._head = path, json.dumps(run, sort_keys=True).encode() + b"\n"
-        content = path.read_bytes() if path and path.exists() else b""
-        if content.startswith(self._head):
-            self._used = self._read(content, len(self._head))
-        elif content:
-            before, now = _json(content.partition(b"\n")[0]), _json(self._head)
-            self.differs = tuple(sorted(key for key in before | now if before.get(key) != now.get(key)))
+        self._used = len(self._head)
+        before = b""
+        if path and path.exists():
+            with path.open("rb") as file:
+                before = file.readline()
+        if before == self._head:
+            for arrays, end in self._blocks():
+                self.parts.append(Outcomes(*(arrays[name] for name in Outcomes._fields)))
+                self._used = end
+        elif before:
+            there, now = _json(before), _json(self._head)
+            self.differs = tuple(sorted(key for key in there | now if there.get(key) != now.get(key)))
 
-    def _read(self, content: bytes, at: int) -> int:
-        """Read the whole blocks that begin at `at`; returns where they end."""
-        while at + _BLOCK.size <= len(content):
-            batch, length, checksum = _BLOCK.unpack_from(content, at)
-            block = content[at + _BLOCK.size : at + _BLOCK.size + length]
-            if batch != len(self.parts) or len(block) < length or zlib.crc32(block) != checksum:
-                break
-            with np.load(io.BytesIO(block), allow_pickle=False) as arrays:
-                self.parts.append(Outcomes(**arrays))
-            at += _BLOCK.size + length
-        return at
+    def _blocks(self) -> Iterator[tuple[Mapping[str, np.ndarray], int]]:
+        """The whole blocks in the file, and where each ends; one at a time is in memory."""
+        assert self._path
+        with self._path.open("rb") as file:
+            file.seek(len(self._head))
+            for number in itertools.count():
+                if len(start := file.read(_BLOCK.size)) < _BLOCK.size:
+                    return
+                batch, length, checksum = _BLOCK.unpack(start)
+                block = file.read(length)
+                if batch != number or len(block) < length or zlib.crc32(block) != checksum:
+                    return
+                with np.load(io.BytesIO(block), allow_pickle=False) as arrays:
+                    yield arrays, file.tell()
 
-    def append(self, outcomes: Outcomes) -> None:
-        """Add the next batch. Raises InputError if it cannot be written."""
+    def append(self, outcomes: Outcomes, logits: Sequence[np.ndarray] = ()) -> None:
+        """Add the next batch, with the logits of each schedule if they are to be saved.
+
+        Raises InputError if it cannot be written.
+        """
         if self._path:
-            self._write(self._path, _npz(**outcomes._asdict()))
+            named = {f"logits_{index}": rows for index, rows in enumerate(logits)}
+            self._write(self._path, _npz(**outcomes._asdict(), **named))
         self.parts.append(outcomes)
 
     def _write(self, path: Path, block: bytes) -> None:
-        content = _BLOCK.pack(len(self.parts), len(block), zlib.crc32(block)) + block
         try:
             if not self.parts:  # replaces what another run has left there
                 path.write_bytes(self._head)
-                self._used = len(self._head)
             with path.open("r+b") as file:
                 file.seek(self._used)
                 file.truncate()
-                file.write(content)
+                file.write(_BLOCK.pack(len(self.parts), len(block), zlib.crc32(block)) + block)
+                self._used = file.tell()
         except OSError as error:
             raise InputError(
                 f"{path} cannot be written ({error.strerror}): make room, then run it again to resume"
             ) from None
-        self._used += len(content)
+
+    def logits(self) -> Iterator[list[np.ndarray]]:
+        """The logits that were appended, read batch by batch: float32 [rows, c] of each schedule."""
+        for arrays, _ in self._blocks():
+            yield [arrays[name] for name in arrays if name.startswith("logits_")]
 
 
 def _npz(**arrays: np.ndarray) -> bytes:

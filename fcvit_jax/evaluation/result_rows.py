@@ -136,17 +136,15 @@ def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> Resul
         "correct": accuracy.correct,
         "num_images": accuracy.num_images,
     }
+    compared = dict.fromkeys(("gained", "lost", "mcnemar_p", "agreement", "kl"))
     if dense is None:
-        return fields | dict.fromkeys(("gained", "lost", "mcnemar_p", "agreement", "kl"))
+        return fields | compared
     here, there = outcomes.rank[index] == 0, outcomes.rank[dense] == 0
     gained, lost = int((here & ~there).sum()), int((there & ~here).sum())
-    return fields | {
-        "gained": gained,
-        "lost": lost,
-        "mcnemar_p": mcnemar(gained, lost),
-        "agreement": float((outcomes.prediction[index] == outcomes.prediction[dense]).mean()),
-        "kl": float(outcomes.kl[index].mean(dtype=np.float64)),
-    }
+    agreement = (outcomes.prediction[index] == outcomes.prediction[dense]).mean()
+    kl = outcomes.kl[index].mean(dtype=np.float64)
+    values = gained, lost, mcnemar(gained, lost), float(agreement), float(kl)
+    return fields | dict(zip(compared, values, strict=True))
 
 
 def _cost_fields(schedule: MergeSchedule, config: ViTConfig) -> ResultRow:

@@ -5,7 +5,7 @@ Rows of earlier versions lack fields, and a field that was not measured is null:
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,26 @@ def read_run(path: Path, rows: Sequence[ResultRow] | None = None) -> Run:
 def differences(runs: Sequence[Run]) -> list[str]:
     """List the conditions that differ between rows, a sentence each: such rows are no fair comparison."""
     rows = [(run.name, row) for run in runs for row in run.rows]
-    lines = [
-        _difference("preprocessing", [(name, row.get("preprocess")) for name, row in rows]),
-        _difference("data sets", [(name, _labelled(row)) for name, row in rows]),
-        _difference("numbers of images", [(name, row.get("num_images")) for name, row in rows]),
-    ]
-    for model in dict.fromkeys(row.get("model") for _, row in rows if row.get("model")):
-        weights = [(name, row.get("weights_sha256")) for name, row in rows if row.get("model") == model]
-        lines.append(_difference(f"weights of the same model, {model},", weights))
-    speed = [(name, _machine(row)) for name, row in rows if row.get("images_per_second")]
-    lines.append(_difference("devices, batches or dtypes (images/s)", speed))
-    return [line for line in lines if line]
-
-
-def _labelled(row: ResultRow) -> str | None:
-    return f"{row['dataset']} with {row['real_labels']}" if row.get("real_labels") else row.get("dataset")
+    conditions: dict[str, Callable[[ResultRow], Any]] = {
+        "preprocessing": lambda row: row.get("preprocess"),
+        "data sets": lambda row: " with ".join(filter(None, (row.get("dataset"), row.get("real_labels")))) or None,
+        "numbers of images": lambda row: row.get("num_images"),
+    }
+    for model in dict.fromkeys(row["model"] for _, row in rows if row.get("model")):
+        conditions[f"weights of the same model, {model},"] = lambda row, model=model: (
+            row.get("weights_sha256") if row.get("model") == model else None
+        )
+    conditions["devices, batches or dtypes (images/s)"] = _machine
+    sentences = []
+    for noun, value_of in conditions.items():
+        found: dict[Any, dict[str, None]] = {}  # the names of the runs by value; rows without one are left out
+        for name, row in rows:
+            if (value := value_of(row)) is not None:
+                found.setdefault(value, {})[name] = None
+        if len(found) > 1:
+            listed = "; ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
+            sentences.append(f"rows of different {noun} are compared: {listed}")
+    return sentences
 
 
 def devices(row: ResultRow) -> str:
@@ -89,20 +94,9 @@ def devices(row: ResultRow) -> str:
 
 
 def _machine(row: ResultRow) -> str | None:
-    parts = [row.get(key) for key in ("num_devices", "device", "batch_size", "dtype")]
-    return None if None in parts else f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}"
-
-
-def _difference(noun: str, values: Sequence[tuple[str, Any]]) -> str:
-    """One sentence if there are several values; rows that lack the field are left out."""
-    found: dict[Any, list[str]] = {}
-    for name, value in values:
-        if value is not None:
-            found.setdefault(value, []).append(name)
-    if len(found) < 2:
-        return ""
-    listed = (f"{value} ({', '.join(dict.fromkeys(names))})" for value, names in found.items())
-    return f"rows of different {noun} are compared: {'; '.join(listed)}"
+    """What images/s depend on; None if the row was not timed."""
+    parts = [row.get(key) for key in ("images_per_second", "num_devices", "device", "batch_size", "dtype")]
+    return f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}" if all(parts) else None
 
 
 def _read_rows(path: Path) -> list[ResultRow]:

@@ -13,7 +13,7 @@ _NAME_WIDTH = 24  # longer names of schedules get a line of their own
 
 
 class Column(NamedTuple):
-    """value: what rows are sorted by; None if it was not measured. form: makes the cell's text of the value and the row.
+    """value: what rows are sorted by; None if it was not measured. form: the text of a cell, from its value and row.
 
     wide: left out of the terminal's table to save room.
     """

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.inputs import EvaluationInputs
-from fcvit_jax.evaluation.logits import LogitsWriter
 from fcvit_jax.evaluation.outcomes import Journal
 
 JOURNAL = ".outcomes"  # until the results are written
@@ -35,11 +34,10 @@ def clear(workdir: Path) -> None:
 def forget(workdir: Path) -> None:
     """Delete what an interrupted run needs to resume."""
     (workdir / JOURNAL).unlink(missing_ok=True)
-    LogitsWriter.remove(workdir)
 
 
-def resume(workdir: Path, inputs: EvaluationInputs) -> tuple[Journal, LogitsWriter | None]:
-    """Open the files that a run adds to: those of an interrupted run with the same inputs, or new ones."""
+def open_journal(workdir: Path, inputs: EvaluationInputs) -> Journal:
+    """Open the journal of an interrupted run with the same inputs, or start a new one."""
     journal = Journal(workdir / JOURNAL, inputs.fingerprint)
     if journal.parts:
         done = min(len(journal.parts) * inputs.config.batch_size, inputs.num_records)
@@ -48,9 +46,4 @@ def resume(workdir: Path, inputs: EvaluationInputs) -> tuple[Journal, LogitsWrit
         if journal.differs:
             print(f"{workdir}: the interrupted run there differs in {', '.join(journal.differs)}; starting over")
         clear(workdir)
-    writer = None
-    if inputs.config.save_logits:
-        counted = sum(len(part.names) for part in journal.parts)
-        shape = inputs.num_records, inputs.checkpoint.config.num_classes
-        writer = LogitsWriter(workdir, list(inputs.schedules), shape, counted)
-    return journal, writer
+    return journal

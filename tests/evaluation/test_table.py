@@ -81,6 +81,14 @@ def test_what_is_not_what_is_reported_is_warned_of(make_run, sigmas, warned):
     assert any(sentence.startswith("warning: ") for sentence in told) == warned
 
 
+def test_rules_are_groups_of_their_own(make_rows):
+    dense, one, *_ = make_rows()
+    merged = [{**one, "schedule": f"tome_r{r}{rule}"} for rule in ("", "@nearest") for r in range(6)]
+    lines = format_table([dense, *merged]).splitlines()
+    assert lines[lines.index("") + 1].startswith("tome_r0 ")
+    assert lines[lines.index("", lines.index("") + 1) + 1].startswith("tome_r0@nearest ")
+
+
 def test_no_schedule_within_a_point(make_run):
     run = make_run()
     assert findings(Run("r", run.rows[:3])) == []
