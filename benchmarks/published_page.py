@@ -36,13 +36,13 @@ def _number(value: float | None) -> str:
 _HEAD = """\
 # Published accuracies
 
-What others report of token merging without training, on the 50,000 ImageNet-1k validation images. Nothing on this page
+What others report for token merging without training, on the 50,000 ImageNet-1k validation images. Nothing on this page
 was measured with this library. The column "computed" has the multiply-accumulates / 1e9 of one image that it counts for
 the same schedule. Made by `python benchmarks/published_page.py` from `fcvit_jax/evaluation/published.json`.
 
 Measure the same schedules yourself with [configs/paper_vit_s.py](../configs/paper_vit_s.py), `paper_vit_b.py`,
-`paper_vit_l.py`, `paper_deit_s.py` and `paper_vit_b_sam.py`; the reports have the published top-1 beside the measured,
-and draw the digitised curves behind.
+`paper_vit_l.py`, `paper_deit_s.py` and `paper_vit_b_sam.py`; the reports show the published top-1 beside the measured,
+and the digitised curves behind the plot.
 
 Sources:
 """
