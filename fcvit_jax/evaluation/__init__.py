@@ -78,7 +78,7 @@ def evaluate(
     if save_logits and jax.process_count() > 1:
         raise InputError("save_logits works in a single process only: leave it out")
     inputs, times = open_inputs(checkpoint, dataset, schedules, config), Times()
-    folder = None if workdir is None else Path(workdir)
+    folder = None if workdir is None else Path(workdir).expanduser()
     if folder and jax.process_index() == 0:
         writable_directory(folder)
     with times("compiling"):

@@ -97,12 +97,8 @@ def draw_regions(image: np.ndarray, token: np.ndarray, pruned: np.ndarray, patch
     alone = token.max() + 1 + np.arange(token.size).reshape(token.shape)
     shown = np.where(pruned, alone, token)  # pruned patches have no part in a token's colour
     width = max(1, round(scale * patch_size / 16))
-    return hatch(outline(_enlarge(fill(image, shown, patch_size), scale), shown, width), pruned)
-
-
-def hatch(picture: np.ndarray, pruned: np.ndarray) -> np.ndarray:
-    """The picture, uint8 [h, w, 3], with grey diagonal stripes on the pruned patches, bool [grid_h, grid_w]."""
-    side = picture.shape[0] // pruned.shape[0]
+    picture = outline(_enlarge(fill(image, shown, patch_size), scale), shown, width)
+    side = scale * patch_size
     rows, columns = np.indices(picture.shape[:2])
     stripes = np.where((rows + columns) // max(1, side // 8) % 2, 120, 70).astype(np.uint8)
     return np.where(_enlarge(pruned, side)[..., None], stripes[..., None], picture)
@@ -272,8 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         count = min(args.limit, len(source))
         with contextlib.closing(eval_batches(source, checkpoint.preprocess, count, limit=count)) as batches:
             batch = next(batches)
-        images, layout = np.asarray(batch.images), {"stages": args.stages, "columns": args.columns}
-        draw_gallery(checkpoint, schedules, images, batch.names, args.workdir, **layout)
+        images = np.asarray(batch.images)
+        draw_gallery(checkpoint, schedules, images, batch.names, args.workdir, stages=args.stages, columns=args.columns)
         print(f"written: {count} pictures in {args.workdir}")
 
 
@@ -284,23 +280,20 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="python -m fcvit_jax.evaluation.visualize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    prog, formatter = "python -m fcvit_jax.evaluation.visualize", argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=formatter)
 
     def add(flag: str, metavar: str, default: Any, help: str, type: Any = str) -> None:
-        parser.add_argument(flag, metavar=metavar, default=default, type=type, help=f"{help}; by default {default}")
+        parser.add_argument(flag, metavar=metavar, default=default, type=type, help=f"{help}; default: {default}")
 
     add("--checkpoint", "DIR", "packaged:digits", "a checkpoint, a train_sam.py working directory, or packaged:NAME")
     add("--images", "PATH", "digits:test", f"a file, a folder (images at any depth), or a data set: {FORMS}")
-    add("--schedules", "A,B", "tome_r12,s2dfe_r15,s2winc5_r16", "names or explicit forms, as evaluate.py takes them")
-    add("--workdir", "W", "workdir/visualize", "where to write the pictures; files of the same name are replaced", Path)
+    add("--schedules", "A,B", "tome_r12,s2dfe_r15,s2winc5_r16", "names or explicit forms, as for evaluate.py")
+    add("--workdir", "W", "workdir/visualize", "where to write the pictures; same names are overwritten", Path)
     add("--limit", "N", 12, "draw the first N images", _positive)
     layout = parser.add_mutually_exclusive_group()
     layout.add_argument("--stages", action="store_true", help="one row per schedule, with the layers on the way")
-    layout.add_argument("--columns", metavar="N", type=_positive, help="panels in a row; by default all")
+    layout.add_argument("--columns", metavar="N", type=_positive, help="panels in a row; default: all")
     return parser
 
 

@@ -73,14 +73,6 @@ def test_findings(make_run, changes, expected):
     assert sum(expected in told for told in findings(make_run(**changes))) == 1
 
 
-@pytest.mark.parametrize(
-    ("sigmas", "warned"), [(3.0, False), (-3.0, False), (3.01, True), (-3.01, True), (None, False)]
-)
-def test_what_is_not_what_is_reported_is_warned_of(make_run, sigmas, warned):
-    told = findings(make_run(reference_top1=0.91, reference_sigmas=sigmas))
-    assert any(sentence.startswith("warning: ") for sentence in told) == warned
-
-
 def test_rules_are_groups_of_their_own(make_rows):
     dense, one, *_ = make_rows()
     merged = [{**one, "schedule": f"tome_r{r}{rule}"} for rule in ("", "@nearest") for r in range(6)]
