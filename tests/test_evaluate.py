@@ -203,9 +203,9 @@ def interrupted(monkeypatch, batches):
     """A run that breaks off behind so many batches of this life, with half of the next one written."""
     append, done = Journal.append, []
 
-    def stop(self, outcomes):
+    def stop(self, outcomes, logits=()):
         before = self._path.stat().st_size if self._path.exists() else 0
-        append(self, outcomes)
+        append(self, outcomes, logits)
         done.append(outcomes)
         if len(done) > batches:
             os.truncate(self._path, (before + self._path.stat().st_size) // 2)
