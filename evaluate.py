@@ -6,40 +6,60 @@
         --config.sweep=tome:0-16,s2dfe:2-20:2,s2winc7:1-20 --workdir=W
     python evaluate.py --config.gmacs_only=true --config.checkpoint=vit_small_patch16_224 --config.sweep=tome:0-16
 
-Any field of the configuration is overridden by --config.FIELD=VALUE; configs/eval_digits.py, the default, lists them.
-Started again with the same --workdir and configuration, an interrupted run goes on behind its last batch. On several
-hosts, start the same command on each with --distributed=auto (Slurm, Kubernetes, TPU), or
---distributed=HOST:PORT,COUNT,INDEX. On a CPU of several cores, --jax_num_cpu_devices=2 may be some percent faster.
+Override any field of the configuration with --config.FIELD=VALUE; configs/eval_digits.py, the default, lists them.
+Rerun the same command to resume an interrupted evaluation after its last finished batch. On several hosts, run the same
+command on each with --distributed=auto (Slurm, Kubernetes, TPU) or --distributed=HOST:PORT,COUNT,INDEX. On a CPU with
+several cores, --jax_num_cpu_devices=2 may be a few percent faster.
 
 Writes into the working directory: results.jsonl and .csv (one row a schedule), report.html and pareto.png,
-per_class.json, outcomes.npz (what became of every image), and on request logits_<schedule>.npz and gallery/.
+per_class.json, outcomes.npz (the outcome of every image), and on request logits_<schedule>.npz and gallery/.
 """
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from fcvit_jax.evaluation.job import Settings
-from fcvit_jax.evaluation.report import format_table, write_report
-from fcvit_jax.evaluation.run import forget, holds_accuracies, run
+import jax
+
+from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation import EvaluationConfig, cost_rows, evaluate
+from fcvit_jax.evaluation.report import format_table, reports_in, write_report
 from fcvit_jax.evaluation.times import format_times
+from fcvit_jax.evaluation.workdir import clear, holds_accuracies
+from fcvit_jax.files import writable_directory
 from fcvit_jax.flags import run_script
 
 
 def main(config: Any, workdir: Path) -> None:
-    settings = Settings.of(config)
-    rows = run(settings, workdir)
-    if not rows:  # another process has them
+    options = {field.name: config.get(field.name) for field in fields(EvaluationConfig)}
+    known = {"checkpoint", "dataset", "schedules", "sweep", "gmacs_only", *options}
+    for name in sorted(known ^ set(config)):
+        state = "unknown" if name in config else "missing"
+        raise InputError(f"config.{name} is {state}: see configs/eval_digits.py")
+    for name in ("checkpoint",) if config.gmacs_only else ("checkpoint", "dataset"):
+        if not config[name]:
+            raise InputError(f"config.{name} is empty: pass --config.{name}=...")
+    schedules = f"dense,{config.schedules},{config.sweep}" if config.sweep else config.schedules
+    if config.gmacs_only:
+        report_costs(config.checkpoint, schedules, workdir)
+    elif rows := evaluate(config.checkpoint, config.dataset, schedules, workdir=workdir, **options):
+        print(f"{format_table(rows)}\n{format_times(rows[0]['seconds'])}")
+        print(f"written: {', '.join(reports_in(workdir))} in {workdir}")
+
+
+def report_costs(checkpoint: str, schedules: str, workdir: Path) -> None:
+    """Print and write what schedules cost, unless an evaluation has left results in the working directory."""
+    if jax.process_index():
         return
-    if settings.gmacs_only and holds_accuracies(workdir):
-        written = f"nothing is written: {workdir} has an evaluation's results, or an interrupted one; they stay"
-    else:
-        written = f"written: {', '.join(write_report(rows, workdir))} in {workdir}"
-    if not settings.gmacs_only:
-        forget(workdir)
+    rows = cost_rows(checkpoint, schedules)
+    kept = holds_accuracies(workdir)
+    if not kept:
+        writable_directory(workdir)
+        clear(workdir)
+        write_report(rows, workdir)
     print(format_table(rows))
-    if "seconds" in rows[0]:
-        print(format_times(rows[0]["seconds"]))
-    print(written)
+    written = f"written: {', '.join(reports_in(workdir))} in {workdir}"
+    print(f"nothing is written: {workdir} has the results of an evaluation, which are kept" if kept else written)
 
 
 if __name__ == "__main__":

@@ -29,14 +29,12 @@ sys.path.insert(0, str(ROOT))  # the scripts and configs/ are not installed
 
 import numpy as np  # noqa: E402
 
-from configs import digits_sam, eval_digits, finetune_folder  # noqa: E402
+from configs import digits_sam, finetune_folder  # noqa: E402
 from fcvit_jax.allocator import keep_freed_memory  # noqa: E402
 from fcvit_jax.checkpoint import load_checkpoint, versions  # noqa: E402
 from fcvit_jax.data.sources import open_source  # noqa: E402
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors  # noqa: E402
-from fcvit_jax.evaluation import run as evaluation  # noqa: E402
-from fcvit_jax.evaluation.job import Settings  # noqa: E402
-from fcvit_jax.evaluation.report import write_report  # noqa: E402
+from fcvit_jax.evaluation import evaluate  # noqa: E402
 from fcvit_jax.flags import keep_programs  # noqa: E402
 from fcvit_jax.training import run as training  # noqa: E402
 from fcvit_jax.training.comparison import compare  # noqa: E402
@@ -166,16 +164,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         raise InputError(f"{twin} is absent: run the arm adamw of this seed first, which the others are compared with")
     training.train(config, workdir)
 
-    fields = eval_digits.get_config().to_dict() | {
-        "checkpoint": str(workdir),
-        "dataset": config.test,
-        "schedules": setting.schedules,
-        "throughput_blocks": 0,
-    }
-    evaluated = evaluation.run(Settings.of(fields), workdir / "evaluation")
-    write_report(evaluated, workdir / "evaluation")
-    evaluation.forget(workdir / "evaluation")
-
+    evaluated = evaluate(workdir, config.test, setting.schedules, workdir=workdir / "evaluation", throughput_blocks=0)
     checkpoint = load_checkpoint(workdir)
     report = measure_checkpoint(checkpoint, open_source(config.train), setting.flatness)
     report.write(workdir / "flatness.json")

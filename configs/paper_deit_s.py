@@ -3,13 +3,13 @@
     python -m fcvit_jax.convert deit_small_patch16_224.fb_in1k deit_s
     python evaluate.py --config=configs/paper_deit_s.py --config.checkpoint=deit_s --workdir=W
 
-What the schedules cost, beside the published numbers, needs neither weights nor images:
+Compare what the schedules cost with the published numbers, without weights or images:
 
     python evaluate.py --config=configs/paper_deit_s.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-at hand. The table prints GMACs to 0.1, which pins the rates of ToMe and of DFE. Its full method, 2.5 GMACs, has a rate
-that it does not print: s2winc7 comes nearest with 2.64 at 16.
+available. The table prints GMACs to 0.1, which determines the rates of ToMe and DFE. It does not print the rate of its
+full method, 2.5 GMACs: s2winc7 comes nearest with 2.64 at 16.
 """
 
 from ml_collections import ConfigDict

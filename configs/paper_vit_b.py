@@ -3,13 +3,12 @@
     python -m fcvit_jax.convert vit_base_patch16_224.augreg_in21k_ft_in1k vit_b
     python evaluate.py --config=configs/paper_vit_b.py --config.checkpoint=vit_b --workdir=W
 
-What the schedules cost, beside the published numbers, needs neither weights nor images:
+Compare what the schedules cost with the published numbers, without weights or images:
 
     python evaluate.py --config=configs/paper_vit_b.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-at hand. The multiply-accumulates of s2winc7 are those of the plots within 0.05 GMACs; the plots' s2dfe fits by its
-images/s alone.
+available. The GMACs of s2winc7 agree with the plots within 0.05; s2dfe could be compared by its images/s alone.
 """
 
 from ml_collections import ConfigDict

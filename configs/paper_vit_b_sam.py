@@ -4,13 +4,13 @@ validation images.
     python -m fcvit_jax.convert vit_base_patch16_224.sam_in1k vit_b_sam
     python evaluate.py --config=configs/paper_vit_b_sam.py --config.checkpoint=vit_b_sam --workdir=W
 
-What the schedules cost, beside the published numbers, needs neither weights nor images:
+Compare what the schedules cost with the published numbers, without weights or images:
 
     python evaluate.py --config=configs/paper_vit_b_sam.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-at hand. The plot has images/s and no GMACs. Beside configs/paper_vit_b.py it is no test of SAM alone: those weights
-saw ImageNet-21k as well.
+available. The plot has images/s and no GMACs. Comparing with configs/paper_vit_b.py does not test SAM alone: those
+weights were pretrained on ImageNet-21k as well.
 """
 
 from ml_collections import ConfigDict

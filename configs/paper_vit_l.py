@@ -3,13 +3,13 @@
     python -m fcvit_jax.convert vit_large_patch16_224.augreg_in21k_ft_in1k vit_l
     python evaluate.py --config=configs/paper_vit_l.py --config.checkpoint=vit_l --workdir=W
 
-What the schedules cost, beside the published numbers, needs neither weights nor images:
+Compare what the schedules cost with the published numbers, without weights or images:
 
     python evaluate.py --config=configs/paper_vit_l.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-at hand. The multiply-accumulates of s4dfe are those of the plots within 0.2 GMACs. Those of the plots' s4winc7 follow
-from no known rule: here it is what the paper's text says of it.
+available. The GMACs of s4dfe agree with the plots within 0.2. No known rule gives the GMACs of the plots' s4winc7:
+here it is what the paper's text describes.
 """
 
 from ml_collections import ConfigDict

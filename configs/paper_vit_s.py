@@ -3,13 +3,12 @@
     python -m fcvit_jax.convert vit_small_patch16_224.augreg_in21k_ft_in1k vit_s
     python evaluate.py --config=configs/paper_vit_s.py --config.checkpoint=vit_s --workdir=W
 
-What the schedules cost, beside the published numbers, needs neither weights nor images:
+Compare what the schedules cost with the published numbers, without weights or images:
 
     python evaluate.py --config=configs/paper_vit_s.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-at hand. The multiply-accumulates are those of the plots within 0.03 GMACs, which tests/evaluation/test_published.py
-checks.
+available. The GMACs agree with the plots within 0.03, as tests/evaluation/test_published.py checks.
 """
 
 from ml_collections import ConfigDict

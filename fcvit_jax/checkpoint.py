@@ -1,9 +1,9 @@
-"""The checkpoint directory: parameters (Orbax) beside `meta.json`, which says how to build and feed the model.
+"""The checkpoint directory: parameters (Orbax) beside `meta.json`, which describes the model and its preprocessing.
 
     DIR/meta.json   configuration, preprocessing, class names, provenance, library versions, sha256 of the files
     DIR/params/     the parameter tree of `ViT(config)`, float32
 
-A directory is written under another name beside its place and renamed at the end: it is whole or not there.
+A directory is written under a temporary name beside its place and renamed at the end: it never exists in part.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ PACKAGED = Path(__file__).parent / "pretrained"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's weights with all that is needed to run it.
+    """A model's weights with everything needed to run it.
 
     params: nested dict of float32 arrays, as `ViT(config).init` gives under "params".
     meta: the JSON object of meta.json: "config", "preprocess", "class_names" (list or None), "provenance", "versions".
@@ -49,7 +49,7 @@ class Checkpoint:
 def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = None) -> Checkpoint:
     """Open a checkpoint directory, a `train_sam.py` working directory, or a `packaged:NAME` checkpoint.
 
-    sharding: of every parameter; by default they lie on the first device. Raises InputError in one line where the
+    sharding: of every parameter; by default they lie on the first device. Raises InputError in one line if the
     directory is missing, without metadata, damaged, or written by a later version.
     """
     directory = _locate(path)
@@ -73,7 +73,7 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
         raise InputError(f"{directory / 'meta.json'}: {error}") from error
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for name, sha256 in meta["files"].items():
-        if _sha256(directory / "params" / name) != sha256:
+        if file_sha256(directory / "params" / name) != sha256:
             raise InputError(f"{directory / 'params' / name} is missing or damaged (a broken copy?): copy it again")
     params = _restore(directory / "params", config, sharding)
     return Checkpoint(directory, config, params, preprocess, meta)
@@ -89,10 +89,10 @@ def save_checkpoint(
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a checkpoint directory, atomically; of several processes, the first writes parameters that it has whole.
+    """Write a checkpoint directory, atomically. One process calls this, with parameters that it holds whole.
 
-    provenance: JSON-able facts on where the parameters come from. Raises InputError where `path` exists (with
-    `overwrite`: exists and is not a checkpoint), cannot be written or has no room left, and where the parts do not fit
+    provenance: JSON-able facts about where the parameters come from. Raises InputError if `path` exists (with
+    `overwrite`: exists and is not a checkpoint), cannot be written or the disk is full, and if the parts do not fit
     each other.
     """
     path = check_target(path, overwrite, ENTRIES)
@@ -110,15 +110,15 @@ def save_checkpoint(
     with staged(path) as staging:
         import orbax.checkpoint as ocp
 
-        # Alone, even where other processes belong to the run: their parameters are the same. Of arrays that lie on
-        # the devices of one process Orbax then wants none; of NumPy's it makes a copy more.
+        # Alone, even if other processes belong to the run: their parameters are the same. Orbax then refuses arrays on
+        # the devices of one process; of NumPy arrays it makes one more copy.
         host = jnp.asarray if jax.process_count() == 1 else np.asarray
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="save")
         with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
             checkpointer.save((staging / "params").absolute(), jax.tree.map(host, dict(params)))
         (staging / "params" / "commit_success.txt").unlink(missing_ok=True)  # names the place it was staged at
         files = sorted(file for file in (staging / "params").rglob("*") if file.is_file())
-        meta["files"] = {file.relative_to(staging / "params").as_posix(): _sha256(file) for file in files}
+        meta["files"] = {file.relative_to(staging / "params").as_posix(): file_sha256(file) for file in files}
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path
 
@@ -131,7 +131,7 @@ def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = 
 
 
 def versions() -> dict[str, str]:
-    """Versions of this library and of those that shape its numbers."""
+    """Versions of this library and of the libraries that determine its numbers."""
     names = ("fcvit-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
     found = {}
     for name in names:
@@ -146,7 +146,7 @@ def _locate(path: str | Path) -> Path:
         directory = PACKAGED / text.removeprefix("packaged:")
         if not (directory / "meta.json").is_file():
             there = ", ".join(f"packaged:{meta.parent.name}" for meta in sorted(PACKAGED.glob("*/meta.json")))
-            raise InputError(f"no packaged checkpoint {text!r}: there is {there}")
+            raise InputError(f"no packaged checkpoint {text!r}: choose one of {there}")
         return directory
     directory = Path(path).expanduser()
     if directory.is_file():
@@ -190,10 +190,11 @@ def _check_shapes(where: str, tree: Mapping[str, Any], abstract: Mapping[str, An
     there, wanted = leaf_shapes(tree), leaf_shapes(abstract)
     if odd := sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)):
         name = odd[0]
-        raise InputError(f"{where}: {name} is {there.get(name)}, its configuration wants {wanted.get(name)}")
+        raise InputError(f"{where}: {name} is {there.get(name)}, its configuration requires {wanted.get(name)}")
 
 
-def _sha256(path: Path) -> str | None:
+def file_sha256(path: Path) -> str | None:
+    """The sha256 of a file's content; None if there is no such file."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

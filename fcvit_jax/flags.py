@@ -1,4 +1,4 @@
-"""What the two scripts share: their flags, compiled programs kept for the next run, and mistakes told in one line."""
+"""Shared by the two scripts: flags, the cache of compiled programs, and one-line errors about flags."""
 
 import contextlib
 import os
@@ -19,28 +19,31 @@ from fcvit_jax.errors import one_line_errors
 
 flags.disclaim_key_flags()  # --help lists them as the script's own
 _CPU = Path("/proc/cpuinfo")
+_CACHE = (
+    "Where to keep compiled programs for the next run; empty: nowhere. Default: $JAX_COMPILATION_CACHE_DIR, or "
+    "fcvit_jax/jax in $XDG_CACHE_HOME or ~/.cache."
+)
 
 
 def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) -> None:
     """Parse the command line and call `main` with the configuration (a `ConfigDict`) and the working directory.
 
-    config: the file that --config names by default; it has a `get_config()`. workdir: the default of --workdir.
+    config: the default of --config, a file with a `get_config()`. workdir: the default of --workdir.
     """
     keep_freed_memory()
     with _one_line():
-        fields = "The experiment; --config.FIELD=VALUE overrides a field of it."
+        fields = "The experiment; --config.FIELD=VALUE overrides one of its fields."
         config_flag = config_flags.DEFINE_config_file("config", str(config), fields, lock_config=True)
-    place = "Where the results are written; those of an earlier run go."
+    place = "Where to write the results; results of an earlier run are deleted."
     workdir_flag = flags.DEFINE_string("workdir", workdir, place)
-    kept = "Where compiled programs are kept for the next run; empty: nowhere. By default $JAX_COMPILATION_CACHE_DIR, "
-    flags.DEFINE_string("compile_cache", None, kept + "or fcvit_jax/jax in $XDG_CACHE_HOME or ~/.cache.")
+    flags.DEFINE_string("compile_cache", None, _CACHE)
     where = "Join other processes: auto (Slurm, Kubernetes, TPU), or HOST:PORT,COUNT,INDEX."
     flags.DEFINE_string("distributed", "", where)
     jax.config.config_with_absl()
 
     def run(argv: list[str]) -> None:
         if argv[1:]:
-            raise app.UsageError(f"unknown argument {argv[1]!r}: fields are set by --config.FIELD=VALUE")
+            raise app.UsageError(f"unknown argument {argv[1]!r}: set fields with --config.FIELD=VALUE")
         if not flags.FLAGS["verbosity"].present:
             logging.set_verbosity(logging.WARNING)
         with one_line_errors():
@@ -53,7 +56,7 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) ->
 
 
 def keep_programs(folder: str | None) -> None:
-    """Have JAX keep what it compiles, and find it there again. Where nothing can be written, nothing is kept.
+    """Have JAX keep compiled programs in a folder, and reuse them. Nothing is kept if the folder cannot be written.
 
     folder: None for the default, "" for none.
     """
@@ -74,7 +77,7 @@ def keep_programs(folder: str | None) -> None:
 
 def _default_cache() -> str:
     if jax.default_backend() == "cpu":
-        # On those before AMX, XLA rejects, at length, what it compiled on the same CPU (openxla/xla, issue 44565).
+        # Intel CPUs with AVX-512 but no AMX: XLA rejects what it compiled on the same CPU (openxla/xla, issue 44565).
         with contextlib.suppress(OSError):
             cpu = _CPU.read_text()
             if "GenuineIntel" in cpu and "avx512f" in cpu and "amx_tile" not in cpu:
@@ -85,7 +88,7 @@ def _default_cache() -> str:
 def _parse(argv: list[str]) -> list[str]:
     with _one_line():
         rest = app.parse_flags_with_usage(argv)
-        _ = flags.FLAGS.config.items  # a file that could not be loaded says so when it is first used
+        _ = flags.FLAGS.config.items  # a file that cannot be loaded raises at its first use
         return rest
 
 

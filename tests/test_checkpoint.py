@@ -106,12 +106,12 @@ def test_bad_directories_are_told_in_one_line(saved, tmp_path):
     assert "there is no such checkpoint" in message(tmp_path / "nowhere")
     assert "is a file" in message(saved / "meta.json")
     assert "has no meta.json" in message(saved / "params")
-    assert "no packaged checkpoint 'packaged:mnist': there is packaged:digits" in message("packaged:mnist")
+    assert "no packaged checkpoint 'packaged:mnist': choose one of packaged:digits" in message("packaged:mnist")
 
     edit(saved, config=CONFIG.to_dict() | {"depth": 3})
-    assert "blocks_2/attn/proj/bias is None, its configuration wants (16,)" in message(saved)
+    assert "blocks_2/attn/proj/bias is None, its configuration requires (16,)" in message(saved)
     edit(saved, config=CONFIG.to_dict() | {"embed_dim": 32})
-    assert "blocks_0/attn/proj/bias is (16,), its configuration wants (32,)" in message(saved)
+    assert "blocks_0/attn/proj/bias is (16,), its configuration requires (32,)" in message(saved)
     for name, value, told in [
         ("image_size", 16, "image_size is 16"),
         ("image_size", [16, 16, 16], "image_size is (16, 16, 16)"),

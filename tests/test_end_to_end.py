@@ -160,9 +160,9 @@ def test_training_ends_in_a_checkpoint_that_evaluates(tmp_path):
         ({"dataset": ""}, "config.dataset is empty"),
         ({"real_labels": "{tmp}/two"}, "cannot be read"),
         ({"batch_size": 0}, "batch_size is 0"),
-        ({"limit": -1}, "limit: -1 is not positive"),
+        ({"limit": -1}, "limit is -1: it must be a whole number, 1 or more, or none"),
         ({"dtype": "float8"}, "dtype is 'float8'"),
-        ({"workers": 0}, "workers: 0 is not positive"),
+        ({"workers": 0}, "workers is 0"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(fields, says, tmp_path):

@@ -23,12 +23,13 @@ from PIL import Image
 import evaluate
 import fcvit_jax as fc
 from configs import eval_digits
-from fcvit_jax import flags, parallel
+from fcvit_jax import evaluation, flags, parallel
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation import job, run
+from fcvit_jax.evaluation import EvaluationConfig, inputs, report
+from fcvit_jax.evaluation.outcomes import Journal
 from fcvit_jax.evaluation.statistics import mcnemar, wilson
 from fcvit_jax.evaluation.times import format_times
 
@@ -64,23 +65,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def settings(checkpoint, folder):
-    def make(**changes):
-        config: Any = eval_digits.get_config()
-        fields = dict(
-            checkpoint=str(checkpoint), dataset=f"folder:{folder}", schedules=",".join(SCHEDULES), batch_size=8
-        )
-        for name, value in ({"throughput_blocks": 0} | fields | changes).items():
-            config[name] = value
-        return job.Settings(**config)
+def run(checkpoint, folder):
+    def run(workdir, **changes):
+        fields = {"dataset": f"folder:{folder}", "schedules": ",".join(SCHEDULES), "batch_size": 8}
+        return evaluation.evaluate(checkpoint, workdir=workdir, **({"throughput_blocks": 0} | fields | changes))
 
-    return make
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """Have a source of our own opened in place of a data set."""
-    return lambda source: monkeypatch.setattr(job, "open_source", lambda spec: source)
+    return run
 
 
 def logits_by_hand(checkpoint):
@@ -104,14 +94,14 @@ def log_softmax(rows):
     return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
 
 
-def test_rows_and_files_are_what_is_counted_by_hand(checkpoint, settings, tmp_path):
+def test_rows_and_files_are_what_is_counted_by_hand(checkpoint, run, tmp_path):
     (tmp_path / "logits_old.npz").write_bytes(b"of an earlier run")
     (tmp_path / "notes.txt").write_text("the user's")
     torn = [".results.jsonl.partial", ".report.html.partial", "gallery/.000_photo.png.partial"]  # by a kill
     (tmp_path / "gallery").mkdir()
     for name in torn:
         (tmp_path / name).write_bytes(b"a half")
-    rows = run.run(settings(save_logits=True, gallery=2), tmp_path)
+    rows = run(tmp_path, save_logits=True, gallery=2)
     labels = [index // 2 for index in range(13)]
     logits = logits_by_hand(checkpoint)
     dense = ranks(logits["dense"], [[label] for label in labels])
@@ -148,16 +138,15 @@ def test_rows_and_files_are_what_is_counted_by_hand(checkpoint, settings, tmp_pa
     assert (tmp_path / "notes.txt").exists()
     assert not any((tmp_path / name).exists() for name in torn)
     assert not (tmp_path / "logits_old.npz").exists()
-    run.forget(tmp_path)
     assert not list(tmp_path.glob(".*"))
 
 
-def test_some_classes_several_labels_and_images_without_one(checkpoint, settings, serve, tmp_path):
+def test_some_classes_several_labels_and_images_without_one(checkpoint, run, tmp_path):
     labels: list[tuple[int, ...]] = [(index % 6,) if index % 3 else (2, 5) for index in range(13)]
     labels[4] = labels[11] = ()
     read = lambda i: Record(PIXELS[i], labels[i], f"image {i}")  # noqa: E731
-    serve(Source("variant", CLASSES, 13, read, scored=(5, 0, 1, 2, 3, 4), labels_per_image=2))
-    rows = run.run(settings(), tmp_path)
+    variant = Source("variant", CLASSES, 13, read, scored=(5, 0, 1, 2, 3, 4), labels_per_image=2)
+    rows = run(tmp_path, dataset=variant)
     there = [index for index in range(13) if labels[index]]
     logits = logits_by_hand(checkpoint)
     for name, row in zip(SCHEDULES, rows, strict=True):
@@ -171,22 +160,25 @@ def test_some_classes_several_labels_and_images_without_one(checkpoint, settings
     assert classes == {CLASSES[c]: sum(c in each for each in labels) for c in (1, 2, 4, 5)}
 
 
-def test_without_dense_nothing_is_compared(settings, tmp_path):
-    (row,) = run.run(settings(schedules="tome_r3", limit=5), tmp_path)
+def test_without_dense_nothing_is_compared(run, tmp_path):
+    (row,) = run(tmp_path, schedules="tome_r3", limit=5)
     assert [row[key] for key in ("gained", "lost", "mcnemar_p", "agreement", "kl")] == [None] * 5
     assert row["num_images"] == 5
 
 
-def test_the_time_of_timing_is_told(settings, tmp_path, monkeypatch):
+def test_the_time_of_timing_is_told(run, tmp_path, monkeypatch):
     # On one device: of eight on a few cores the many calls in flight wait for each other.
-    monkeypatch.setattr(run.parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
-    (row,) = run.run(settings(schedules="tome_r3", limit=5, throughput_blocks=1), tmp_path)
+    monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    (row,) = run(tmp_path, schedules="tome_r3", limit=5, throughput_blocks=1)
     assert row["images_per_second"] > 0
     assert row["seconds"]["timing"] > 0
 
 
-def test_a_sweep_begins_with_dense_and_nothing_merged_is_dense(settings, tmp_path):
-    rows = run.run(settings(schedules="tome_r5", sweep="tome:0-4:2"), tmp_path)
+def test_a_sweep_begins_with_dense_and_nothing_merged_is_dense(tmp_path):
+    config: Any = eval_digits.get_config()
+    config.update(dataset="digits:test", schedules="tome_r5", sweep="tome:0-4:2", limit=13, throughput_blocks=0)
+    evaluate.main(config, tmp_path)
+    rows = report.read_run(tmp_path).rows
     assert [row["schedule"] for row in rows] == ["dense", "tome_r5", "tome_r0", "tome_r2", "tome_r4"]
     dense, none = rows[0], rows[2]
     assert (none["gmacs"], none["tokens_out"], none["correct"]) == (
@@ -201,22 +193,26 @@ def test_a_sweep_begins_with_dense_and_nothing_merged_is_dense(settings, tmp_pat
 class Stop(Exception):
     """What ends a run in the middle of a test."""
 
+    @classmethod
+    def end(cls, *args):
+        raise cls
+
 
 @contextlib.contextmanager
 def interrupted(monkeypatch, batches):
     """A run that breaks off behind so many batches of this life, with half of the next one written."""
-    append, done = run.Journal.append, []
+    append, done = Journal.append, []
 
-    def stop(self, outcomes):
+    def stop(self, outcomes, logits=()):
         before = self._path.stat().st_size if self._path.exists() else 0
-        append(self, outcomes)
+        append(self, outcomes, logits)
         done.append(outcomes)
         if len(done) > batches:
             os.truncate(self._path, (before + self._path.stat().st_size) // 2)
             raise Stop
 
     with monkeypatch.context() as patch, contextlib.suppress(Stop):
-        patch.setattr(run.Journal, "append", stop)
+        patch.setattr(Journal, "append", stop)
         yield
         pytest.fail("the run was not interrupted")
 
@@ -225,66 +221,65 @@ def counts(rows):
     return [(row["schedule"], row["correct"], row["top5"], row["gained"], row["lost"], row["kl"]) for row in rows]
 
 
-def test_interrupted_it_goes_on_and_counts_every_image_once(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(run.parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
-    two = settings(batch_size=2, save_logits=True, schedules="dense,tome_r3")
-    whole = run.run(two, tmp_path / "whole")
+def test_interrupted_it_goes_on_and_counts_every_image_once(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    two = dict(batch_size=2, save_logits=True, schedules="dense,tome_r3")
+    whole = run(tmp_path / "whole", **two)
     for batches in (3, 2):
         with interrupted(monkeypatch, batches):
-            run.run(two, tmp_path / "parts")
+            run(tmp_path / "parts", **two)
     capsys.readouterr()
-    read, starts = run.eval_batches, []
-    monkeypatch.setattr(run, "eval_batches", lambda *a, **k: starts.append(k["start"]) or read(*a, **k))
-    rows = run.run(two, tmp_path / "parts")
-    assert starts == [0, 5]
-    assert "it goes on after 10 of 13 images" in capsys.readouterr().out
+    read, starts = inputs.eval_batches, []
+    monkeypatch.setattr(inputs, "eval_batches", lambda *a, **k: starts.append(k["start"]) or read(*a, **k))
+    with monkeypatch.context() as patch:  # ended after the last batch, before the rows are written
+        patch.setattr(report, "write_report", Stop.end)
+        with pytest.raises(Stop):
+            run(tmp_path / "parts", **two)
+    assert "resuming the interrupted run after 10 of 13 images" in capsys.readouterr().out
+    rows = run(tmp_path / "parts", **two)
+    assert starts == [5, 7]
     assert counts(rows) == counts(whole)
     for name in ("outcomes.npz", *(f"logits_{name}.npz" for name in ("dense", "tome_r3"))):
         ours, theirs = (np.load(tmp_path / place / name) for place in ("parts", "whole"))
         for key in theirs:
             np.testing.assert_array_equal(ours[key], theirs[key])
-    # Its files are there until they are forgotten: killed now, it has nothing left to count.
-    again = run.run(two, tmp_path / "parts")
-    assert starts == [0, 5, 0, 7]
-    assert counts(again) == counts(whole)
+    assert not list((tmp_path / "parts").glob(".*"))
 
 
-def test_another_run_in_the_folder_is_begun_anew(settings, tmp_path, monkeypatch, capsys):
+def test_another_run_in_the_folder_is_begun_anew(run, tmp_path, monkeypatch, capsys):
     with interrupted(monkeypatch, 1):
-        run.run(settings(schedules="dense", save_logits=True), tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".outcomes", ".logits"}
-    rows = run.run(settings(schedules="dense", dtype="bfloat16"), tmp_path)
-    assert "the interrupted run there differs in dtype, save_logits; this one starts anew" in capsys.readouterr().out
+        run(tmp_path, schedules="dense", save_logits=True)
+    assert {path.name for path in tmp_path.iterdir()} == {".outcomes"}
+    rows = run(tmp_path, schedules="dense", dtype="bfloat16")
+    assert "the interrupted run there differs in dtype, logits; starting over" in capsys.readouterr().out
     assert rows[0]["num_images"] == 13
-    run.forget(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {"outcomes.npz", "per_class.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"outcomes.npz", "per_class.json", *report.REPORTS}
 
 
-def test_a_run_that_counted_nothing_leaves_nothing(settings, serve, tmp_path):
+def test_a_run_that_counted_nothing_leaves_nothing(run, tmp_path):
     def read(index):
         raise InputError(f"image {index} cannot be read")
 
-    serve(Source("broken", CLASSES, 13, read))
     with pytest.raises(InputError, match="image 0 cannot be read"):
-        run.run(settings(schedules="dense", save_logits=True), tmp_path)
+        run(tmp_path, dataset=Source("broken", CLASSES, 13, read), schedules="dense", save_logits=True)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_does_not_grow_by_pixels(settings, serve, tmp_path, monkeypatch):
+def test_memory_does_not_grow_by_pixels(run, monkeypatch):
     size = 200_000  # bytes an image
     side = round((size / 3) ** 0.5)
-    serve(Source("many", CLASSES, 400, lambda i: Record(np.zeros((side, side, 3), np.uint8), i % 7, f"image {i}")))
+    many = Source("many", CLASSES, 400, lambda i: Record(np.zeros((side, side, 3), np.uint8), i % 7, f"image {i}"))
     held = []
-    append = run.Journal.append
+    append = Journal.append
 
     def watch(self, outcomes):
         append(self, outcomes)
         held.append(tracemalloc.get_traced_memory()[0])
 
-    monkeypatch.setattr(run.Journal, "append", watch)
+    monkeypatch.setattr(Journal, "append", watch)
     tracemalloc.start()
     try:
-        run.run(settings(schedules="dense", workers=1), tmp_path)
+        run(None, dataset=many, schedules="dense", workers=1)
     finally:
         tracemalloc.stop()
     assert len(held) == 50
@@ -292,19 +287,17 @@ def test_memory_does_not_grow_by_pixels(settings, serve, tmp_path, monkeypatch):
     assert late - early < 160 * 1000  # bytes: the outcomes of 160 images, and not one image's pixels each
 
 
-def test_gmacs_need_neither_data_nor_weights(settings, tmp_path):
-    rows = run.run(
-        settings(checkpoint="vit_small_patch16_224", dataset="", gmacs_only=True, sweep="tome:13-13"), tmp_path
-    )
-    assert [row["schedule"] for row in rows] == ["dense", "tome_r3", "s1winc1_r4", "tome_r13"]
+def test_gmacs_need_neither_data_nor_weights():
+    rows = evaluation.cost_rows("vit_small_patch16_224", "dense,tome_r3,tome:13-13")
+    assert [row["schedule"] for row in rows] == ["dense", "tome_r3", "tome_r13"]
     assert rows[0]["gmacs"] == pytest.approx(4.60, abs=0.01)
-    assert rows[3]["gmacs"] == pytest.approx(2.70, abs=0.01)
-    assert (rows[3]["tokens_out"], rows[3]["stages"]) == (197 - 12 * 13, "global:12:r13")
-    weights = settings(checkpoint="deit_small_patch16_224.fb_in1k", gmacs_only=True, schedules="dense")
-    assert run.run(weights, tmp_path)[0]["model"] == "deit_small_patch16_224.fb_in1k"
+    assert rows[2]["gmacs"] == pytest.approx(2.70, abs=0.01)
+    assert (rows[2]["tokens_out"], rows[2]["stages"]) == (197 - 12 * 13, "global:12:r13")
+    (row,) = evaluation.cost_rows("deit_small_patch16_224.fb_in1k", "dense")
+    assert row["model"] == "deit_small_patch16_224.fb_in1k"
 
 
-def test_costs_take_nothing_from_an_evaluation(settings, tmp_path, monkeypatch, capsys):
+def test_costs_take_nothing_from_an_evaluation(run, tmp_path, monkeypatch, capsys):
     config: Any = eval_digits.get_config()
     config.gmacs_only, config.schedules = True, "dense,tome_r12"
 
@@ -317,13 +310,11 @@ def test_costs_take_nothing_from_an_evaluation(settings, tmp_path, monkeypatch, 
         return told[-1]
 
     with interrupted(monkeypatch, 1):
-        run.run(settings(schedules="dense", save_logits=True), tmp_path / "parts")
-    rows = run.run(settings(schedules="dense"), tmp_path / "whole")
-    evaluate.write_report(rows, tmp_path / "whole")
-    run.forget(tmp_path / "whole")
+        run(tmp_path / "parts", schedules="dense", save_logits=True)
+    run(tmp_path / "whole", schedules="dense")
     for name in ("parts", "whole"):
         assert kept(tmp_path / name) == (
-            f"nothing is written: {tmp_path / name} has an evaluation's results, or an interrupted one; they stay"
+            f"nothing is written: {tmp_path / name} has the results of an evaluation, which are kept"
         )
     (tmp_path / "whole" / "outcomes.npz").unlink()  # the table alone will do
     assert kept(tmp_path / "whole").startswith("nothing is written")
@@ -333,6 +324,64 @@ def test_costs_take_nothing_from_an_evaluation(settings, tmp_path, monkeypatch, 
         assert (
             capsys.readouterr().out.splitlines()[-1] == f"written: results.jsonl, results.csv in {tmp_path / 'costs'}"
         )
+
+
+def test_from_python_with_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    dense, merged = evaluation.evaluate("packaged:digits", "digits:test", ["dense", "tome_r12"])
+    test = fc.load_checkpoint("packaged:digits").meta["provenance"]["test"]
+    assert (dense["correct"], dense["num_images"]) == (test["correct"], test["num_images"])
+    assert (dense["checkpoint"], dense["dataset"]) == ("packaged:digits", "digits:test")
+    assert merged["images_per_second"] > 0
+    assert list(tmp_path.iterdir()) == []
+    for option in ({"save_logits": True}, {"gallery": 1}):
+        with pytest.raises(InputError, match="save_logits and gallery write files: pass a workdir"):
+            evaluation.evaluate("packaged:digits", "digits:test", "dense", **option)
+
+
+def test_loaded_checkpoints_sources_and_schedules_of_ones_own(checkpoint, run, tmp_path):
+    loaded = fc.load_checkpoint(checkpoint)
+    local = fc.MergeSchedule((fc.Dense(1), fc.Global(2, 3)))
+    named = evaluation.evaluate(
+        loaded,
+        Source("mine", CLASSES, 13, lambda i: Record(PIXELS[i], i // 2, f"image {i}")),
+        {"dense": fc.MergeSchedule.dense(3), "my own": local},
+        batch_size=8,
+        throughput_blocks=0,
+        workdir=tmp_path,
+        save_logits=True,
+    )
+    rows = run(None, schedules=[fc.MergeSchedule.dense(3), local, "tome_r3"])
+    assert [row["schedule"] for row in rows] == ["dense", "dense:1,global:2:r3", "tome_r3"]
+    assert [row["schedule"] for row in named] == ["dense", "my own"]
+    assert counts(named)[0] == counts(rows)[0]
+    assert counts(named)[1][1:] == counts(rows)[1][1:]
+    assert {row["checkpoint"] for row in named} == {str(checkpoint)}
+    assert (tmp_path / "logits_my-own.npz").exists()
+    (alone,) = run(None, schedules=local)
+    assert alone["correct"] == rows[1]["correct"]
+    with pytest.raises(InputError, match="no schedule given"):
+        run(None, schedules=[])
+
+
+def test_weights_that_were_changed_in_memory_are_another_run(checkpoint, folder, tmp_path, monkeypatch, capsys):
+    loaded = fc.load_checkpoint(checkpoint)
+    changed = dataclasses.replace(loaded, params=jax.tree.map(lambda leaf: 2 * leaf, loaded.params))
+    options = dict(workdir=tmp_path, batch_size=8, throughput_blocks=0)
+    with interrupted(monkeypatch, 1):
+        evaluation.evaluate(loaded, f"folder:{folder}", "dense", **options)
+    evaluation.evaluate(changed, f"folder:{folder}", "dense", **options)
+    assert "differs in checkpoint; starting over" in capsys.readouterr().out
+
+
+def test_the_configuration_lists_the_fields_and_defaults_of_the_code():
+    defaults = {field.name: field.default for field in dataclasses.fields(EvaluationConfig)}
+    listed: Any = eval_digits.get_config()
+    own = ("checkpoint", "dataset", "schedules", "sweep", "gmacs_only")
+    assert {name: value for name, value in listed.items() if name not in own} == defaults
+    listed.colour = "red"
+    with pytest.raises(InputError, match=r"config\.colour is unknown: see configs/eval_digits\.py"):
+        evaluate.main(listed, Path("unused"))
 
 
 def known(
@@ -348,7 +397,7 @@ def known(
     source = Source(spec, classes or imagenet.synsets(), size, lambda index: Record(b"", 0, ""), **more)
     config = dataclasses.replace(fc.zoo.get("deit_small_patch16_224").config, image_size=(pixels, pixels))
     loaded = fc.Checkpoint(Path(), config, {}, fc.Preprocess(), {"provenance": {"model": model}})
-    return job.reported_top1(source, loaded, limit)
+    return inputs.reported_top1(source, loaded, limit)
 
 
 def test_what_is_reported_is_that_of_these_weights_and_images():
@@ -376,25 +425,22 @@ def test_what_is_reported_is_that_of_these_weights_and_images():
     assert known("tfds:val/test@data", ordered=True, labels_per_image=9) is None
 
 
-def test_published_accuracies_stand_in_the_rows_of_those_weights_and_images(settings, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "reported_top1", lambda *args: 0.8)
-    load, provenance = job.load_checkpoint, {"model": "vit_small_patch16_224.augreg_in21k_ft_in1k"}
+def test_published_accuracies_stand_in_the_rows_of_those_weights_and_images(run, monkeypatch):
+    monkeypatch.setattr(inputs, "reported_top1", lambda *args: 0.8)
+    load, provenance = inputs.load_checkpoint, {"model": "vit_small_patch16_224.augreg_in21k_ft_in1k"}
 
     def named(*args):
         return dataclasses.replace(loaded := load(*args), meta=loaded.meta | {"provenance": provenance})
 
-    monkeypatch.setattr(job, "load_checkpoint", named)
-    wanted = settings(schedules="dense,tome_r1,tome_r13,s1winc1_r4")
-    rows = run.run(wanted, tmp_path)
+    monkeypatch.setattr(inputs, "load_checkpoint", named)
+    rows = run(None, schedules="dense,tome_r1,tome_r13,s1winc1_r4")
     assert rows[0]["reference_top1"] == 0.8
     assert [row["published_top1"] for row in rows] == [0.8141, None, 0.7932, None]
     assert {row["published_gmacs"] for row in rows} == {None}
-    monkeypatch.setattr(job, "reported_top1", lambda *args: None)  # on other images
-    assert {row["published_top1"] for row in run.run(wanted, tmp_path)} == {None}
-    costs = run.run(
-        settings(checkpoint="vit_small_patch16_224", gmacs_only=True, schedules="s2dfe_r18"), tmp_path / "c"
-    )
-    assert (costs[0]["published_top1"], costs[0]["published_gmacs"]) == (0.7973, 2.787)
+    monkeypatch.setattr(inputs, "reported_top1", lambda *args: None)  # on other images
+    assert {row["published_top1"] for row in run(None, schedules="dense,tome_r13")} == {None}
+    (costs,) = evaluation.cost_rows("vit_small_patch16_224", "s2dfe_r18")
+    assert (costs["published_top1"], costs["published_gmacs"]) == (0.7973, 2.787)
 
 
 def start(workdir, *more: Any, devices: Any = 1, cache: Any = None, **fields: Any):
@@ -454,11 +500,11 @@ def less_gloo(output):
     return GLOO.sub("", output).strip()
 
 
-def test_one_device_eight_devices_and_two_processes_count_the_same(checkpoint, folder, settings, tmp_path):
+def test_one_device_eight_devices_and_two_processes_count_the_same(checkpoint, folder, run, tmp_path):
     fields = dict(checkpoint=checkpoint, dataset=f"folder:{folder}", schedules=",".join(SCHEDULES), batch_size=8)
     both = start_two(tmp_path / "two", throughput_blocks=1, **fields)
     one = start(tmp_path / "one", throughput_blocks=0, **fields)
-    assert run.run(settings(), tmp_path / "eight")[0]["num_devices"] == 8
+    assert run(tmp_path / "eight")[0]["num_devices"] == 8
     quiet = [finish(process)[0] for process in both][1]
     finish(one)
     assert less_gloo(quiet) == ""
@@ -554,7 +600,7 @@ def test_killed_at_any_moment_on_any_devices_it_ends_in_the_same_outcomes(tmp_pa
     kept = programs()
     assert len(kept) >= 2
     output, errors = finish(start(parts, **fields))
-    done = re.search(r"it goes on after (\d+) of 360 images", output)
+    done = re.search(r"resuming the interrupted run after (\d+) of 360 images", output)
     assert done
     assert 8 <= int(done[1]) < 360
     assert errors == ""  # and XLA takes its own programs from the cache without a word

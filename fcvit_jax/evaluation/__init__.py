@@ -1,1 +1,168 @@
-"""Accuracy, throughput and reports: many schedules in one pass over the data."""
+"""Accuracy, throughput and reports: many merge schedules in one pass over the data."""
+
+import contextlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from fcvit_jax import parallel
+from fcvit_jax.checkpoint import Checkpoint
+from fcvit_jax.data.batches import eval_batches
+from fcvit_jax.data.sources import Source
+from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
+from fcvit_jax.evaluation.inputs import EvaluationConfig, EvaluationInputs, open_inputs
+from fcvit_jax.evaluation.logits import save_logits
+from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_outcomes
+from fcvit_jax.evaluation.result_rows import class_table, cost_rows, result_rows
+from fcvit_jax.evaluation.runs import ResultRow
+from fcvit_jax.evaluation.throughput import Rate, measure_throughput
+from fcvit_jax.evaluation.times import Times
+from fcvit_jax.evaluation.workdir import forget, open_journal
+from fcvit_jax.files import writable_directory, write_whole
+from fcvit_jax.models.schedule import Schedules
+
+__all__ = ["EvaluationConfig", "ResultRow", "cost_rows", "evaluate"]
+
+PANELS = 6  # of the gallery, at most, beside each image
+
+
+def evaluate(
+    checkpoint: str | Path | Checkpoint,
+    dataset: str | Source,
+    schedules: Schedules,
+    *,
+    workdir: str | Path | None = None,
+    batch_size: int = EvaluationConfig.batch_size,
+    dtype: str = EvaluationConfig.dtype,
+    limit: int | None = EvaluationConfig.limit,
+    real_labels: str = EvaluationConfig.real_labels,
+    save_logits: bool = EvaluationConfig.save_logits,
+    gallery: int = EvaluationConfig.gallery,
+    throughput_blocks: int = EvaluationConfig.throughput_blocks,
+    workers: int | None = EvaluationConfig.workers,
+) -> list[ResultRow]:
+    """Evaluate a checkpoint under merge schedules, in one pass over the data; returns one row a schedule.
+
+        rows = fcvit_jax.evaluate("packaged:digits", "digits:test", ["dense", "tome_r12"])
+
+    Every process of a run calls this; the first gets the rows, the others an empty list. Everything that can be checked
+    is checked before the first compilation.
+
+    Args:
+      checkpoint: a checkpoint directory, a `train_sam.py` working directory, `packaged:NAME`, or a loaded checkpoint.
+      dataset: a data set's spec, as `open_source` takes it, or a source.
+      schedules: names or explicit forms separated by commas (ranges such as `tome:0-16` too), a sequence of names or
+        `MergeSchedule`s, or a mapping from names of your own. Rows are compared with the schedule named `dense`.
+      workdir: write all files of `evaluate.py` there; an interrupted evaluation resumes after its last finished batch
+        when it is called again with the same arguments. None: write nothing.
+      batch_size: images, over all devices.
+      dtype: of the computation: float32, tf32 or bfloat16.
+      limit: evaluate the first images only.
+      real_labels: ReaL's real.json: its labels replace those of ImageNet's validation images.
+      save_logits: write logits_<schedule>.npz.
+      gallery: draw what the first images are merged to, under each schedule.
+      throughput_blocks: timed blocks a schedule; 0 leaves images/s out.
+      workers: decoding threads; by default as many as cores.
+
+    Raises:
+      InputError: in one line, if an argument does not fit or an image cannot be read.
+    """
+    config = EvaluationConfig(batch_size, dtype, limit, real_labels, save_logits, gallery, throughput_blocks, workers)
+    if workdir is None and (save_logits or gallery):
+        raise InputError("save_logits and gallery write files: pass a workdir")
+    if save_logits and jax.process_count() > 1:
+        raise InputError("save_logits works in a single process only: leave it out")
+    inputs, times = open_inputs(checkpoint, dataset, schedules, config), Times()
+    folder = None if workdir is None else Path(workdir).expanduser()
+    if folder and jax.process_index() == 0:
+        writable_directory(folder)
+    with times("compiling"):
+        steps = compile_steps(inputs.checkpoint.config, inputs.schedules, inputs.params, inputs.step_config)
+    outcomes = _classify_all(inputs, folder, steps, times)
+    rates = _measure_speed(inputs, steps, times)
+    if outcomes is None:
+        return []
+    if folder is None:
+        return result_rows(inputs, outcomes, steps, rates, times)
+    from fcvit_jax.evaluation.report import write_report  # a command too, which must not be imported before it runs
+
+    save_outcomes(folder / "outcomes.npz", list(inputs.schedules), outcomes)
+    table = class_table(outcomes, inputs.schedules, inputs.source.class_names)
+    write_whole(folder / "per_class.json", json.dumps(table).encode())
+    if gallery:
+        with times("pictures"):
+            _draw(inputs, folder / "gallery")
+    rows = result_rows(inputs, outcomes, steps, rates, times)
+    write_report(rows, folder)
+    forget(folder)
+    return rows
+
+
+def _classify_all(
+    inputs: EvaluationInputs, workdir: Path | None, steps: Mapping[str, CompiledStep], times: Times
+) -> Outcomes | None:
+    """The pass over the data; returns the outcomes of all images, None to any process but the first."""
+    size, total, first = inputs.config.batch_size, inputs.num_records, jax.process_index() == 0
+    others, compare = [name for name in steps if name != "dense"], None
+    if others and "dense" in steps:
+        with times("compiling"):
+            compare = compile_divergence(others, inputs.checkpoint.config.num_classes, inputs.step_config)
+    journal = open_journal(workdir, inputs) if workdir and first else Journal(None, {})
+    done = len(journal.parts)
+    if jax.process_count() > 1:
+        done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
+    with contextlib.ExitStack() as stack:
+        if workdir and first:  # without a finished batch there is nothing to resume from
+            stack.callback(lambda: None if journal.parts else forget(workdir))
+        batches = stack.enter_context(inputs.batches(done))
+        bar = parallel.progress(desc="evaluating", total=total, initial=min(done * size, total), unit="img")
+        stack.enter_context(bar)
+        for batch, outcomes, logits in classify(steps, inputs.params, batches, compare, times):
+            with times("on the host"):
+                part = collect(batch, outcomes, inputs.mesh)
+                if inputs.config.save_logits:  # in a single process
+                    counts = np.asarray(batch.mask)
+                    journal.append(part, [np.asarray(logits[name])[counts] for name in steps])
+                elif first:
+                    journal.append(part)
+            bar.update(min(size, total - bar.n))
+    if not first:
+        return None
+    with times("on the host"):
+        whole = concatenate(journal.parts)
+        if workdir and inputs.config.save_logits:
+            save_logits(workdir, list(steps), inputs.checkpoint.config.num_classes, journal, whole)
+    return whole
+
+
+def _measure_speed(inputs: EvaluationInputs, steps: Mapping[str, CompiledStep], times: Times) -> dict[str, Rate]:
+    """Images/s on the first batch; {} if that is not wanted."""
+    blocks = inputs.config.throughput_blocks
+    if not blocks:
+        return {}
+    with inputs.batches(limit=min(inputs.config.batch_size, inputs.num_records)) as batches:
+        batch = next(batches)
+    with times("timing"), parallel.progress(desc="timing", total=blocks * len(steps), unit="block") as bar:
+        return measure_throughput(steps, inputs.params, batch, blocks, on_block=bar.update)
+
+
+def _draw(inputs: EvaluationInputs, folder: Path) -> None:
+    """The gallery: what the first images are merged to."""
+    from fcvit_jax.evaluation.visualize import draw_gallery  # a command too
+
+    checkpoint = inputs.checkpoint
+    merged = [name for name in inputs.schedules if name != "dense"]
+    places = np.linspace(0, len(merged) - 1, PANELS).round().astype(int) if merged else ()
+    shown = {merged[place]: inputs.schedules[merged[place]] for place in places}
+    many = min(inputs.config.gallery, inputs.num_records)
+    with contextlib.closing(eval_batches(inputs.source, checkpoint.preprocess, many, limit=many)) as batches:
+        first = next(batches)
+    # On one device of this process: the others may have no part in it.
+    alone = replace(checkpoint, params=jax.tree.map(np.asarray, checkpoint.params))
+    draw_gallery(alone, shown, np.asarray(first.images), first.names, folder, columns=4)

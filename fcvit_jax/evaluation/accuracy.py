@@ -1,6 +1,6 @@
 """Many schedules in one pass over the data: each image is decoded and sent to the device once.
 
-What comes back is the outcome of every image under every schedule; whatever is counted, is counted of those.
+The pass yields the outcome of every image under every schedule; all counts are made from these outcomes.
 """
 
 import time
@@ -16,7 +16,6 @@ import numpy as np
 from fcvit_jax import compiling, parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models.config import ViTConfig
@@ -24,16 +23,17 @@ from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 
+Comparison = Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]  # as `compile_divergence` gives it
+
 
 class Outcome(NamedTuple):
-    """What became of the rows of one batch under one schedule.
+    """The outcome of each row of one batch under one schedule.
 
-    rank: int32 [b], how many of the scored classes come before the right one (of several, before the first): 0 is
-        right, below 5 is among the first five. -1 is a row that does not count. Equal logits rank in the order of the
-        classes.
+    rank: int32 [b], how many of the scored classes come before the right one (the first right one, of several): 0 is
+        correct, below 5 is among the first five. -1 is a row that does not count. Equal logits rank in class order.
     prediction: int32 [b], the scored class that comes first.
-    finite: bool [b], false where a row that counts has a logit that is no finite number.
-    kl: float32 [b], `divergence` from dense; None where it is not computed.
+    finite: bool [b], false if a row that counts has a logit that is not finite.
+    kl: float32 [b], `divergence` from dense; None if it is not computed.
     """
 
     rank: Any
@@ -54,7 +54,7 @@ def eval_step(
     """Classify one batch.
 
     scored: the outputs among which a prediction is made, None for all. images: uint8 [b, height, width, 3]; labels:
-    int32 [b], or [b, k] padded with -1, of which any is right; mask: bool [b], False for padding and for images without
+    int32 [b], or [b, k] padded with -1, any of which is right; mask: bool [b], False for padding and for images without
     a label. Returns the outcome and the logits of all outputs, float32 [b, c].
     """
     logits, _ = model.apply({"params": params}, preprocess.normalize(images))
@@ -74,11 +74,31 @@ def divergence(scored: tuple[int, ...] | None, dense: jax.Array, logits: jax.Arr
 
 
 def _select(logits: jax.Array, scored: tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
-    """The logits of the scored outputs, in their order, and which outputs they are of."""
+    """The logits of the scored outputs in ascending order, and the indices of these outputs."""
     if scored is None:
         return logits, jnp.arange(logits.shape[1], dtype=jnp.int32)
     classes = jnp.asarray(sorted(scored), jnp.int32)
     return logits[:, classes], classes
+
+
+def choose_kernels_for(schedule: MergeSchedule, dtype: str, mesh: jax.sharding.Mesh) -> str:
+    """Choose the implementation that computes a schedule on these devices. dtype: a key of `compiling.PRECISIONS`."""
+    return choose_kernels(compiling.computation(dtype)[0], mesh.devices.flat, schedule)
+
+
+@dataclass(frozen=True)
+class StepConfig:
+    """What steps are compiled for: batches of one size, their rows spread over the devices of the mesh.
+
+    dtype: a key of `compiling.PRECISIONS`. scored, labels_per_image: as in the `Source` of the images.
+    """
+
+    preprocess: Preprocess
+    mesh: jax.sharding.Mesh
+    batch_size: int
+    dtype: str = "float32"
+    scored: tuple[int, ...] | None = None
+    labels_per_image: int = 1
 
 
 @dataclass(frozen=True)
@@ -90,33 +110,24 @@ class CompiledStep:
     compile_seconds: float
 
     def __call__(self, params: Any, batch: Batch) -> tuple[Outcome, jax.Array]:
-        """Start it. The outcome will lie whole on every device, the logits spread by rows."""
+        """Start the step. Every device gets the whole outcome; the logits are spread by rows."""
         return parallel.settled(self.call(params, batch.images, batch.labels, batch.mask))
 
 
-def compile_step(
-    model: ViT,
-    preprocess: Preprocess,
-    params: Any,
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-    dtype: str = "float32",
-    scored: tuple[int, ...] | None = None,
-    labels_per_image: int = 1,
-) -> CompiledStep:
-    """Compile `eval_step` for batches of one size, the rows spread over the devices of the mesh.
+def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
+    """Compile `eval_step`; the model's own dtype and kernels are replaced.
 
-    params: the parameters; those of a call have to lie on the devices as these do, replicated or sharded. dtype: a key
-    of `compiling.PRECISIONS`; it replaces the model's own, and so do the kernels that `choose_kernels` picks. scored,
-    labels_per_image: as the `Source` has them.
+    params: the parameters; the step must be called with parameters that lie on the devices in the same way.
     """
+    batch_size, mesh = config.batch_size, config.mesh
     parallel.check_batch_size(batch_size, mesh)
-    compute, precision = compiling.computation(dtype)
+    compute, precision = compiling.computation(config.dtype)
     schedule = model.schedule or MergeSchedule.dense(model.config.depth)
-    model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat, schedule))
+    model = model.clone(dtype=compute, kernels=choose_kernels_for(schedule, config.dtype, mesh))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
-    call = partial(eval_step, model, preprocess, scored)
+    several = (config.labels_per_image,) if config.labels_per_image > 1 else ()
+    call = partial(eval_step, model, config.preprocess, config.scored)
     call = compiling.on_each_device(call, model.config.num_tokens, mesh)
     step = jax.jit(call, out_shardings=(everywhere, rows))
     started = time.perf_counter()
@@ -124,55 +135,32 @@ def compile_step(
         call = step.lower(
             params,
             shape((batch_size, *model.config.image_size, 3), jnp.uint8),
-            shape((batch_size, labels_per_image) if labels_per_image > 1 else (batch_size,), jnp.int32),
+            shape((batch_size, *several), jnp.int32),
             shape((batch_size,), jnp.bool_),
         ).compile(compiling.options(batch_size // mesh.size, model.config.num_tokens, compute))
     return CompiledStep(model, call, time.perf_counter() - started)
 
 
 def compile_steps(
-    config: ViTConfig,
-    schedules: Mapping[str, MergeSchedule],
-    preprocess: Preprocess,
-    params: Any,
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-    dtype: str,
-    source: Source,
+    model: ViTConfig, schedules: Mapping[str, MergeSchedule], params: Any, config: StepConfig
 ) -> dict[str, CompiledStep]:
-    """`compile_step` for every schedule, of a model with this configuration and for the labels of this source."""
-    return {
-        name: compile_step(
-            ViT(config, schedule),
-            preprocess,
-            params,
-            batch_size,
-            mesh,
-            dtype,
-            source.scored,
-            source.labels_per_image,
-        )
-        for name, schedule in parallel.progress(schedules.items(), desc="compiling", unit="schedule")
-    }
+    """`compile_step` for every schedule."""
+    bar = parallel.progress(schedules.items(), desc="compiling", unit="schedule")
+    return {name: compile_step(ViT(model, schedule), params, config) for name, schedule in bar}
 
 
-def compile_divergence(
-    names: Iterable[str],
-    num_classes: int,
-    batch_size: int,
-    mesh: jax.sharding.Mesh,
-    scored: tuple[int, ...] | None = None,
-) -> jax.stages.Compiled:
-    """One program for `divergence` from dense of all the schedules named: (logits, logits by name) to values by name.
+def compile_divergence(names: Iterable[str], num_classes: int, config: StepConfig) -> jax.stages.Compiled:
+    """Compile `divergence` from dense for all schedules named: (logits, logits by name) to values by name.
 
-    It takes the logits of steps that `compile_steps` made for the same schedules, classes, batch size and mesh.
+    The program takes logits from steps that were compiled for the same configuration.
     """
 
     def divergences(dense: jax.Array, others: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: divergence(scored, dense, logits) for name, logits in others.items()}
+        return {name: divergence(config.scored, dense, logits) for name, logits in others.items()}
 
-    logits = jax.ShapeDtypeStruct((batch_size, num_classes), jnp.float32, sharding=parallel.batched(mesh))
-    program = jax.jit(divergences, out_shardings=parallel.replicated(mesh))
+    sharding = parallel.batched(config.mesh)
+    logits = jax.ShapeDtypeStruct((config.batch_size, num_classes), jnp.float32, sharding=sharding)
+    program = jax.jit(divergences, out_shardings=parallel.replicated(config.mesh))
     return program.lower(logits, dict.fromkeys(names, logits)).compile()
 
 
@@ -180,55 +168,55 @@ def classify(
     steps: Mapping[str, CompiledStep],
     params: Any,
     batches: Iterable[Batch],
-    compare: Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]] | None = None,
+    compare: Comparison | None = None,
     times: Times | None = None,
 ) -> Iterator[tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]]:
     """Run every schedule on every batch: yields the batch, the outcomes on the host, and the logits on the device.
 
-    One batch is being computed while the one before it is handed out, and while the one after it is waited for: never
-    more, so that they do not pile up in the device's memory. (A CPU may compute each when it is asked: `allocator`.)
+    While one batch is computed, the one before it is handed out and the one after it is waited for: never more, or they
+    would pile up in the device's memory. (A CPU may compute each when it is asked: `allocator`.)
 
     steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
-    compare: of `compile_divergence`, for all schedules but dense; needs dense among the steps.
-    times: is told what the host waits for. Raises InputError where a model's logits are not finite.
+    compare: from `compile_divergence`, for all schedules but dense; requires dense among the steps. times: gets the
+    seconds that the host waits. Raises InputError if a model's logits are not finite.
     """
-    times = times or Times()
-
-    def start(batch: Batch) -> tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]:
-        outcomes, logits = {}, {}
-        for name, step in steps.items():
-            outcomes[name], logits[name] = step(params, batch)
-        if compare:
-            others = {name: logits[name] for name in steps if name != "dense"}
-            for name, kl in compare(logits["dense"], others).items():
-                outcomes[name] = outcomes[name]._replace(kl=kl)
-        return batch, outcomes, logits
-
-    def finish(
-        batch: Batch, outcomes: dict[str, Outcome], logits: dict[str, jax.Array]
-    ) -> tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]:
-        with times("computing"):
-            fetched = jax.device_get(outcomes)
-            outcomes = {name: fetched[name] for name in steps}  # it comes back sorted by name
-        for name, outcome in outcomes.items():
-            if broken := int((~outcome.finite).sum()):
-                raise InputError(
-                    f"schedule {name}: the logits of {broken} of {(outcome.rank >= 0).sum()} images are not finite "
-                    f"({', '.join(batch.names[:3])}, ...); try another dtype"
-                )
-        return batch, outcomes, logits
-
-    computing, waiting = None, iter(batches)
+    times, waiting, computing = times or Times(), iter(batches), None
     while True:
         with times("waiting for data"):
             batch = next(waiting, None)
         with times("computing"):
-            started = start(batch) if batch is not None else None
+            started = (batch, *_start(steps, params, batch, compare)) if batch is not None else None
         if computing is not None:
-            yield finish(*computing)
+            with times("computing"):
+                fetched = jax.device_get(computing[1])  # which sorts by name
+            outcomes = {name: fetched[name] for name in steps}
+            _check_finite(computing[0], outcomes)
+            yield computing[0], outcomes, computing[2]
         if started is None:
             return
         computing = started
+
+
+def _start(
+    steps: Mapping[str, CompiledStep], params: Any, batch: Batch, compare: Comparison | None
+) -> tuple[dict[str, Outcome], dict[str, jax.Array]]:
+    outcomes, logits = {}, {}
+    for name, step in steps.items():
+        outcomes[name], logits[name] = step(params, batch)
+    if compare:
+        others = {name: logits[name] for name in steps if name != "dense"}
+        for name, kl in compare(logits["dense"], others).items():
+            outcomes[name] = outcomes[name]._replace(kl=kl)
+    return outcomes, logits
+
+
+def _check_finite(batch: Batch, outcomes: Mapping[str, Outcome]) -> None:
+    for name, outcome in outcomes.items():
+        if broken := int((~outcome.finite).sum()):
+            raise InputError(
+                f"schedule {name}: the logits of {broken} of {(outcome.rank >= 0).sum()} images are not finite "
+                f"({', '.join(batch.names[:3])}, ...); try another dtype"
+            )
 
 
 @dataclass(frozen=True)
@@ -241,7 +229,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, rank: np.ndarray) -> "Accuracy":
-        """rank: int [n], as an `Outcome` has it. Raises InputError where no image counts."""
+        """rank: int [n], as in `Outcome`. Raises InputError if no image counts."""
         rank = rank[rank >= 0]
         if not rank.size:
             raise InputError("no image was evaluated: the data set has none with a label")
@@ -256,8 +244,8 @@ class Accuracy:
         return self.correct5 / self.num_images
 
 
-def evaluate(steps: Mapping[str, CompiledStep], params: Any, batches: Iterable[Batch]) -> dict[str, Accuracy]:
-    """The accuracy of every schedule. Arguments and errors are those of `classify` and `Accuracy.of`."""
+def measure_accuracy(steps: Mapping[str, CompiledStep], params: Any, batches: Iterable[Batch]) -> dict[str, Accuracy]:
+    """Measure the accuracy of every schedule. Arguments and errors are those of `classify` and `Accuracy.of`."""
     ranks: dict[str, list[np.ndarray]] = {name: [np.empty(0, np.int32)] for name in steps}
     for _, outcomes, _ in classify(steps, params, batches):
         for name, outcome in outcomes.items():

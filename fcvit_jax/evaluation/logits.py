@@ -1,88 +1,48 @@
 """Logits of a whole data set as `logits_<schedule>.npz`, streamed: memory does not grow with the number of images."""
 
+import contextlib
 import os
-import shutil
 import zipfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
-from fcvit_jax.data.batches import Batch
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.outcomes import Outcomes
+from fcvit_jax.evaluation.outcomes import Journal, Outcomes
 from fcvit_jax.files import file_name
 
 
-class LogitsWriter:
-    """Logits batch by batch, in files under `directory/.logits`; `save` makes of them what a user reads."""
+def save_logits(
+    directory: Path, schedules: Sequence[str], num_classes: int, journal: Journal, outcomes: Outcomes
+) -> None:
+    """Write one file per schedule: `logits` float32 [n, c], `labels` and `names`; all of them whole, or none.
 
-    def __init__(self, directory: Path, schedules: Sequence[str], shape: tuple[int, int], start: int = 0):
-        """shape: images, classes. start: rows that an interrupted run has written; with 0 the files are made anew.
-
-        Raises InputError where the files cannot be made, or are not there any more.
-        """
-        self._directory, self._folder, self._rows = directory, directory / ".logits", start
-        try:
-            if not start:
-                self.remove(directory)
-                self._folder.mkdir()
-            files = {name: self._folder / f"{index}.npy" for index, name in enumerate(schedules)}
-            self._arrays = {
-                name: np.lib.format.open_memmap(path, "r+" if start else "w+", np.float32, shape)
-                for name, path in files.items()
-                if not start or path.exists() or not self._target(name).exists()  # `save` had come further
-            }
-            if not start:
-                self._reserve()
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{self._folder} cannot be used for the logits ({error}): make room, or start in another --workdir"
-            ) from None
-
-    def _target(self, schedule: str) -> Path:
-        return self._directory / f"logits_{file_name(schedule)}.npz"
-
-    def _reserve(self) -> None:
-        """Take the room on the disk: where it is missing later, writing to a mapped file kills the process.
-
-        `save` needs that of one file more.
-        """
-        sizes = {path: path.stat().st_size for path in self._folder.iterdir()}
-        sizes[self._folder / "whole.npz"] = max(sizes.values())
-        for path, size in sizes.items() if hasattr(os, "posix_fallocate") else ():
-            with path.open("r+b" if path.exists() else "wb") as file:
-                os.posix_fallocate(file.fileno(), 0, size)
-
-    def add(self, batch: Batch, logits: Mapping[str, jax.Array]) -> None:
-        """Append the rows of a batch that count."""
-        counts = np.asarray(batch.mask)
-        start, self._rows = self._rows, self._rows + int(counts.sum())
-        for name, array in self._arrays.items():
-            array[start : self._rows] = np.asarray(logits[name])[counts]
-
-    def save(self, outcomes: Outcomes) -> None:
-        """Write one file a schedule: `logits` float32 [n, c], `labels` and `names`; each whole or not at all.
-
-        What it was read from is removed. Raises InputError where there is no room.
-        """
-        for name, logits in self._arrays.items():
-            partial, target = self._folder / "whole.npz", self._target(name)
-            arrays = {"logits": logits[: self._rows], "labels": outcomes.labels, "names": outcomes.names}
-            try:
-                with zipfile.ZipFile(partial, "w", allowZip64=True) as archive:
-                    for key, array in arrays.items():
-                        with archive.open(f"{key}.npy", "w", force_zip64=True) as member:
-                            np.lib.format.write_array(member, array, allow_pickle=False)
-                os.replace(partial, target)
-                Path(str(logits.filename)).unlink()
-            except OSError as error:
-                raise InputError(
-                    f"{target} cannot be written ({error.strerror}): make room and start again; nothing is counted anew"
-                ) from None
-
-    @staticmethod
-    def remove(directory: Path) -> None:
-        """Remove the files that `save` reads."""
-        shutil.rmtree(directory / ".logits", ignore_errors=True)
+    Raises InputError if the disk is full.
+    """
+    targets = [directory / f"logits_{file_name(name)}.npz" for name in schedules]
+    partials = [target.with_name(f".{target.name}.partial") for target in targets]
+    header = {"descr": "<f4", "fortran_order": False, "shape": (len(outcomes.names), num_classes)}
+    try:
+        with contextlib.ExitStack() as stack:
+            archives = [stack.enter_context(zipfile.ZipFile(partial, "w")) for partial in partials]
+            with contextlib.ExitStack() as opened:
+                members = [opened.enter_context(each.open("logits.npy", "w", force_zip64=True)) for each in archives]
+                for member in members:
+                    np.lib.format.write_array_header_1_0(member, header)
+                for batch in journal.logits():
+                    for member, logits in zip(members, batch, strict=True):
+                        member.write(np.ascontiguousarray(logits, "<f4").tobytes())
+            for archive in archives:
+                for name, array in (("labels", outcomes.labels), ("names", outcomes.names)):
+                    with archive.open(f"{name}.npy", "w") as member:
+                        np.lib.format.write_array(member, array, allow_pickle=False)
+        for partial, target in zip(partials, targets, strict=True):
+            os.replace(partial, target)
+    except OSError as error:
+        for partial in partials:
+            partial.unlink(missing_ok=True)
+        raise InputError(
+            f"{directory}: the logits cannot be written ({error.strerror}): make room and run it again; all counts are "
+            "kept"
+        ) from None

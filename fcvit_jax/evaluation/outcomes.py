@@ -1,10 +1,11 @@
-"""Outcomes of a whole data set: collected batch by batch, in a file from which an interrupted evaluation goes on."""
+"""Outcomes of a whole data set: collected batch by batch, in a file from which an interrupted evaluation resumes."""
 
 import io
+import itertools
 import json
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +18,14 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import Outcome
 from fcvit_jax.files import write_whole
 
-NAME_BYTES = 256  # of an image's name, as it travels between processes; of a longer one the end
+NAME_BYTES = 256  # that processes exchange of an image's name: the end of a longer one
 
 
 class Outcomes(NamedTuple):
-    """What became of n images under s schedules, in the data set's order; images that do not count are left out.
+    """The outcomes of n images under s schedules, in the data set's order, without images that do not count.
 
     names: str [n]. labels: int32 [n], or [n, k] padded with -1. rank, prediction: int32 [s, n], as in `Outcome`.
-    kl: float32 [s, n], from dense; NaN where dense is not among the schedules.
+    kl: float32 [s, n], from dense; NaN if dense is not among the schedules.
     """
 
     names: np.ndarray
@@ -35,7 +36,7 @@ class Outcomes(NamedTuple):
 
 
 def collect(batch: Batch, outcomes: Mapping[str, Outcome], mesh: jax.sharding.Mesh) -> Outcomes:
-    """The rows of a batch that count. Of several processes all call it, and all get the rows of all."""
+    """Keep the rows of a batch that count. All processes call this, and each gets the rows of all."""
     rank = np.stack([outcome.rank for outcome in outcomes.values()])
     names, labels = _everywhere(batch, mesh) if jax.process_count() > 1 else (np.asarray(batch.names), batch.labels)
     none = np.full(rank.shape[1], 0 if "dense" in outcomes else np.nan, np.float32)  # dense differs from itself by 0
@@ -46,7 +47,7 @@ def collect(batch: Batch, outcomes: Mapping[str, Outcome], mesh: jax.sharding.Me
 
 
 def _everywhere(batch: Batch, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, Any]:
-    """The names and labels of a batch's rows on all processes. Names never leave their process otherwise."""
+    """Gather the names and labels of a batch's rows on all processes: names do not leave their process otherwise."""
     coded = np.array([name.encode(errors="surrogateescape")[-NAME_BYTES:] for name in batch.names], f"S{NAME_BYTES}")
     spread = jax.make_array_from_process_local_data(
         parallel.batched(mesh), coded.view(np.uint8).reshape(-1, NAME_BYTES)
@@ -57,71 +58,90 @@ def _everywhere(batch: Batch, mesh: jax.sharding.Mesh) -> tuple[np.ndarray, Any]
 
 
 def concatenate(parts: Iterable[Outcomes]) -> Outcomes:
-    """The parts, one behind the other. There must be one at least."""
+    """Concatenate the outcomes of one or more batches."""
     names, labels, *others = zip(*parts, strict=True)
     return Outcomes(np.concatenate(names), np.concatenate(labels), *(np.concatenate(rows, axis=1) for rows in others))
 
 
 def save_outcomes(path: Path, schedules: Sequence[str], outcomes: Outcomes) -> None:
-    """Write the arrays as one .npz, with `schedules`, str [s]; whole or not at all."""
+    """Write the arrays as one .npz, with `schedules`, str [s]. A partial file is never left behind."""
     write_whole(path, _npz(schedules=np.asarray(schedules), **outcomes._asdict()))
 
 
-_BLOCK = struct.Struct("<III")  # ahead of each block: the number of its batch, its length, its CRC-32
+_BLOCK = struct.Struct("<III")  # before each block: the number of its batch, its length, its CRC-32
 
 
 class Journal:
-    """A file of outcomes to which each batch is appended as a block, so that the next run goes on behind the last.
+    """A file to which the outcomes of each batch are appended as a block, so that the next run can resume after it.
 
-    Its first line says what the run is. A block that is torn, because the process was killed while writing it, is cut
-    off with all behind it; so is one that is not the next in order, as two runs in one folder would leave it.
+    The first line identifies the run. A block that is torn, because the process was killed while writing it, is cut off
+    with everything after it; so is a block out of order, which two runs in one directory would leave.
 
-    parts: the outcomes of the whole batches found there, and of those appended since.
-    differs: where the file is of another run, in what; nothing of it is used.
+    parts: the outcomes of the whole batches found in the file, and of those appended since.
+    differs: if the file belongs to another run, which entries differ; none of its outcomes are used.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any]):
-        """run: what decides the outcomes, as JSON-able values."""
+    def __init__(self, path: Path | None, run: Mapping[str, Any]):
+        """path: None keeps the outcomes in memory alone. run: what decides the outcomes, as JSON-able values."""
         self.parts: list[Outcomes] = []
         self.differs: tuple[str, ...] = ()
         self._path, self._head = path, json.dumps(run, sort_keys=True).encode() + b"\n"
-        content = path.read_bytes() if path.exists() else b""
-        if content.startswith(self._head):
-            self._used = self._read(content, len(self._head))
-        elif content:
-            before, now = _json(content.partition(b"\n")[0]), _json(self._head)
-            self.differs = tuple(sorted(key for key in before | now if before.get(key) != now.get(key)))
+        self._used = len(self._head)
+        before = b""
+        if path and path.exists():
+            with path.open("rb") as file:
+                before = file.readline()
+        if before == self._head:
+            for arrays, end in self._blocks():
+                self.parts.append(Outcomes(*(arrays[name] for name in Outcomes._fields)))
+                self._used = end
+        elif before:
+            there, now = _json(before), _json(self._head)
+            self.differs = tuple(sorted(key for key in there | now if there.get(key) != now.get(key)))
 
-    def _read(self, content: bytes, at: int) -> int:
-        """Take over the whole blocks that begin there; returns where they end."""
-        while at + _BLOCK.size <= len(content):
-            batch, length, checksum = _BLOCK.unpack_from(content, at)
-            block = content[at + _BLOCK.size : at + _BLOCK.size + length]
-            if batch != len(self.parts) or len(block) < length or zlib.crc32(block) != checksum:
-                break
-            with np.load(io.BytesIO(block), allow_pickle=False) as arrays:
-                self.parts.append(Outcomes(**arrays))
-            at += _BLOCK.size + length
-        return at
+    def _blocks(self) -> Iterator[tuple[Mapping[str, np.ndarray], int]]:
+        """The whole blocks in the file, and where each ends; one at a time is in memory."""
+        assert self._path
+        with self._path.open("rb") as file:
+            file.seek(len(self._head))
+            for number in itertools.count():
+                if len(start := file.read(_BLOCK.size)) < _BLOCK.size:
+                    return
+                batch, length, checksum = _BLOCK.unpack(start)
+                block = file.read(length)
+                if batch != number or len(block) < length or zlib.crc32(block) != checksum:
+                    return
+                with np.load(io.BytesIO(block), allow_pickle=False) as arrays:
+                    yield arrays, file.tell()
 
-    def append(self, outcomes: Outcomes) -> None:
-        """Add the next batch. Raises InputError where it cannot be written."""
-        block = _npz(**outcomes._asdict())
-        content = _BLOCK.pack(len(self.parts), len(block), zlib.crc32(block)) + block
+    def append(self, outcomes: Outcomes, logits: Sequence[np.ndarray] = ()) -> None:
+        """Add the next batch, with the logits of each schedule if they are to be saved.
+
+        Raises InputError if it cannot be written.
+        """
+        if self._path:
+            named = {f"logits_{index}": rows for index, rows in enumerate(logits)}
+            self._write(self._path, _npz(**outcomes._asdict(), **named))
+        self.parts.append(outcomes)
+
+    def _write(self, path: Path, block: bytes) -> None:
         try:
-            if not self.parts:  # and not what another run has left there
-                self._path.write_bytes(self._head)
-                self._used = len(self._head)
-            with self._path.open("r+b") as file:
+            if not self.parts:  # replaces what another run has left there
+                path.write_bytes(self._head)
+            with path.open("r+b") as file:
                 file.seek(self._used)
                 file.truncate()
-                file.write(content)
+                file.write(_BLOCK.pack(len(self.parts), len(block), zlib.crc32(block)) + block)
+                self._used = file.tell()
         except OSError as error:
             raise InputError(
-                f"{self._path} cannot be written ({error.strerror}): make room and start again; it goes on from there"
+                f"{path} cannot be written ({error.strerror}): make room, then run it again to resume"
             ) from None
-        self._used += len(content)
-        self.parts.append(outcomes)
+
+    def logits(self) -> Iterator[list[np.ndarray]]:
+        """The logits that were appended, read batch by batch: float32 [rows, c] of each schedule."""
+        for arrays, _ in self._blocks():
+            yield [arrays[name] for name in arrays if name.startswith("logits_")]
 
 
 def _npz(**arrays: np.ndarray) -> bytes:

@@ -5,10 +5,9 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from fcvit_jax.evaluation import published
-from fcvit_jax.evaluation.rows import Row, Run, family, rate
+from fcvit_jax.evaluation.families import family, rate
+from fcvit_jax.evaluation.runs import ResultRow, Run
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -27,7 +26,7 @@ class Line(NamedTuple):
     name: str
     family: str
     run: Run
-    rows: tuple[Row, ...]
+    rows: tuple[ResultRow, ...]
     colour: str
     marker: int
     dash: int
@@ -39,7 +38,7 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     order = [name for name in families if name != "dense"]
     found = []
     for number, run in enumerate(runs):
-        grouped: dict[str, list[Row]] = {}
+        grouped: dict[str, list[ResultRow]] = {}
         for row in run.rows:
             if row.get("top1") is not None:
                 grouped.setdefault(family(row["schedule"]), []).append(row)
@@ -150,54 +149,28 @@ def _draw_published(axes: Any, curves: dict[str, list[published.Curve]], colours
 
 
 def _label_rates(axes: Any, drawn: Sequence[Line], key: str) -> None:
-    """Write the rates at the points, the ends of each line first; what would cover a line or a label is left out."""
+    """Write the rates beside the points, the ends of each line first, without covering a point or another label."""
     from matplotlib.patheffects import withStroke
+    from matplotlib.transforms import Bbox
 
-    renderer, point = axes.figure.canvas.get_renderer(), axes.figure.dpi / 72
+    renderer, size = axes.figure.canvas.get_renderer(), 6 * axes.figure.dpi / 72
     spots, taken = [], []
     for line in drawn:
         rows = sorted((row for row in line.rows if row.get(key)), key=lambda row: row[key])
-        places = [axes.transData.transform((row[key], 100 * row["top1"])) for row in rows]
-        for index, (row, place) in enumerate(zip(rows, places, strict=True)):
-            inner = min(index, len(rows) - 1 - index)
-            spots.append(((inner > 0, inner % 2), row, place, line.colour))
-            taken.append((*(place - 3 * point), *(place + 3 * point)))
-        for start, end in itertools.pairwise(places):
-            steps = max(2, round(np.abs(end - start).max() / (4 * point)))
-            taken += [(*(place - point), *(place + point)) for place in np.linspace(start, end, steps)]
-    halo = withStroke(linewidth=2, foreground="white")
-    for _, row, (x, y), colour in sorted(spots, key=lambda spot: spot[0]):
-        if rate(row["schedule"]) is None:
-            continue
-        spot = (row[key], 100 * row["top1"])
-        label = axes.annotate(f"r={rate(row['schedule'])}", spot, (0, 0), textcoords="offset points")
-        label.set(fontsize=7, color=colour, path_effects=[halo], zorder=4)
-        box = label.get_window_extent(renderer)
-        for left, low in _offsets(box.width, box.height, 4 * point):
-            wanted = (x + left, y + low, x + left + box.width, y + low + box.height)
-            if not any(_overlap(wanted, other) for other in taken):
-                label.set_position((left / point, low / point))
-                taken.append(wanted)
+        for index, row in enumerate(rows):
+            spot, inner = (row[key], 100 * row["top1"]), min(index, len(rows) - 1 - index)
+            x, y = axes.transData.transform(spot)
+            taken.append(Bbox.from_bounds(x - size / 2, y - size / 2, size, size))
+            if (r := rate(row["schedule"])) is not None:
+                spots.append(((inner > 0, inner % 2), f"r={r}", spot, line.colour))
+    halo = [withStroke(linewidth=2, foreground="white")]
+    for _, text, spot, colour in sorted(spots, key=lambda spot: spot[0]):
+        for right, above in ((1, 1), (-1, -1), (1, -1), (-1, 1)):
+            sides = dict(ha="left" if right > 0 else "right", va="bottom" if above > 0 else "top")
+            label = axes.annotate(text, spot, (4 * right, 4 * above), textcoords="offset points", **sides)
+            label.set(fontsize=7, color=colour, path_effects=halo, zorder=4)
+            box = label.get_window_extent(renderer)
+            if not box.count_overlaps(taken):
+                taken.append(box)
                 break
-        else:
             label.remove()
-
-
-def _offsets(width: float, height: float, gap: float) -> tuple[tuple[float, float], ...]:
-    """Where a label's lower left corner may stand, seen from its point: the better places first."""
-    right, left, middle = gap, -gap - width, -width / 2
-    above, below, beside = gap, -gap - height, -height / 2
-    return (
-        (right, above),
-        (left, below),
-        (right, below),
-        (left, above),
-        (middle, 2 * gap),
-        (middle, below - gap),
-        (right, beside),
-    )
-
-
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    """Whether two boxes (left, low, right, high) share an area."""
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -1,4 +1,4 @@
-"""Images a second of the model alone: compiled, warm, without decoding and transfer."""
+"""Images per second of the model alone: compiled, warm, without decoding and transfer."""
 
 import statistics
 import time
@@ -29,8 +29,8 @@ def measure_throughput(
 ) -> dict[str, Rate]:
     """Time every schedule on one batch that lies on the device.
 
-    Blocks of the schedules alternate, so that whatever else the machine does falls on all of them alike. A block is as
-    many calls as fill `block_seconds`, at least one. on_block: called after each block of each schedule.
+    Blocks of the schedules alternate, so that other load on the machine affects all of them alike. A block has as many
+    calls as fill `block_seconds`, at least one. on_block: called after each block of each schedule.
     """
 
     def seconds(step: CompiledStep, calls: int) -> float:
@@ -45,7 +45,7 @@ def measure_throughput(
     for name, step in steps.items():
         seconds(step, 1)
         calls[name] = max(1, round(block_seconds / seconds(step, 1)))
-    if jax.process_count() > 1:  # each took its own time, and all must call alike
+    if jax.process_count() > 1:  # all must make the same calls
         calls = {name: int(many) for name, many in multihost_utils.broadcast_one_to_all(calls).items()}
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(blocks):

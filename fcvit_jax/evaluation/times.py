@@ -1,4 +1,4 @@
-"""What the time of a run went into."""
+"""Where the time of a run went."""
 
 import contextlib
 import time

@@ -4,11 +4,12 @@
   python -m fcvit_jax.evaluation.visualize --checkpoint DIR --images photos --schedules tome_r8,s2winc7_r16
   python -m fcvit_jax.evaluation.visualize ... --stages                 how it comes about, layer by layer
 
-Writes one PNG an image, NNN_name.png: the image as the model sees it, resized and cropped, and beside it what each
-schedule leaves after the last layer. The patches of one token are filled with the mean colour of their pixels and have
-outlines of one colour, wherever in the image they lie; a patch that is still a token of its own has one in a shade of
-its own colour. With --stages a row is a schedule, and a column the end of a merging stage of any of them, or half-way
-to it. Prefix tokens (class, registers) never merge, and are not counted.
+Writes one PNG an image, NNN_name.png: the image as the model sees it, resized and cropped, and beside it the tokens
+that each schedule leaves after the last layer. A token's patches are filled with the mean colour of their pixels and
+outlined in one colour, wherever they lie in the image; a patch that is still a token of its own is outlined in a shade
+of its own colour. Patches that a pruning rule has dropped are hatched in grey. With --stages, rows are schedules, and
+columns are the ends of the merging stages of any schedule, and the layers half-way to them. Prefix tokens (class,
+registers) never merge, and are not counted.
 """
 
 import argparse
@@ -42,6 +43,17 @@ PANEL = 320  # pixels: smaller images are enlarged, by a whole number, to this a
 MARGIN, LINE, FONT = 10, 19, 15  # pixels: around a panel, of a line of its caption, of the letters
 
 
+class Regions(NamedTuple):
+    """Which token each patch is in after a layer.
+
+    token: int32 [b, grid_h, grid_w], from 0 to the layer's patch tokens - 1, each of them used. pruned: bool [b,
+    grid_h, grid_w], true if a rule has dropped the patch: its content is in no token, whatever its `token` says.
+    """
+
+    token: np.ndarray
+    pruned: np.ndarray
+
+
 class Panel(NamedTuple):
     """A picture, uint8 [h, w, 3], and the two lines above it."""
 
@@ -50,34 +62,52 @@ class Panel(NamedTuple):
     picture: np.ndarray
 
 
-def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray) -> list[np.ndarray]:
-    """Which token each patch is in after each layer: int32 [b, grid_h, grid_w] a layer.
+def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray) -> list[Regions]:
+    """Find the regions after each layer.
 
-    images: uint8 [b, height, width, 3], as `checkpoint.preprocess` gives them. The numbers are 0 to the layer's patch
-    tokens - 1, each of them used. Compiled once a schedule and batch size. Raises InputError where the schedule or the
-    images do not fit the model.
+    images: uint8 [b, height, width, 3], as `checkpoint.preprocess` gives them. Compiles once per schedule and batch
+    size. Raises InputError if the schedule or the images do not fit the model.
     """
     config = checkpoint.config
     with jax.default_matmul_precision("highest"):  # as accuracy is measured: coarser keys merge other tokens
         compiled = _compiled(len(images), config.num_tokens)
-        sources = compiled(ViT(config, schedule), checkpoint.preprocess, checkpoint.params, images)
-    return [np.asarray(source).reshape(-1, *config.grid) - np.int32(config.num_prefix_tokens) for source in sources]
+        layers = compiled(ViT(config, schedule), checkpoint.preprocess, checkpoint.params, images)
+    found = []
+    for source, pruned in layers:
+        token = np.asarray(source).reshape(-1, *config.grid) - np.int32(config.num_prefix_tokens)
+        found.append(Regions(token, np.zeros(token.shape, bool) if pruned is None else np.reshape(pruned, token.shape)))
+    return found
 
 
 @functools.cache
-def _compiled(images: int, tokens: int) -> Callable[..., list[jax.Array]]:
+def _compiled(images: int, tokens: int) -> Callable[..., list[tuple[jax.Array, jax.Array | None]]]:
     return jax.jit(_sources, static_argnums=(0, 1), compiler_options=compiling.options(images, tokens, np.float32))
 
 
-def _sources(model: ViT, preprocess: Preprocess, params: Any, images: jax.Array) -> list[jax.Array]:
+def _sources(model: ViT, preprocess: Preprocess, params: Any, images: jax.Array) -> list[tuple[Any, Any]]:
     out: Any = model.apply({"params": params}, preprocess.normalize(images))[1]
-    return [layer["source"] for layer in out["layers"]]
+    return [(layer["source"], layer["pruned"]) for layer in out["layers"]]
+
+
+def draw_regions(image: np.ndarray, token: np.ndarray, pruned: np.ndarray, patch_size: int, scale: int) -> np.ndarray:
+    """Fill and outline the regions of one image, uint8 [h, w, 3], enlarged by `scale`; hatch the pruned patches.
+
+    token, pruned: [grid_h, grid_w], as in `Regions`.
+    """
+    alone = token.max() + 1 + np.arange(token.size).reshape(token.shape)
+    shown = np.where(pruned, alone, token)  # pruned patches have no part in a token's colour
+    width = max(1, round(scale * patch_size / 16))
+    picture = outline(_enlarge(fill(image, shown, patch_size), scale), shown, width)
+    side = scale * patch_size
+    rows, columns = np.indices(picture.shape[:2])
+    stripes = np.where((rows + columns) // max(1, side // 8) % 2, 120, 70).astype(np.uint8)
+    return np.where(_enlarge(pruned, side)[..., None], stripes[..., None], picture)
 
 
 def fill(image: np.ndarray, regions: np.ndarray, patch_size: int) -> np.ndarray:
     """The image, uint8 [h, w, 3], with every region in the mean colour of its pixels.
 
-    regions: int [grid_h, grid_w], any numbers from 0. Exact: whole numbers are added, divided once in float64, rounded.
+    regions: int [grid_h, grid_w], any numbers from 0. Exact: integers are summed, divided once in float64, rounded.
     """
     rows, columns = regions.shape
     patches = image.reshape(rows, patch_size, columns, patch_size, 3).sum(axis=(1, 3), dtype=np.int64)
@@ -89,7 +119,7 @@ def fill(image: np.ndarray, regions: np.ndarray, patch_size: int) -> np.ndarray:
 def outline(picture: np.ndarray, regions: np.ndarray, width: int = 1) -> np.ndarray:
     """The picture, uint8 [h, w, 3], with a line `width` pixels wide along the inside of every region's border.
 
-    A region of several patches has a colour, the same around all its parts; one of a single patch its own, shaded.
+    A region of several patches has one colour around all its parts; one of a single patch has a shade of its own.
     """
     side = picture.shape[0] // regions.shape[0]
     _, first, index, count = np.unique(regions, return_index=True, return_inverse=True, return_counts=True)
@@ -106,7 +136,7 @@ def outline(picture: np.ndarray, regions: np.ndarray, width: int = 1) -> np.ndar
 
 
 def _colours(index: np.ndarray) -> np.ndarray:
-    """Colours, uint8 [_, 3], of the numbers 0, 1, ...: hues a golden angle apart, in turn bright, pale and dark."""
+    """A colour, uint8 [_, 3], for each number 0, 1, ...: hues a golden angle apart; bright, pale and dark in turn."""
     saturation, value = np.array([(0.85, 1.0), (0.4, 1.0), (0.95, 0.65)])[index % 3].T[..., None]
     place = (np.array([5, 3, 1]) + 6 * 0.618034 * index[:, None]) % 6
     return np.rint(255 * value * (1 - saturation * np.clip(np.minimum(place, 4 - place), 0, 1))).astype(np.uint8)
@@ -126,11 +156,11 @@ def draw_gallery(
     stages: bool = False,
     columns: int | None = None,
 ) -> None:
-    """Write `folder/NNN_name.png` for every image, each whole or not at all; the names are made safe.
+    """Write `folder/NNN_name.png` for every image, each whole or not at all.
 
-    images: uint8 [n, height, width, 3], as `checkpoint.preprocess` gives them. stages: a row a schedule, a column a
-    layer of `stage_layers`. columns: panels a row, where there are no stages; by default all.
-    Raises InputError where the folder cannot be written, or a schedule or the images do not fit the model.
+    images: uint8 [n, height, width, 3], as `checkpoint.preprocess` gives them. stages: one row per schedule, one column
+    per layer of `stage_layers`. columns: panels in a row, without stages; by default all.
+    Raises InputError if the folder cannot be written, or a schedule or the images do not fit the model.
     """
     config = checkpoint.config
     checkpoint = replace(checkpoint, params=jax.device_put(checkpoint.params))  # once, and not with every call
@@ -162,19 +192,17 @@ def _panels(
     checkpoint: Checkpoint, title: str, schedule: MergeSchedule, image: np.ndarray, layers: Sequence[int], scale: int
 ) -> list[Panel]:
     """What a schedule has left of an image after each of the layers."""
-    patch_size = checkpoint.config.patch_size
-    width = max(1, round(scale * patch_size / 16))
-    maps = regions(checkpoint, schedule, image[None])
-    panels = []
+    found, panels = regions(checkpoint, schedule, image[None]), []
     for layer in layers:
-        after = maps[layer - 1][0]
-        picture = outline(_enlarge(fill(image, after, patch_size), scale), after, width)
-        panels.append(Panel(title, f"{after.max() + 1} of {after.size} tokens after layer {layer}", picture))
+        token, pruned = (array[0] for array in found[layer - 1])
+        detail = f"{token.max() + 1} of {token.size} tokens after layer {layer}"
+        detail += f", {pruned.sum()} pruned" if pruned.any() else ""
+        panels.append(Panel(title, detail, draw_regions(image, token, pruned, checkpoint.config.patch_size, scale)))
     return panels
 
 
 def stage_layers(schedules: Iterable[MergeSchedule], depth: int) -> list[int]:
-    """The layers, counted from 1, that end a merging stage of any schedule, the last layer, and those half-way."""
+    """The layers, from 1, at which a merging stage of any schedule ends, the last layer, and those half-way between."""
     ends = {0, depth}
     for schedule in schedules:
         reached = itertools.accumulate(stage.layers for stage in schedule.stages)
@@ -184,7 +212,7 @@ def stage_layers(schedules: Iterable[MergeSchedule], depth: int) -> list[int]:
 
 
 def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
-    """Panels of one size, row by row, under their captions, on white."""
+    """Arrange panels of one size in rows, under their captions."""
     font = ImageFont.load_default(FONT)
     panels = [panel for row in rows for panel in row]
     height, width = panels[0].picture.shape[:2]
@@ -202,9 +230,9 @@ def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
 
 
 def open_images(path: str) -> Source:
-    """A file, the images of a folder at any depth in the order of their names, or a data set by its spec.
+    """Open a file, the images of a folder at any depth in the order of their names, or a data set by its spec.
 
-    Raises InputError where there is no such thing, or no image in it.
+    Raises InputError if nothing exists there, or it holds no image.
     """
     root = Path(path).expanduser()
     if not os.path.exists(root):
@@ -214,7 +242,7 @@ def open_images(path: str) -> Source:
     if root.is_file():
         root, names = root.parent, [root.name]
     else:
-        found = glob.iglob("**/*", root_dir=root, recursive=True)  # none that is hidden
+        found = glob.iglob("**/*", root_dir=root, recursive=True)  # leaves out hidden files
         names = sorted(name for name in found if name.lower().endswith(EXTENSIONS))
     if not names:
         raise InputError(f"images {path!r}: none in this folder; accepted are {' '.join(EXTENSIONS)}")
@@ -240,8 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         count = min(args.limit, len(source))
         with contextlib.closing(eval_batches(source, checkpoint.preprocess, count, limit=count)) as batches:
             batch = next(batches)
-        pictures = {"stages": args.stages, "columns": args.columns}
-        draw_gallery(checkpoint, schedules, np.asarray(batch.images), batch.names, args.workdir, **pictures)
+        images = np.asarray(batch.images)
+        draw_gallery(checkpoint, schedules, images, batch.names, args.workdir, stages=args.stages, columns=args.columns)
         print(f"written: {count} pictures in {args.workdir}")
 
 
@@ -252,23 +280,20 @@ def _positive(text: str) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="python -m fcvit_jax.evaluation.visualize",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    prog, formatter = "python -m fcvit_jax.evaluation.visualize", argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=formatter)
 
     def add(flag: str, metavar: str, default: Any, help: str, type: Any = str) -> None:
-        parser.add_argument(flag, metavar=metavar, default=default, type=type, help=f"{help}; by default {default}")
+        parser.add_argument(flag, metavar=metavar, default=default, type=type, help=f"{help}; default: {default}")
 
     add("--checkpoint", "DIR", "packaged:digits", "a checkpoint, a train_sam.py working directory, or packaged:NAME")
     add("--images", "PATH", "digits:test", f"a file, a folder (images at any depth), or a data set: {FORMS}")
-    add("--schedules", "A,B", "tome_r12,s2dfe_r15,s2winc5_r16", "names or explicit forms, as evaluate.py takes them")
-    add("--workdir", "W", "workdir/visualize", "where the pictures go; those of the same name are replaced", Path)
+    add("--schedules", "A,B", "tome_r12,s2dfe_r15,s2winc5_r16", "names or explicit forms, as for evaluate.py")
+    add("--workdir", "W", "workdir/visualize", "where to write the pictures; same names are overwritten", Path)
     add("--limit", "N", 12, "draw the first N images", _positive)
     layout = parser.add_mutually_exclusive_group()
-    layout.add_argument("--stages", action="store_true", help="a row a schedule, with the layers on the way")
-    layout.add_argument("--columns", metavar="N", type=_positive, help="panels a row; by default all are in one")
+    layout.add_argument("--stages", action="store_true", help="one row per schedule, with the layers on the way")
+    layout.add_argument("--columns", metavar="N", type=_positive, help="panels in a row; default: all")
     return parser
 
 

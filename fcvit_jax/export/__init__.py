@@ -1,15 +1,14 @@
 """Export for serving: StableHLO programs and their weights, which run on jax and numpy, without this library.
 
     DIR/meta.json                          programs, preprocessing, class names, dtype, platforms, versions, sha256
-    DIR/programs/SCHEDULE_bN.stablehlo     one a schedule and batch size, serialised by `jax.export`
+    DIR/programs/SCHEDULE_bN.stablehlo     one per schedule and batch size, serialised by `jax.export`
     DIR/weights.npz                        the parameters by path, which all programs share
     DIR/run.py                             loads and runs them; imports jax and numpy, and Pillow to read pictures
 
-The weights are an argument of the programs and no constants in them: files of StableHLO stay small and quick to parse.
+The weights are an argument of the programs, not constants in them: StableHLO files stay small and quick to parse.
 """
 
 import contextlib
-import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -23,24 +22,22 @@ import numpy as np
 from flax import traverse_util
 from tqdm import tqdm
 
-from fcvit_jax.checkpoint import Checkpoint, flat_params, load_checkpoint, versions
+from fcvit_jax.checkpoint import Checkpoint, file_sha256, flat_params, load_checkpoint, versions
 from fcvit_jax.compiling import computation
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.inputs import Schedules, name_schedules
 from fcvit_jax.files import check_target, file_name, staged
-from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT, cast_params
 
 FORMAT = 1
-ENTRIES = frozenset(
-    {"meta.json", "programs", "run.py", "weights.npz", "__pycache__"}
-)  # the last is Python's, of run.py
+ENTRIES = frozenset({"meta.json", "programs", "run.py", "weights.npz", "__pycache__"})  # the last is Python's
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export(
     checkpoint: Checkpoint | str | Path,
-    schedules: str | MergeSchedule,
+    schedules: Schedules,
     batch_sizes: int | Sequence[int],
     path: str | Path,
     *,
@@ -49,21 +46,21 @@ def export(
     features: bool = False,
     overwrite: bool = False,
 ) -> Path:
-    """Write a directory of programs, one for each schedule and batch size, atomically; returns its path.
+    """Write a directory of programs, one per schedule and batch size, atomically; returns its path.
 
     Each is `program(params, images) -> logits`: params a dict of the arrays in weights.npz, images uint8 [b, height,
     width, 3] with RGB in 0..255 (the program normalises them), logits float32 [b, c]. No accelerator is needed here.
 
     Args:
-      schedules: one, or names and explicit forms separated by commas.
-      batch_sizes: merging wants shapes that are fixed when a program is made, and so is b.
+      schedules: names and explicit forms separated by commas, `MergeSchedule`s, or a mapping, as `evaluate` takes them.
+      batch_sizes: every program has a fixed one.
       dtype: a key of `PRECISIONS`. With bfloat16 the weights are stored in it too, except those of the norms.
       platforms: what the programs can be compiled for, some of `PLATFORMS`.
-      features: return (logits, pooled) from a program, pooled float32 as `ViT` has it: [b, d].
+      features: return (logits, pooled) from a program, pooled float32 as in `ViT`: [b, d].
       overwrite: replace an earlier export.
 
     Raises:
-      InputError: in one line, before anything is written, where an argument does not fit.
+      InputError: in one line, before anything is written, if an argument does not fit.
     """
     path = check_target(path, overwrite, ENTRIES)
     batch_sizes = (batch_sizes,) if isinstance(batch_sizes, int) else tuple(batch_sizes)
@@ -75,13 +72,13 @@ def export(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     config = checkpoint.config
-    named = parse_schedules(str(schedules), config.depth)
+    named = name_schedules(schedules, config.depth)
     for schedule in named.values():
-        schedule.plan(config)  # does it fit?
+        schedule.plan(config)  # raises if it does not fit
     weights = cast_params(flat_params(checkpoint.params), compute)
 
     with staged(path) as staging:
-        # numpy's format has no name for bfloat16: its bits are kept as uint16.
+        # numpy's format has no bfloat16: its bits are stored as uint16.
         stored: Any = {name: x if x.dtype == np.float32 else x.view(np.uint16) for name, x in weights.items()}
         np.savez(staging / "weights.npz", **stored)
         shutil.copyfile(Path(__file__).with_name("run.py"), staging / "run.py")
@@ -97,12 +94,12 @@ def export(
             (staging / file).write_bytes(exported.serialize())
             programs[Path(file).stem] = {
                 "file": file,
-                "sha256": _sha256(staging / file),
+                "sha256": file_sha256(staging / file),
                 "schedule": name,
                 "stages": str(named[name]),
                 "batch_size": batch_size,
             }
-        preprocess, provenance = checkpoint.preprocess, checkpoint.meta["provenance"]
+        preprocess, provenance = checkpoint.preprocess, checkpoint.meta.get("provenance", {})
         meta = {
             "format": FORMAT,
             "programs": programs,
@@ -110,7 +107,7 @@ def export(
             "dtype": dtype,
             "platforms": list(platforms),
             "parameters": sum(array.size for array in weights.values()),
-            "weights_sha256": _sha256(staging / "weights.npz"),
+            "weights_sha256": file_sha256(staging / "weights.npz"),
             "class_names": checkpoint.meta.get("class_names"),
             "preprocess": preprocess.to_dict() | {"resize_size": list(preprocess.resize_size), "text": str(preprocess)},
             "config": config.to_dict(),
@@ -122,7 +119,7 @@ def export(
 
 
 def _classifier(model: ViT, preprocess: Preprocess, features: bool) -> Callable[..., Any]:
-    """The function that becomes a program; its parameters lie in one flat dict, which needs no library to be made."""
+    """The function that becomes a program; its parameters are one flat dict, which can be built without a library."""
 
     def classify(params: dict[str, jax.Array], images: jax.Array) -> Any:
         variables = {"params": traverse_util.unflatten_dict(params, sep="/")}
@@ -135,7 +132,7 @@ def _classifier(model: ViT, preprocess: Preprocess, features: bool) -> Callable[
 
 @contextlib.contextmanager
 def _without_source_paths() -> Iterator[None]:
-    """Programs name the module that an operation is of, and not the place on this machine where its source lies."""
+    """Let programs name the module of an operation, without the path of its source file on this machine."""
     option = "jax_traceback_in_locations_limit"
     before = getattr(jax.config, option)
     jax.config.update(option, 0)
@@ -143,8 +140,3 @@ def _without_source_paths() -> Iterator[None]:
         yield
     finally:
         jax.config.update(option, before)
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

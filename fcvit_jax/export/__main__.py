@@ -2,19 +2,18 @@
 
   python -m fcvit_jax.export packaged:digits served --schedules dense,s2winc5_r16 --batch_sizes 1,32
   python -m fcvit_jax.export vit vit_served --schedules s2winc7_r16 --batch_sizes 64 --dtype bfloat16 --platforms cuda
-  python served/run.py --help                                        how it is run, on any machine
+  python served/run.py --help                                        how to run it, on any machine
 
-Merging wants fixed shapes, so every schedule at every batch size is a program of its own: a small file of StableHLO,
-OUT/programs/SCHEDULE_bN.stablehlo. All share OUT/weights.npz. Pixels are normalised inside: a program takes uint8
-images [N, height, width, 3] and returns float32 logits [N, classes].
+Merging needs fixed shapes, so every schedule at every batch size is a program of its own: a small StableHLO file,
+OUT/programs/SCHEDULE_bN.stablehlo. All share OUT/weights.npz. Programs normalise the pixels: they take uint8 images
+[N, height, width, 3] and return float32 logits [N, classes].
 
-No GPU is needed to export for one. A program runs with the JAX that wrote it and with releases of the six months that
-follow: keep the checkpoint, and export again.
+No GPU is needed to export for one. A program runs with the JAX that wrote it and with releases of the following six
+months: keep the checkpoint, and export again.
 """
 
 import argparse
 import json
-import re
 
 from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.errors import OneLineParser, one_line_errors
@@ -25,65 +24,40 @@ def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     args = _parser().parse_args(argv)
     with one_line_errors():
-        out = export(
-            args.checkpoint,
-            args.schedules,
-            args.batch_sizes,
-            args.out,
-            dtype=args.dtype,
-            platforms=args.platforms,
-            features=args.features,
-            overwrite=args.overwrite,
-        )
+        out = export(**vars(args))
     meta = json.loads((out / "meta.json").read_text())
     print(f"{out}: {meta['parameters']:,} parameters, {meta['dtype']}, for {' and '.join(meta['platforms'])}")
     for name, program in meta["programs"].items():
         size = (out / program["file"]).stat().st_size
         print(f"  {name}: {program['stages']}, batches of {program['batch_size']}, {size / 1e3:.0f} kB")
     print(f"pixels: {meta['preprocess']['text']}")
-    print(f"run it: pip install jax numpy flatbuffers pillow && python {args.out}/run.py PICTURE")
+    print(f"run it: pip install jax numpy flatbuffers pillow && python {args.path}/run.py PICTURE")
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    if not re.fullmatch(r"[1-9]\d{0,6}(,[1-9]\d{0,6})*", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no batch size: write 32, or several as 1,32")
-    return tuple(map(int, text.split(",")))
+def _counts(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a batch size: write 32, or several as 1,32") from None
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(","))
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="python -m fcvit_jax.export",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = OneLineParser(prog="python -m fcvit_jax.export", description=__doc__, formatter_class=formatter)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or packaged:digits")
-    parser.add_argument("out", metavar="OUT", help="directory to write, new or empty")
-    parser.add_argument(
-        "--schedules",
-        metavar="A,B",
-        required=True,
-        help="dense, tome_r13, s2dfe_r18, s2winc7_r16, or an explicit form such as dense:2,global:10:r16",
-    )
-    parser.add_argument(
-        "--batch_sizes", metavar="N,M", type=_counts, required=True, help="images a call; 1 answers soonest"
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=tuple(PRECISIONS),
-        default="float32",
-        help="of the computation; tf32 rounds products on GPUs, bfloat16 halves weights.npz too (float32 by default)",
-    )
-    parser.add_argument(
-        "--platforms",
-        metavar="A,B",
-        type=_names,
-        default=("cpu", "cuda"),
-        help=f"what programs can be compiled for: some of {', '.join(PLATFORMS)} (cpu,cuda by default)",
-    )
+    parser.add_argument("path", metavar="OUT", help="directory to write, new or empty")
+    schedules = "dense, tome_r13, s2dfe_r18, s2winc7_r16, or an explicit form such as dense:2,global:10:r16"
+    parser.add_argument("--schedules", metavar="A,B", required=True, help=schedules)
+    sizes = "images per call; 1 answers soonest"
+    parser.add_argument("--batch_sizes", metavar="N,M", type=_counts, required=True, help=sizes)
+    dtype = "of the computation; tf32 rounds products on GPUs, bfloat16 halves weights.npz too (default: float32)"
+    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="float32", help=dtype)
+    platforms = f"what programs can be compiled for: some of {', '.join(PLATFORMS)} (default: cpu,cuda)"
+    parser.add_argument("--platforms", metavar="A,B", type=_names, default=("cpu", "cuda"), help=platforms)
     parser.add_argument("--features", action="store_true", help="return (logits, pooled features) from a program")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
     return parser

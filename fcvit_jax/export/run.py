@@ -1,4 +1,4 @@
-"""Classify images with the exported model that lies beside this file, without the library that exported it.
+"""Classify images with the exported model beside this file, without the library that exported it.
 
     pip install jax numpy flatbuffers pillow
     python run.py [--program NAME] IMAGE ...
@@ -21,9 +21,9 @@ META = json.loads((HERE / "meta.json").read_text())
 
 
 def load(program=None):
-    """A function from uint8 images [b, height, width, 3] to logits [b, c]; b is the program's `batch_size`.
+    """Load a program, by default the first: a function from uint8 images [b, height, width, 3] to logits [b, c].
 
-    With features exported, to (logits, features). By default the first program. It compiles when it is first called.
+    b is the program's `batch_size`. With exported features it returns (logits, features). The first call compiles.
     """
     program = program or next(iter(META["programs"]))
     exported = jax.export.deserialize(bytearray((HERE / META["programs"][program]["file"]).read_bytes()))
@@ -34,7 +34,7 @@ def load(program=None):
 
 
 def pixels(image):
-    """A PIL image resized and cropped as the model expects it: uint8 [height, width, 3]."""
+    """Resize and crop a PIL image as the model expects it: uint8 [height, width, 3]."""
     from PIL import Image
 
     image, steps = image.convert("RGB"), META["preprocess"]
@@ -43,20 +43,20 @@ def pixels(image):
     size = max(1, round(image.width / ratio)), max(1, round(image.height / ratio))
     if mode == "squash":
         size = to_width, to_height
-    elif mode == "center" and to_width == to_height:  # the longer side is cut and not rounded
+    elif mode == "center" and to_width == to_height:  # the longer side is truncated, not rounded
         longer = int(to_width * max(image.size) / min(image.size))
         size = (to_width, longer) if image.width <= image.height else (longer, to_width)
     image = image.resize(size, Image.Resampling[steps["interpolation"].upper()])
     fill = tuple(round(255 * value) for value in steps["mean"]) if mode == "border" else (0, 0, 0)
     canvas = Image.new("RGB", (width, height), fill)
-    # In the centre; where it sticks out by an odd number of pixels, the half is rounded as timm does.
+    # In the centre; half of an odd number of pixels to cut off is rounded as timm does.
     margins = (canvas.width - image.width, canvas.height - image.height)
     canvas.paste(image, tuple(margin // 2 if margin > 0 else -round(-margin / 2) for margin in margins))
     return np.asarray(canvas)
 
 
 def read(path):
-    """The images of a file, by name."""
+    """Read the images of a file, by name."""
     if path.endswith(".npy"):
         return {f"{path}[{row}]": image for row, image in enumerate(np.load(path))}
     from PIL import Image
@@ -79,7 +79,7 @@ def main():
     run, names = load(program), list(images)
     for start in range(0, len(names), shape[0]):
         some = names[start : start + shape[0]]
-        batch = np.zeros(shape, np.uint8)  # of a fixed size: the rows that are left over are black images
+        batch = np.zeros(shape, np.uint8)  # of a fixed size: rows left over are black images
         batch[: len(some)] = [images[name] for name in some]
         logits = np.asarray(jax.tree.leaves(run(batch))[0])
         classes = META["class_names"] or range(logits.shape[1])

@@ -168,17 +168,21 @@ Schedules = str | MergeSchedule | Iterable[str | MergeSchedule] | Mapping[str, M
 
 
 def name_schedules(schedules: Schedules, depth: int) -> dict[str, MergeSchedule]:
-    """Give schedules names, in order: text as `parse_schedules` reads it, objects by their explicit form.
+    """Give schedules names, in order.
 
-    schedules: text, a schedule, several of either, or a mapping from names to schedules.
+    schedules: text as `parse_schedules` reads it; a schedule, named by its explicit form, or `dense` if it merges
+    nothing; several of either; or a mapping from names.
     """
-    if isinstance(schedules, str):
-        return parse_schedules(schedules, depth)
     if isinstance(schedules, Mapping):
         return {str(name): schedule for name, schedule in schedules.items()}
-    named = {}
-    for each in [schedules] if isinstance(schedules, MergeSchedule) else schedules:
-        named |= parse_schedules(each, depth) if isinstance(each, str) else {str(each): each}
+    named: dict[str, MergeSchedule] = {}
+    for each in [schedules] if isinstance(schedules, str | MergeSchedule) else schedules:
+        if isinstance(each, str):
+            named |= parse_schedules(each, depth)
+        else:
+            named["dense" if each == MergeSchedule.dense(depth) else str(each)] = each
+    if not named:
+        raise InputError("no schedule given: name at least one, such as dense,tome_r13")
     return named
 
 

@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import save_checkpoint
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
-from fcvit_jax.evaluation.accuracy import Accuracy, compile_steps, evaluate
+from fcvit_jax.evaluation.accuracy import Accuracy, StepConfig, compile_steps, measure_accuracy
 from fcvit_jax.training.job import Job
 from fcvit_jax.training.step import TrainState
 from fcvit_jax.training.window import Window, over_processes
@@ -28,16 +28,16 @@ class Test:
         self.job, self.stopping = job, stopping
         self.batch_size = job.config.batch_size // job.recipe.sam.microbatches
         self.skipped, self.told = 0, set[str]()
-        self.steps = compile_steps(
-            job.start.config,
-            job.schedules,
+        source = job.start.test_set
+        config = StepConfig(
             job.start.preprocess,
-            params,
-            self.batch_size,
             job.mesh,
+            self.batch_size,
             job.config.dtype,
-            job.start.test_set,
+            source.scored,
+            source.labels_per_image,
         )
+        self.steps = compile_steps(job.start.config, job.schedules, params, config)
 
     def __call__(self, params: Any, tell: Callable[[str], None]) -> tuple[dict[str, Accuracy], int] | None:
         """The accuracy of each schedule, and how many images all processes skipped; None where a signal came meanwhile.
@@ -55,7 +55,7 @@ class Test:
             on_bad=self.job.config.on_bad,
         )
         with contextlib.closing(device_batches(host, parallel.batched(self.job.mesh))) as batches:
-            accuracies = evaluate(self.steps, params, self.until_stopped(batches, tell))
+            accuracies = measure_accuracy(self.steps, params, self.until_stopped(batches, tell))
         return None if self.stopping() else (accuracies, over_processes(self.skipped))
 
     def until_stopped(self, batches: Iterator[Batch], tell: Callable[[str], None]) -> Iterator[Batch]:

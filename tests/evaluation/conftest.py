@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from fcvit_jax.evaluation.rows import Run
+from fcvit_jax.evaluation.runs import Run
 
 CONDITIONS = {
     "num_images": 1000,

@@ -13,12 +13,13 @@ from fcvit_jax.data.sources import Record, Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import (
     Accuracy,
+    StepConfig,
     classify,
     compile_divergence,
     compile_step,
     divergence,
     eval_step,
-    evaluate,
+    measure_accuracy,
 )
 from fcvit_jax.evaluation.throughput import measure_throughput
 from fcvit_jax.evaluation.times import Times
@@ -55,7 +56,7 @@ def compiled(params, batch_size, count, schedules=SCHEDULES):
     mesh = mesh_of(count)
     params = jax.device_put(params, parallel.replicated(mesh))
     steps = {
-        name: compile_step(ViT(CONFIG, MergeSchedule.parse(name, 3)), PREPROCESS, params, batch_size, mesh)
+        name: compile_step(ViT(CONFIG, MergeSchedule.parse(name, 3)), params, StepConfig(PREPROCESS, mesh, batch_size))
         for name in schedules
     }
     return steps, params, parallel.batched(mesh)
@@ -79,7 +80,7 @@ EIGHT = pytest.param(8, 8, marks=pytest.mark.devices(8))
 def test_every_image_counts_once_on_any_number_of_devices(params, batch_size, devices):
     source = noise(13)
     steps, placed, rows = compiled(params, batch_size, devices)
-    results = evaluate(steps, placed, device_batches(eval_batches(source, PREPROCESS, batch_size), rows))
+    results = measure_accuracy(steps, placed, device_batches(eval_batches(source, PREPROCESS, batch_size), rows))
     for name in SCHEDULES:
         assert (results[name].correct, results[name].correct5) == by_hand(params, source, name)
         assert results[name].num_images == 13
@@ -97,7 +98,7 @@ def test_a_batch_in_parts_has_the_outcome_of_the_whole(params, labels, devices, 
     monkeypatch.setattr(compiling, "_TOKENS", 2 * devices * CONFIG.num_tokens)
     mesh = mesh_of(devices)
     params = jax.device_put(params, parallel.replicated(mesh))
-    step = compile_step(model, PREPROCESS, params, 8, mesh, "float32", (0, 3, 4, 5), several)
+    step = compile_step(model, params, StepConfig(PREPROCESS, mesh, 8, "float32", (0, 3, 4, 5), several))
     if jax.default_backend() == "cpu":
         assert f"f32[{4 // devices},2,7]" in str(step.call.as_text())  # two images at a time
     found, in_parts = step.call(params, *jax.device_put((images, labels, mask), parallel.batched(mesh)))
@@ -156,7 +157,8 @@ def test_divergence_by_hand():
     np.testing.assert_allclose(divergence((2, 0), dense, other), [np.log(2) / 3] * 2, atol=1e-6)
     mesh = mesh_of(2)
     spread = jax.device_put([dense, other], parallel.batched(mesh))
-    both = compile_divergence(["a", "b"], 3, 2, mesh, (0, 2))(spread[0], {"b": spread[1], "a": spread[0]})
+    program = compile_divergence(["a", "b"], 3, StepConfig(PREPROCESS, mesh, 2, scored=(0, 2)))
+    both = program(spread[0], {"b": spread[1], "a": spread[0]})
     assert both.keys() == {"a", "b"}
     np.testing.assert_allclose(both["b"], [np.log(2) / 3] * 2, atol=1e-6)
     np.testing.assert_allclose(both["a"], [0, 0], atol=1e-6)
@@ -166,7 +168,7 @@ def test_logits_that_are_not_finite_stop_the_evaluation(params):
     broken = jax.tree.map(lambda x: x * np.float32(np.inf), params)
     steps, placed, rows = compiled(broken, 8, 1, ["dense"])
     with pytest.raises(InputError, match=r"dense: the logits of 8 of 8 images are not finite \(image 0, "):
-        evaluate(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 8), rows))
+        measure_accuracy(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 8), rows))
 
 
 def test_one_compile_a_schedule_and_none_for_later_batches(params):
@@ -177,22 +179,23 @@ def test_one_compile_a_schedule_and_none_for_later_batches(params):
             compilations.append(kwargs.get("fun_name", event))
 
     steps, placed, rows = compiled(params, 8, 1)
-    evaluate(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 8), rows))  # small host-side helpers
+    batches = device_batches(eval_batches(noise(8), PREPROCESS, 8), rows)
+    measure_accuracy(steps, placed, batches)  # compiles small host-side helpers
     jax.monitoring.register_event_duration_secs_listener(listen)
     try:
         jax.clear_caches()
         steps, placed, rows = compiled(params, 8, 1)
         after_compile = len(compilations)
         assert after_compile >= len(SCHEDULES)
-        evaluate(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 8), rows))
+        measure_accuracy(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 8), rows))
         first_batch = len(compilations)
-        evaluate(steps, placed, device_batches(eval_batches(noise(40), PREPROCESS, 8), rows))
+        measure_accuracy(steps, placed, device_batches(eval_batches(noise(40), PREPROCESS, 8), rows))
         assert len(compilations) == first_batch
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert sum("eval_step" in str(name) for name in compilations) == len(SCHEDULES)
     with pytest.raises(TypeError):  # another shape cannot compile a second program: it is refused
-        evaluate(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 4), rows))
+        measure_accuracy(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 4), rows))
 
 
 def test_one_batch_is_computed_while_another_is_handed_out_and_never_more(params):
@@ -242,7 +245,7 @@ def test_the_waiting_is_told_apart(params):
 def test_what_lies_on_the_device_does_not_grow_with_the_images(params):
     steps, placed, rows = compiled(params, 8, 1)
     alive: list[int] = []
-    compare = compile_divergence(SCHEDULES[1:], CONFIG.num_classes, 8, mesh_of(1))
+    compare = compile_divergence(SCHEDULES[1:], CONFIG.num_classes, StepConfig(PREPROCESS, mesh_of(1), 8))
     for _ in classify(steps, placed, device_batches(eval_batches(noise(120), PREPROCESS, 8), rows), compare):
         alive.append(sum(array.nbytes for array in jax.live_arrays()))
     assert len(alive) == 15
@@ -281,13 +284,13 @@ def test_throughput_alternates_and_is_positive(params):
 def test_dtype_and_batch_size_are_checked(params):
     model = ViT(CONFIG)
     with pytest.raises(InputError, match="dtype is 'float16'"):
-        compile_step(model, PREPROCESS, params, 8, mesh_of(1), "float16")
+        compile_step(model, params, StepConfig(PREPROCESS, mesh_of(1), 8, "float16"))
     with pytest.raises(InputError, match="batch_size is 13: it must be a positive multiple of the 2 devices"):
-        compile_step(model, PREPROCESS, params, 13, mesh_of(2))
+        compile_step(model, params, StepConfig(PREPROCESS, mesh_of(2), 13))
     for wrong, nearest in ((1, 2), (0, 2), (-3, 2), (19, 20), (21, 20)):
         with pytest.raises(
             InputError, match=rf"batch_size is {wrong}: .*; the nearest is config\.batch_size={nearest}$"
         ):
             parallel.check_batch_size(wrong, mesh_of(2))
-    step = compile_step(model, PREPROCESS, params, 8, mesh_of(1), "bfloat16")
+    step = compile_step(model, params, StepConfig(PREPROCESS, mesh_of(1), 8, "bfloat16"))
     assert step.model.dtype == jnp.bfloat16

@@ -1,7 +1,6 @@
 import base64
 import io
 import json
-import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
@@ -9,10 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation import html
 from fcvit_jax.evaluation.html import render_page
-from fcvit_jax.evaluation.rows import Run
+from fcvit_jax.evaluation.runs import Run
 from fcvit_jax.evaluation.table import columns
 
 NASTY = '</script><b title="x">&amp;{{plotly}}\''
@@ -221,7 +219,9 @@ def test_of_several_runs_each_row_names_its_own(make_run):
     assert "images/s" not in texts[-1]
 
 
-def test_without_plotly(make_run, monkeypatch):
-    monkeypatch.setitem(sys.modules, "plotly.offline", None)
-    with pytest.raises(InputError, match="needs plotly: pip install plotly"):
-        render_page([make_run()])
+def test_rules_are_lines_of_their_own(make_rows):
+    rows = make_rows()
+    rows[2]["schedule"], rows[3]["schedule"] = "tome_r13@nearest", "tome_r13@evit(fuse=true)"
+    lines = Page(render_page([Run("r", tuple(rows))])).data["lines"]
+    assert [line["name"] for line in lines] == ["dense", "tome", "tome@nearest", "tome@evit(fuse=true)"]
+    assert len({line["colour"] for line in lines}) == 4

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fcvit_jax.evaluation.plot import COLOURS, draw_pareto, lines, plot_pareto, published_curves
-from fcvit_jax.evaluation.rows import Run
+from fcvit_jax.evaluation.runs import Run
 
 VIT_S = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 
@@ -26,6 +26,15 @@ def test_of_several_runs_a_colour_a_family_and_a_marker_a_run(make_run):
     a, b = drawn[1], drawn[4]
     assert a.colour == b.colour
     assert (a.marker, a.dash) != (b.marker, b.dash)
+
+
+def test_a_rule_is_a_line_of_its_own_with_its_rates(make_rows):
+    rows = make_rows()
+    rows[2]["schedule"] = "tome_r13@evit(fuse=true)"
+    drawn = lines([Run("r", tuple(rows))])
+    assert [line.name for line in drawn] == ["dense", "tome", "tome@evit(fuse=true)", "s2winc7"]
+    assert len({line.colour for line in drawn}) == 4
+    assert {label.get_text() for label in draw_pareto([Run("r", tuple(rows))]).axes[0].texts} == {"r=8", "r=13", "r=16"}
 
 
 def test_rows_without_an_accuracy_are_not_drawn(make_rows):

@@ -7,13 +7,14 @@ import sys
 
 import pytest
 
-from fcvit_jax.evaluation.report import format_table, main, write_report
-from fcvit_jax.evaluation.rows import read_run
+from fcvit_jax.evaluation.report import format_table, main, reports_in, write_report
+from fcvit_jax.evaluation.runs import read_run
 
 
 def test_files(tmp_path, make_rows):
     rows = make_rows()
-    assert write_report(rows, tmp_path) == ["results.jsonl", "results.csv", "pareto.png", "report.html"]
+    write_report(rows, tmp_path)
+    assert reports_in(tmp_path) == ["results.jsonl", "results.csv", "pareto.png", "report.html"]
     assert sorted(os.listdir(tmp_path)) == ["pareto.png", "report.html", "results.csv", "results.jsonl"]
     assert list(read_run(tmp_path).rows) == rows
     table = list(csv.DictReader(io.StringIO((tmp_path / "results.csv").read_text())))
@@ -37,20 +38,13 @@ def test_rows_may_have_different_fields(tmp_path, make_rows):
 def test_costs_alone_have_neither_plot_nor_page(tmp_path, make_rows):
     write_report(make_rows(), tmp_path)
     costs = [{"schedule": "dense", "stages": "S", "gmacs": 4.6, "tokens_out": 197, "checkpoint": "C", "model": None}]
-    assert write_report(costs, tmp_path) == ["results.jsonl", "results.csv"]
+    write_report(costs, tmp_path)
+    assert reports_in(tmp_path) == ["results.jsonl", "results.csv"]
     assert sorted(os.listdir(tmp_path)) == ["results.csv", "results.jsonl"]  # and nothing of the run before
     for flag in ("--html", "--png"):
         with pytest.raises(SystemExit):
             main([str(tmp_path), flag, str(tmp_path / "out")])
         assert not (tmp_path / "out").exists()
-
-
-def test_without_plotly_the_page_is_left_out(tmp_path, make_rows, monkeypatch, capsys):
-    write_report(make_rows(), tmp_path)
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert write_report(make_rows(), tmp_path) == ["results.jsonl", "results.csv", "pareto.png"]
-    assert not (tmp_path / "report.html").exists()
-    assert capsys.readouterr().err == "report.html is left out: it needs plotly (pip install plotly)\n"
 
 
 def test_one_run_again(tmp_path, write_run, make_rows, capsys):
@@ -91,13 +85,13 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, write_run, cap
     }
     with pytest.raises(SystemExit):
         main(["a/run", "a/run"])
-    assert capsys.readouterr().err == "error: the same results are given twice: name each run once\n"
+    assert capsys.readouterr().err == "error: the same results are given twice: give each run once\n"
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["absent"], "error: absent is absent: name a working directory of evaluate.py, or a results.jsonl\n"),
+        (["absent"], "error: absent does not exist: give a working directory of evaluate.py or a results.jsonl\n"),
         (["run", "--csv", "no/where.csv"], "error: no/where.csv cannot be written (No such file or directory): "),
         (["run", "--html"], "error: argument --html: expected one argument (--help tells more)\n"),
         ([], "error: the following arguments are required: RESULTS (--help tells more)\n"),

@@ -1,7 +1,7 @@
 import pytest
 
 from fcvit_jax.evaluation import published
-from fcvit_jax.evaluation.rows import Run
+from fcvit_jax.evaluation.runs import Run
 from fcvit_jax.evaluation.table import WIDTH, columns, differs, findings, format_table
 
 
@@ -73,12 +73,12 @@ def test_findings(make_run, changes, expected):
     assert sum(expected in told for told in findings(make_run(**changes))) == 1
 
 
-@pytest.mark.parametrize(
-    ("sigmas", "warned"), [(3.0, False), (-3.0, False), (3.01, True), (-3.01, True), (None, False)]
-)
-def test_what_is_not_what_is_reported_is_warned_of(make_run, sigmas, warned):
-    told = findings(make_run(reference_top1=0.91, reference_sigmas=sigmas))
-    assert any(sentence.startswith("warning: ") for sentence in told) == warned
+def test_rules_are_groups_of_their_own(make_rows):
+    dense, one, *_ = make_rows()
+    merged = [{**one, "schedule": f"tome_r{r}{rule}"} for rule in ("", "@nearest") for r in range(6)]
+    lines = format_table([dense, *merged]).splitlines()
+    assert lines[lines.index("") + 1].startswith("tome_r0 ")
+    assert lines[lines.index("", lines.index("") + 1) + 1].startswith("tome_r0@nearest ")
 
 
 def test_no_schedule_within_a_point(make_run):

@@ -10,10 +10,12 @@ from fcvit_jax.checkpoint import Checkpoint, abstract_params
 from fcvit_jax.data.preprocess import Preprocess, decode, preset
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation import visualize
 from fcvit_jax.evaluation.visualize import (
     LINE,
     MARGIN,
     draw_gallery,
+    draw_regions,
     fill,
     main,
     open_images,
@@ -93,6 +95,32 @@ def test_all_regions_of_a_picture_have_colours_of_their_own():
     assert len(np.unique(lined.reshape(-1, 3), axis=0)) == 60
 
 
+def test_pruned_patches_are_hatched_and_have_no_part_in_a_tokens_colour():
+    image = np.zeros((8, 16, 3), np.uint8)
+    image[:, :8], image[:, 8:] = 200, 100
+    one_token, second = np.zeros((1, 2), int), np.array([[False, True]])
+    drawn = draw_regions(image, one_token, second, 8, 4)
+    left, right = drawn[:, :32], drawn[:, 32:]
+    assert (left[2:-2, 2:-2] == 200).all()  # and not 150, the mean of both
+    assert {tuple(colour) for colour in right.reshape(-1, 3)} == {(70,) * 3, (120,) * 3}
+    assert (right[0] == 70).any()
+    assert (right[0] == 120).any()
+    np.testing.assert_array_equal(right[0, 1:], right[1, :-1])  # stripes run diagonally
+    kept = draw_regions(image, one_token, np.zeros((1, 2), bool), 8, 4)
+    assert (kept[2:-2, 2:-2] == 150).all()
+
+
+def test_the_caption_counts_pruned_patches(checkpoint, monkeypatch):
+    token, pruned = np.zeros((1, 4, 6), np.int32), np.zeros((1, 4, 6), bool)
+    pruned[0, 1, :3] = True
+    monkeypatch.setattr(visualize, "regions", lambda *args: [visualize.Regions(token, pruned)])
+    (panel,) = visualize._panels(checkpoint, "tome_r5", MergeSchedule.dense(3), noise(1)[0], [1], 1)
+    assert panel.detail == "1 of 24 tokens after layer 1, 3 pruned"
+    pruned[:] = False
+    (panel,) = visualize._panels(checkpoint, "tome_r5", MergeSchedule.dense(3), noise(1)[0], [1], 1)
+    assert panel.detail == "1 of 24 tokens after layer 1"
+
+
 @pytest.mark.parametrize(
     ("config", "schedule"),
     [(CONFIG, "tome_r5"), (CONFIG, "s2winc2_r6"), (BARE, "s2winc2_r6")],
@@ -107,8 +135,9 @@ def test_regions_are_the_tokens_left_and_of_their_size(config, schedule):
     )
     assert len(maps) == 3
     prefix = config.num_prefix_tokens
-    for grids, tokens, layer in zip(maps, schedule.tokens(config), out["layers"], strict=True):
+    for (grids, pruned), tokens, layer in zip(maps, schedule.tokens(config), out["layers"], strict=True):
         assert (grids.shape, grids.dtype) == ((2, 4, 6), np.int32)
+        assert (pruned.shape, pruned.any()) == ((2, 4, 6), False)
         for grid, size in zip(grids, layer["size"], strict=True):
             np.testing.assert_array_equal(np.bincount(grid.flat, minlength=tokens - prefix), size[prefix:])
             assert grid.min() == 0
@@ -117,7 +146,7 @@ def test_regions_are_the_tokens_left_and_of_their_size(config, schedule):
 @pytest.mark.parametrize("schedule", ["dense", "tome_r0"])
 def test_without_merging_every_patch_is_a_region(checkpoint, schedule):
     image = noise(1)
-    for grid in regions(checkpoint, MergeSchedule.parse(schedule, 3), image):
+    for grid, _ in regions(checkpoint, MergeSchedule.parse(schedule, 3), image):
         np.testing.assert_array_equal(grid[0], np.arange(24).reshape(4, 6))
     means = image[0].reshape(4, 4, 6, 4, 3).mean(axis=(1, 3)).round().astype(np.uint8)
     np.testing.assert_array_equal(fill(image[0], grid[0], 4), enlarged(means, 4))
@@ -128,7 +157,7 @@ def test_no_region_crosses_the_border_of_a_window_in_a_local_stage(checkpoint, w
     down, across = windows
     cells = np.arange(down * across).reshape(windows).repeat(4 // down, 0).repeat(6 // across, 1)
     maps = regions(checkpoint, MergeSchedule.parse(f"local:2:r8:w{down}x{across},global:1:r4", 3), noise(2))
-    for grids in maps[:2]:
+    for grids, _ in maps[:2]:
         for grid in grids:
             pairs = np.unique(np.stack([grid.ravel(), cells.ravel()]), axis=1)
             assert pairs.shape[1] == grid.max() + 1 < 24  # each region with one window
@@ -143,7 +172,7 @@ def test_regions_follow_what_the_image_shows(checkpoint):
     same = dataclasses.replace(checkpoint, params=flat)
     blue = np.array([[1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 0, 0]], np.uint8)
     image = enlarged(np.array([[250, 20, 20], [10, 30, 220]], np.uint8)[blue], 4)
-    grid = regions(same, MergeSchedule.parse("global:1:r12,dense:2", 3), image[None])[-1][0]
+    grid = regions(same, MergeSchedule.parse("global:1:r12,dense:2", 3), image[None])[-1].token[0]
     assert grid.max() + 1 == 12
     np.testing.assert_array_equal(fill(image, grid, 4), image)
 
@@ -169,7 +198,7 @@ def test_a_gallery(checkpoint, tmp_path, monkeypatch):
     panels = [sheet[MARGIN + 2 * LINE :, MARGIN + i * (336 + MARGIN) :][:224, :336] for i in range(3)]
     np.testing.assert_array_equal(panels[0], enlarged(images[1], 14))
     for panel, schedule in zip(panels[1:], schedules.values(), strict=True):
-        grid = regions(checkpoint, schedule, images[1:2])[-1][0]
+        grid = regions(checkpoint, schedule, images[1:2])[-1].token[0]
         np.testing.assert_array_equal(panel, outline(enlarged(fill(images[1], grid, 4), 14), grid, 4))
         assert (panel[7::14, 7::14] == fill(images[1], grid, 4)).all()  # the line leaves the middle free
     assert all((sheet[MARGIN : MARGIN + LINE, x:][:, :60] < 128).any() for x in (MARGIN, 356, 702))  # captions
@@ -182,7 +211,7 @@ def test_rows_of_stages_and_of_columns(checkpoint, tmp_path):
     sheet = np.asarray(Image.open(tmp_path / "000_a.png"))
     # Layers 1 and 3 end a stage, 2 is half-way between them.
     assert sheet.shape == (MARGIN + 3 * height, MARGIN + 4 * width, 3)
-    grid = regions(checkpoint, schedules["local:1:r4:w2x2,global:2:r3"], noise(1))[1][0]
+    grid = regions(checkpoint, schedules["local:1:r4:w2x2,global:2:r3"], noise(1))[1].token[0]
     panel = sheet[MARGIN + height + 2 * LINE :, MARGIN + 2 * width :][:224, :336]
     np.testing.assert_array_equal(panel[7::14, 7::14], fill(noise(1)[0], grid, 4))
     draw_gallery(checkpoint, schedules, noise(1), ["a.png"], tmp_path, columns=3)

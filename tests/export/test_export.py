@@ -293,7 +293,7 @@ def test_a_checkpoint_is_never_overwritten(checkpoint, tmp_path):
 
 def test_the_command_line_tells_mistakes_in_one_line(tmp_path, capsys):
     for flags, told in [
-        ("--schedules dense --batch_sizes 1,x", "'1,x' is no batch size: write 32, or several as 1,32"),
+        ("--schedules dense --batch_sizes 1,x", "'1,x' is not a batch size: write 32, or several as 1,32"),
         ("--schedules sparse --batch_sizes 1", "'sparse' is not a schedule"),
         ("--schedules dense --batch_sizes 1 --platforms gpu", "platforms is 'gpu'"),
         ("--batch_sizes 1", "the following arguments are required: --schedules"),

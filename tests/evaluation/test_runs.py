@@ -3,21 +3,7 @@ import json
 import pytest
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.rows import Run, devices, differences, family, rate, read_run
-
-
-@pytest.mark.parametrize(
-    ("schedule", "expected"),
-    [
-        ("dense", ("dense", None)),
-        ("tome_r13", ("tome", 13)),
-        ("s2winc7_r16", ("s2winc7", 16)),
-        ("dense:2,local:5:r16:w2x2,global:5:r16", ("dense:2,local:5:r:w2x2,global:5:r", 16)),
-        ("local:7:r8:w2x2,global:5:r16", ("local:7:r:w2x2,global:5:r", None)),
-    ],
-)
-def test_family_and_rate(schedule, expected):
-    assert (family(schedule), rate(schedule)) == expected
+from fcvit_jax.evaluation.runs import Run, devices, differences, read_run
 
 
 def test_change_is_against_the_runs_own_dense(make_run):
@@ -45,7 +31,7 @@ def test_a_directory_and_its_file_are_the_same_run(tmp_path, write_run, make_row
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "is absent"),
+        (None, "does not exist"),
         ("\n", "has no rows"),
         ('{"schedule": "dense"}\nnonsense\n', r"results.jsonl, line 2: not a result row"),
         ('{"top1": 0.5}\n', "line 1: not a result row"),

@@ -1,0 +1,164 @@
+"""What an evaluation reads: checkpoint, labelled images and merge schedules, opened and found to fit together."""
+
+import contextlib
+import hashlib
+import json
+import re
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fcvit_jax import parallel
+from fcvit_jax.checkpoint import Checkpoint, flat_params, load_checkpoint, versions
+from fcvit_jax.compiling import PRECISIONS
+from fcvit_jax.data import imagenet
+from fcvit_jax.data.batches import Batch, device_batches, eval_batches
+from fcvit_jax.data.labels import match_head, real_labels
+from fcvit_jax.data.sources import Source, open_source
+from fcvit_jax.evaluation.accuracy import StepConfig, choose_kernels_for
+from fcvit_jax.models import zoo
+from fcvit_jax.models.schedule import MergeSchedule, Schedules, name_schedules
+from fcvit_jax.models.vit import cast_params
+from fcvit_jax.settings import check_settings, setting
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """How to evaluate; `fcvit_jax.evaluation.evaluate` explains the fields."""
+
+    batch_size: int = setting(32, low=1)
+    dtype: str = setting("float32", choices=tuple(PRECISIONS))
+    limit: int | None = setting(None, low=1)
+    real_labels: str = setting("")
+    save_logits: bool = setting(False)
+    gallery: int = setting(0, low=0)
+    throughput_blocks: int = setting(5, low=0)
+    workers: int | None = setting(None, low=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True)
+class EvaluationInputs:
+    """Everything that an evaluation reads.
+
+    source: its labels index the head's outputs. checkpoint_name: as it was given. files: sha256 of the checkpoint's
+    files, None for a checkpoint in memory. reported: top-1 that is published for these weights and images, or None.
+    """
+
+    config: EvaluationConfig
+    mesh: jax.sharding.Mesh
+    source: Source
+    checkpoint: Checkpoint
+    checkpoint_name: str
+    files: Mapping[str, str] | None
+    schedules: dict[str, MergeSchedule]
+    reported: float | None
+
+    @cached_property
+    def params(self) -> Any:
+        """The parameters in the dtype of the computation; with bfloat16 both copies are on the devices."""
+        return cast_params(self.checkpoint.params, PRECISIONS[self.config.dtype][0])
+
+    @property
+    def num_records(self) -> int:
+        return min(len(self.source), self.config.limit or len(self.source))
+
+    @property
+    def step_config(self) -> StepConfig:
+        source, config = self.source, self.config
+        return StepConfig(
+            self.checkpoint.preprocess,
+            self.mesh,
+            config.batch_size,
+            config.dtype,
+            source.scored,
+            source.labels_per_image,
+        )
+
+    def batches(self, start: int = 0, limit: int | None = None) -> contextlib.closing[Generator[Batch, None, None]]:
+        """This process's share of the batches, on the devices, from batch `start` on."""
+        host = eval_batches(
+            self.source,
+            self.checkpoint.preprocess,
+            self.config.batch_size,
+            start=start,
+            limit=limit or self.config.limit,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=self.config.workers,
+        )
+        return contextlib.closing(device_batches(host, parallel.batched(self.mesh)))
+
+    @property
+    def fingerprint(self) -> dict[str, Any]:
+        """What decides the outcomes. The number of devices and processes does not, except for rounding."""
+        checkpoint, config = self.checkpoint, self.config
+        weights = hashlib.sha256(json.dumps(self.files, sort_keys=True).encode())
+        if self.files is None:
+            for path, array in sorted(flat_params(checkpoint.params).items()):
+                weights.update(path.encode() + array.tobytes())
+        weights.update(json.dumps([checkpoint.config.to_dict(), checkpoint.preprocess.to_dict()]).encode())
+        kernels = {choose_kernels_for(schedule, config.dtype, self.mesh) for schedule in self.schedules.values()}
+        return {
+            "dataset": [self.source.spec, len(self.source), config.real_labels],
+            "limit": config.limit,
+            "checkpoint": weights.hexdigest(),
+            "schedules": {name: str(schedule) for name, schedule in self.schedules.items()},
+            "batch_size": config.batch_size,
+            "dtype": config.dtype,
+            "kernels": ",".join(sorted(kernels)),
+            "logits": config.save_logits,
+            "device": jax.devices()[0].device_kind,
+            "versions": versions(),
+        }
+
+
+def open_inputs(
+    checkpoint: str | Path | Checkpoint, dataset: str | Source, schedules: Schedules, config: EvaluationConfig
+) -> EvaluationInputs:
+    """Open what an evaluation reads. Raises InputError if something does not exist or does not fit."""
+    mesh = parallel.data_mesh()
+    parallel.check_batch_size(config.batch_size, mesh)
+    opened = dataset if isinstance(dataset, Source) else open_source(dataset)
+    labelled = real_labels(opened, config.real_labels) if config.real_labels else opened
+    placing = parallel.replicated(mesh)
+    if isinstance(checkpoint, Checkpoint):
+        name, files = str(checkpoint.path), None
+        host = jax.tree.map(np.asarray, checkpoint.params)  # arrays of one device do not spread over several processes
+        checkpoint = replace(checkpoint, params=jax.device_put(host, placing))
+    else:
+        name, checkpoint = str(checkpoint), load_checkpoint(checkpoint, placing)
+        files = checkpoint.meta["files"]
+    model = checkpoint.config
+    source = match_head(labelled, model.num_classes, checkpoint.meta.get("class_names"), str(checkpoint.path))
+    named = name_schedules(schedules, model.depth)
+    for schedule in named.values():
+        schedule.plan(model)
+    reported = None if config.real_labels else reported_top1(opened, checkpoint, config.limit)
+    return EvaluationInputs(config, mesh, source, checkpoint, name, files, named, reported)
+
+
+def reported_top1(source: Source, checkpoint: Checkpoint, limit: int | None = None) -> float | None:
+    """Look up the top-1 that the zoo reports for these weights, if the source holds ImageNet's validation images.
+
+    source: as opened: its class names and size tell a folder of the 50,000, prepared or not, from another. If the
+    images are ordered by class, all must be evaluated; of those that TFDS has shuffled, some are a fair sample.
+    """
+    name, config = checkpoint.meta.get("provenance", {}).get("model"), checkpoint.config
+    if name not in zoo.names():
+        return None
+    model = zoo.get(name)
+    if source.ordered:
+        whole = len(source) == 50_000 <= (limit or 50_000) and source.labels_per_image == 1
+        there = whole and sorted(source.class_names) == list(imagenet.synsets())
+    else:
+        there = re.match(r"tfds:imagenet2012(:[\d.]+)?/validation(\[|@|$)", source.spec)
+    same = (config.image_size, config.num_classes) == (model.config.image_size, model.config.num_classes)
+    return model.top1 if same and there else None

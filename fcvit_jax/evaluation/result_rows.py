@@ -1,0 +1,160 @@
+"""Result rows: how accurate a schedule is and how certain that is, what it costs, how fast it runs."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
+from fcvit_jax.evaluation import published
+from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep
+from fcvit_jax.evaluation.inputs import EvaluationInputs, Schedules, name_schedules
+from fcvit_jax.evaluation.outcomes import Outcomes
+from fcvit_jax.evaluation.runs import ResultRow
+from fcvit_jax.evaluation.statistics import mcnemar, per_class, sigmas, wilson
+from fcvit_jax.evaluation.throughput import Rate
+from fcvit_jax.evaluation.times import Times
+from fcvit_jax.models import flops, zoo
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.schedule import MergeSchedule
+
+
+def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules) -> list[ResultRow]:
+    """Compute what schedules cost, a row each: no data are read, and for a name of the zoo no weights either."""
+    name = str(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
+    if not isinstance(checkpoint, Checkpoint) and name in zoo.names() and not Path(name).exists():
+        config, model = zoo.get(name).config, name
+    else:
+        loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+        config, model = loaded.config, loaded.meta.get("provenance", {}).get("model")
+    return [
+        {
+            "schedule": key,
+            "stages": str(schedule),
+            **_cost_fields(schedule, config),
+            **published.fields(model, key),
+            "checkpoint": name,
+            "model": model,
+        }
+        for key, schedule in name_schedules(schedules, config.depth).items()
+    ]
+
+
+def result_rows(
+    inputs: EvaluationInputs,
+    outcomes: Outcomes,
+    steps: Mapping[str, CompiledStep],
+    rates: Mapping[str, Rate],
+    times: Times,
+) -> list[ResultRow]:
+    """Make one row a schedule, with all conditions.
+
+    images_per_second, images_per_second_spread, speedup: None if it was not timed.
+    """
+    checkpoint, source, config = inputs.checkpoint, inputs.source, inputs.config
+    provenance = checkpoint.meta.get("provenance", {})
+    names = list(inputs.schedules)
+    dense, fastest = names.index("dense") if "dense" in names else None, rates.get("dense")
+    conditions = {
+        "checkpoint": inputs.checkpoint_name,
+        "model": provenance.get("model"),
+        "weights_sha256": provenance.get("sha256"),
+        "dataset": source.spec,
+        "real_labels": config.real_labels or None,
+        "classes_scored": len(source.scored or source.class_names),
+        "images_excluded": inputs.num_records - len(outcomes.names),
+        "limit": config.limit,
+        "preprocess": str(checkpoint.preprocess),
+        "batch_size": config.batch_size,
+        "dtype": config.dtype,
+        "kernels": None,  # each schedule has its own
+        "device": _device_name(),
+        "num_devices": jax.device_count(),
+        "num_processes": jax.process_count(),
+        "versions": versions(),
+        "seconds": {name: round(seconds, 3) for name, seconds in times.seconds.items()},
+    }
+    rows = []
+    for index, (name, schedule) in enumerate(inputs.schedules.items()):
+        accuracy = _accuracy_fields(outcomes, index, dense)
+        known, rate = inputs.reported if index == dense else None, rates.get(name)
+        rows.append(
+            {
+                "schedule": name,
+                "stages": str(schedule),
+                **accuracy,
+                "reference_top1": known,
+                "reference_sigmas": sigmas(accuracy["correct"], accuracy["num_images"], known) if known else None,
+                **_cost_fields(schedule, checkpoint.config),
+                **published.fields(provenance.get("model") if inputs.reported else None, name),  # for the same images
+                "images_per_second": rate and rate.images_per_second,
+                "images_per_second_spread": rate and rate.spread,
+                "speedup": rate.images_per_second / fastest.images_per_second if rate and fastest else None,
+                "compile_seconds": steps[name].compile_seconds,
+                **conditions,
+                "kernels": steps[name].model.kernels,
+            }
+        )
+    return rows
+
+
+def class_table(outcomes: Outcomes, schedules: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
+    """Count per class: {"classes": names, "images": counts, "correct": {schedule: counts}}.
+
+    Classes without images are left out. An image with several labels counts in each of its classes.
+    """
+    counts = {
+        name: per_class(outcomes.labels, rank == 0, len(class_names))
+        for name, rank in zip(schedules, outcomes.rank, strict=True)
+    }
+    images = next(iter(counts.values()))[0]
+    there = np.flatnonzero(images)
+    return {
+        "classes": [class_names[index] for index in there],
+        "images": images[there].tolist(),
+        "correct": {name: correct[there].tolist() for name, (_, correct) in counts.items()},
+    }
+
+
+def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> ResultRow:
+    """The counts of the schedule in row `index` of the outcomes, and its differences from the one in row `dense`.
+
+    top1_low, top1_high: Wilson's interval at 95 %. gained, lost: images that are correct here but not there, and the
+    reverse; mcnemar_p: how likely chance makes them so unequal. agreement: fraction of equal predictions; kl: mean
+    divergence in nats. The last five are None without dense.
+    """
+    accuracy = Accuracy.of(outcomes.rank[index])
+    low, high = wilson(accuracy.correct, accuracy.num_images)
+    fields: ResultRow = {
+        "top1": accuracy.top1,
+        "top1_low": low,
+        "top1_high": high,
+        "top5": accuracy.top5,
+        "correct": accuracy.correct,
+        "num_images": accuracy.num_images,
+    }
+    compared = dict.fromkeys(("gained", "lost", "mcnemar_p", "agreement", "kl"))
+    if dense is None:
+        return fields | compared
+    here, there = outcomes.rank[index] == 0, outcomes.rank[dense] == 0
+    gained, lost = int((here & ~there).sum()), int((there & ~here).sum())
+    agreement = (outcomes.prediction[index] == outcomes.prediction[dense]).mean()
+    kl = outcomes.kl[index].mean(dtype=np.float64)
+    values = gained, lost, mcnemar(gained, lost), float(agreement), float(kl)
+    return fields | dict(zip(compared, values, strict=True))
+
+
+def _cost_fields(schedule: MergeSchedule, config: ViTConfig) -> ResultRow:
+    return {
+        "gmacs": flops.gmacs(config, schedule),
+        "gmacs_executed": flops.executed_gmacs(config, schedule),
+        "tokens_out": schedule.tokens(config)[-1],
+    }
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind

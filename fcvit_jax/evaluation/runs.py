@@ -1,0 +1,145 @@
+"""Result rows, one a merge schedule with all its conditions, and the runs that they are read from.
+
+Rows of earlier versions lack fields, and a field that was not measured is null: read them with `row.get`.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fcvit_jax.errors import InputError
+
+ResultRow = dict[str, Any]
+
+# What was measured of a schedule; all other fields are the conditions of the measurement.
+MEASURED = (
+    *("top1", "top1_low", "top1_high", "top5", "correct", "gained", "lost", "mcnemar_p", "agreement", "kl"),
+    *("gmacs", "gmacs_executed", "tokens_out", "images_per_second", "images_per_second_spread", "speedup"),
+    *("compile_seconds", "reference_top1", "reference_sigmas", "published_top1", "published_gmacs"),
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The results of one evaluation.
+
+    per_class: {"classes": names, "images": counts, "correct": {schedule: counts}}, or None. gallery: PNG files.
+    """
+
+    name: str
+    rows: tuple[ResultRow, ...]
+    per_class: Mapping[str, Any] | None = None
+    gallery: tuple[Path, ...] = ()
+
+    @property
+    def dense(self) -> ResultRow | None:
+        return next((row for row in self.rows if row["schedule"] == "dense"), None)
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether any row has an accuracy, and not the cost alone."""
+        return any(row.get("top1") is not None for row in self.rows)
+
+    def change(self, row: ResultRow) -> float | None:
+        """Points of top-1 gained over the dense model; None if either was not measured."""
+        before, after = (self.dense or {}).get("top1"), row.get("top1")
+        return None if before is None or after is None else 100 * (after - before)
+
+
+def read_run(path: Path, rows: Sequence[ResultRow] | None = None) -> Run:
+    """Read a working directory of `evaluate.py`, or its results.jsonl, with the files beside it.
+
+    rows: the rows of the run, if they are known already. Raises InputError that names the file and the line.
+    """
+    directory = path if path.is_dir() else path.parent
+    if rows is None:
+        rows = _read_rows(directory / "results.jsonl" if path.is_dir() else path)
+    gallery = tuple(sorted((directory / "gallery").glob("*.png")))
+    return Run(directory.resolve().name, tuple(rows), _read_per_class(directory / "per_class.json"), gallery)
+
+
+def differences(runs: Sequence[Run]) -> list[str]:
+    """List the conditions that differ between rows, a sentence each: such rows are no fair comparison."""
+    rows = [(run.name, row) for run in runs for row in run.rows]
+    conditions: dict[str, Callable[[ResultRow], Any]] = {
+        "preprocessing": lambda row: row.get("preprocess"),
+        "data sets": lambda row: " with ".join(filter(None, (row.get("dataset"), row.get("real_labels")))) or None,
+        "numbers of images": lambda row: row.get("num_images"),
+    }
+    for model in dict.fromkeys(row["model"] for _, row in rows if row.get("model")):
+        conditions[f"weights of the same model, {model},"] = lambda row, model=model: (
+            row.get("weights_sha256") if row.get("model") == model else None
+        )
+    conditions["devices, batches or dtypes (images/s)"] = _machine
+    sentences = []
+    for noun, value_of in conditions.items():
+        found: dict[Any, dict[str, None]] = {}  # the names of the runs by value; rows without one are left out
+        for name, row in rows:
+            if (value := value_of(row)) is not None:
+                found.setdefault(value, {})[name] = None
+        if len(found) > 1:
+            listed = "; ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
+            sentences.append(f"rows of different {noun} are compared: {listed}")
+    return sentences
+
+
+def devices(row: ResultRow) -> str:
+    """Name the devices of a row: "2 x NVIDIA H200", "CPU (2 cores) as 2 devices"."""
+    count, name = row.get("num_devices"), row.get("device")
+    one_cpu = str(name).startswith("CPU") and count != 1 and row.get("num_processes", 1) == 1
+    return f"{name} as {count} devices" if one_cpu else f"{count} x {name}"
+
+
+def _machine(row: ResultRow) -> str | None:
+    """What images/s depend on; None if the row was not timed."""
+    parts = [row.get(key) for key in ("images_per_second", "num_devices", "device", "batch_size", "dtype")]
+    return f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}" if all(parts) else None
+
+
+def _read_rows(path: Path) -> list[ResultRow]:
+    try:
+        lines = path.read_text().splitlines()
+    except FileNotFoundError:
+        raise InputError(f"{path} does not exist: give a working directory of evaluate.py or a results.jsonl") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a results.jsonl: {error}") from None
+    rows = [_parse(line, f"{path}, line {number}") for number, line in enumerate(lines, 1) if line.strip()]
+    if not rows:
+        raise InputError(f"{path} has no rows: run evaluate.py again")
+    return rows
+
+
+def _parse(line: str, place: str) -> ResultRow:
+    try:
+        row = json.loads(line)
+    except ValueError:
+        row = None
+    if not isinstance(row, dict) or not isinstance(row.get("schedule"), str):
+        raise InputError(f"{place}: not a result row, which is a JSON object with a schedule; run evaluate.py again")
+    for field in MEASURED:
+        if row.get(field) is not None and not _is_number(row[field]):
+            raise InputError(
+                f"{place}: field {field!r} is {row[field]!r} and should be a number; run evaluate.py again"
+            )
+    return row
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _read_per_class(path: Path) -> Mapping[str, Any] | None:
+    if not path.exists():
+        return None
+    try:
+        table = json.loads(path.read_text())
+        columns = [table["images"], *table["correct"].values()]
+        whole = all(len(column) == len(table["classes"]) and all(map(_is_number, column)) for column in columns)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is damaged: remove it, or run evaluate.py again")
+    return table

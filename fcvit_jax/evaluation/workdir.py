@@ -1,0 +1,49 @@
+"""The files that an evaluation leaves in its working directory, those of an interrupted one included."""
+
+from pathlib import Path
+
+from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.inputs import EvaluationInputs
+from fcvit_jax.evaluation.outcomes import Journal
+
+JOURNAL = ".outcomes"  # until the results are written
+FINISHED = (
+    *("results.jsonl", "results.csv", "report.html", "pareto.png", "outcomes.npz", "per_class.json"),
+    *("logits_*.npz", "gallery/[0-9]*_*.png"),
+)
+
+
+def holds_accuracies(workdir: Path) -> bool:
+    """Whether an evaluation has left results there, finished or not."""
+    results = workdir / "results.jsonl"
+    counted = any((workdir / name).exists() for name in (JOURNAL, "outcomes.npz"))
+    return counted or (results.exists() and '"top1"' in results.read_text(errors="replace"))
+
+
+def clear(workdir: Path) -> None:
+    """Delete the results of an earlier run, and what a killed one has left half-written."""
+    forget(workdir)
+    for name in map(Path, FINISHED):
+        for stale in [*workdir.glob(str(name)), *workdir.glob(str(name.with_name(f".{name.name}.partial")))]:
+            try:
+                stale.unlink()
+            except OSError as error:
+                raise InputError(f"{stale} cannot be removed ({error.strerror}): choose another --workdir") from None
+
+
+def forget(workdir: Path) -> None:
+    """Delete what an interrupted run needs to resume."""
+    (workdir / JOURNAL).unlink(missing_ok=True)
+
+
+def open_journal(workdir: Path, inputs: EvaluationInputs) -> Journal:
+    """Open the journal of an interrupted run with the same inputs, or start a new one."""
+    journal = Journal(workdir / JOURNAL, inputs.fingerprint)
+    if journal.parts:
+        done = min(len(journal.parts) * inputs.config.batch_size, inputs.num_records)
+        print(f"{workdir}: resuming the interrupted run after {done:,} of {inputs.num_records:,} images")
+    else:
+        if journal.differs:
+            print(f"{workdir}: the interrupted run there differs in {', '.join(journal.differs)}; starting over")
+        clear(workdir)
+    return journal

@@ -1,0 +1,32 @@
+import pytest
+
+from fcvit_jax.evaluation.families import family, rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("dense", ("dense", None)),
+        ("tome_r13", ("tome", 13)),
+        ("s2winc7_r16", ("s2winc7", 16)),
+        ("dense:2,local:5:r16:w2x2,global:5:r16", ("dense:2,local:5:r:w2x2,global:5:r", 16)),
+        ("local:7:r8:w2x2,global:5:r16", ("local:7:r:w2x2,global:5:r", None)),
+        # Rules are families of their own; the digits of their names and options are no rate.
+        ("tome_r16@nearest", ("tome@nearest", 16)),
+        ("s2winc7_r16@evit(fuse=true)", ("s2winc7@evit(fuse=true)", 16)),
+        ("tome_r16@pitome(margin=0.9,r3=_r2)", ("tome@pitome(margin=0.9,r3=_r2)", 16)),
+        ("tome_r4@mine_r2", ("tome@mine_r2", 4)),
+        (
+            "dense:2,local:5:r16:w2x2@nearest,global:5:r16@nearest",
+            ("dense:2,local:5:r:w2x2@nearest,global:5:r@nearest", 16),
+        ),
+        (
+            "global:6:r12@Mine(a=(1, 2), b=:r9),global:6:r12",
+            ("global:6:r@Mine(a=(1, 2), b=:r9),global:6:r", 12),
+        ),
+        ("global:6:r12@nearest,global:6:r8", ("global:6:r@nearest,global:6:r", None)),
+        ("my own", ("my own", None)),
+    ],
+)
+def test_family_and_rate(schedule, expected):
+    assert (family(schedule), rate(schedule)) == expected
