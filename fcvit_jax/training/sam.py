@@ -20,12 +20,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fcvit_jax.errors import InputError, is_number
+from fcvit_jax.errors import InputError
+from fcvit_jax.settings import check_settings, setting
+from fcvit_jax.trees import Params, check_float32, dot, leaf_name, norm, orthogonal, unit
 
-Params = Any
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
-
-CHOICES = {"scope": ("batch", "microbatch"), "perturb": ("all", "kernels", "norms")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,34 +38,24 @@ class SAMConfig:
     too, and 1 on biases, tokens and position embeddings.
     """
 
-    rho: float = 0.05  # radius; 0: the plain gradient in one pass, bit for bit
-    rho_final: float | None = None  # None: constant; else a cosine from rho to rho_final over the steps from start_step
-    start_step: int = 0  # rho is 0 before it, in the warm-up of the learning rate
+    rho: float = setting(0.05, low=0)  # radius; 0: the plain gradient in one pass, bit for bit
+    # None: constant; otherwise a cosine from rho to rho_final over the steps from start_step.
+    rho_final: float | None = setting(None, low=0)
+    start_step: int = setting(0, low=0)  # rho is 0 before it, in the warm-up of the learning rate
     adaptive: bool = False  # ASAM
-    eta: float = 0.01  # ASAM's floor, under which small weights are perturbed like 0
-    gap_weight: float = 0.0  # GSAM's alpha
-    refresh_every: int = 1  # LookSAM's k; 1 is SAM
-    reuse_scale: float = 0.7  # LookSAM's alpha
-    microbatches: int = 1  # strided parts of the batch that are in memory one at a time
-    scope: str = "batch"  # batch: one perturbation for all of it | microbatch: one for each part (m-sharpness)
-    perturb: str = "all"  # all | kernels | norms
+    eta: float = setting(0.01, low=0)  # ASAM's floor, below which small weights are perturbed like 0
+    gap_weight: float = setting(0.0, low=0)  # GSAM's alpha
+    refresh_every: int = setting(1, low=1)  # LookSAM's k; 1 is SAM
+    reuse_scale: float = setting(0.7, low=0)  # LookSAM's alpha
+    microbatches: int = setting(1, low=1)  # strided parts of the batch that are in memory one at a time
+    # batch: one perturbation for the whole batch; microbatch: one for each part (m-sharpness).
+    scope: str = setting("batch", choices=("batch", "microbatch"))
+    perturb: str = setting("all", choices=("all", "kernels", "norms"))
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            number = is_number(value)
-            lowest = 1 if name in ("refresh_every", "microbatches") else 0
-            valid, wanted = {
-                float: (number, "it must be a number, 0 or more"),
-                float | None: (number or value is None, "it must be a number, 0 or more, or none"),
-                int: (number and isinstance(value, int) and value >= lowest, f"it must be an integer from {lowest} on"),
-                bool: (isinstance(value, bool), "it must be true or false"),
-                str: (value in CHOICES.get(name, ()), f"choose one of {', '.join(CHOICES.get(name, ()))}"),
-            }[field.type]
-            if not valid:
-                raise InputError(f"sam.{name} is {value!r}: {wanted}")
+        check_settings(self, "sam.")
         if self.rho_final and not self.rho:
-            raise InputError(f"sam.rho_final is {self.rho_final}: it needs a rho above 0, as 0 turns SAM off")
+            raise InputError(f"sam.rho_final is {self.rho_final}: it requires a rho above 0, since 0 turns SAM off")
 
 
 def warnings(cfg: SAMConfig) -> tuple[str, ...]:
@@ -132,7 +121,7 @@ def perturb_mask(params: Params, perturb: str, frozen: Params | None = None) -> 
     """
 
     def chosen(path: Any, _: Any, is_frozen: bool) -> bool:
-        *modules, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        *modules, name = leaf_name(path).split("/")
         of_kind = {"all": True, "kernels": name == "kernel", "norms": any("norm" in m.lower() for m in modules)}
         return of_kind[perturb] and not is_frozen
 
@@ -156,25 +145,6 @@ def perturbation(
     mask = jax.tree.map(lambda _: True, params) if mask is None else mask
     ascent = jax.tree.map(lambda t, g, m: t * g.astype(t.dtype) if m else jnp.zeros_like(t), scale, grads, mask)
     return jax.tree.map(lambda t, u: jnp.float32(rho) * t * u, scale, unit(ascent))
-
-
-def global_norm(tree: Params) -> jax.Array:
-    """The Euclidean norm of all leaves together, float32."""
-    return jnp.sqrt(_dot(tree, tree))
-
-
-def unit(tree: Params) -> Params:
-    """The tree over its global norm, float32; zero where that is."""
-    norm = global_norm(tree)
-    inverse = jnp.where(norm > 0, 1 / norm, 0.0)
-    return jax.tree.map(lambda x: x.astype(jnp.float32) * inverse, tree)
-
-
-def orthogonal(tree: Params, other: Params) -> Params:
-    """The part of a tree that is orthogonal to another, all leaves together."""
-    along = unit(other)
-    length = _dot(tree, along)
-    return jax.tree.map(lambda x, u: x - length * u, tree, along)
 
 
 def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = None) -> Callable[..., Any]:
@@ -214,17 +184,16 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
         def estimate(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[Params, Params, SAMInfo], Any]:
             (loss, clean), aux = gradient(params, batch, key)
-            norm, zero = global_norm(clean), jnp.float32(0)
+            length, zero = norm(clean), jnp.float32(0)
 
             def plain() -> tuple[Params, SAMInfo]:
-                return clean, SAMInfo(loss, zero, norm, zero, norm, jnp.float32(1))
+                return clean, SAMInfo(loss, zero, length, zero, length, jnp.float32(1))
 
             def adversarial() -> tuple[Params, SAMInfo]:
                 (adv_loss, adv), _ = gradient(_climb(cfg, mask, params, clean, rho), batch, key)
-                info = SAMInfo(loss, adv_loss - loss, norm, rho, global_norm(adv), _dot(unit(clean), unit(adv)))
+                info = SAMInfo(loss, adv_loss - loss, length, rho, norm(adv), dot(unit(clean), unit(adv)))
                 if cfg.gap_weight:
-                    across = orthogonal(clean, adv)
-                    adv = jax.tree.map(lambda a, c: a - cfg.gap_weight * c, adv, across)
+                    adv = optax.tree.add_scale(adv, -cfg.gap_weight, orthogonal(clean, adv))
                 return adv, info
 
             if not cfg.rho:
@@ -273,27 +242,24 @@ def sam_transformation(
 
 def _climb(cfg: SAMConfig, mask: Params | None, params: Params, grads: Params, rho: Any) -> Params:
     """The perturbed parameters, w + e."""
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if leaf.dtype != jnp.float32:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise InputError(f"{name} is {leaf.dtype}: stored parameters must be float32, or rounding undoes SAM")
+    check_float32(params, "stored parameters must be float32, otherwise rounding undoes SAM")
     mask = perturb_mask(params, cfg.perturb) if mask is None else mask
     ascent = perturbation(params, grads, rho, mask=mask, adaptive=cfg.adaptive, eta=cfg.eta)
-    return jax.tree.map(jnp.add, params, ascent)
+    return optax.tree.add(params, ascent)
 
 
 def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:
     """A step of LookSAM with a second pass: its direction comes from all leaves together."""
     across = orthogonal(grads, clean)
     # Without curvature only rounding is left here, which must not be blown up to a vector of length 1.
-    real = global_norm(across) > 1e-5 * global_norm(grads)
+    real = norm(across) > 1e-5 * norm(grads)
     return grads, SAMState(jax.tree.map(lambda u: jnp.where(real, u, 0.0), unit(across)))
 
 
 def _reuse(cfg: SAMConfig, clean: Params, rho: jax.Array, state: SAMState) -> tuple[Params, SAMState]:
     """A step of LookSAM without; the plain gradient where the schedule has rho at 0."""
-    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * global_norm(clean)
-    return jax.tree.map(lambda g, v: g + length * v, clean, state.direction), state
+    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * norm(clean)
+    return optax.tree.add_scale(clean, length, state.direction), state
 
 
 def _averaged(function: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -309,7 +275,7 @@ def _averaged(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
         def add(total: Any, chunk: Any) -> tuple[Any, Any]:
             means, aux = function(params, *chunk)
-            return jax.tree.map(jnp.add, total, means), aux
+            return optax.tree.add(total, means), aux
 
         def join(stacked: jax.Array) -> jax.Array:
             if stacked.shape[1:2] == (size // count,):
@@ -322,9 +288,3 @@ def _averaged(function: Callable[..., Any], count: int) -> Callable[..., Any]:
         return jax.tree.map(lambda x: x / count, total), jax.tree.map(join, aux)
 
     return average if count > 1 else function
-
-
-def _dot(a: Params, b: Params) -> jax.Array:
-    """The inner product of two trees, float32."""
-    products = jax.tree.map(lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b)
-    return jax.tree.reduce(jnp.add, products)

@@ -1,55 +1,37 @@
-"""What a step trains towards: soft targets, the two losses, and images mixed with one another.
+"""What a step trains towards: soft targets, and images mixed with one another.
 
 Rows of padding weigh nothing anywhere. Shape letters: b batch, c classes.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fcvit_jax.errors import InputError, is_number
-
-LOSSES = ("softmax", "sigmoid")
+from fcvit_jax.losses import LOSSES
+from fcvit_jax.settings import check_settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
-    """Loss and targets. Raises InputError, naming the field, where a value makes no sense.
+    """Loss and targets. Raises InputError that names the field.
 
-    Where mixup and cutmix are both on, each batch is mixed by one of them, at even odds.
+    If mixup and cutmix are both on, each batch is mixed by one of them, at even odds.
     """
 
-    loss: str = "softmax"  # softmax | sigmoid: a binary decision for each class
-    label_smoothing: float = 0.0  # share of the target that is spread over all classes
-    mixup: float = 0.0  # alpha of mixup's Beta(alpha, alpha); 0: off
-    cutmix: float = 0.0  # alpha of CutMix's Beta(alpha, alpha); 0: off
+    loss: str = setting("softmax", choices=LOSSES)  # sigmoid: a binary decision for each class
+    label_smoothing: float = setting(0.0, low=0, below=1)  # share of the target that is spread over all classes
+    mixup: float = setting(0.0, low=0)  # alpha of mixup's Beta(alpha, alpha); 0: off
+    cutmix: float = setting(0.0, low=0)  # alpha of CutMix's Beta(alpha, alpha); 0: off
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise InputError(f"targets.loss is {self.loss!r}: choose one of {', '.join(LOSSES)}")
-        for field, high in (("label_smoothing", 1), ("mixup", math.inf), ("cutmix", math.inf)):
-            value = getattr(self, field)
-            if not is_number(value, 0, high):
-                below = "" if high == math.inf else f" and below {high}"
-                raise InputError(f"targets.{field} is {value!r}: it must be a number at least 0{below}")
+        check_settings(self, "targets.")
 
 
 def soft_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
     """(1 - smoothing) one-hot + smoothing / c: int32 [b] -> float32 [b, c]. Both losses take the same."""
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array, loss: str) -> jax.Array:
-    """Cross-entropy of each row against soft targets, float32 [b, c] -> [b].
-
-    "sigmoid" is the sum over classes, as in big_vision; timm's default is their mean, c times less.
-    """
-    if loss == "softmax":
-        return optax.softmax_cross_entropy(logits, targets)
-    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
 
 
 def row_weights(mask: jax.Array) -> jax.Array:

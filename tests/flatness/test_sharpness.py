@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fcvit_jax.flatness.hessian import random_like
+from fcvit_jax.flatness.sharpness import ADAPTIVE, BOX, PLAIN, average_case, keskar_percent, resolution, worst_case
 from fcvit_jax.training import sharpness
-from fcvit_jax.training.hessian import random_like
 from fcvit_jax.training.sam import perturbation
-from fcvit_jax.training.sharpness import ADAPTIVE, BOX, PLAIN, average_case, keskar_percent, resolution, worst_case
 
 KEY = jax.random.key(5)
 NONE = jnp.float32(0)

@@ -18,10 +18,10 @@ from fcvit_jax.models.config import ViTConfig
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """The model, and the data sets with labels that index its outputs.
 
-    provenance: of the checkpoint. remarks: what was changed in it, a line each, to be said aloud.
+    provenance: of the checkpoint. remarks: what was changed in it, lines to print.
     """
 
     config: ViTConfig
@@ -32,10 +32,10 @@ class Start:
     remarks: tuple[str, ...] = ()
 
 
-def from_scratch(model: dict[str, Any], preprocess: str, train_set: Source, test_set: Source) -> Start:
-    """model: fields of ViTConfig. preprocess: a preset. Raises InputError where they make no sense."""
-    config = ViTConfig(num_classes=len(train_set.class_names), **model)
-    return Start(config, preset(preprocess, config.image_size), train_set, _like(train_set, test_set))
+def from_scratch(model: ViTConfig, preprocess: str, train_set: Source, test_set: Source) -> StartingPoint:
+    """A fresh model with a head for the training set's classes. preprocess: a preset."""
+    config = replace(model, num_classes=len(train_set.class_names))
+    return StartingPoint(config, preset(preprocess, config.image_size), train_set, _like(train_set, test_set))
 
 
 def from_checkpoint(
@@ -44,7 +44,7 @@ def from_checkpoint(
     test_set: Source,
     image_size: tuple[int, int] | None = None,
     preprocess: str | None = None,
-) -> tuple[Start, Any]:
+) -> tuple[StartingPoint, Any]:
     """A checkpoint's model, and its parameters (float32, NumPy's: they go to the devices where they are wanted).
 
     The head stays where the training set has all of its classes, under whatever names `match_head` knows them; else
@@ -72,7 +72,7 @@ def from_checkpoint(
         remarks.append(f"{path} has {why}: its head is replaced by zeros")
         params, config = _new_head(params, config, wanted)
         test_set = _like(train_set, test_set)
-    return Start(config, pixels, train_set, test_set, checkpoint.meta["provenance"], tuple(remarks)), params
+    return StartingPoint(config, pixels, train_set, test_set, checkpoint.meta["provenance"], tuple(remarks)), params
 
 
 def _covering(train_set: Source, num_classes: int, class_names: list[str] | None, where: str) -> Source | None:

@@ -1,28 +1,28 @@
-"""The flatness of a loss at given parameters, all measures in one call, and that loss for a checkpoint's ViT."""
+"""All measures of flatness in one call: of a checkpoint, or of any loss at given parameters."""
 
 import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from tqdm import tqdm
 
-from fcvit_jax.checkpoint import Checkpoint, versions
+from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
 from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.data.sources import Source
+from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViT
-from fcvit_jax.training.hessian import LossFn, add, lanczos, power_iteration, times, trace_samples
-from fcvit_jax.training.report import Curve, FlatnessConfig, FlatnessReport
-from fcvit_jax.training.sam import Params, global_norm
-from fcvit_jax.training.sharpness import (
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport, RadiusCurve
+from fcvit_jax.flatness.hessian import add_scaled, lanczos, power_iteration, trace_samples
+from fcvit_jax.flatness.loss_surface import LossSurface
+from fcvit_jax.flatness.sharpness import (
     ADAPTIVE,
     BOX,
     PLAIN,
@@ -32,111 +32,35 @@ from fcvit_jax.training.sharpness import (
     uphill,
     worst_case,
 )
-from fcvit_jax.training.slices import filter_normalised, loss_slice
-from fcvit_jax.training.targets import cross_entropy, soft_targets
-
-Batch = tuple[jax.Array, jax.Array]
+from fcvit_jax.flatness.slices import filter_normalised, loss_slice
+from fcvit_jax.losses import cross_entropy
+from fcvit_jax.models.schedule import MergeSchedule
+from fcvit_jax.models.vit import ViT
+from fcvit_jax.trees import Params, check_float32, norm
 
 
 def measure(
-    params: Params,
-    loss_fn: LossFn,
-    batches: Sequence[Any],
-    config: FlatnessConfig,
-    conditions: dict[str, Any] | None = None,
+    checkpoint: Checkpoint | str | Path,
+    dataset: Source | str,
+    config: FlatnessConfig = FlatnessConfig(),  # noqa: B008  (it is frozen)
+    schedule: MergeSchedule | str = "dense",
 ) -> FlatnessReport:
-    """Measure the flatness of a loss at the parameters, on one device.
+    """Measure how flat the minimum is that a checkpoint's ViT lies in, on one device.
 
-    params: a float32 tree, else InputError. loss_fn: see `hessian`. batches: what it takes, all of one shape; they are
-    gone through many times. `limit`, `batch_size` and `loss` of the configuration are not looked at. conditions: facts
-    to keep with the report. Raises InputError where a loss is not finite, naming the measure.
-
-    Memory: about six copies of the parameters, and with Lanczos one more for each of `eigen_steps`.
+    checkpoint: opened, or what `load_checkpoint` takes. dataset: opened, or as text: the training set, or flatness
+    means little. schedule: the merging under which the loss is taken. Raises InputError if the data set does not fit
+    the model or holds less than a batch.
     """
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if leaf.dtype != jnp.float32:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise InputError(f"{name} is {leaf.dtype}: flatness is measured on float32 parameters")
-    key = jax.random.key(config.seed)
-    eigen_key, trace_key, worst_key, average_key, slice_key = jax.random.split(key, 5)
-
-    losses, accuracies, gradient = [], [], times(params, 0.0)
-    with watched(batches, "loss") as passing:
-        for batch in passing:
-            loss, accuracy, part = uphill(loss_fn, params, batch, PLAIN)
-            losses.append(float(loss))
-            accuracies.append(float(accuracy))
-            gradient = add(gradient, part, 1 / len(batches))
-    gradient_norm = float(global_norm(gradient))
-    del gradient, part
-    _check_finite("the loss at the parameters", losses)
-    _check_finite("the gradient", gradient_norm)
-
-    passes = config.eigen_steps + 2 * (config.eigen == "lanczos")
-    with watched(batches, "eigenvalues", passes) as passing:
-        arguments = loss_fn, params, passing, eigen_key, config.eigen_steps, config.tolerance
-        if config.eigen == "lanczos":
-            largest, smallest = lanczos(*arguments)
-            pairs = {"largest": largest, "smallest": smallest}
-        else:
-            pairs = {"dominant": power_iteration(*arguments)}
-    eigenvalues = {name: pair._replace(vector=None) for name, pair in pairs.items()}
-    del pairs
-    with watched(batches, "trace", config.probes) as passing:
-        trace = trace_samples(loss_fn, params, passing, trace_key, config.probes)
-    _check_finite("the Hessian", [*trace.ravel(), *(pair.value for pair in eigenvalues.values())])
-
-    curves = {}
-    for name, ball, radii in (("", PLAIN, config.rho), ("_adaptive", ADAPTIVE, config.adaptive_rho)):
-        with watched(batches, f"worst case{name}") as passing:
-            worst = worst_case(loss_fn, params, passing, ball, radii, worst_key, config.ascent_steps, config.restarts)
-        curves[f"worst{name}"] = Curve(radii, worst.found[:, None])
-        curves[f"one_step{name}"] = Curve(radii, worst.one_step[:, None])
-    with watched(batches, "Keskar's sharpness") as passing:
-        worst = worst_case(
-            loss_fn, params, passing, BOX, config.epsilon, worst_key, config.ascent_steps, config.restarts
-        )
-    curves["keskar"] = Curve(config.epsilon, keskar_percent(worst)[:, None])
-    for name, ball, sigmas in (("", PLAIN, config.sigma), ("_adaptive", ADAPTIVE, config.adaptive_sigma)):
-        with watched(batches, f"average case{name}", config.draws) as passing:
-            rises = average_case(loss_fn, params, passing, ball, sigmas, average_key, config.draws)
-        curves[f"average{name}"] = Curve(sigmas, rises)
-    for name, curve in curves.items():
-        for radius, samples in zip(curve.radii, curve.samples, strict=True):
-            _check_finite(f"{name} at {radius:g}", samples)
-
-    line, plane = _slices(loss_fn, params, batches, slice_key, config)
-    return FlatnessReport(
-        conditions=conditions or {},
-        config=config,
-        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        weight_norm=float(global_norm(params)),
-        gradient_norm=gradient_norm,
-        resolution=resolution(loss_fn, params, batches, average_key),
-        losses=np.array(losses),
-        accuracies=np.array(accuracies),
-        eigenvalues=eigenvalues,
-        trace=trace,
-        curves=curves,
-        line=line,
-        plane=plane,
-    )
-
-
-def measure_checkpoint(
-    checkpoint: Checkpoint, source: Source, config: FlatnessConfig, schedule: MergeSchedule | None = None
-) -> FlatnessReport:
-    """Measure a checkpoint's ViT on images of a data set.
-
-    schedule: the merging under which the loss is taken; dense by default. Raises InputError where the data set does not
-    fit the model or holds less than a batch.
-    """
+    name = str(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
+    source = open_source(dataset) if isinstance(dataset, str) else dataset
     source = match_head(source, checkpoint.config.num_classes, checkpoint.meta["class_names"], str(checkpoint.path))
-    schedule = schedule or MergeSchedule.dense(checkpoint.config.depth)
+    if isinstance(schedule, str):
+        schedule = MergeSchedule.parse(schedule, checkpoint.config.depth)
     schedule.plan(checkpoint.config)
     batches, fingerprint = draw_batches(source, checkpoint.preprocess, config)
     conditions = {
-        "checkpoint": str(checkpoint.path),
+        "checkpoint": name,
         "params_sha256": hashlib.sha256("".join(checkpoint.meta["files"].values()).encode()).hexdigest(),
         "dataset": source.spec,
         "fingerprint": fingerprint,
@@ -148,7 +72,86 @@ def measure_checkpoint(
         "versions": versions(),
     }
     loss_fn = ClassificationLoss(ViT(checkpoint.config, schedule), checkpoint.preprocess, config.loss)
-    return measure(checkpoint.params, loss_fn, batches, config, conditions)
+    return measure_surface(LossSurface(loss_fn, checkpoint.params, batches), config, conditions)
+
+
+def measure_surface(
+    surface: LossSurface, config: FlatnessConfig, conditions: dict[str, Any] | None = None
+) -> FlatnessReport:
+    """Measure the flatness of any loss at its parameters.
+
+    `limit`, `batch_size` and `loss` of the configuration are not used. conditions: facts to keep with the report.
+    Raises InputError if a parameter is not float32, or a loss is not finite; it names the measure.
+
+    Memory: about six copies of the parameters, and with Lanczos one more for each of `eigen_steps`.
+    """
+    loss_fn, params, given = surface
+    batches = list(given)
+    check_float32(params, "flatness is measured on float32 parameters")
+    key = jax.random.key(config.seed)
+    eigen_key, trace_key, worst_key, average_key, slice_key = jax.random.split(key, 5)
+
+    losses, accuracies, gradient = [], [], optax.tree.zeros_like(params)
+    with watched(batches, "loss") as passing:
+        for batch in passing:
+            loss, accuracy, part = uphill(loss_fn, params, batch, PLAIN)
+            losses.append(float(loss))
+            accuracies.append(float(accuracy))
+            gradient = add_scaled(gradient, 1 / len(batches), part)
+    gradient_norm = float(norm(gradient))
+    del gradient, part
+    _check_finite("the loss at the parameters", losses)
+    _check_finite("the gradient", gradient_norm)
+
+    passes = config.eigen_steps + 2 * (config.eigen == "lanczos")
+    with watched(batches, "eigenvalues", passes) as passing:
+        arguments = surface._replace(batches=passing), eigen_key, config.eigen_steps, config.tolerance
+        if config.eigen == "lanczos":
+            largest, smallest = lanczos(*arguments)
+            pairs = {"largest": largest, "smallest": smallest}
+        else:
+            pairs = {"dominant": power_iteration(*arguments)}
+    eigenvalues = {name: pair._replace(vector=None) for name, pair in pairs.items()}
+    del pairs
+    with watched(batches, "trace", config.probes) as passing:
+        trace = trace_samples(surface._replace(batches=passing), trace_key, config.probes)
+    _check_finite("the Hessian", [*trace.ravel(), *(pair.value for pair in eigenvalues.values())])
+
+    curves = {}
+    for name, ball, radii in (("", PLAIN, config.rho), ("_adaptive", ADAPTIVE, config.adaptive_rho)):
+        with watched(batches, f"worst case{name}") as passing:
+            here = surface._replace(batches=passing)
+            worst = worst_case(here, ball, radii, worst_key, config.ascent_steps, config.restarts)
+        curves[f"worst{name}"] = RadiusCurve(radii, worst.found[:, None])
+        curves[f"one_step{name}"] = RadiusCurve(radii, worst.one_step[:, None])
+    with watched(batches, "Keskar's sharpness") as passing:
+        here = surface._replace(batches=passing)
+        worst = worst_case(here, BOX, config.epsilon, worst_key, config.ascent_steps, config.restarts)
+    curves["keskar"] = RadiusCurve(config.epsilon, keskar_percent(worst)[:, None])
+    for name, ball, sigmas in (("", PLAIN, config.sigma), ("_adaptive", ADAPTIVE, config.adaptive_sigma)):
+        with watched(batches, f"average case{name}", config.draws) as passing:
+            rises = average_case(surface._replace(batches=passing), ball, sigmas, average_key, config.draws)
+        curves[f"average{name}"] = RadiusCurve(sigmas, rises)
+    for name, curve in curves.items():
+        for radius, samples in zip(curve.radii, curve.samples, strict=True):
+            _check_finite(f"{name} at {radius:g}", samples)
+
+    line, plane = _slices(surface._replace(batches=batches), slice_key, config)
+    return FlatnessReport(
+        conditions=conditions or {},
+        config=config,
+        num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        weight_norm=float(norm(params)),
+        gradient_norm=gradient_norm,
+        resolution=resolution(surface._replace(batches=batches), average_key),
+        losses=np.array(losses),
+        accuracies=np.array(accuracies),
+        eigenvalues=eigenvalues,
+        trace=trace,
+        curves=curves,
+        line=line,
+        plane=plane,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,18 +165,18 @@ class ClassificationLoss:
     preprocess: Preprocess
     loss: str = "softmax"
 
-    def __call__(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, params: Params, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         images, labels = batch
         # Small differences of losses are the whole result: GPUs would round the products to TF32.
         with jax.default_matmul_precision("highest"):
             logits, _ = self.model.apply({"params": params}, self.preprocess.normalize(images))
-        targets = soft_targets(labels, self.model.config.num_classes, 0.0)
+        targets = jax.nn.one_hot(labels, logits.shape[-1])
         right = jnp.argmax(logits, axis=-1) == labels
         return cross_entropy(logits, targets, self.loss).mean(), jnp.mean(right, dtype=jnp.float32)
 
 
-def draw_batches(source: Source, preprocess: Preprocess, config: FlatnessConfig) -> tuple[list[Batch], str]:
-    """Whole batches, drawn from the data set with the seed, and the sha256 of all that is in them."""
+def draw_batches(source: Source, preprocess: Preprocess, config: FlatnessConfig) -> tuple[list[Any], str]:
+    """Whole batches (images, labels), drawn from the data set with the seed, and the sha256 of their contents."""
     count = min(config.limit, len(source)) // config.batch_size * config.batch_size
     if not count:
         raise InputError(
@@ -214,18 +217,19 @@ def _check_finite(what: str, numbers: Any) -> None:
 
 
 def _slices(
-    loss_fn: LossFn, params: Params, batches: Sequence[Any], key: jax.Array, config: FlatnessConfig
+    surface: LossSurface, key: jax.Array, config: FlatnessConfig
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    first, second = (filter_normalised(params, part) for part in jax.random.split(key))
+    batches: Any = surface.batches
+    first, second = (filter_normalised(surface.params, part) for part in jax.random.split(key))
     line = plane = None
     if config.line_points:
         points = np.stack([np.linspace(-1, 1, config.line_points), np.zeros(config.line_points)], axis=1)
         with watched(batches, "loss along a line") as passing:
-            line = loss_slice(loss_fn, params, passing, first, second, points)
+            line = loss_slice(surface._replace(batches=passing), first, second, points)
     if config.plane_points:
         side = np.linspace(-1, 1, config.plane_points)
         points = np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1)
         with watched(batches, "loss over a plane") as passing:
-            losses = loss_slice(loss_fn, params, passing, first, second, points.reshape(-1, 2))
+            losses = loss_slice(surface._replace(batches=passing), first, second, points.reshape(-1, 2))
         plane = losses.reshape(points.shape[:2])
     return line, plane

@@ -2,8 +2,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.training.hessian import random_like
-from fcvit_jax.training.slices import filter_normalised, loss_slice
+from fcvit_jax.flatness.hessian import random_like
+from fcvit_jax.flatness.slices import filter_normalised, loss_slice
 
 KEY = jax.random.key(2)
 

@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from fcvit_jax.training.figure import plot_flatness
-from fcvit_jax.training.measurement import measure
-from fcvit_jax.training.report import Curve, FlatnessConfig
+from fcvit_jax.flatness.figure import plot_flatness
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, RadiusCurve
+from fcvit_jax.flatness.measurement import measure
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
@@ -47,6 +47,6 @@ def test_without_slices():
 
 def test_rises_that_have_no_logarithm_are_left_out():
     curves = dict(report(1.5).curves)
-    curves["average"] = Curve((0.1, 0.2), np.array([[[-1.0, -1.0, -1.0]], [[1.0, 2.0, -0.5]]]))
-    curves["worst"] = Curve((0.1, 0.2), np.zeros((2, 1, 3)))
+    curves["average"] = RadiusCurve((0.1, 0.2), np.array([[[-1.0, -1.0, -1.0]], [[1.0, 2.0, -0.5]]]))
+    curves["worst"] = RadiusCurve((0.1, 0.2), np.zeros((2, 1, 3)))
     assert drawn(picture(dataclasses.replace(report(1.5), curves=curves)), BLUE) > 500

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.training.hessian import Eigenpair
-from fcvit_jax.training.report import Curve, FlatnessConfig, FlatnessReport, align, describe
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport, RadiusCurve, align, describe
+from fcvit_jax.flatness.hessian import Eigenpair
 
 
 def report(**changes):
@@ -26,7 +26,7 @@ def report(**changes):
             "smallest": Eigenpair(-1.5, 0.4, False, 9, rng.uniform(size=4), None),
         },
         trace=np.array([[1.0, 3.0, 1.0, 3.0], [4.0, 4.0, 4.0, 4.0], [6.0, 6.0, 6.0, 6.0]]),
-        curves={"worst": Curve((0.1, 0.3), rng.uniform(size=(2, 1, 4)))},
+        curves={"worst": RadiusCurve((0.1, 0.3), rng.uniform(size=(2, 1, 4)))},
         line=rng.uniform(size=21),
         plane=None,
     )

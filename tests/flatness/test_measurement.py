@@ -9,15 +9,15 @@ import fcvit_jax as fc
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.vit import ViT
-from fcvit_jax.training.measurement import (
+from fcvit_jax.flatness.flatness_report import FlatnessConfig
+from fcvit_jax.flatness.measurement import (
     ClassificationLoss,
     draw_batches,
     measure,
     measure_checkpoint,
 )
-from fcvit_jax.training.report import FlatnessConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 
 TINY = ViTConfig((8, 8), 4, 8, 1, 2, 16, num_classes=10, pool="avg")  # a last merge does not change the class token
 PIXELS = preset("timm/augreg,crop_pct=1.0", (8, 8))

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.training.report import FlatnessConfig, FlatnessReport
+from fcvit_jax.files import write_whole
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
 
 WORST, AVERAGE = ("worst", "worst_adaptive"), ("average", "average_adaptive")
 FEWEST_BATCHES = 8  # a bootstrap over fewer is too sure of itself
@@ -50,13 +51,11 @@ class Comparison:
     reason: str
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all; what is nan becomes null."""
+        """Write it as JSON; nan becomes null."""
         fields = dataclasses.asdict(self)
         for row in fields["ratios"]:
             row |= {key: None for key, value in row.items() if value != value}
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n")
-        partial.replace(path)
+        write_whole(path, (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode())
 
 
 def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float = 0.25) -> Comparison:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from fcvit_jax.training.comparison import interval
-from fcvit_jax.training.report import FlatnessReport
+from fcvit_jax.flatness.comparison import interval
+from fcvit_jax.flatness.flatness_report import FlatnessReport
 
 PANELS = (
     ("worst", "worst case, plain", r"radius $\|\delta\|$"),
@@ -17,8 +17,9 @@ PANELS = (
 )
 
 
-def plot_flatness(reports: Sequence[FlatnessReport], names: Sequence[str]) -> bytes:
+def plot_flatness(reports: Sequence[FlatnessReport]) -> bytes:
     """PNG of one report or two, the first drawn solid, the second dashed; bars are 95% intervals."""
+    names = [report.conditions.get("checkpoint", "parameters") for report in reports]
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -10,10 +10,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.vit import ViT
-from fcvit_jax.training import hessian
-from fcvit_jax.training.hessian import (
+from fcvit_jax.flatness.hessian import (
     hessian_product,
     lanczos,
     power_iteration,
@@ -21,7 +18,10 @@ from fcvit_jax.training.hessian import (
     standard_error,
     trace_samples,
 )
-from fcvit_jax.training.measurement import ClassificationLoss
+from fcvit_jax.flatness.measurement import ClassificationLoss
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
+from fcvit_jax.training import hessian
 
 KEY = jax.random.key(3)
 TINY = ViTConfig((8, 8), 4, 4, 2, 2, 8, num_classes=3)

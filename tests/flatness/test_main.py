@@ -16,11 +16,11 @@ from PIL import Image
 import fcvit_jax as fc
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
+from fcvit_jax.flatness.measurement import measure_checkpoint
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.flatness import main
-from fcvit_jax.training.measurement import measure_checkpoint
-from fcvit_jax.training.report import FlatnessConfig, FlatnessReport
 
 TINY = ViTConfig((8, 8), 4, 8, 1, 2, 16, num_classes=10)
 QUICK = (
