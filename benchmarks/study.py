@@ -32,17 +32,14 @@ import numpy as np  # noqa: E402
 from configs import digits_sam, eval_digits, finetune_folder  # noqa: E402
 from fcvit_jax.allocator import keep_freed_memory  # noqa: E402
 from fcvit_jax.checkpoint import load_checkpoint, versions  # noqa: E402
-from fcvit_jax.data.sources import open_source  # noqa: E402
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors  # noqa: E402
 from fcvit_jax.evaluation import run as evaluation  # noqa: E402
 from fcvit_jax.evaluation.job import Settings  # noqa: E402
 from fcvit_jax.evaluation.report import write_report  # noqa: E402
 from fcvit_jax.flags import keep_programs  # noqa: E402
-from fcvit_jax.training import run as training  # noqa: E402
-from fcvit_jax.training.comparison import compare  # noqa: E402
-from fcvit_jax.training.hessian import standard_error  # noqa: E402
-from fcvit_jax.training.measurement import measure_checkpoint  # noqa: E402
-from fcvit_jax.training.report import FlatnessConfig, FlatnessReport  # noqa: E402
+from fcvit_jax.flatness import FlatnessConfig, FlatnessReport, compare, measure  # noqa: E402
+from fcvit_jax.flatness.hessian import standard_error  # noqa: E402
+from fcvit_jax.training import TrainConfig, train  # noqa: E402
 
 ROWS = ROOT / "docs" / "flatness_and_compression" / "runs.jsonl"
 NEVER = 10**9  # steps
@@ -164,7 +161,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     workdir, twin = place / f"{args.arm}_{args.seed}", place / f"adamw_{args.seed}" / "flatness.json"
     if args.arm != "adamw" and not twin.exists():
         raise InputError(f"{twin} is absent: run the arm adamw of this seed first, which the others are compared with")
-    training.train(config, workdir)
+    train(TrainConfig.from_dict(config.to_dict()), workdir)
 
     fields = eval_digits.get_config().to_dict() | {
         "checkpoint": str(workdir),
@@ -177,7 +174,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     evaluation.forget(workdir / "evaluation")
 
     checkpoint = load_checkpoint(workdir)
-    report = measure_checkpoint(checkpoint, open_source(config.train), setting.flatness)
+    report = measure(checkpoint, config.train, setting.flatness)
     report.write(workdir / "flatness.json")
     comparison = compare(report, FlatnessReport.read(twin)) if args.arm != "adamw" else None
     steps = checkpoint.meta["provenance"]["steps"]

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -162,6 +164,11 @@ def settled(arrays: Any) -> Any:
     in an exchange: for ever.
     """
     return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" and jax.device_count() > 1 else arrays
+
+
+def sum_over_processes(count: int) -> int:
+    """The sum of what each process has counted; all of them call it together."""
+    return int(np.sum(multihost_utils.process_allgather(np.int32(count)))) if jax.process_count() > 1 else count
 
 
 def progress(*args: Any, **kwargs: Any) -> tqdm:

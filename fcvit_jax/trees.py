@@ -17,7 +17,8 @@ Params = Any
 def dot(tree: Params, other: Params) -> jax.Array:
     """The inner product, float32."""
     # Not optax.tree.vdot: it flattens the leaves, which gathers those that are spread over devices.
-    return optax.tree.sum(optax.tree.mul(*(optax.tree.cast(each, jnp.float32) for each in (tree, other))))
+    products: Any = optax.tree.mul(optax.tree.cast(tree, jnp.float32), optax.tree.cast(other, jnp.float32))
+    return jnp.asarray(optax.tree.sum(products))
 
 
 def norm(tree: Params) -> jax.Array:

@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> None:
         reports[-1].write(workdir / file)
     if isinstance(other, FlatnessReport):
         reports.append(other)
-    print(present(workdir, reports, compare(*reports, args.loss_tolerance) if args.compare else None))
+    print(present(workdir, reports, compare(reports[0], reports[1], args.loss_tolerance) if args.compare else None))
 
 
 def _workdir(args: argparse.Namespace) -> Path:

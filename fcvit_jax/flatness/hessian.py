@@ -119,7 +119,7 @@ def _add_product(
 
 
 @jax.jit
-def _residual(product: Params, vector: Params, value: jax.typing.ArrayLike) -> jax.Array:
+def _residual(product: Params, vector: Params, value: Any) -> jax.Array:
     return norm(optax.tree.add_scale(product, -value, vector))
 
 

@@ -120,7 +120,7 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
     schedule = MergeSchedule.parse(config.schedule, depth)
     for each in (schedule, *schedules.values()):
         each.plan(start.config)
-    regularised = dict(dropout=config.dropout, drop_path=config.drop_path, remat=config.remat)
+    regularised: dict[str, Any] = dict(dropout=config.dropout, drop_path=config.drop_path, remat=config.remat)
     model = ViT(start.config, schedule, dtype=PRECISIONS[config.dtype][0], **regularised)
     params = abstract_params(start.config)
     sam_config = replace(config.sam, start_step=max(config.sam.start_step, warmup * config.sam_after_warmup))
