@@ -4,15 +4,14 @@
   python -m fcvit_jax.flatness --checkpoint RUN --dataset folder:photos/train
   python -m fcvit_jax.flatness --checkpoint SAM_RUN --compare ADAMW_RUN --dataset folder:photos/train
 
-The loss is plain cross-entropy on images drawn from the data set (the training set, or flatness means little), not
-augmented, the model in evaluation mode, in float32. Measured are the eigenvalues at both ends of the Hessian's spectrum
-and its trace; how far the loss rises at worst within a radius (SAM's one step, and projected ascent) and on average
-under noise, each with plain perturbations and with perturbations in proportion to |w|; Keskar's sharpness; the loss
-along a random line and over a random plane.
+The loss is cross-entropy on images drawn from the data set (use the training set), without augmentation, in evaluation
+mode and float32. Measured are the eigenvalues at both ends of the Hessian's spectrum and its trace; how far the loss
+rises at worst within a radius (SAM's one step, and projected ascent) and on average under noise, each with plain
+perturbations and in proportion to |w|; Keskar's sharpness; the loss along a random line and over a random plane.
 
 --compare prints each ratio with its 95% interval, and a verdict: flatter, not flatter, or inconclusive; `compare` in
-fcvit_jax/flatness/comparison.py has the rule. Flat does not mean better: over ways of training, sharpness hardly tells
-test accuracy (arXiv 2302.07011). Nor does one number tell flatness: eigenvalue and trace vanish where the loss does.
+fcvit_jax/flatness/comparison.py has the rule. Flat does not mean better: sharpness hardly predicts test accuracy (arXiv
+2302.07011). Nor does one number measure flatness: eigenvalue and trace vanish where the loss does.
 
 Writes flatness.json and flatness.png; with --compare also comparison.json, and flatness_other.json if it is measured.
 """

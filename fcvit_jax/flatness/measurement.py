@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,65 +85,75 @@ def measure_surface(
 
     Memory: about six copies of the parameters, and with Lanczos one more for each of `eigen_steps`.
     """
-    loss_fn, params, given = surface
-    batches = list(given)
+    loss_fn, params, _ = surface
     check_float32(params, "flatness is measured on float32 parameters")
-    key = jax.random.key(config.seed)
-    eigen_key, trace_key, worst_key, average_key, slice_key = jax.random.split(key, 5)
+    eigen_key, trace_key, worst_key, average_key, slice_key = jax.random.split(jax.random.key(config.seed), 5)
+    watched = _Watched(list(surface.batches))
+    surface = surface._replace(batches=watched)
 
+    watched.begin("loss")
     losses, accuracies, gradient = [], [], optax.tree.zeros_like(params)
-    with watched(batches, "loss") as passing:
-        for batch in passing:
-            loss, accuracy, part = uphill(loss_fn, params, batch, PLAIN)
-            losses.append(float(loss))
-            accuracies.append(float(accuracy))
-            gradient = add_scaled(gradient, 1 / len(batches), part)
+    for batch in watched:
+        loss, accuracy, part = uphill(loss_fn, params, batch, PLAIN)
+        losses.append(float(loss))
+        accuracies.append(float(accuracy))
+        gradient = add_scaled(gradient, 1 / len(watched.batches), part)
     gradient_norm = float(norm(gradient))
     del gradient, part
     _check_finite("the loss at the parameters", losses)
     _check_finite("the gradient", gradient_norm)
 
-    passes = config.eigen_steps + 2 * (config.eigen == "lanczos")
-    with watched(batches, "eigenvalues", passes) as passing:
-        arguments = surface._replace(batches=passing), eigen_key, config.eigen_steps, config.tolerance
-        if config.eigen == "lanczos":
-            largest, smallest = lanczos(*arguments)
-            pairs = {"largest": largest, "smallest": smallest}
-        else:
-            pairs = {"dominant": power_iteration(*arguments)}
+    watched.begin("eigenvalues", config.eigen_steps + 2 * (config.eigen == "lanczos"))
+    if config.eigen == "lanczos":
+        ends = lanczos(surface, eigen_key, config.eigen_steps, config.tolerance)
+        pairs = dict(zip(("largest", "smallest"), ends, strict=True))
+        del ends
+    else:
+        pairs = {"dominant": power_iteration(surface, eigen_key, config.eigen_steps, config.tolerance)}
     eigenvalues = {name: pair._replace(vector=None) for name, pair in pairs.items()}
     del pairs
-    with watched(batches, "trace", config.probes) as passing:
-        trace = trace_samples(surface._replace(batches=passing), trace_key, config.probes)
+    watched.begin("trace", config.probes)
+    trace = trace_samples(surface, trace_key, config.probes)
     _check_finite("the Hessian", [*trace.ravel(), *(pair.value for pair in eigenvalues.values())])
 
     curves = {}
-    for name, ball, radii in (("", PLAIN, config.rho), ("_adaptive", ADAPTIVE, config.adaptive_rho)):
-        with watched(batches, f"worst case{name}") as passing:
-            here = surface._replace(batches=passing)
-            worst = worst_case(here, ball, radii, worst_key, config.ascent_steps, config.restarts)
-        curves[f"worst{name}"] = RadiusCurve(radii, worst.found[:, None])
-        curves[f"one_step{name}"] = RadiusCurve(radii, worst.one_step[:, None])
-    with watched(batches, "Keskar's sharpness") as passing:
-        here = surface._replace(batches=passing)
-        worst = worst_case(here, BOX, config.epsilon, worst_key, config.ascent_steps, config.restarts)
-    curves["keskar"] = RadiusCurve(config.epsilon, keskar_percent(worst)[:, None])
+    balls = ("", PLAIN, config.rho), ("_adaptive", ADAPTIVE, config.adaptive_rho), ("keskar", BOX, config.epsilon)
+    for name, ball, radii in balls:
+        watched.begin("Keskar's sharpness" if ball is BOX else f"worst case{name}")
+        worst = worst_case(surface, ball, radii, worst_key, config.ascent_steps, config.restarts)
+        if ball is BOX:
+            curves["keskar"] = RadiusCurve(radii, keskar_percent(worst)[:, None])
+        else:
+            curves[f"worst{name}"] = RadiusCurve(radii, worst.found[:, None])
+            curves[f"one_step{name}"] = RadiusCurve(radii, worst.one_step[:, None])
     for name, ball, sigmas in (("", PLAIN, config.sigma), ("_adaptive", ADAPTIVE, config.adaptive_sigma)):
-        with watched(batches, f"average case{name}", config.draws) as passing:
-            rises = average_case(surface._replace(batches=passing), ball, sigmas, average_key, config.draws)
-        curves[f"average{name}"] = RadiusCurve(sigmas, rises)
+        watched.begin(f"average case{name}", config.draws)
+        curves[f"average{name}"] = RadiusCurve(sigmas, average_case(surface, ball, sigmas, average_key, config.draws))
     for name, curve in curves.items():
         for radius, samples in zip(curve.radii, curve.samples, strict=True):
             _check_finite(f"{name} at {radius:g}", samples)
 
-    line, plane = _slices(surface._replace(batches=batches), slice_key, config)
+    line = plane = None
+    first, second = (filter_normalised(params, part) for part in jax.random.split(slice_key))
+    if config.line_points:
+        watched.begin("loss along a line")
+        points = np.stack([np.linspace(-1, 1, config.line_points), np.zeros(config.line_points)], axis=1)
+        line = loss_slice(surface, first, second, points)
+    if config.plane_points:
+        watched.begin("loss over a plane")
+        side = np.linspace(-1, 1, config.plane_points)
+        points = np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1)
+        plane = loss_slice(surface, first, second, points.reshape(-1, 2)).reshape(points.shape[:2])
+    watched.begin("rounding")
+    rounding = resolution(surface, average_key)
+    watched.bar.close()
     return FlatnessReport(
         conditions=conditions or {},
         config=config,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
         weight_norm=float(norm(params)),
         gradient_norm=gradient_norm,
-        resolution=resolution(surface._replace(batches=batches), average_key),
+        resolution=rounding,
         losses=np.array(losses),
         accuracies=np.array(accuracies),
         eigenvalues=eigenvalues,
@@ -195,8 +205,15 @@ def draw_batches(source: Source, preprocess: Preprocess, config: FlatnessConfig)
 
 
 class _Watched:
-    def __init__(self, batches: Sequence[Any], bar: tqdm):
-        self.batches, self.bar = batches, bar
+    """Batches with a progress bar, which moves whenever they are iterated over."""
+
+    def __init__(self, batches: list[Any]):
+        self.batches = batches
+        self.bar = tqdm(unit="batch", leave=False, disable=None)
+
+    def begin(self, what: str, passes: int = 1) -> None:
+        self.bar.set_description(what, refresh=False)
+        self.bar.reset(passes * len(self.batches))
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self.batches:
@@ -204,32 +221,6 @@ class _Watched:
             self.bar.update()
 
 
-@contextlib.contextmanager
-def watched(batches: Sequence[Any], what: str, passes: int = 1) -> Iterator[_Watched]:
-    """The batches, and a progress bar that moves whenever they are gone through."""
-    with tqdm(total=passes * len(batches), desc=what, unit="batch", leave=False, disable=None) as bar:
-        yield _Watched(batches, bar)
-
-
 def _check_finite(what: str, numbers: Any) -> None:
     if not np.isfinite(numbers).all():
-        raise InputError(f"{what} is not finite: is the model in order, and is the radius one that it can bear?")
-
-
-def _slices(
-    surface: LossSurface, key: jax.Array, config: FlatnessConfig
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    batches: Any = surface.batches
-    first, second = (filter_normalised(surface.params, part) for part in jax.random.split(key))
-    line = plane = None
-    if config.line_points:
-        points = np.stack([np.linspace(-1, 1, config.line_points), np.zeros(config.line_points)], axis=1)
-        with watched(batches, "loss along a line") as passing:
-            line = loss_slice(surface._replace(batches=passing), first, second, points)
-    if config.plane_points:
-        side = np.linspace(-1, 1, config.plane_points)
-        points = np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1)
-        with watched(batches, "loss over a plane") as passing:
-            losses = loss_slice(surface._replace(batches=passing), first, second, points.reshape(-1, 2))
-        plane = losses.reshape(points.shape[:2])
-    return line, plane
+        raise InputError(f"{what} is not finite: check the model, and choose a smaller radius")

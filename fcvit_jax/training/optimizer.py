@@ -1,7 +1,6 @@
 """The optax chain: clipping, the update rule, decoupled weight decay, learning rates of layers, frozen parameters.
 
-It takes a gradient, however that was estimated: SAM comes before it, so that clipping bounds the step and leaves the
-radius alone. Parameters are known by their path, "blocks_0/attn/qkv/kernel".
+SAM comes before it, so that clipping bounds the step and leaves the radius alone.
 """
 
 import dataclasses
@@ -114,9 +113,8 @@ def frozen_mask(params: Any, pattern: str) -> Any:
 def layer_scales(params: Any, decay: float) -> Any:
     """decay ** (layers above), what the learning rate of each parameter is multiplied by.
 
-    The embedding is layer 0, blocks_i layer i + 1, all that follows the blocks layer depth + 1, as in BEiT
-    (arXiv 2106.08254) and MAE (arXiv 2111.06377). timm's `param_groups_layer_decay` has it so too, but for the norm in
-    front of the pooling, which it counts to the last block.
+    The embedding is layer 0, blocks_i layer i + 1, all that follows layer depth + 1, as in BEiT (arXiv 2106.08254) and
+    MAE (arXiv 2111.06377); timm's `param_groups_layer_decay` counts the norm before the pooling to the last block.
     """
     block = re.compile(r"blocks_(\d+)/")
     blocks = {int(found[1]) for path in _names(params) if (found := block.match(path))}

@@ -1,7 +1,7 @@
-"""Sharpness-aware minimisation as a way to estimate the gradient; nothing else of the training knows of it.
+"""Sharpness-aware minimisation, as a way to estimate the gradient.
 
-The gradient is taken at w + e, where e leads uphill inside a ball of radius rho; the optimizer then steps from w. The
-parameters themselves are never perturbed. g(w) is the gradient of the batch, unit(x) = x / ||x|| over all leaves:
+The gradient is taken at w + e, where e leads uphill inside a ball of radius rho; the optimizer then steps from w.
+g(w) is the gradient of the batch, unit(x) = x / ||x|| over all leaves:
 
     SAM      arXiv 2010.01412, equations 2 and 3    e = rho unit(g(w)),  estimate g(w + e)
     ASAM     arXiv 2102.11600                       e = rho T unit(T g(w)),  T = |w| + eta or 1, see `SAMConfig`
@@ -31,11 +31,10 @@ LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
 class SAMConfig:
     """Which gradient to estimate, and where. Raises InputError that names the field.
 
-    A radius of SAM is not one of ASAM, which wants about ten times as much. ASAM has other definitions in circulation;
-    with this one and eta = 0, rescaling weights so that the function stays the same changes nothing. Its T is |w| + eta
-    on leaves of two axes and more (kernels, tokens, position embeddings), 1 on the others (biases, norms, LayerScale);
-    the authors' code goes by names instead: |w| + eta on what PyTorch calls "weight", which the scales of norms are
-    too, and 1 on biases, tokens and position embeddings.
+    ASAM requires about ten times the radius of SAM. Its T is |w| + eta on leaves of two or more axes (kernels, tokens,
+    position embeddings), and 1 on the others (biases, norms, LayerScale); with eta = 0, rescaling weights so that the
+    function stays the same changes nothing. The authors' code goes by names instead: |w| + eta on every "weight" of
+    PyTorch, the scales of norms included, and 1 on biases, tokens and position embeddings.
     """
 
     rho: float = setting(0.05, low=0)  # radius; 0: the plain gradient in one pass, bit for bit
@@ -59,7 +58,7 @@ class SAMConfig:
 
 
 def warnings(cfg: SAMConfig) -> tuple[str, ...]:
-    """Lines to show to whoever chose this configuration: it runs, but may not be what was meant."""
+    """Warnings about a configuration that runs, but may not be what was meant."""
     lines = []
     if cfg.rho and cfg.perturb == "norms":
         lines.append("sam.perturb is norms: SAM on the norms alone (SAM-ON) may raise sharpness, so measure it")
@@ -98,7 +97,7 @@ def rho_schedule(cfg: SAMConfig, total_steps: int) -> optax.Schedule:
     """The radius at a step, float32: 0 before start_step; then rho, or
     rho_final + (rho - rho_final) (1 + cos(pi t)) / 2 with t from 0 at start_step to 1 at total_steps.
 
-    A function of the step alone, never of the learning rate. Raises InputError where SAM would never start.
+    Raises InputError if SAM would never start.
     """
     if cfg.rho and cfg.start_step >= total_steps:
         raise InputError(f"sam.start_step is {cfg.start_step}: the run ends after {total_steps} steps, without SAM")
@@ -140,7 +139,6 @@ def perturbation(
     mask: bools, False for leaves that stay where they are and do not count in the norm. ||e / T|| is rho.
     """
     params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
-    # Of which leaves T is |w| + eta, and where the authors' code has it otherwise: see `SAMConfig`.
     scale = jax.tree.map(lambda w: jnp.abs(w) + eta if adaptive and w.ndim > 1 else jnp.ones_like(w), params)
     mask = jax.tree.map(lambda _: True, params) if mask is None else mask
     ascent = jax.tree.map(lambda t, g, m: t * g.astype(t.dtype) if m else jnp.zeros_like(t), scale, grads, mask)
@@ -148,22 +146,22 @@ def perturbation(
 
 
 def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = None) -> Callable[..., Any]:
-    """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with the gradient of SAM. To be called under jit.
+    """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with the gradient of SAM. Call it under jit.
 
     loss_fn: (params, batch, key) -> (loss, aux); the loss is the mean over the rows of the batch. Weights of rows
-        (padding, masks) must average to 1 over the *whole* batch: mean(weight * loss of the row) is then the same for
-        any number of micro-batches, which dividing by the sum of the weights inside is not. Parameters that are not
-        trained belong under `stop_gradient` there, or their gradients count in the norms of GSAM and LookSAM.
+        (padding, masks) must average to 1 over the *whole* batch: then mean(weight * loss of the row) is the same for
+        any number of micro-batches. Put parameters that are not trained under `stop_gradient` there, otherwise their
+        gradients count in the norms of GSAM and LookSAM.
     mask: of `perturb_mask`; None: that of cfg.perturb, with nothing frozen.
 
     Returns (params, batch, key, rho, step, state) -> ((loss, aux), grads, state, SAMInfo).
 
-    params: float32, else InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches` (else
-    InputError) and best of `microbatches` times the devices. Micro-batch i holds the rows i, i + c, i + 2c ... of the
-    batch, and the key i of `jax.random.split(key, c)`, in both passes; with c = 1 the key is passed on as it is.
-    rho: the radius (float32[], `rho_schedule`); the second pass is skipped at run time where the schedule makes it 0.
-    Loss and aux are those at the parameters. With micro-batches, leaves of aux with a leading axis of B / c are taken
-    for rows and come back as B rows in the batch's order; all others are averaged.
+    params: float32, otherwise InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches`
+    (otherwise InputError), best of `microbatches` times the devices. Micro-batch i of c holds the rows i, i + c ... and
+    key i of `jax.random.split(key, c)`, in both passes; with c = 1 the key is passed on unchanged. rho: the radius
+    (float32[], `rho_schedule`); if it is 0, the second pass is skipped at run time. Loss and aux are those at the
+    parameters. With micro-batches, leaves of aux with a leading axis of B / c come back as B rows in the batch's order;
+    all others are averaged.
     """
     # jit: both passes and the scans' shape inference share one trace; XLA inlines it.
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -251,7 +249,7 @@ def _climb(cfg: SAMConfig, mask: Params | None, params: Params, grads: Params, r
 def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:
     """A step of LookSAM with a second pass: its direction comes from all leaves together."""
     across = orthogonal(grads, clean)
-    # Without curvature only rounding is left here, which must not be blown up to a vector of length 1.
+    # Without curvature only rounding is left here: it must not become a vector of length 1.
     real = norm(across) > 1e-5 * norm(grads)
     return grads, SAMState(jax.tree.map(lambda u: jnp.where(real, u, 0.0), unit(across)))
 

@@ -32,11 +32,11 @@ class StepInputs(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to go on; a checkpoint of it resumes bit for bit.
+    """All that a run needs to resume, bit for bit.
 
     step: int32, the steps taken. params: float32 tree. opt_state: of the optax chain. ema: the average of the params,
-    () when off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step. finite: bool, False
-    from the first step on that was not finite: none changes the rest any more.
+    () if off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step. finite: bool, False
+    from the first step that was not finite; no later step changes the state.
     """
 
     step: jax.Array
@@ -49,7 +49,7 @@ class TrainState(NamedTuple):
 
     @property
     def weights(self) -> Any:
-        """The parameters that are evaluated and written: their average where there is one."""
+        """The parameters to evaluate and write: their average if there is one."""
         return self.ema if self.ema else self.params
 
 
@@ -76,8 +76,8 @@ class Recipe:
 def init_state(model: ViT, recipe: Recipe, seed: int, params: Any = None) -> TrainState:
     """The state before the first step; with fresh parameters if none are given.
 
-    Given parameters are copied, as float32, and so is the average that starts from them: a step that is given the
-    state's memory may not be given any of it twice, nor the caller's.
+    Given parameters are copied, as float32, and so is the average: the step is donated the state's memory, which must
+    neither hold a leaf twice nor be the caller's.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -100,18 +100,13 @@ def make_train_step(
 ) -> Callable[[TrainState, StepInputs], tuple[TrainState, Metrics]]:
     """The pure function (state, inputs) -> (state, metrics), to be compiled with the state donated.
 
-    The keys of a step come from the run's key and the step's number, so that a resumed run draws what the whole run
-    drew. Images are mixed once, and both passes of SAM see the same images and the same dropout.
+    The keys of a step come from the run's key and the step's number, so that a resumed run draws the same. Images are
+    mixed once, and both passes of SAM see the same images and the same dropout.
 
-    If the loss or the gradient is not finite, the state comes back as it was, its step number too, and "finite" is 0,
-    then and ever after: whenever the loop looks, it has the state before that step in its hands, and should stop.
+    If the loss or the gradient is not finite, the state comes back unchanged, its step number included, and "finite" is
+    0 in this and all later steps: the loop may look late, and still has the state before that step.
 
-    Metrics, float32 scalars; those of SAM are explained by `SAMInfo`:
-
-    - "loss": at the parameters, of the unmasked rows; "accuracy": of them, against the labels before mixing;
-    - "gap", "grad_norm", "rho"; "gap_over_rho": to first order the gradient norm if all is well, 0 where rho is 0;
-    - "learning_rate"; "update_norm": of what the optimizer adds to the parameters;
-    - "finite": 1 where this step and all before it were, or 0.
+    Metrics, float32 scalars, are explained in docs/training.md; "finite" is 1 if this step and all before it were.
     """
     if not model.config.num_classes:
         raise InputError("num_classes is 0: a model without a head has nothing to train towards")
@@ -121,7 +116,6 @@ def make_train_step(
     def loss_fn(params: Any, batch: tuple[jax.Array, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
         pixels, targets, weights = batch
         if frozen is not None:
-            # No gradient: none is computed, and none counts in a norm.
             params = jax.tree.map(lambda w, is_frozen: jax.lax.stop_gradient(w) if is_frozen else w, params, frozen)
         logits, _ = model.apply({"params": params}, pixels, train=True, rngs={"dropout": key})
         losses = cross_entropy(logits, targets, targets_config.loss)
@@ -142,7 +136,7 @@ def make_train_step(
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = average(state.ema, params, recipe.ema_decay, state.step) if recipe.ema_decay else state.ema
-        # Known before the update, which can then happen in place.
+        # Computed before the update, which can then happen in place.
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
 
         metrics = {

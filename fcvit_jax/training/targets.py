@@ -35,10 +35,10 @@ def soft_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.A
 
 
 def row_weights(mask: jax.Array) -> jax.Array:
-    """Weights whose product with a loss [b] has for mean that of the unmasked rows; 0 where there are none.
+    """Weights, bool [b] -> float32 [b], with which mean(weight * loss) is the mean loss of the unmasked rows.
 
-    bool [b] -> float32 [b]. Padding weighs 0, the other rows alike, 1 on average: the mean of such means over equally
-    large parts of the batch is the batch's, however the padding is spread over them.
+    They are 0 for padding, equal for the other rows, and average to 1: equally large parts of the batch may be averaged
+    separately, however the padding is spread over them.
     """
     return mask * (mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0))
 
@@ -49,16 +49,13 @@ def mix(
     """Each image becomes share x itself + (1 - share) x its partner, the targets alike.
 
     mixup, arXiv 1710.09412, equation 1: the share is lambda. CutMix, arXiv 1905.04899, equation 1: it is 0 in a box and
-    1 around it. lambda ~ Beta(alpha, alpha).
+    1 around it. lambda ~ Beta(alpha, alpha), drawn once a batch, as in the papers' code and in timm's default mode.
 
-    images: normalised float32 [b, height, width, 3]. targets: float32 [b, c]. mask: bool [b]; padding is mixed with
-    nothing. One draw serves the batch, as in the papers' code and in timm's default mode. The mean share over the
-    pixels weighs the targets: in CutMix the area that is left when the borders have clipped the box.
+    images: normalised float32 [b, height, width, 3]. targets: float32 [b, c], weighted by the mean share over the
+    pixels. mask: bool [b]; padding is not mixed.
 
-    The partner is the row before, the first row's the last. Rows of a training batch are in random order, so any fixed
-    pairing is a random one, and this one moves a single row between neighbouring devices. The usual flip sends all
-    rows, and a swap of neighbours gathers the batch on every device where a device has an odd number of rows (measured
-    in the compiled code).
+    The partner is the previous row. Rows are in random order, so any fixed pairing is random, and this one moves a
+    single row between neighbouring devices; the usual flip moves all.
     """
     if not config.mixup and not config.cutmix:
         return images, targets
