@@ -82,9 +82,7 @@ def _numbers(text: str) -> tuple[float, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
-        prog="python -m fcvit_jax.flatness",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="python -m fcvit_jax.flatness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--checkpoint", default="packaged:digits", help="checkpoint or train_sam.py working directory, or packaged:NAME"

@@ -32,9 +32,7 @@ class FlatnessConfig:
     batch_size: int = setting(16, low=1, help="m: sharpness is that of the loss of m images, averaged over batches")
     seed: int = setting(0, low=0, help="of the images, the noise, the probes and the directions")
     loss: str = setting(
-        "softmax",
-        choices=LOSSES,
-        help="cross-entropy against the labels: softmax, or sigmoid summed over classes",
+        "softmax", choices=LOSSES, help="cross-entropy against the labels: softmax, or sigmoid summed over classes"
     )
     rho: tuple[float, ...] = _radii(0.05, 0.2, 0.5, help="worst case: radii of the perturbation")
     adaptive_rho: tuple[float, ...] = _radii(0.2, 0.5, 1.0, help="worst case: radii of the perturbation over |w|")
