@@ -84,22 +84,15 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m fcvit_jax.flatness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
-        "--checkpoint", default="packaged:digits", help="checkpoint or train_sam.py working directory, or packaged:NAME"
-    )
+    where = "checkpoint, train_sam.py working directory, or packaged:NAME"
+    parser.add_argument("--checkpoint", default="packaged:digits", help=where)
     parser.add_argument("--dataset", default="digits:train", help="folder:PATH, digits:train or tfds:NAME/SPLIT")
-    parser.add_argument("--compare", metavar="OTHER", help="a checkpoint likewise, or the flatness.json of one")
-    parser.add_argument(
-        "--loss_tolerance",
-        type=float,
-        default=0.25,
-        metavar="X",
-        help="no verdict where one loss is more than 1 + X times the other (default: 0.25)",
-    )
+    parser.add_argument("--compare", metavar="OTHER", help="another checkpoint, or the flatness.json of one")
+    no_verdict = "no verdict if one loss is more than 1 + X times the other (default: 0.25)"
+    parser.add_argument("--loss_tolerance", type=float, default=0.25, metavar="X", help=no_verdict)
     parser.add_argument("--schedule", default="dense", help="merge schedule under which the loss is taken")
-    parser.add_argument(
-        "--workdir", help="where results go; by default a train_sam.py working directory itself, else workdir/flatness"
-    )
+    place = "where results are written; by default a train_sam.py working directory itself, or workdir/flatness"
+    parser.add_argument("--workdir", help=place)
     how = parser.add_argument_group("what is measured")
     for field in dataclasses.fields(FlatnessConfig):
         kind: Any = _numbers if isinstance(field.default, tuple) else type(field.default)

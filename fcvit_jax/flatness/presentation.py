@@ -1,5 +1,6 @@
 """Reports and comparisons as a picture and as text."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -50,18 +51,11 @@ def format_comparison(comparison: Comparison) -> str:
     """Both values, their ratio and its interval, for each measure."""
     rows = [("rise of the loss", "radius", "first", "second", "ratio", "95% interval", "first is")]
     for row in comparison.ratios:
-        told = row.ratio == row.ratio
-        rows.append(
-            (
-                _TITLES.get(row.name, row.name),
-                f"{row.radius:g}" if row.radius == row.radius else "",
-                f"{row.value:.4g}",
-                f"{row.other:.4g}",
-                f"{row.ratio:.3g}" if told else "-",
-                f"{row.low:.3g} .. {row.high:.3g}" if told else "-",
-                row.reading or "?",
-            )
-        )
+        title, radius = _TITLES.get(row.name, row.name), "" if math.isnan(row.radius) else f"{row.radius:g}"
+        ratio, bounds = f"{row.ratio:.3g}", f"{row.low:.3g} .. {row.high:.3g}"
+        if math.isnan(row.ratio):
+            ratio = bounds = "-"
+        rows.append((title, radius, f"{row.value:.4g}", f"{row.other:.4g}", ratio, bounds, row.reading or "?"))
     pairing = "the same batches, paired" if comparison.paired else "other batches, not paired: the intervals are wider"
     return f"{align(rows)}\n({pairing})"
 
