@@ -6,8 +6,8 @@
 The arms of a setting share the initialisation, the data, their order and augmentation, the learning rate and all else
 but what `ARMS` names: AdamW, AdamW with as many gradients as SAM computes, SAM, SAM with twice as many steps, ASAM and
 GSAM. Each model is evaluated under the setting's merge schedules, dense among them, and its flatness is measured on
-training images. Whether it is flatter is said against the AdamW of the same seed, which therefore comes first. A run
-that is interrupted goes on when the same command is given again; one whose row is there is not run twice.
+training images, and compared with the AdamW of the same seed, which therefore must be run first. Rerun the same command
+to resume an interrupted run; a run whose row is stored is not run again.
 
 digits: a small ViT from scratch, on scikit-learn's digits, offline. clothing: any checkpoint, fine-tuned whole for an
 epoch at 112 pixels on PHOTOS/train and tested on PHOTOS/test, one folder a class.

@@ -61,7 +61,7 @@ class Contender:
         self.step = step.lower(self.state, batch).compile()
 
     def block(self, batches: Iterator[Any], on_step: Callable[[Any], None] = lambda metrics: None) -> float:
-        """Seconds that five steps take, with the batches'. on_step: is told of each that is dispatched."""
+        """Seconds that five steps and their batches take. on_step: called with the metrics of each dispatched step."""
         started = time.perf_counter()
         for _ in range(BLOCK):
             self.state, metrics = self.step(self.state, next(batches))

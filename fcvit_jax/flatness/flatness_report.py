@@ -69,16 +69,16 @@ class RadiusCurve:
 
 @dataclasses.dataclass(frozen=True)
 class FlatnessReport:
-    """What `flatness.measure` found.
+    """What `measure` found.
 
     conditions: JSON-able facts on parameters, data and software; "fingerprint" is the sha256 of the batches.
     losses, accuracies: float64 [batches], at the parameters. gradient_norm: of the mean loss.
-    resolution: what float32's rounding alone makes of a rise; see `sharpness.resolution`.
+    resolution: how much of a rise is float32's rounding; see `sharpness.resolution`.
     eigenvalues: "largest" and "smallest", or "dominant" of power iteration; without their vectors.
     trace: float64 [probes, batches].
     curves: "worst", "worst_adaptive" (the largest rise found), "one_step", "one_step_adaptive" (the rise at SAM's
       point), "keskar" (percent), "average", "average_adaptive".
-    line: float64 [points]; plane: [points, points], the first direction along the rows; None where not measured.
+    line: float64 [points]; plane: [points, points], the first direction along the rows; None if not measured.
     """
 
     conditions: dict[str, Any]

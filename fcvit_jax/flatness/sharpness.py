@@ -24,7 +24,7 @@ from fcvit_jax.trees import Params, norm, random_like, unit
 
 
 class Ball(NamedTuple):
-    """T = slope |w| + offset; the norm of u is the largest |u_i| in a box, else Euclidean."""
+    """T = slope |w| + offset; the norm of u is the largest |u_i| in a box, otherwise Euclidean."""
 
     slope: float
     offset: float
@@ -144,7 +144,7 @@ def _scale(params: Params, ball: Ball) -> Params:
 
 
 def _steepest(tree: Params, box: Any) -> Params:
-    """The direction of length 1 in which a function of this gradient rises fastest; 0 where there is none."""
+    """The direction of length 1 in which a function of this gradient rises fastest; 0 if the gradient is 0."""
     return jax.tree.map(lambda h, e: jnp.where(box, jnp.sign(h), e), tree, unit(tree))
 
 

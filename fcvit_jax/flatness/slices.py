@@ -18,8 +18,8 @@ from fcvit_jax.trees import Params, random_like
 def filter_normalised(params: Params, key: jax.Array) -> Params:
     """A random direction in which each filter is as long as that of the parameters (section 4 of the paper).
 
-    A filter is what makes one output: a kernel without its last axis. What is not called "kernel" stays where it is:
-    biases, norms and LayerScale as in the paper's code, and tokens and positions, which are added as biases are.
+    A filter makes one output: a kernel without its last axis. Leaves with another name do not move: biases, norms and
+    LayerScale as in the paper's code, and tokens and positions, which are added as biases are.
     """
 
     def rescale(path: Any, weights: jax.Array, direction: jax.Array) -> jax.Array:

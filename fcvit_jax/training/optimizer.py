@@ -99,7 +99,7 @@ def decay_mask(params: Any) -> Any:
 def frozen_mask(params: Any, pattern: str) -> Any:
     """True where `re.match` finds the pattern in a parameter's path; "blocks_1" means blocks_10 too, "blocks_1/" not.
 
-    Raises InputError where it matches no parameter, or leaves none to train.
+    Raises InputError if it matches no parameter, or all of them.
     """
     mask = _map_names(lambda path, _: re.match(pattern, path) is not None, params)
     matched = jax.tree.leaves(mask)

@@ -136,7 +136,7 @@ def perturbation(
 ) -> Params:
     """e = rho T unit(T g) in float32, zero where the gradient is; T is 1, or that of ASAM if `adaptive`.
 
-    mask: bools, False for leaves that stay where they are and do not count in the norm. ||e / T|| is rho.
+    mask: bools, False for leaves that are not perturbed and do not count in the norm. ||e / T|| is rho.
     """
     params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
     scale = jax.tree.map(lambda w: jnp.abs(w) + eta if adaptive and w.ndim > 1 else jnp.ones_like(w), params)
@@ -255,7 +255,7 @@ def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:
 
 
 def _reuse(cfg: SAMConfig, clean: Params, rho: jax.Array, state: SAMState) -> tuple[Params, SAMState]:
-    """A step of LookSAM without; the plain gradient where the schedule has rho at 0."""
+    """A step of LookSAM without one; the plain gradient if the schedule has rho at 0."""
     length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * norm(clean)
     return optax.tree.add_scale(clean, length, state.direction), state
 

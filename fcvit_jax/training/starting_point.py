@@ -45,11 +45,11 @@ def from_checkpoint(
     image_size: tuple[int, int] | None = None,
     preprocess: str | None = None,
 ) -> tuple[StartingPoint, Any]:
-    """A checkpoint's model, and its parameters (float32, NumPy's: they go to the devices where they are wanted).
+    """A checkpoint's model, and its parameters (float32 NumPy arrays, on no device yet).
 
-    The head stays where the training set has all of its classes, under whatever names `match_head` knows them; else
-    there is a new one, zeros, for the classes of the training set. preprocess: a preset in place of the checkpoint's
-    own. Raises InputError where the checkpoint cannot be read, or the test set has other classes.
+    The head stays if the training set has all of its classes, under any names that `match_head` knows; otherwise it is
+    replaced by zeros for the classes of the training set. preprocess: a preset instead of the checkpoint's own. Raises
+    InputError if the checkpoint cannot be read, or the test set has other classes.
     """
     checkpoint = load_checkpoint(path)
     config, pixels, remarks = checkpoint.config, checkpoint.preprocess, []
@@ -76,7 +76,7 @@ def from_checkpoint(
 
 
 def _covering(train_set: Source, num_classes: int, class_names: list[str] | None, where: str) -> Source | None:
-    """The training set with labels that index the head's outputs; None where it has other classes, or only some."""
+    """The training set with labels that index the head's outputs; None if it lacks classes or has others."""
     try:
         matched = match_head(train_set, num_classes, class_names, where)
     except InputError:
