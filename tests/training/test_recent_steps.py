@@ -23,6 +23,7 @@ from fcvit_jax.training import recent_steps
 from fcvit_jax.training.log import Log
 from fcvit_jax.training.recent_steps import RecentSteps
 from fcvit_jax.training.sam import SAMConfig
+from fcvit_jax.training.step import StepInputs
 from fcvit_jax.training.waiting_time import WaitingTime
 
 
@@ -182,7 +183,7 @@ def test_the_benchmark_feeds_one_device_of_several(tmp_path):
         for index in range(4):
             Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / name / f"{index}.png")
     config, pixels = ViTConfig((8, 8), 4, 8, 1, 2, 8, num_classes=2), preset("timm/augreg", (8, 8))
-    rows = (jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
+    rows = StepInputs(jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
     assert jax.device_count() == 8
     contender = benchmark.Contender(ViT(config), pixels, SAMConfig(), rows)
     args, source = Namespace(batch_size=4, blocks=2), benchmark.open_source(f"folder:{tmp_path}")
