@@ -150,7 +150,7 @@ def begin(config: TrainConfig, workdir: Path, train_set: Source, test_set: Sourc
         if jax.process_index() == 0:
             sweep(path)
             if not path.exists():
-                convert.convert(config.checkpoint, path)
+                convert.convert(config.checkpoint, path, report=print)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("pretrained")
     size = (config.image_size, config.image_size) if config.image_size else None

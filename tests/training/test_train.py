@@ -486,7 +486,7 @@ def test_several_labels_an_image_are_refused_at_once(tmp_path, monkeypatch):
 def test_a_published_model_is_converted_once_and_not_taken_for_another(tmp_path, monkeypatch):
     converted, digits = [], open_source("digits:test")
 
-    def convert(source, path):
+    def convert(source, path, report):
         converted.append(source)
         shutil.copytree(PACKAGED / "digits", path)
 
