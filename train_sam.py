@@ -1,36 +1,33 @@
-"""Train or fine-tune a ViT with sharpness-aware minimisation, ending in a checkpoint that evaluate.py reads.
+"""Train or fine-tune a ViT with sharpness-aware minimisation; evaluate.py reads the checkpoint that it ends in.
 
     python train_sam.py --workdir=W
     python train_sam.py --config=configs/finetune_folder.py --config.checkpoint=deit_s \\
         --config.train=folder:photos/train --config.test=folder:photos/test --workdir=W
 
-Any field of the configuration is overridden by --config.FIELD=VALUE; configs/training.py lists them all. Started again
-with the same --workdir, a run goes on where it was; on SIGTERM it saves and stops. On several hosts, start the same
-command on each with --distributed=auto (Slurm, Kubernetes, TPU), or --distributed=HOST:PORT,COUNT,INDEX; --workdir
-must then be one directory that all of them see. docs/training.md tells more.
+--config.FIELD=VALUE overrides a field of the configuration; docs/training.md lists them all. Rerun the same command to
+resume a run; on SIGTERM it saves and stops. On several hosts, run the same command on each with --distributed=auto
+(Slurm, Kubernetes, TPU) or --distributed=HOST:PORT,COUNT,INDEX, and one --workdir that all of them share.
 
-Writes into the working directory: checkpoint/ (the last parameters, also of a run that was stopped), best/ (those of
-the best test accuracy), metrics.jsonl, events/ (for TensorBoard, if tensorboardX is installed) and states/ (to go on
-from); with --config.flatness=true also flatness.json and flatness.png, how flat the minimum is that it ended in. Where
-loss or gradient are not finite it stops, with the parameters before that in last_good/ and the images' names in a file.
+Writes checkpoint/, best/, metrics.jsonl, events/ (with tensorboardX) and states/ into the working directory, and with
+--config.flatness=true flatness.json and flatness.png. If loss or gradient are not finite it stops, with the parameters
+before that in last_good/ and the names of the images in a file.
 """
 
 from pathlib import Path
 from typing import Any
 
 from fcvit_jax.flags import run_script
-from fcvit_jax.training.run import measure_flatness, tell, train
+from fcvit_jax.training import TrainConfig, train
+from fcvit_jax.training.loop import tell
 
 
 def main(config: Any, workdir: Path) -> None:
-    accuracy = train(config, workdir)
-    if accuracy is None:
-        tell(f"stopped and saved; the same command goes on from there: {workdir}")
+    result = train(TrainConfig.from_dict(config.to_dict()), workdir)
+    if result.accuracy is None:
+        tell(f"stopped and saved; run the same command to resume: {workdir}")
     else:
-        counted = f"{accuracy.correct}/{accuracy.num_images}"
-        tell(f"test top-1 {accuracy.top1:.2%} ({counted}); written: {workdir}/checkpoint")
-        if config.flatness:
-            measure_flatness(config, workdir)
+        counted = f"{result.accuracy.correct}/{result.accuracy.num_images}"
+        tell(f"test top-1 {result.accuracy.top1:.2%} ({counted}); written: {result.checkpoint}")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 The arms of a setting share the initialisation, the data, their order and augmentation, the learning rate and all else
 but what `ARMS` names: AdamW, AdamW with as many gradients as SAM computes, SAM, SAM with twice as many steps, ASAM and
 GSAM. Each model is evaluated under the setting's merge schedules, dense among them, and its flatness is measured on
-training images. Whether it is flatter is said against the AdamW of the same seed, which therefore comes first. A run
-that is interrupted goes on when the same command is given again; one whose row is there is not run twice.
+training images, and compared with the AdamW of the same seed, which therefore must be run first. Rerun the same command
+to resume an interrupted run; a run whose row is stored is not run again.
 
 digits: a small ViT from scratch, on scikit-learn's digits, offline. clothing: any checkpoint, fine-tuned whole for an
 epoch at 112 pixels on PHOTOS/train and tested on PHOTOS/test, one folder a class.
@@ -32,15 +32,12 @@ import numpy as np  # noqa: E402
 from configs import digits_sam, finetune_folder  # noqa: E402
 from fcvit_jax.allocator import keep_freed_memory  # noqa: E402
 from fcvit_jax.checkpoint import load_checkpoint, versions  # noqa: E402
-from fcvit_jax.data.sources import open_source  # noqa: E402
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors  # noqa: E402
 from fcvit_jax.evaluation import evaluate  # noqa: E402
 from fcvit_jax.flags import keep_programs  # noqa: E402
-from fcvit_jax.training import run as training  # noqa: E402
-from fcvit_jax.training.comparison import compare  # noqa: E402
-from fcvit_jax.training.hessian import standard_error  # noqa: E402
-from fcvit_jax.training.measurement import measure_checkpoint  # noqa: E402
-from fcvit_jax.training.report import FlatnessConfig, FlatnessReport  # noqa: E402
+from fcvit_jax.flatness import FlatnessConfig, FlatnessReport, compare, measure  # noqa: E402
+from fcvit_jax.flatness.hessian import standard_error  # noqa: E402
+from fcvit_jax.training import TrainConfig, train  # noqa: E402
 
 ROWS = ROOT / "docs" / "flatness_and_compression" / "runs.jsonl"
 NEVER = 10**9  # steps
@@ -162,11 +159,11 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     workdir, twin = place / f"{args.arm}_{args.seed}", place / f"adamw_{args.seed}" / "flatness.json"
     if args.arm != "adamw" and not twin.exists():
         raise InputError(f"{twin} is absent: run the arm adamw of this seed first, which the others are compared with")
-    training.train(config, workdir)
+    train(TrainConfig.from_dict(config.to_dict()), workdir)
 
     evaluated = evaluate(workdir, config.test, setting.schedules, workdir=workdir / "evaluation", throughput_blocks=0)
     checkpoint = load_checkpoint(workdir)
-    report = measure_checkpoint(checkpoint, open_source(config.train), setting.flatness)
+    report = measure(checkpoint, config.train, setting.flatness)
     report.write(workdir / "flatness.json")
     comparison = compare(report, FlatnessReport.read(twin)) if args.arm != "adamw" else None
     steps = checkpoint.meta["provenance"]["steps"]

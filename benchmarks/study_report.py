@@ -1,6 +1,6 @@
 """The tables and plots of docs/flatness_and_compression.md, made of the rows that are stored beside it.
 
-    python benchmarks/study_report.py           writes them anew
+    python benchmarks/study_report.py           rewrites them
     python benchmarks/study_report.py --check   writes nothing, and fails where a table is not what the rows make
 
 A table stands in the page between `<!-- SETTING: TABLE -->` and `<!-- end -->`. A value is the mean over the seeds with
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fill(page: str, runs: Rows, ablation: Rows) -> str:
-    """The page with every table between its marks made anew."""
+    """The page with every table between its marks rewritten."""
 
     def table(found: re.Match[str]) -> str:
         _, setting, name, _ = found.groups()

@@ -36,9 +36,9 @@ from fcvit_jax.models.schedule import parse_schedules
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fcvit_jax.training.sam import SAMConfig, rho_schedule
-from fcvit_jax.training.step import Recipe, init_state, make_train_step
+from fcvit_jax.training.step import Recipe, StepInputs, init_state, make_train_step
 from fcvit_jax.training.targets import TargetConfig
-from fcvit_jax.training.window import Wait
+from fcvit_jax.training.waiting_time import WaitingTime
 
 BLOCK = 5  # steps
 METHODS = {
@@ -56,12 +56,12 @@ class Contender:
         params = abstract_params(model.config)
         optimizer, learning_rate = make_optimizer(OptimizerConfig(learning_rate=1e-4), params, 10_000)
         recipe = Recipe(optimizer, learning_rate, sam, rho_schedule(sam, 10_000), TargetConfig())
-        self.state = init_state(model, optimizer, sam, seed=0)
+        self.state = init_state(model, recipe, seed=0)
         step = jax.jit(make_train_step(model, preprocess, recipe), donate_argnums=0)
         self.step = step.lower(self.state, batch).compile()
 
     def block(self, batches: Iterator[Any], on_step: Callable[[Any], None] = lambda metrics: None) -> float:
-        """Seconds that five steps take, with the batches'. on_step: is told of each that is dispatched."""
+        """Seconds that five steps and their batches take. on_step: called with the metrics of each dispatched step."""
         started = time.perf_counter()
         for _ in range(BLOCK):
             self.state, metrics = self.step(self.state, next(batches))
@@ -107,7 +107,7 @@ def measure(args: argparse.Namespace) -> None:
     rng = np.random.default_rng(0)
 
     def batch_of(rows: int) -> Any:
-        return (
+        return StepInputs(
             jax.device_put(rng.integers(0, 256, (rows, *size, 3), np.uint8)),
             jax.device_put(rng.integers(0, config.num_classes, rows, np.int32)),
             jax.device_put(np.ones(rows, np.bool_)),
@@ -163,8 +163,8 @@ def waiting(args: argparse.Namespace, contender: Contender, preprocess: Preproce
         seed=0,
     )
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # on which the contenders are
-    with contextlib.closing(device_batches(host, one)) as batches, contextlib.closing(Wait()) as wait:
-        fed = (batch[:3] for batch in wait.timed(batches))
+    with contextlib.closing(device_batches(host, one)) as batches, contextlib.closing(WaitingTime()) as wait:
+        fed = (StepInputs(batch.images, batch.labels, batch.mask) for batch in wait.timed(batches))
         contender.block(fed, wait.started)
         wait.seconds = 0.0
         total = sum(contender.block(fed, wait.started) for _ in tqdm(range(args.blocks), "feeding", leave=False))

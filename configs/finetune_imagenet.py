@@ -1,4 +1,4 @@
-"""Fine-tune DeiT-S on ImageNet-1k with SAM, starting where its authors ended. Not run here: no ImageNet was at hand.
+"""Fine-tune DeiT-S on ImageNet-1k with SAM, starting where its authors ended. Not run here: ImageNet was not available.
 
 python train_sam.py --config=configs/finetune_imagenet.py --config.dtype=bfloat16 --workdir=W
 python train_sam.py --config=configs/finetune_imagenet.py --workdir=W \

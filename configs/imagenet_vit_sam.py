@@ -1,5 +1,5 @@
 """ViT-S/16 on ImageNet-1k from scratch with SAM, the recipe of "When Vision Transformers Outperform ResNets"
-(arXiv 2106.01548). Not run here: no ImageNet was at hand.
+(arXiv 2106.01548). Not run here: ImageNet was not available.
 
 python train_sam.py --config=configs/imagenet_vit_sam.py --config.dtype=bfloat16 --workdir=W
 python train_sam.py --config=configs/imagenet_vit_sam.py --config.dtype=bfloat16 --workdir=W --config.sam.rho=0.2 \

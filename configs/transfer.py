@@ -1,4 +1,4 @@
-"""Transfer to CIFAR-10 with SAM; CIFAR-100 and Oxford Pets by two fields. Not run here: the data sets were not at hand.
+"""Transfer to CIFAR-10 with SAM; CIFAR-100 and Oxford Pets by two fields. Not run here: the data were not available.
 
 python train_sam.py --config=configs/transfer.py --workdir=W
 python train_sam.py --config=configs/transfer.py --workdir=W --config.train=tfds:cifar100/train \

@@ -1,7 +1,8 @@
-"""Devices and processes: one mesh axis over all hosts, the ways an array lies on it, how processes start and end."""
+"""Devices and processes: one mesh axis over all hosts, its shardings, how processes start and end."""
 
 import collections
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -9,9 +10,11 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
@@ -20,20 +23,17 @@ from fcvit_jax.errors import InputError
 # Smaller leaves are kept whole on every device: to gather them costs more than they weigh.
 _SMALLEST_SHARDED = 2**16  # numbers
 
-# How the processes tell each other that one has stopped, and that all have finished.
-_STOPPED, _FINISHED = "fcvit_jax/stopped", "fcvit_jax/finished"
 _TOLD = "error: another process stopped: see its message"
-_LOOK = 0.5  # seconds between two looks at whether another process has stopped
-_DAY_MS = 24 * 60 * 60 * 1000
+_FOREVER = 10 * 365 * 24 * 60 * 60.0  # seconds
 _EXCHANGE = re.compile("gloo|nccl|coordination|barrier|unavailable|deadline", re.IGNORECASE)
 
 
 def start_processes(where: str) -> None:
-    """Join the other processes of this run; to be called before anything else touches JAX.
+    """Join the other processes of this run, before anything else uses JAX.
 
-    where: "" for a run of one process; "auto" leaves it to JAX to find out from Slurm, Open MPI, Kubernetes or a TPU
-    pod; "HOST:PORT,COUNT,INDEX" says it: the address of process 0, how many processes there are, which one this is.
-    Raises InputError where that has another form, the others are not found, or they have other numbers of devices.
+    where: "" for one process; "auto": JAX asks Slurm, Open MPI, Kubernetes or a TPU pod; "HOST:PORT,COUNT,INDEX": the
+    address of process 0, the number of processes, and which one this is. Raises InputError if it has another form, the
+    others are not found, or their numbers of devices differ.
     """
     if not where:
         return
@@ -42,7 +42,7 @@ def start_processes(where: str) -> None:
         raise InputError(
             f"--distributed {where!r}: write auto, or HOST:PORT,COUNT,INDEX with INDEX from 0 to COUNT - 1"
         )
-    # Between CPUs one program after the other: with several in flight, their collectives once waited for ever.
+    # One program at a time on CPUs: with several in flight, their collectives once deadlocked.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
         if found:
@@ -68,24 +68,54 @@ def start_processes(where: str) -> None:
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Where one of several processes fails inside, the others end too: within seconds, and with one line.
+    """If one of several processes fails inside, the others end too: within seconds, with a one-line message.
 
-    Left alone, they would wait for it in the next exchange, and break off in its midst after minutes. One that was
-    killed, and so could not tell, is noticed when that happens. Whoever is done waits for the others.
+    On their own they would wait in the next exchange, for minutes. A process that was killed is noticed when an
+    exchange breaks. Whoever is done waits for the others.
     """
-    from jax._src import distributed  # its store of keys, which has no public name; Orbax relies on it too
-
-    client: Any = distributed.global_state.client
-    if client is None:  # a process by itself
+    if not jax.distributed.is_initialized():
         yield
         return
-    ending = threading.Lock()  # whoever has it, says why this process ends
-    watching = threading.Thread(target=_watch, args=(client, ending), daemon=True)
-    watching.start()
+    from orbax.checkpoint import multihost  # its barriers are the only public way to JAX's coordination service
+
+    # Process 0 hears from every other one, and tells every other one. A message is a barrier of two processes, at which
+    # the receiver waits from the beginning.
+    here = jax.process_index()
+    peers = range(1) if here else range(1, jax.process_count())
+    ending = threading.Lock()  # whoever holds it reports why this process ends
+
+    def meet(sender: int, receiver: int, seconds: float) -> None:
+        barrier = multihost.get_barrier_sync_fn(processes={sender, receiver})
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the peer has ended already
+            barrier(key=f"fcvit_jax: {sender} has ended, {receiver}", timeout_ms=int(1000 * seconds))
+
+    def listen(peer: int) -> None:
+        meet(peer, here, _FOREVER)
+        if ending.acquire(blocking=False):
+            print(_TOLD, file=sys.stderr)
+            leave(2)
+
+    def tell() -> None:
+        for peer in peers:
+            meet(here, peer, 2.0)
+
+    def leave(status: int) -> NoReturn:
+        tell()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # The others hear of it before exchanges break; process 0, which hosts the coordination service, goes last.
+        time.sleep(1.0 if here else 3.0)
+        # A thread cannot end a process whose main thread waits in an exchange in any other way, and at a usual exit JAX
+        # waits for the other processes.
+        os._exit(status)
+
+    listening = [threading.Thread(target=listen, args=(peer,), daemon=True) for peer in peers]
+    for thread in listening:
+        thread.start()
+    finish = functools.partial(multihost.get_barrier_sync_fn(), timeout_ms=int(1000 * _FOREVER))
     try:
         yield
-        client.wait_at_barrier(_FINISHED, _DAY_MS)
-        ending.acquire()
+        finish(key="fcvit_jax: all have finished")
     except BaseException as error:
         ending.acquire()
         status = error.code if isinstance(error, SystemExit) else 1
@@ -94,31 +124,12 @@ def ending_together() -> Iterator[None]:
             status = 2
         elif not isinstance(error, SystemExit):
             traceback.print_exc()
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # where process 0 is gone, so are the keys
-            client.key_value_set(_STOPPED, "", allow_overwrite=True)
-        _leave(status if isinstance(status, int) else 1)
-    watching.join()
-
-
-def _watch(client: Any, ending: threading.Lock) -> None:
-    while not ending.locked():
-        time.sleep(_LOOK)
-        try:
-            client.key_value_try_get(_STOPPED)
-        except jax.errors.JaxRuntimeError:  # there is no such key
-            continue
-        if ending.acquire(blocking=False):
-            print(_TOLD, file=sys.stderr)
-            _leave(2)
-
-
-def _leave(status: int) -> None:
-    """End the process as it stands: at a usual exit JAX would wait for the others."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    # So that all have looked before the exchanges break; and last goes process 0, which takes the keys along.
-    time.sleep(_LOOK * (2 if jax.process_index() else 6))
-    os._exit(status)
+        leave(status if isinstance(status, int) else 1)
+    ending.acquire()
+    finish(key="fcvit_jax: all know it")
+    tell()
+    for thread in listening:
+        thread.join()
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
@@ -139,10 +150,10 @@ def batched(mesh: Mesh) -> NamedSharding:
 
 
 def fully_sharded(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for each leaf of a tree of parameters or of an optimizer's state: the longest axis that divides.
+    """A sharding for each leaf of parameters or an optimizer's state, along the longest axis that divides.
 
     Every device holds its share of the large leaves, and XLA gathers each where it is used (ZeRO stage 3,
-    arXiv 1910.02054, known as FSDP). Leaves that are small, or of which no axis divides, are replicated.
+    arXiv 1910.02054, known as FSDP). Small leaves, and those without an axis that divides, are replicated.
     """
 
     def place(leaf: Any) -> NamedSharding:
@@ -156,12 +167,17 @@ def fully_sharded(mesh: Mesh, tree: Any) -> Any:
 
 
 def settled(arrays: Any) -> Any:
-    """The arrays, which are being computed; between CPU devices, when they are there.
+    """The arrays; with several CPU devices, once they are computed.
 
-    Otherwise so many programs are in flight that one device has no room for the next, which the others are waiting for
-    in an exchange: for ever.
+    Otherwise so many programs are in flight that one device has no room for the next, and the others wait for it in an
+    exchange: a deadlock.
     """
     return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" and jax.device_count() > 1 else arrays
+
+
+def sum_over_processes(count: int) -> int:
+    """The sum of what each process has counted; all of them call it together."""
+    return int(np.sum(multihost_utils.process_allgather(np.int32(count)))) if jax.process_count() > 1 else count
 
 
 def progress(*args: Any, **kwargs: Any) -> tqdm:
@@ -170,7 +186,7 @@ def progress(*args: Any, **kwargs: Any) -> tqdm:
 
 
 def check_batch_size(batch_size: int, mesh: Mesh) -> None:
-    """Raises InputError where a batch does not spread evenly over the devices."""
+    """Raise InputError if a batch does not spread evenly over the devices."""
     if batch_size < 1 or batch_size % mesh.size:
         nearest = max(1, round(batch_size / mesh.size)) * mesh.size
         raise InputError(

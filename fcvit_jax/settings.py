@@ -1,12 +1,13 @@
 """The one validator of configuration dataclasses: types come from annotations, bounds and choices from the field."""
 
 import dataclasses
+import difflib
 import math
 import numbers
 import operator
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fcvit_jax.errors import InputError
@@ -65,6 +66,32 @@ def check_settings(config: Any, where: str = "") -> None:
             hint = f" ({limits['hint']})" if limits.get("hint") else ""
             raise InputError(f"{where}{field.name} is {value!r}: {fix}{hint}")
         object.__setattr__(config, field.name, fitted)
+
+
+def from_fields(cls: Any, fields: Mapping[str, Any], where: str = "") -> Any:
+    """Build a configuration dataclass from a mapping; nested mappings become nested dataclasses.
+
+    where: put before a field's name, such as "sam.". Raises InputError that names an unknown or missing field.
+    """
+    known = {field.name: field for field in dataclasses.fields(cls)}
+    values = {}
+    for name, value in fields.items():
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            hint = f"did you mean {near[0]!r}?" if near else f"the fields are {', '.join(known)}"
+            raise InputError(f"{where}{name}: there is no such field; {hint}")
+        nested = nested_class(known[name])
+        is_nested = nested is not None and isinstance(value, Mapping)
+        values[name] = from_fields(nested, value, f"{where}{name}.") if is_nested else value
+    for name, field in known.items():
+        if name not in values and field.default is field.default_factory is dataclasses.MISSING:
+            raise InputError(f"{where}{name} is missing")
+    return cls(**values)
+
+
+def nested_class(field: dataclasses.Field) -> Any:
+    """The dataclass that a field holds, also if it is optional; None for other fields."""
+    return next((kind for kind in (field.type, *typing.get_args(field.type)) if dataclasses.is_dataclass(kind)), None)
 
 
 def _fit(value: Any, kind: Any) -> Any:

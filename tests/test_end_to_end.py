@@ -15,7 +15,8 @@ import evaluate
 import fcvit_jax as fc
 from configs import digits_adamw, digits_sam, eval_digits
 from fcvit_jax.errors import InputError
-from fcvit_jax.training.job import check_same
+from fcvit_jax.training import TrainConfig
+from fcvit_jax.training.training_run import check_same
 
 ROOT = Path(__file__).parents[1]
 
@@ -68,7 +69,8 @@ def test_the_embedded_default(tmp_path):
 @pytest.mark.parametrize(("name", "config"), [("digits", digits_sam), ("digits_adamw", digits_adamw)])
 def test_the_packaged_checkpoints_come_from_the_configurations(name, config):
     provenance = fc.load_checkpoint(f"packaged:{name}").meta["provenance"]
-    check_same(provenance["train_config"], json.loads(config.get_config().to_json()), Path(name))
+    now = TrainConfig.from_dict(config.get_config().to_dict()).to_dict()
+    check_same({"config": provenance["train_config"]}, {"config": now}, Path(name))
     assert provenance["steps"] == 27 * (1437 // 32)
     assert f"{provenance['test']['correct']} of 360" in config.__doc__
 

@@ -1,4 +1,4 @@
-"""What a run tells while it goes on: metrics.jsonl, and events for TensorBoard where its writer is installed."""
+"""The log of a run: metrics.jsonl, and events for TensorBoard if tensorboardX is installed."""
 
 import contextlib
 import json
@@ -11,8 +11,8 @@ from fcvit_jax.files import told_in_one_line
 class Log:
     """Rows of numbers by step, appended to DIR/metrics.jsonl and DIR/events.
 
-    A run that goes on from a step drops the rows behind it, and that step's tests: they will be written again. The rows
-    before stay where they are on the disk. Raises InputError where it is full.
+    A run that resumes from a step drops the rows after it, and that step's tests: they will be written again. Earlier
+    rows stay where they are on the disk. Raises InputError if it is full.
     """
 
     def __init__(self, directory: Path, from_step: int, tensorboard: bool):
@@ -38,14 +38,14 @@ class Log:
                 self._events.add_scalar(name, value, step)
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):  # what a full disk did not take was told when it was written
+        with contextlib.suppress(OSError):  # a full disk was reported when the row was written
             self._file.close()
         if self._events:
             self._events.close()
 
 
 def _kept(content: bytes, from_step: int) -> int:
-    """The length of the rows that a run needs which goes on from that step."""
+    """The length in bytes of the rows that a run keeps when it resumes from that step."""
     length = 0
     for line in content.splitlines(keepends=True):
         try:
@@ -53,7 +53,7 @@ def _kept(content: bytes, from_step: int) -> int:
             tested = any(name.startswith("test/") for name in row)
             if not line.endswith(b"\n") or row["step"] > from_step - tested:
                 break
-        except (ValueError, KeyError, TypeError, AttributeError):  # of a run that was killed while it wrote it
+        except (ValueError, KeyError, TypeError, AttributeError):  # the run was killed while it wrote this row
             break
         length += len(line)
     return length

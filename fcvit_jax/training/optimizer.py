@@ -1,7 +1,6 @@
 """The optax chain: clipping, the update rule, decoupled weight decay, learning rates of layers, frozen parameters.
 
-It takes a gradient, however that was estimated: SAM comes before it, so that clipping bounds the step and leaves the
-radius alone. Parameters are known by their path, "blocks_0/attn/qkv/kernel".
+SAM comes before it, so that clipping bounds the step and leaves the radius alone.
 """
 
 import dataclasses
@@ -12,77 +11,54 @@ from typing import Any
 import jax
 import optax
 
-from fcvit_jax.errors import InputError, is_number
-
-NAMES = ("adamw", "sgd", "lion")
-SCHEDULES = ("cosine", "linear", "constant")
-
-_NOT_NEGATIVE = is_number, "0 or more"
-_SHARE = (lambda x: is_number(x, 0, 1)), "at least 0 and below 1"
-_NUMBERS = {
-    "learning_rate": _NOT_NEGATIVE,
-    "final_learning_rate": _NOT_NEGATIVE,
-    "weight_decay": _NOT_NEGATIVE,
-    "b1": _SHARE,
-    "b2": _SHARE,
-    "momentum": _SHARE,
-    "clip_norm": ((lambda x: is_number(x) and x > 0), "above 0, or none"),
-    "layer_decay": ((lambda x: is_number(x) and 0 < x <= 1), "above 0 and at most 1, or none"),
-}
+from fcvit_jax.errors import InputError
+from fcvit_jax.settings import check_settings, setting
+from fcvit_jax.trees import leaf_name
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """How parameters follow a gradient. Raises InputError, naming the field, where a value makes no sense.
+    """How parameters follow a gradient. Raises InputError that names the field.
 
-    The learning rate rises linearly from 0 during the warm-up, then falls to `final_learning_rate` at the end of the
-    run along the schedule; "constant" stays. Weight decay is decoupled for all three, SGD too (arXiv 1711.05101): each
-    step takes learning rate x weight_decay x kernel away, whatever the gradient, the momentum and the clipping.
+    After the warm-up, the learning rate falls to `final_learning_rate` along the schedule; "constant" stays. Weight
+    decay is decoupled for all three, SGD too (arXiv 1711.05101): each step takes learning rate x weight_decay x kernel
+    away, whatever the gradient, the momentum and the clipping.
     """
 
-    name: str = "adamw"  # adamw (arXiv 1711.05101) | sgd with (heavy-ball) momentum | lion (arXiv 2302.06675)
-    learning_rate: float
-    warmup_steps: int = 0
-    final_learning_rate: float = 0.0
-    schedule: str = "cosine"  # cosine | linear | constant
-    weight_decay: float = 0.0
-    b1: float = 0.9  # adamw, lion
-    b2: float = 0.999  # adamw, lion (whose paper has 0.99)
-    momentum: float = 0.9  # sgd
-    clip_norm: float | None = 1.0  # greatest norm of the gradient, all trained parameters together; None: any
-    layer_decay: float | None = None  # see `layer_scales`; None or 1: one learning rate for all
+    # adamw (arXiv 1711.05101), sgd with (heavy-ball) momentum, or lion (arXiv 2302.06675).
+    name: str = setting("adamw", choices=("adamw", "sgd", "lion"))
+    learning_rate: float = setting(low=0)  # at the end of the warm-up
+    final_learning_rate: float = setting(0.0, low=0)  # at the end of the run
+    schedule: str = setting("cosine", choices=("cosine", "linear", "constant"))
+    weight_decay: float = setting(0.0, low=0)
+    b1: float = setting(0.9, low=0, below=1)  # adamw, lion
+    b2: float = setting(0.999, low=0, below=1)  # adamw, lion (whose paper has 0.99)
+    momentum: float = setting(0.9, low=0, below=1)  # sgd
+    clip_norm: float | None = setting(1.0, above=0)  # of the gradient of all trained parameters together; None: any
+    layer_decay: float | None = setting(None, above=0, high=1)  # see `layer_scales`; None: one learning rate for all
     freeze: str | None = None  # regular expression; parameters whose path it matches, from the start, never change
 
     def __post_init__(self) -> None:
-        for field, choices in (("name", NAMES), ("schedule", SCHEDULES)):
-            if getattr(self, field) not in choices:
-                raise InputError(f"optimizer.{field} is {getattr(self, field)!r}: choose one of {', '.join(choices)}")
-        for field, (fits, wanted) in _NUMBERS.items():
-            value = getattr(self, field)
-            if value is None and wanted.endswith("none"):
-                continue
-            if not fits(value):
-                raise InputError(f"optimizer.{field} is {value!r}: it must be a number {wanted}")
-        final, peak = self.final_learning_rate, self.learning_rate
-        if final > peak:
-            raise InputError(f"optimizer.final_learning_rate is {final}: it must not be above learning_rate, {peak}")
-        if type(self.warmup_steps) is not int or self.warmup_steps < 0:
-            raise InputError(f"optimizer.warmup_steps is {self.warmup_steps!r}: it must be a whole number, 0 or more")
-        if self.freeze is not None:
-            try:
-                re.compile(self.freeze)
-            except (re.error, TypeError) as error:
-                raise InputError(f"optimizer.freeze is {self.freeze!r}: no regular expression ({error})") from None
+        check_settings(self, "optimizer.")
+        if self.final_learning_rate > self.learning_rate:
+            raise InputError(
+                f"optimizer.final_learning_rate is {self.final_learning_rate}: it must not be above learning_rate, "
+                f"{self.learning_rate}"
+            )
+        try:
+            re.compile(self.freeze or "")
+        except re.error as error:
+            raise InputError(f"optimizer.freeze is {self.freeze!r}: no regular expression ({error})") from None
 
 
 def make_optimizer(
-    config: OptimizerConfig, params: Any, total_steps: int
+    config: OptimizerConfig, params: Any, total_steps: int, warmup_steps: int = 0
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The transformation for such parameters (arrays or their shapes), and the learning rate at each step.
 
-    Raises InputError where the warm-up is as long as the run, or `freeze` matches no parameter, or all of them.
+    Raises InputError if the warm-up is as long as the run, or if `freeze` matches no parameter or all of them.
     """
-    schedule = learning_rate_schedule(config, total_steps)
+    schedule = learning_rate_schedule(config, total_steps, warmup_steps)
     rule = {
         "adamw": optax.scale_by_adam(config.b1, config.b2),
         "sgd": optax.trace(config.momentum),
@@ -92,8 +68,8 @@ def make_optimizer(
     if config.clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.layer_decay is not None:
-        scales = dict(zip(_paths(params), jax.tree.leaves(layer_scales(params, config.layer_decay)), strict=True))
-        chain.append(optax.stateless(lambda updates, _: _map_paths(lambda path, u: u * scales[path], updates)))
+        scales = dict(zip(_names(params), jax.tree.leaves(layer_scales(params, config.layer_decay)), strict=True))
+        chain.append(optax.stateless(lambda updates, _: _map_names(lambda path, u: u * scales[path], updates)))
     optimizer = optax.chain(*chain)
     if config.freeze is None:
         return optimizer, schedule
@@ -102,11 +78,11 @@ def make_optimizer(
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels), schedule
 
 
-def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.Schedule:
-    """Learning rate of step 0 .. total_steps - 1; the first is 0 if there is a warm-up."""
-    warmup, peak, final = config.warmup_steps, config.learning_rate, config.final_learning_rate
+def learning_rate_schedule(config: OptimizerConfig, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
+    """Learning rate of step 0 .. total_steps - 1; it rises linearly from 0 in the warm-up."""
+    warmup, peak, final = warmup_steps, config.learning_rate, config.final_learning_rate
     if warmup >= total_steps:
-        raise InputError(f"optimizer.warmup_steps is {warmup}: it must be below the {total_steps} steps of the run")
+        raise InputError(f"a warm-up of {warmup} steps does not fit into the {total_steps} steps of the run")
     rest = {
         "cosine": optax.cosine_decay_schedule(peak, total_steps - warmup, final / peak if peak else 0.0),
         "linear": optax.linear_schedule(peak, final, total_steps - warmup),
@@ -117,18 +93,18 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int) -> optax.S
 
 def decay_mask(params: Any) -> Any:
     """True for what multiplies activations; norms, biases, tokens, position embeddings and LayerScale do not decay."""
-    return _map_paths(lambda path, _: path.rpartition("/")[2] == "kernel", params)
+    return _map_names(lambda path, _: path.rpartition("/")[2] == "kernel", params)
 
 
 def frozen_mask(params: Any, pattern: str) -> Any:
     """True where `re.match` finds the pattern in a parameter's path; "blocks_1" means blocks_10 too, "blocks_1/" not.
 
-    Raises InputError where it matches no parameter, or leaves none to train.
+    Raises InputError if it matches no parameter, or all of them.
     """
-    mask = _map_paths(lambda path, _: re.match(pattern, path) is not None, params)
+    mask = _map_names(lambda path, _: re.match(pattern, path) is not None, params)
     matched = jax.tree.leaves(mask)
     if not any(matched):
-        raise InputError(f"optimizer.freeze is {pattern!r}: no path starts so, as that of {_paths(params)[0]} does")
+        raise InputError(f"optimizer.freeze is {pattern!r}: no path starts so, as that of {_names(params)[0]} does")
     if all(matched):
         raise InputError(f"optimizer.freeze is {pattern!r}: it matches every parameter and leaves none to train")
     return mask
@@ -137,12 +113,11 @@ def frozen_mask(params: Any, pattern: str) -> Any:
 def layer_scales(params: Any, decay: float) -> Any:
     """decay ** (layers above), what the learning rate of each parameter is multiplied by.
 
-    The embedding is layer 0, blocks_i layer i + 1, all that follows the blocks layer depth + 1, as in BEiT
-    (arXiv 2106.08254) and MAE (arXiv 2111.06377). timm's `param_groups_layer_decay` has it so too, but for the norm in
-    front of the pooling, which it counts to the last block.
+    The embedding is layer 0, blocks_i layer i + 1, all that follows layer depth + 1, as in BEiT (arXiv 2106.08254) and
+    MAE (arXiv 2111.06377); timm's `param_groups_layer_decay` counts the norm before the pooling to the last block.
     """
     block = re.compile(r"blocks_(\d+)/")
-    blocks = {int(found[1]) for path in _paths(params) if (found := block.match(path))}
+    blocks = {int(found[1]) for path in _names(params) if (found := block.match(path))}
     top = max(blocks, default=-1) + 2
 
     def scale(path: str, _: Any) -> float:
@@ -150,16 +125,12 @@ def layer_scales(params: Any, decay: float) -> Any:
         layer = int(found[1]) + 1 if found else 0 if path.startswith("embed/") else top
         return decay ** (top - layer)
 
-    return _map_paths(scale, params)
+    return _map_names(scale, params)
 
 
-def _map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:
-    return jax.tree.map_with_path(lambda path, leaf: function(_name(path), leaf), tree)
+def _map_names(function: Callable[[str, Any], Any], tree: Any) -> Any:
+    return jax.tree.map_with_path(lambda path, leaf: function(leaf_name(path), leaf), tree)
 
 
-def _paths(tree: Any) -> list[str]:
-    return [_name(path) for path, _ in jax.tree.leaves_with_path(tree)]
-
-
-def _name(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+def _names(tree: Any) -> list[str]:
+    return [leaf_name(path) for path, _ in jax.tree.leaves_with_path(tree)]

@@ -1,7 +1,7 @@
-"""Sharpness-aware minimisation as a way to estimate the gradient; nothing else of the training knows of it.
+"""Sharpness-aware minimisation, as a way to estimate the gradient.
 
-The gradient is taken at w + e, where e leads uphill inside a ball of radius rho; the optimizer then steps from w. The
-parameters themselves are never perturbed. g(w) is the gradient of the batch, unit(x) = x / ||x|| over all leaves:
+The gradient is taken at w + e, where e leads uphill inside a ball of radius rho; the optimizer then steps from w.
+g(w) is the gradient of the batch, unit(x) = x / ||x|| over all leaves:
 
     SAM      arXiv 2010.01412, equations 2 and 3    e = rho unit(g(w)),  estimate g(w + e)
     ASAM     arXiv 2102.11600                       e = rho T unit(T g(w)),  T = |w| + eta or 1, see `SAMConfig`
@@ -20,57 +20,45 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from fcvit_jax.errors import InputError, is_number
+from fcvit_jax.errors import InputError
+from fcvit_jax.settings import check_settings, setting
+from fcvit_jax.trees import Params, check_float32, dot, leaf_name, norm, orthogonal, unit
 
-Params = Any
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
-
-CHOICES = {"scope": ("batch", "microbatch"), "perturb": ("all", "kernels", "norms")}
 
 
 @dataclasses.dataclass(frozen=True)
 class SAMConfig:
     """Which gradient to estimate, and where. Raises InputError that names the field.
 
-    A radius of SAM is not one of ASAM, which wants about ten times as much. ASAM has other definitions in circulation;
-    with this one and eta = 0, rescaling weights so that the function stays the same changes nothing. Its T is |w| + eta
-    on leaves of two axes and more (kernels, tokens, position embeddings), 1 on the others (biases, norms, LayerScale);
-    the authors' code goes by names instead: |w| + eta on what PyTorch calls "weight", which the scales of norms are
-    too, and 1 on biases, tokens and position embeddings.
+    ASAM requires about ten times the radius of SAM. Its T is |w| + eta on leaves of two or more axes (kernels, tokens,
+    position embeddings), and 1 on the others (biases, norms, LayerScale); with eta = 0, rescaling weights so that the
+    function stays the same changes nothing. The authors' code goes by names instead: |w| + eta on every "weight" of
+    PyTorch, the scales of norms included, and 1 on biases, tokens and position embeddings.
     """
 
-    rho: float = 0.05  # radius; 0: the plain gradient in one pass, bit for bit
-    rho_final: float | None = None  # None: constant; else a cosine from rho to rho_final over the steps from start_step
-    start_step: int = 0  # rho is 0 before it, in the warm-up of the learning rate
+    rho: float = setting(0.05, low=0)  # radius; 0: the plain gradient in one pass, bit for bit
+    # None: constant; otherwise a cosine from rho to rho_final over the steps from start_step.
+    rho_final: float | None = setting(None, low=0)
+    start_step: int = setting(0, low=0)  # rho is 0 before it, in the warm-up of the learning rate
     adaptive: bool = False  # ASAM
-    eta: float = 0.01  # ASAM's floor, under which small weights are perturbed like 0
-    gap_weight: float = 0.0  # GSAM's alpha
-    refresh_every: int = 1  # LookSAM's k; 1 is SAM
-    reuse_scale: float = 0.7  # LookSAM's alpha
-    microbatches: int = 1  # strided parts of the batch that are in memory one at a time
-    scope: str = "batch"  # batch: one perturbation for all of it | microbatch: one for each part (m-sharpness)
-    perturb: str = "all"  # all | kernels | norms
+    eta: float = setting(0.01, low=0)  # ASAM's floor, below which small weights are perturbed like 0
+    gap_weight: float = setting(0.0, low=0)  # GSAM's alpha
+    refresh_every: int = setting(1, low=1)  # LookSAM's k; 1 is SAM
+    reuse_scale: float = setting(0.7, low=0)  # LookSAM's alpha
+    microbatches: int = setting(1, low=1)  # strided parts of the batch that are in memory one at a time
+    # batch: one perturbation for the whole batch; microbatch: one for each part (m-sharpness).
+    scope: str = setting("batch", choices=("batch", "microbatch"))
+    perturb: str = setting("all", choices=("all", "kernels", "norms"))
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            name, value = field.name, getattr(self, field.name)
-            number = is_number(value)
-            lowest = 1 if name in ("refresh_every", "microbatches") else 0
-            valid, wanted = {
-                float: (number, "it must be a number, 0 or more"),
-                float | None: (number or value is None, "it must be a number, 0 or more, or none"),
-                int: (number and isinstance(value, int) and value >= lowest, f"it must be an integer from {lowest} on"),
-                bool: (isinstance(value, bool), "it must be true or false"),
-                str: (value in CHOICES.get(name, ()), f"choose one of {', '.join(CHOICES.get(name, ()))}"),
-            }[field.type]
-            if not valid:
-                raise InputError(f"sam.{name} is {value!r}: {wanted}")
+        check_settings(self, "sam.")
         if self.rho_final and not self.rho:
-            raise InputError(f"sam.rho_final is {self.rho_final}: it needs a rho above 0, as 0 turns SAM off")
+            raise InputError(f"sam.rho_final is {self.rho_final}: it requires a rho above 0, since 0 turns SAM off")
 
 
 def warnings(cfg: SAMConfig) -> tuple[str, ...]:
-    """Lines to show to whoever chose this configuration: it runs, but may not be what was meant."""
+    """Warnings about a configuration that runs, but may not be what was meant."""
     lines = []
     if cfg.rho and cfg.perturb == "norms":
         lines.append("sam.perturb is norms: SAM on the norms alone (SAM-ON) may raise sharpness, so measure it")
@@ -109,7 +97,7 @@ def rho_schedule(cfg: SAMConfig, total_steps: int) -> optax.Schedule:
     """The radius at a step, float32: 0 before start_step; then rho, or
     rho_final + (rho - rho_final) (1 + cos(pi t)) / 2 with t from 0 at start_step to 1 at total_steps.
 
-    A function of the step alone, never of the learning rate. Raises InputError where SAM would never start.
+    Raises InputError if SAM would never start.
     """
     if cfg.rho and cfg.start_step >= total_steps:
         raise InputError(f"sam.start_step is {cfg.start_step}: the run ends after {total_steps} steps, without SAM")
@@ -132,7 +120,7 @@ def perturb_mask(params: Params, perturb: str, frozen: Params | None = None) -> 
     """
 
     def chosen(path: Any, _: Any, is_frozen: bool) -> bool:
-        *modules, name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")
+        *modules, name = leaf_name(path).split("/")
         of_kind = {"all": True, "kernels": name == "kernel", "norms": any("norm" in m.lower() for m in modules)}
         return of_kind[perturb] and not is_frozen
 
@@ -148,52 +136,32 @@ def perturbation(
 ) -> Params:
     """e = rho T unit(T g) in float32, zero where the gradient is; T is 1, or that of ASAM if `adaptive`.
 
-    mask: bools, False for leaves that stay where they are and do not count in the norm. ||e / T|| is rho.
+    mask: bools, False for leaves that are not perturbed and do not count in the norm. ||e / T|| is rho.
     """
     params = jax.tree.map(lambda w: w.astype(jnp.float32), params)
-    # Of which leaves T is |w| + eta, and where the authors' code has it otherwise: see `SAMConfig`.
     scale = jax.tree.map(lambda w: jnp.abs(w) + eta if adaptive and w.ndim > 1 else jnp.ones_like(w), params)
     mask = jax.tree.map(lambda _: True, params) if mask is None else mask
     ascent = jax.tree.map(lambda t, g, m: t * g.astype(t.dtype) if m else jnp.zeros_like(t), scale, grads, mask)
     return jax.tree.map(lambda t, u: jnp.float32(rho) * t * u, scale, unit(ascent))
 
 
-def global_norm(tree: Params) -> jax.Array:
-    """The Euclidean norm of all leaves together, float32."""
-    return jnp.sqrt(_dot(tree, tree))
-
-
-def unit(tree: Params) -> Params:
-    """The tree over its global norm, float32; zero where that is."""
-    norm = global_norm(tree)
-    inverse = jnp.where(norm > 0, 1 / norm, 0.0)
-    return jax.tree.map(lambda x: x.astype(jnp.float32) * inverse, tree)
-
-
-def orthogonal(tree: Params, other: Params) -> Params:
-    """The part of a tree that is orthogonal to another, all leaves together."""
-    along = unit(other)
-    length = _dot(tree, along)
-    return jax.tree.map(lambda x, u: x - length * u, tree, along)
-
-
 def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = None) -> Callable[..., Any]:
-    """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with the gradient of SAM. To be called under jit.
+    """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with the gradient of SAM. Call it under jit.
 
     loss_fn: (params, batch, key) -> (loss, aux); the loss is the mean over the rows of the batch. Weights of rows
-        (padding, masks) must average to 1 over the *whole* batch: mean(weight * loss of the row) is then the same for
-        any number of micro-batches, which dividing by the sum of the weights inside is not. Parameters that are not
-        trained belong under `stop_gradient` there, or their gradients count in the norms of GSAM and LookSAM.
+        (padding, masks) must average to 1 over the *whole* batch: then mean(weight * loss of the row) is the same for
+        any number of micro-batches. Put parameters that are not trained under `stop_gradient` there, otherwise their
+        gradients count in the norms of GSAM and LookSAM.
     mask: of `perturb_mask`; None: that of cfg.perturb, with nothing frozen.
 
     Returns (params, batch, key, rho, step, state) -> ((loss, aux), grads, state, SAMInfo).
 
-    params: float32, else InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches` (else
-    InputError) and best of `microbatches` times the devices. Micro-batch i holds the rows i, i + c, i + 2c ... of the
-    batch, and the key i of `jax.random.split(key, c)`, in both passes; with c = 1 the key is passed on as it is.
-    rho: the radius (float32[], `rho_schedule`); the second pass is skipped at run time where the schedule makes it 0.
-    Loss and aux are those at the parameters. With micro-batches, leaves of aux with a leading axis of B / c are taken
-    for rows and come back as B rows in the batch's order; all others are averaged.
+    params: float32, otherwise InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches`
+    (otherwise InputError), best of `microbatches` times the devices. Micro-batch i of c holds the rows i, i + c ... and
+    key i of `jax.random.split(key, c)`, in both passes; with c = 1 the key is passed on unchanged. rho: the radius
+    (float32[], `rho_schedule`); if it is 0, the second pass is skipped at run time. Loss and aux are those at the
+    parameters. With micro-batches, leaves of aux with a leading axis of B / c come back as B rows in the batch's order;
+    all others are averaged.
     """
     # jit: both passes and the scans' shape inference share one trace; XLA inlines it.
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
@@ -214,17 +182,16 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
         def estimate(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[Params, Params, SAMInfo], Any]:
             (loss, clean), aux = gradient(params, batch, key)
-            norm, zero = global_norm(clean), jnp.float32(0)
+            length, zero = norm(clean), jnp.float32(0)
 
             def plain() -> tuple[Params, SAMInfo]:
-                return clean, SAMInfo(loss, zero, norm, zero, norm, jnp.float32(1))
+                return clean, SAMInfo(loss, zero, length, zero, length, jnp.float32(1))
 
             def adversarial() -> tuple[Params, SAMInfo]:
                 (adv_loss, adv), _ = gradient(_climb(cfg, mask, params, clean, rho), batch, key)
-                info = SAMInfo(loss, adv_loss - loss, norm, rho, global_norm(adv), _dot(unit(clean), unit(adv)))
+                info = SAMInfo(loss, adv_loss - loss, length, rho, norm(adv), dot(unit(clean), unit(adv)))
                 if cfg.gap_weight:
-                    across = orthogonal(clean, adv)
-                    adv = jax.tree.map(lambda a, c: a - cfg.gap_weight * c, adv, across)
+                    adv = optax.tree.add_scale(adv, -cfg.gap_weight, orthogonal(clean, adv))
                 return adv, info
 
             if not cfg.rho:
@@ -273,27 +240,24 @@ def sam_transformation(
 
 def _climb(cfg: SAMConfig, mask: Params | None, params: Params, grads: Params, rho: Any) -> Params:
     """The perturbed parameters, w + e."""
-    for path, leaf in jax.tree.leaves_with_path(params):
-        if leaf.dtype != jnp.float32:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
-            raise InputError(f"{name} is {leaf.dtype}: stored parameters must be float32, or rounding undoes SAM")
+    check_float32(params, "stored parameters must be float32, otherwise rounding undoes SAM")
     mask = perturb_mask(params, cfg.perturb) if mask is None else mask
     ascent = perturbation(params, grads, rho, mask=mask, adaptive=cfg.adaptive, eta=cfg.eta)
-    return jax.tree.map(jnp.add, params, ascent)
+    return optax.tree.add(params, ascent)
 
 
 def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:
     """A step of LookSAM with a second pass: its direction comes from all leaves together."""
     across = orthogonal(grads, clean)
-    # Without curvature only rounding is left here, which must not be blown up to a vector of length 1.
-    real = global_norm(across) > 1e-5 * global_norm(grads)
+    # Without curvature only rounding is left here: it must not become a vector of length 1.
+    real = norm(across) > 1e-5 * norm(grads)
     return grads, SAMState(jax.tree.map(lambda u: jnp.where(real, u, 0.0), unit(across)))
 
 
 def _reuse(cfg: SAMConfig, clean: Params, rho: jax.Array, state: SAMState) -> tuple[Params, SAMState]:
-    """A step of LookSAM without; the plain gradient where the schedule has rho at 0."""
-    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * global_norm(clean)
-    return jax.tree.map(lambda g, v: g + length * v, clean, state.direction), state
+    """A step of LookSAM without one; the plain gradient if the schedule has rho at 0."""
+    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * norm(clean)
+    return optax.tree.add_scale(clean, length, state.direction), state
 
 
 def _averaged(function: Callable[..., Any], count: int) -> Callable[..., Any]:
@@ -309,7 +273,7 @@ def _averaged(function: Callable[..., Any], count: int) -> Callable[..., Any]:
 
         def add(total: Any, chunk: Any) -> tuple[Any, Any]:
             means, aux = function(params, *chunk)
-            return jax.tree.map(jnp.add, total, means), aux
+            return optax.tree.add(total, means), aux
 
         def join(stacked: jax.Array) -> jax.Array:
             if stacked.shape[1:2] == (size // count,):
@@ -322,9 +286,3 @@ def _averaged(function: Callable[..., Any], count: int) -> Callable[..., Any]:
         return jax.tree.map(lambda x: x / count, total), jax.tree.map(join, aux)
 
     return average if count > 1 else function
-
-
-def _dot(a: Params, b: Params) -> jax.Array:
-    """The inner product of two trees, float32."""
-    products = jax.tree.map(lambda x, y: jnp.sum(x.astype(jnp.float32) * y.astype(jnp.float32)), a, b)
-    return jax.tree.reduce(jnp.add, products)

@@ -13,21 +13,30 @@ import jax.numpy as jnp
 import optax
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.errors import InputError, is_number
+from fcvit_jax.errors import InputError
+from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.vit import ViT
+from fcvit_jax.settings import check_settings, setting
 from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, sam_value_and_grad
-from fcvit_jax.training.targets import TargetConfig, cross_entropy, mix, row_weights, soft_targets
+from fcvit_jax.training.targets import TargetConfig, mix, row_weights, soft_targets
 
-Batch = tuple[jax.Array, jax.Array, jax.Array]
 Metrics = dict[str, jax.Array]
 
 
+class StepInputs(NamedTuple):
+    """The rows of a training batch. Rows whose mask is False are padding and change nothing."""
+
+    images: Any  # uint8 [b, height, width, 3]
+    labels: Any  # int32 [b]
+    mask: Any  # bool [b]
+
+
 class TrainState(NamedTuple):
-    """All that a run needs to go on; a checkpoint of it resumes bit for bit.
+    """All that a run needs to resume, bit for bit.
 
     step: int32, the steps taken. params: float32 tree. opt_state: of the optax chain. ema: the average of the params,
-    () when off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step. finite: bool, False
-    from the first step on that was not finite: none changes the rest any more.
+    () if off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step. finite: bool, False
+    from the first step that was not finite; no later step changes the state.
     """
 
     step: jax.Array
@@ -40,22 +49,35 @@ class TrainState(NamedTuple):
 
     @property
     def weights(self) -> Any:
-        """The parameters that are evaluated and written: their average where there is one."""
+        """The parameters to evaluate and write: their average if there is one."""
         return self.ema if self.ema else self.params
 
 
-def init_state(
-    model: ViT,
-    optimizer: optax.GradientTransformation,
-    sam: SAMConfig,
-    seed: int,
-    params: Any = None,
-    ema: bool = False,
-) -> TrainState:
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a step does beside the model.
+
+    optimizer, learning_rate: of `make_optimizer`. rho: of `rho_schedule`. frozen: of `frozen_mask`, for the pattern
+    that the optimizer has; None: nothing. ema_decay: of the average of the parameters; 0: there is none.
+    """
+
+    optimizer: optax.GradientTransformation
+    learning_rate: optax.Schedule
+    sam: SAMConfig
+    rho: optax.Schedule
+    targets: TargetConfig
+    frozen: Any = None
+    ema_decay: float = setting(0.0, low=0, below=1)
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+def init_state(model: ViT, recipe: Recipe, seed: int, params: Any = None) -> TrainState:
     """The state before the first step; with fresh parameters if none are given.
 
-    Given parameters are copied, as float32, and so is the average that starts from them: a step that is given the
-    state's memory may not be given any of it twice, nor the caller's.
+    Given parameters are copied, as float32, and so is the average: the step is donated the state's memory, which must
+    neither hold a leaf twice nor be the caller's.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -65,53 +87,26 @@ def init_state(
     return TrainState(
         step=jnp.int32(0),
         params=params,
-        opt_state=optimizer.init(params),
-        ema=_copy(params) if ema else (),
-        sam=init_sam(sam, params),
+        opt_state=recipe.optimizer.init(params),
+        ema=_copy(params) if recipe.ema_decay else (),
+        sam=init_sam(recipe.sam, params),
         key=key,
         finite=jnp.bool_(True),
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """What a step does beside the model: each piece as its own module makes it.
-
-    optimizer, learning_rate: of `make_optimizer`. rho: of `rho_schedule`. frozen: of `frozen_mask`, for the pattern
-    that the optimizer has; None: nothing. ema_decay: None when the average is off.
-    """
-
-    optimizer: optax.GradientTransformation
-    learning_rate: optax.Schedule
-    sam: SAMConfig
-    rho: optax.Schedule
-    targets: TargetConfig
-    frozen: Any = None
-    ema_decay: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.ema_decay is not None and not is_number(self.ema_decay, 0, 1):
-            raise InputError(f"ema_decay is {self.ema_decay!r}: it must be a number at least 0 and below 1, or none")
-
-
 def make_train_step(
     model: ViT, preprocess: Preprocess, recipe: Recipe
-) -> Callable[[TrainState, Batch], tuple[TrainState, Metrics]]:
-    """The function (state, (images, labels, mask)) -> (state, metrics), pure, to be compiled with the state donated.
+) -> Callable[[TrainState, StepInputs], tuple[TrainState, Metrics]]:
+    """The pure function (state, inputs) -> (state, metrics), to be compiled with the state donated.
 
-    images: uint8 [b, height, width, 3]. labels: int32 [b]. mask: bool [b]; False rows are padding and change nothing.
-    The keys of a step come from the run's key and the step's number, so that a resumed run draws what the whole run
-    drew. Images are mixed once, and both passes of SAM see the same images and the same dropout.
+    The keys of a step come from the run's key and the step's number, so that a resumed run draws the same. Images are
+    mixed once, and both passes of SAM see the same images and the same dropout.
 
-    If the loss or the gradient is not finite, the state comes back as it was, its step number too, and "finite" is 0,
-    then and ever after: whenever the loop looks, it has the state before that step in its hands, and should stop.
+    If the loss or the gradient is not finite, the state comes back unchanged, its step number included, and "finite" is
+    0 in this and all later steps: the loop may look late, and still has the state before that step.
 
-    Metrics, float32 scalars; those of SAM are explained by `SAMInfo`:
-
-    - "loss": at the parameters, of the unmasked rows; "accuracy": of them, against the labels before mixing;
-    - "gap", "grad_norm", "rho"; "gap_over_rho": to first order the gradient norm if all is well, 0 where rho is 0;
-    - "learning_rate"; "update_norm": of what the optimizer adds to the parameters;
-    - "finite": 1 where this step and all before it were, or 0.
+    Metrics, float32 scalars, are explained in docs/training.md; "finite" is 1 if this step and all before it were.
     """
     if not model.config.num_classes:
         raise InputError("num_classes is 0: a model without a head has nothing to train towards")
@@ -119,30 +114,29 @@ def make_train_step(
     perturbed = None if frozen is None else perturb_mask(frozen, recipe.sam.perturb, frozen)
 
     def loss_fn(params: Any, batch: tuple[jax.Array, ...], key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        inputs, targets, weights = batch
+        pixels, targets, weights = batch
         if frozen is not None:
-            # No gradient: none is computed, and none counts in a norm.
             params = jax.tree.map(lambda w, is_frozen: jax.lax.stop_gradient(w) if is_frozen else w, params, frozen)
-        logits, _ = model.apply({"params": params}, inputs, train=True, rngs={"dropout": key})
+        logits, _ = model.apply({"params": params}, pixels, train=True, rngs={"dropout": key})
         losses = cross_entropy(logits, targets, targets_config.loss)
         return jnp.mean(weights * losses), jnp.argmax(logits, axis=-1)
 
     value_and_grad = sam_value_and_grad(loss_fn, recipe.sam, perturbed)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        images, labels, mask = batch
+    def train_step(state: TrainState, inputs: StepInputs) -> tuple[TrainState, Metrics]:
+        images, labels, mask = inputs
         mix_key, model_key = jax.random.split(jax.random.fold_in(state.key, state.step))
         weights = row_weights(mask)
         targets = soft_targets(labels, model.config.num_classes, targets_config.label_smoothing)
-        inputs, targets = mix(mix_key, preprocess.normalize(images), targets, mask, targets_config)
+        pixels, targets = mix(mix_key, preprocess.normalize(images), targets, mask, targets_config)
 
         (loss, predictions), grads, sam, info = value_and_grad(
-            state.params, (inputs, targets, weights), model_key, recipe.rho(state.step), state.step, state.sam
+            state.params, (pixels, targets, weights), model_key, recipe.rho(state.step), state.step, state.sam
         )
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = average(state.ema, params, recipe.ema_decay, state.step) if recipe.ema_decay is not None else state.ema
-        # Known before the update, which can then happen in place.
+        ema = average(state.ema, params, recipe.ema_decay, state.step) if recipe.ema_decay else state.ema
+        # Computed before the update, which can then happen in place.
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
 
         metrics = {

@@ -1,40 +1,32 @@
-"""What a step trains towards: soft targets, the two losses, and images mixed with one another.
+"""What a step trains towards: soft targets, and images mixed with one another.
 
 Rows of padding weigh nothing anywhere. Shape letters: b batch, c classes.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from fcvit_jax.errors import InputError, is_number
-
-LOSSES = ("softmax", "sigmoid")
+from fcvit_jax.losses import LOSSES
+from fcvit_jax.settings import check_settings, setting
 
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
-    """Loss and targets. Raises InputError, naming the field, where a value makes no sense.
+    """Loss and targets. Raises InputError that names the field.
 
-    Where mixup and cutmix are both on, each batch is mixed by one of them, at even odds.
+    If mixup and cutmix are both on, each batch is mixed by one of them, at even odds.
     """
 
-    loss: str = "softmax"  # softmax | sigmoid: a binary decision for each class
-    label_smoothing: float = 0.0  # share of the target that is spread over all classes
-    mixup: float = 0.0  # alpha of mixup's Beta(alpha, alpha); 0: off
-    cutmix: float = 0.0  # alpha of CutMix's Beta(alpha, alpha); 0: off
+    loss: str = setting("softmax", choices=LOSSES)  # sigmoid: a binary decision for each class
+    label_smoothing: float = setting(0.0, low=0, below=1)  # share of the target that is spread over all classes
+    mixup: float = setting(0.0, low=0)  # alpha of mixup's Beta(alpha, alpha); 0: off
+    cutmix: float = setting(0.0, low=0)  # alpha of CutMix's Beta(alpha, alpha); 0: off
 
     def __post_init__(self) -> None:
-        if self.loss not in LOSSES:
-            raise InputError(f"targets.loss is {self.loss!r}: choose one of {', '.join(LOSSES)}")
-        for field, high in (("label_smoothing", 1), ("mixup", math.inf), ("cutmix", math.inf)):
-            value = getattr(self, field)
-            if not is_number(value, 0, high):
-                below = "" if high == math.inf else f" and below {high}"
-                raise InputError(f"targets.{field} is {value!r}: it must be a number at least 0{below}")
+        check_settings(self, "targets.")
 
 
 def soft_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
@@ -42,21 +34,11 @@ def soft_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.A
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
 
 
-def cross_entropy(logits: jax.Array, targets: jax.Array, loss: str) -> jax.Array:
-    """Cross-entropy of each row against soft targets, float32 [b, c] -> [b].
-
-    "sigmoid" is the sum over classes, as in big_vision; timm's default is their mean, c times less.
-    """
-    if loss == "softmax":
-        return optax.softmax_cross_entropy(logits, targets)
-    return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)
-
-
 def row_weights(mask: jax.Array) -> jax.Array:
-    """Weights whose product with a loss [b] has for mean that of the unmasked rows; 0 where there are none.
+    """Weights, bool [b] -> float32 [b], with which mean(weight * loss) is the mean loss of the unmasked rows.
 
-    bool [b] -> float32 [b]. Padding weighs 0, the other rows alike, 1 on average: the mean of such means over equally
-    large parts of the batch is the batch's, however the padding is spread over them.
+    They are 0 for padding, equal for the other rows, and average to 1: equally large parts of the batch may be averaged
+    separately, however the padding is spread over them.
     """
     return mask * (mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0))
 
@@ -67,16 +49,13 @@ def mix(
     """Each image becomes share x itself + (1 - share) x its partner, the targets alike.
 
     mixup, arXiv 1710.09412, equation 1: the share is lambda. CutMix, arXiv 1905.04899, equation 1: it is 0 in a box and
-    1 around it. lambda ~ Beta(alpha, alpha).
+    1 around it. lambda ~ Beta(alpha, alpha), drawn once a batch, as in the papers' code and in timm's default mode.
 
-    images: normalised float32 [b, height, width, 3]. targets: float32 [b, c]. mask: bool [b]; padding is mixed with
-    nothing. One draw serves the batch, as in the papers' code and in timm's default mode. The mean share over the
-    pixels weighs the targets: in CutMix the area that is left when the borders have clipped the box.
+    images: normalised float32 [b, height, width, 3]. targets: float32 [b, c], weighted by the mean share over the
+    pixels. mask: bool [b]; padding is not mixed.
 
-    The partner is the row before, the first row's the last. Rows of a training batch are in random order, so any fixed
-    pairing is a random one, and this one moves a single row between neighbouring devices. The usual flip sends all
-    rows, and a swap of neighbours gathers the batch on every device where a device has an odd number of rows (measured
-    in the compiled code).
+    The partner is the previous row. Rows are in random order, so any fixed pairing is random, and this one moves a
+    single row between neighbouring devices; the usual flip moves all.
     """
     if not config.mixup and not config.cutmix:
         return images, targets

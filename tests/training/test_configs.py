@@ -1,22 +1,19 @@
 """Every experiment loads, and what it says makes sense to whom it is for."""
 
-import dataclasses
 import importlib
+import re
 from pathlib import Path
 
 import pytest
+from flax import traverse_util
 
-from configs import training
-from fcvit_jax.data.augment import Augment
+from configs import digits_sam, training
 from fcvit_jax.data.preprocess import preset
+from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation import EvaluationConfig
 from fcvit_jax.models import zoo
-from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import parse_schedules
-from fcvit_jax.training.job import check_fields
-from fcvit_jax.training.optimizer import OptimizerConfig
-from fcvit_jax.training.sam import SAMConfig
-from fcvit_jax.training.targets import TargetConfig
+from fcvit_jax.training import TrainConfig
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem != "training")
 
@@ -36,29 +33,31 @@ def test_the_experiment_loads_and_its_fields_make_sense(name, tmp_path):
     config.train, config.test = config.train or "folder:train", config.test or "folder:test"
     if not config.model and not config.checkpoint:
         config.checkpoint = "deit_small_patch16_224.fb_in1k"
-    check_fields(config, tmp_path)
-    SAMConfig(**config.sam)
-    OptimizerConfig(**config.optimizer)
-    TargetConfig(**config.targets)
-    Augment(**config.augment)
-    model = ViTConfig(num_classes=10, **config.model.to_dict()) if config.model else zoo.get(config.checkpoint).config
+    config = TrainConfig.from_dict(config.to_dict())
+    model = config.model or zoo.get(config.checkpoint or "").config
     if config.preprocess:
         preset(config.preprocess, model.image_size)
     for schedule in parse_schedules(config.schedules, model.depth).values():
         schedule.plan(model)
 
 
-@pytest.mark.parametrize(
-    ("field", "kind", "elsewhere"),
-    [
-        ("augment", Augment, set()),
-        ("targets", TargetConfig, set()),
-        ("optimizer", OptimizerConfig, {"warmup_steps"}),  # of warmup_epochs
-        ("sam", SAMConfig, {"start_step"}),  # of sam_after_warmup
-    ],
-)
-def test_the_fields_and_defaults_that_are_written_out_are_those_of_the_code(field, kind, elsewhere):
-    missing = dataclasses.MISSING
-    fields = {each.name: None if each.default is missing else each.default for each in dataclasses.fields(kind)}
-    written = training.defaults()[field]
-    assert {**written} == {name: default for name, default in fields.items() if name not in elsewhere}
+def test_the_documentation_lists_every_field_with_its_default():
+    page = (Path(__file__).parents[2] / "docs" / "training.md").read_text()
+    listed = dict(re.findall(r"^\| `([\w.]+)` \| (.*?) \|", page, re.MULTILINE))
+    fields = traverse_util.flatten_dict(training.defaults().to_dict(), sep=".", keep_empty_nodes=True)
+    wanted = {name: f"`{value}`" for name, value in fields.items() if name not in ("train", "test", "model")}
+    wanted |= {name: "none" for name, value in fields.items() if value is None}
+    wanted |= {
+        name: f"`{', '.join(f'{x:.3g}' for x in value)}`" for name, value in fields.items() if type(value) is tuple
+    }
+    wanted |= {"train": "required", "test": "required", "optimizer.learning_rate": "required", "model": "none"}
+    assert {name: default for name, default in listed.items() if name in wanted} == wanted
+
+
+@pytest.mark.parametrize("change", [{"rho": 0.1}, {"sam": {"radius": 0.1}}, {"sam": 0.1}])
+def test_fields_that_do_not_exist_are_named(change):
+    config = digits_sam.get_config().to_dict() | change
+    with pytest.raises(
+        InputError, match=r"^rho: there is no such|^sam\.radius: there is no such|^sam is 0\.1: it must be"
+    ):
+        TrainConfig.from_dict(config)

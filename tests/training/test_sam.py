@@ -459,14 +459,14 @@ def test_looksam_adds_nothing_to_a_linear_loss():
         ("rho", float("nan"), "it must be a number"),
         ("rho", True, "it must be a number"),
         ("rho_final", -0.1, "it must be a number, 0 or more, or none"),
-        ("start_step", -1, "it must be an integer from 0 on"),
-        ("start_step", 0.5, "it must be an integer"),
+        ("start_step", -1, "it must be a whole number, 0 or more"),
+        ("start_step", 0.5, "it must be a whole number"),
         ("adaptive", 1, "it must be true or false"),
         ("eta", -0.1, "it must be a number, 0 or more"),
         ("gap_weight", -0.1, "it must be a number, 0 or more"),
-        ("refresh_every", 0, "it must be an integer from 1 on"),
+        ("refresh_every", 0, "it must be a whole number, 1 or more"),
         ("reuse_scale", "a", "it must be a number"),
-        ("microbatches", 0, "it must be an integer from 1 on"),
+        ("microbatches", 0, "it must be a whole number, 1 or more"),
         ("scope", "chunk", "choose one of batch, microbatch"),
         ("perturb", "norm", "choose one of all, kernels, norms"),
     ],
@@ -477,7 +477,7 @@ def test_a_bad_field_is_named(field, value, reason):
 
 
 def test_contradictions_are_refused_and_doubtful_choices_told():
-    with pytest.raises(InputError, match=r"sam\.rho_final is 0\.1: it needs a rho above 0"):
+    with pytest.raises(InputError, match=r"sam\.rho_final is 0\.1: it requires a rho above 0"):
         SAMConfig(rho=0.0, rho_final=0.1)
     assert sam.warnings(SAMConfig()) == ()
     (line,) = sam.warnings(SAMConfig(perturb="norms"))

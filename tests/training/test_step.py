@@ -13,19 +13,20 @@ from fcvit_jax import parallel
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.errors import InputError
+from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.optimizer import OptimizerConfig, frozen_mask, make_optimizer
 from fcvit_jax.training.sam import SAMConfig, rho_schedule
 from fcvit_jax.training.step import Recipe, init_state, make_train_step
-from fcvit_jax.training.targets import TargetConfig, cross_entropy, soft_targets
+from fcvit_jax.training.targets import TargetConfig, soft_targets
 
 CONFIG = ViTConfig((16, 16), 4, 16, 1, 2, 32, num_classes=3)
 DEEPER = dataclasses.replace(CONFIG, depth=2)
 PREPROCESS = preset("timm/augreg", (16, 16))
 STEPS = 40
-ADAMW = OptimizerConfig(learning_rate=3e-3, warmup_steps=5, weight_decay=0.01)
+ADAMW = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01)
 SGD = OptimizerConfig(name="sgd", learning_rate=0.1, schedule="constant", clip_norm=None)
 SAM, PLAIN = SAMConfig(), TargetConfig()
 MIXED = TargetConfig(label_smoothing=0.1, mixup=0.8, cutmix=1.0)
@@ -44,19 +45,19 @@ def batch(seed=0, rows=16):
 
 
 @functools.cache
-def compiled(model, config, sam, targets, ema) -> tuple[optax.GradientTransformation, Any]:
-    """The optimizer, and the step under jit: tests of one recipe share its compilation, most of what they cost."""
+def compiled(model, config, sam, targets, ema) -> tuple[Recipe, Any]:
+    """The recipe, and the step under jit: tests of one recipe share its compilation, most of what they cost."""
     shapes = abstract_params(model.config)
-    optimizer, rate = make_optimizer(config, shapes, STEPS)
+    optimizer, rate = make_optimizer(config, shapes, STEPS, 5 if config == ADAMW else 0)
     frozen = None if config.freeze is None else frozen_mask(shapes, config.freeze)
     recipe = Recipe(optimizer, rate, sam, rho_schedule(sam, STEPS), targets, frozen, ema)
-    return optimizer, jax.jit(make_train_step(model, PREPROCESS, recipe), compiler_options=QUICKLY)
+    return recipe, jax.jit(make_train_step(model, PREPROCESS, recipe), compiler_options=QUICKLY)
 
 
-def make(config=SGD, sam=SAM, targets=PLAIN, ema=None, params=None, vit=CONFIG, **model):
+def make(config=SGD, sam=SAM, targets=PLAIN, ema=0.0, params=None, vit=CONFIG, **model):
     built: Any = ViT(vit, **model)
-    optimizer, step = compiled(built, config, sam, targets, ema)
-    return init_state(built, optimizer, sam, seed=0, params=params, ema=ema is not None), step
+    recipe, step = compiled(built, config, sam, targets, ema)
+    return init_state(built, recipe, seed=0, params=params), step
 
 
 def random_params():
@@ -94,7 +95,7 @@ def test_training_learns_in_one_compilation(sam, model):
     seen = {name: np.stack([row[name] for row in history]) for name in history[0]}
     steps = jnp.arange(STEPS)
     np.testing.assert_allclose(seen["rho"], rho_schedule(sam, STEPS)(steps), rtol=1e-6)
-    np.testing.assert_allclose(seen["learning_rate"], make_optimizer(ADAMW, PARAMS, STEPS)[1](steps), rtol=1e-5)
+    np.testing.assert_allclose(seen["learning_rate"], make_optimizer(ADAMW, PARAMS, STEPS, 5)[1](steps), rtol=1e-5)
     for name in ("gap", "gap_over_rho"):
         np.testing.assert_array_equal(seen[name] > 0, steps >= sam.start_step)
     assert seen["accuracy"][-1] == 1
@@ -290,7 +291,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was():
     sam = SAMConfig()
     rho = lambda step: jnp.where(step == 1, jnp.inf, 0.05)  # noqa: E731
     recipe = Recipe(optimizer, rate, sam, rho, TargetConfig(), ema_decay=0.9)
-    start = init_state(ViT(CONFIG), optimizer, sam, 0, PARAMS, ema=True)
+    start = init_state(ViT(CONFIG), recipe, 0, PARAMS)
     step = jax.jit(make_train_step(ViT(CONFIG), PREPROCESS, recipe), compiler_options=QUICKLY)
     good, metrics = step(start, batch())
     assert metrics["finite"] == 1

@@ -9,9 +9,9 @@ import pytest
 
 from fcvit_jax import parallel
 from fcvit_jax.errors import InputError
+from fcvit_jax.losses import cross_entropy
 from fcvit_jax.training.targets import (
     TargetConfig,
-    cross_entropy,
     cutmix_share,
     mix,
     row_weights,
@@ -156,8 +156,8 @@ def test_mixing_moves_one_row_between_devices(rows):
     ("field", "value", "told"),
     [
         ("loss", "hinge", "targets.loss is 'hinge': choose one of softmax, sigmoid"),
-        ("label_smoothing", 1.0, "targets.label_smoothing is 1.0: it must be a number at least 0 and below 1"),
-        ("mixup", -0.1, "targets.mixup is -0.1: it must be a number at least 0"),
+        ("label_smoothing", 1.0, "targets.label_smoothing is 1.0: it must be a number, 0 or more and below 1"),
+        ("mixup", -0.1, "targets.mixup is -0.1: it must be a number, 0 or more"),
         ("cutmix", True, "targets.cutmix is True"),
         ("cutmix", None, "targets.cutmix is None"),
     ],

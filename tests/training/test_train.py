@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import socket
@@ -27,11 +29,13 @@ import train_sam
 from configs import digits_sam
 from configs.training import defaults
 from fcvit_jax import parallel
+from fcvit_jax import training as fc_training
 from fcvit_jax.checkpoint import PACKAGED
 from fcvit_jax.data.sources import open_source
-from fcvit_jax.training import job, run, testing
-from fcvit_jax.training.states import States
-from fcvit_jax.training.window import Window
+from fcvit_jax.flatness import FlatnessConfig, FlatnessReport
+from fcvit_jax.flatness.__main__ import main as measure_and_print
+from fcvit_jax.training import TrainConfig, assessment, loop, training_run
+from fcvit_jax.training.recent_steps import RecentSteps
 
 ROOT = Path(__file__).parents[2]
 TINY = {
@@ -52,12 +56,24 @@ TINY = {
     "log_every": 4,
     "tensorboard": False,
 }
+# Of a measure of flatness that takes seconds.
+FEW = dict(limit=8, batch_size=4, ascent_steps=1, draws=1, eigen_steps=1, probes=1, line_points=0, plane_points=0)
 
 
 def tiny(**changes):
     config = digits_sam.get_config()
     config.update_from_flattened_dict(TINY | {name.replace("__", "."): value for name, value in changes.items()})
     return config
+
+
+def run(config, workdir):
+    """`train` with a configuration of the scripts."""
+    return loop.train(TrainConfig.from_dict(config.to_dict()), workdir)
+
+
+def train(config, workdir):
+    """The accuracy in the end; None if a signal stopped the run."""
+    return run(config, workdir).accuracy
 
 
 def arguments(workdir, **changes):
@@ -121,11 +137,11 @@ def stop_at(monkeypatch):
 
     def at(number):
         @contextlib.contextmanager
-        def termination():
+        def stop_signal():
             asked = []
             yield lambda: asked.append(None) or len(asked) >= number
 
-        monkeypatch.setattr(run, "termination", termination)
+        monkeypatch.setattr(loop, "stop_signal", stop_signal)
 
     return at
 
@@ -203,8 +219,8 @@ def test_killed_at_any_moment_it_ends_in_the_same_parameters(whole, tmp_path):
 
 def test_sigterm_saves_and_loses_no_step(tmp_path, devices, monkeypatch, capsys):
     config = tiny(epochs=0.25, warmup_epochs=0.0, save_every=1000)
-    run.train(config, tmp_path / "whole")
-    add, steps = Window.add, []
+    train(config, tmp_path / "whole")
+    add, steps = RecentSteps.add, []
 
     def and_signal(self, *rest):
         add(self, *rest)
@@ -213,22 +229,22 @@ def test_sigterm_saves_and_loses_no_step(tmp_path, devices, monkeypatch, capsys)
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Window, "add", and_signal)
+        patch.setattr(RecentSteps, "add", and_signal)
         before = signal.getsignal(signal.SIGTERM)
         train_sam.main(config, tmp_path / "stopped")
         assert signal.getsignal(signal.SIGTERM) == before
-    assert f"stopped and saved; the same command goes on from there: {tmp_path}" in capsys.readouterr().out
+    assert f"stopped and saved; run the same command to resume: {tmp_path}" in capsys.readouterr().out
     assert states_in(tmp_path / "stopped") == [7]
     stopped = fc.load_checkpoint(tmp_path / "stopped")  # evaluate.py has something to read
     assert stopped.meta["provenance"]["steps"] == 7
     assert stopped.meta["provenance"]["test"] is None
-    run.train(config, tmp_path / "stopped")
+    train(config, tmp_path / "stopped")
     assert_equals_whole(tmp_path / "stopped", tmp_path / "whole")
 
 
 def pauses(patch):
     """Whether the clock of the log stands still, each time that a test begins."""
-    paused, assess, inside, told = Window.paused, run.assess, [], []
+    paused, assess, inside, told = RecentSteps.paused, assessment.Assessment.__call__, [], []
 
     @contextlib.contextmanager
     def watched(self):
@@ -241,8 +257,8 @@ def pauses(patch):
         told.append(bool(inside))
         return assess(*arguments)
 
-    patch.setattr(Window, "paused", watched)
-    patch.setattr(run, "assess", asked)
+    patch.setattr(RecentSteps, "paused", watched)
+    patch.setattr(assessment.Assessment, "__call__", asked)
     return told
 
 
@@ -251,13 +267,13 @@ def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_
 ):
     config = tiny(epochs=0.25, warmup_epochs=0.0, eval_every=4, save_every=1000)
     with pytest.MonkeyPatch.context() as undisturbed:
-        undisturbed.setattr(run, "termination", lambda: contextlib.nullcontext(lambda: False))
-        accuracy = run.train(config, tmp_path / "whole")
+        undisturbed.setattr(loop, "stop_signal", lambda: contextlib.nullcontext(lambda: False))
+        accuracy = train(config, tmp_path / "whole")
     # Each step asks once; an evaluation, of 12 batches, asks after each of them and at its end.
     for question, state, tested in ((4 + 3, 4, []), (5, 4, []), (13 + 4 + 3, 8, [4]), (13 + 3, 11, [4, 8])):
         stop_at(question)
         stopped = tmp_path / "stopped"
-        assert run.train(config, stopped) is None
+        assert train(config, stopped) is None
         assert states_in(stopped)[-1] == state
         assert fc.load_checkpoint(stopped).meta["provenance"]["steps"] == state
         assert [row["step"] for row in rows(stopped) if "test/dense" in row] == tested
@@ -265,7 +281,7 @@ def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_
     stop_at(1000)
     with monkeypatch.context() as patch:
         told = pauses(patch)
-        assert run.train(config, tmp_path / "stopped") == accuracy
+        assert train(config, tmp_path / "stopped") == accuracy
         assert told == [True]  # what is made up for is no part of the steps' time
     assert_equals_whole(tmp_path / "stopped", tmp_path / "whole")
     steps = [[(row["step"], "loss" in row) for row in rows(tmp_path / name)] for name in ("stopped", "whole")]
@@ -275,8 +291,8 @@ def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_
 
 def test_another_configuration_is_refused_with_what_differs(whole, devices):
     told = "optimizer.learning_rate 0.002 there, 0.001 here, sam.rho 0.05 there, 0.1 here"
-    with pytest.raises(fc.InputError, match=rf"of another configuration, or of other data \({told}\): name another"):
-        run.train(tiny(sam__rho=0.1, optimizer__learning_rate=1e-3), whole)
+    with pytest.raises(fc.InputError, match=rf"of another configuration or of other data \({told}\): choose another"):
+        train(tiny(sam__rho=0.1, optimizer__learning_rate=1e-3), whole)
 
 
 def test_other_data_than_those_of_the_run_are_refused(tmp_path, devices, stop_at):
@@ -284,12 +300,12 @@ def test_other_data_than_those_of_the_run_are_refused(tmp_path, devices, stop_at
     changes = dict(batch_size=16, epochs=3.0, schedules="dense")
     config = tiny(train=photos(train), test=photos(test, count=4), **changes)
     stop_at(2)
-    assert run.train(config, tmp_path / "run") is None
+    assert train(config, tmp_path / "run") is None
     stop_at(1000)
 
     def refused(told):
-        with pytest.raises(fc.InputError, match=rf"holds a run of .* \({told}\): name another --workdir"):
-            run.train(config, tmp_path / "run")
+        with pytest.raises(fc.InputError, match=rf"holds a run of .* \({told}\): choose another --workdir"):
+            train(config, tmp_path / "run")
 
     for folder, told in ((train, "images.train 32 there, 31 here"), (test, "images.test 8 there, 7 here")):
         (folder / "bright" / "00.png").rename(spare)
@@ -304,7 +320,7 @@ def test_other_data_than_those_of_the_run_are_refused(tmp_path, devices, stop_at
     refused("labels.2 None there, 'third' here")
     for folder in (train, test):
         (folder / "third").rmdir()
-    assert run.train(config, tmp_path / "run") is not None
+    assert train(config, tmp_path / "run") is not None
 
 
 def start_pair(workdir, **changes):
@@ -350,7 +366,7 @@ def test_two_processes_equal_one(whole, tmp_path):
 def test_a_checkpoint_goes_on_where_it_ended_on_several_devices(whole, tmp_path, devices, capsys):
     devices(2)
     config = tiny(checkpoint=str(whole), preprocess=None, optimizer__learning_rate=0.0, epochs=0.25, warmup_epochs=0.0)
-    accuracy = run.train(config, tmp_path)
+    accuracy = train(config, tmp_path)
     ended = fc.load_checkpoint(whole)
     assert "config.model is not used: the checkpoint has its own\n" in capsys.readouterr().out
     assert accuracy is not None
@@ -361,17 +377,17 @@ def test_a_checkpoint_goes_on_where_it_ended_on_several_devices(whole, tmp_path,
 def test_sharded_leaves_are_trained_to_the_same(tmp_path, devices, monkeypatch):
     devices(2)
     monkeypatch.setattr(parallel, "_SMALLEST_SHARDED", 1)
-    loop, shards = run.loop, {}
+    original, shards = loop.loop, {}
     for fsdp in (True, False):
 
-        def watched(job, state, *rest, fsdp=fsdp):
+        def watched(run, state, *rest, fsdp=fsdp):
             tree = (state.params, state.opt_state, state.ema, state.sam)
             shards[fsdp] = [leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(tree)]
-            return loop(job, state, *rest)
+            return original(run, state, *rest)
 
-        monkeypatch.setattr(run, "loop", watched)
+        monkeypatch.setattr(loop, "loop", watched)
         changes = dict(optimizer__name="sgd", optimizer__learning_rate=0.1, epochs=0.25, warmup_epochs=0.0)
-        run.train(tiny(fsdp=fsdp, **changes), tmp_path / str(fsdp))
+        train(tiny(fsdp=fsdp, **changes), tmp_path / str(fsdp))
     assert all(shards[False])
     assert sum(shards[True]) < 0.1 * len(shards[True])  # all but counters and the like
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5)  # noqa: E731
@@ -384,7 +400,7 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
     config.model = {}
     config.train = config.test = photos(tmp_path / "photos", size=(40, 48))
     config.ema_decay, config.schedules = 0.0, "tome_r8"
-    accuracy = run.train(config, tmp_path / "run")
+    accuracy = train(config, tmp_path / "run")
     printed = capsys.readouterr().out
     assert "packaged:digits has 10 classes, the data set 2: its head is replaced by zeros" in printed
     assert "position embedding 8x8, the model's grid 12x12" in printed
@@ -401,8 +417,11 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
     [
         ({"batch_size": 33}, "batch_size is 33: it must be a positive multiple of the 2 devices"),
         ({"batch_size": 3200}, "batch_size: 3200 is more than the 1437 images of digits:train"),
-        ({"warmup_epochs": 1.0}, "warmup_epochs is 1.0: it must be 0 or more, and below epochs"),
+        ({"warmup_epochs": 1.0}, "warmup_epochs is 1.0: it must be below epochs, 1.0"),
         ({"sam.rho": -1.0}, "sam.rho is -1.0"),
+        ({"optimizer.learning_rate": None}, "optimizer.learning_rate is None: it must be a number, 0 or more"),
+        ({"model.gelu_kind": "exact"}, "model.gelu_kind: there is no such field; the fields are image_size,"),
+        ({"model.dept": 3}, "model.dept: there is no such field; did you mean 'depth'?"),
         ({"sam.microbatches": 3}, "it must be a multiple of sam.microbatches, 3"),
         ({"optimizer.name": "adam"}, "optimizer.name is 'adam': choose one of"),
         ({"optimizer.freeze": "nothing"}, "optimizer.freeze is 'nothing'"),
@@ -411,25 +430,25 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
         ({"test": "folder:/nowhere"}, "no folder"),
         ({"eval_every": 0}, "eval_every is 0"),
         ({"checkpoint": "/nowhere"}, "no such checkpoint directory"),
-        ({"train": ""}, "config.train is missing: pass --config.train=..., a data set such as folder:PATH"),
-        ({"test": ""}, "config.test is missing: pass --config.test=..."),
-        ({"preprocess": ""}, "config.preprocess is missing: pass --config.preprocess=..., such as timm/augreg"),
-        ({"dropout": 1.0}, "dropout is 1.0: it must be at least 0 and below 1"),
-        ({"drop_path": -0.1}, "drop_path is -0.1: it must be at least 0 and below 1"),
-        ({"workers": 0}, "workers is 0: it must be 1 or more, or none"),
-        ({"seed": -1}, "seed is -1: it must be 0 or more"),
+        ({"train": ""}, "train is missing: set --config.train=... to a data set such as folder:PATH"),
+        ({"test": ""}, "test is missing: set --config.test=..."),
+        ({"preprocess": ""}, "preprocess is missing: set --config.preprocess=..., such as timm/augreg"),
+        ({"dropout": 1.0}, "dropout is 1.0: it must be a number, 0 or more and below 1"),
+        ({"drop_path": -0.1}, "drop_path is -0.1: it must be a number, 0 or more and below 1"),
+        ({"workers": 0}, "workers is 0: it must be a whole number, 1 or more, or none"),
+        ({"seed": -1}, "seed is -1: it must be a whole number, 0 or more"),
         ({"on_bad": "ignore"}, "on_bad is 'ignore': choose one of stop, skip"),
         ({"augment.flip": 50.0}, "augment.flip is 50.0: it must be a number from 0 to 1"),
-        ({"image_size": 32}, "config.image_size is 32, which resamples a checkpoint, and there is none"),
+        ({"image_size": 32}, "image_size is 32: it resamples a checkpoint, and there is none"),
         ({"schedules": "local:2:r4:w3x3"}, "4x4 grid does not divide into 3x3 windows"),
     ],
 )
 def test_bad_configurations_are_one_line_and_told_at_once(changes, says, tmp_path, monkeypatch):
-    monkeypatch.setattr(testing, "compile_steps", None)
+    monkeypatch.setattr(assessment, "compile_steps", None)
     config = tiny()
     config.update_from_flattened_dict(changes)
     with pytest.raises(fc.InputError, match=says.replace(".", r"\.")):
-        run.train(config, tmp_path)
+        train(config, tmp_path)
 
 
 def several_labels(spec):
@@ -444,25 +463,26 @@ def several_labels(spec):
 
 
 def test_several_labels_an_image_are_refused_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "open_source", several_labels)
-    monkeypatch.setattr(testing, "compile_steps", None)
-    with pytest.raises(fc.InputError, match="digits:train has several labels per image: it can be evaluated on, not t"):
-        run.train(tiny(), tmp_path)
+    monkeypatch.setattr(training_run, "open_source", several_labels)
+    monkeypatch.setattr(assessment, "compile_steps", None)
+    with pytest.raises(fc.InputError, match="digits:train has several labels an image: it can be evaluated on, not tr"):
+        train(tiny(), tmp_path)
 
 
 def test_a_published_model_is_converted_once_and_not_taken_for_another(tmp_path, monkeypatch):
     converted, digits = [], open_source("digits:test")
 
-    def convert(arguments):
-        converted.append(arguments[0])
-        shutil.copytree(PACKAGED / "digits", arguments[1])
+    def convert(source, path, report):
+        converted.append(source)
+        shutil.copytree(PACKAGED / "digits", path)
 
-    monkeypatch.setattr(job, "convert", convert)
+    monkeypatch.setattr(training_run.convert, "convert", convert, raising=False)
     names = ["deit_small_patch16_224.fb_in1k", "vit_small_patch16_224.augreg_in21k_ft_in1k"]
     for name in (*names, *names):
         killed = tmp_path / "pretrained" / f".{name}.partial-12345678"
         killed.mkdir(parents=True)
-        begun, _ = job.begin(tiny(checkpoint=name, preprocess=None), tmp_path, digits, digits)
+        config = TrainConfig.from_dict(tiny(checkpoint=name, preprocess=None).to_dict())
+        begun, _ = training_run.begin(config, tmp_path, digits, digits)
         assert begun.config.depth == 6
         assert not killed.exists()
     assert converted == names
@@ -474,12 +494,12 @@ def test_a_run_from_nowhere_asks_for_a_checkpoint_and_one_over_its_source_is_ref
     config.train = config.test = "digits:train"
     for preprocess in (None, "timm/augreg"):
         config.preprocess = preprocess
-        with pytest.raises(fc.InputError, match=r"config\.checkpoint is missing: pass --config\.checkpoint=\.\.\., or"):
-            run.train(config, tmp_path)
+        with pytest.raises(fc.InputError, match=r"checkpoint is missing: set --config\.checkpoint=\.\.\., or"):
+            train(config, tmp_path)
     for source in ("", "checkpoint", "best"):
         config.checkpoint = str(tmp_path / source)
-        with pytest.raises(fc.InputError, match="which this run would overwrite: name another --workdir"):
-            run.train(config, tmp_path)
+        with pytest.raises(fc.InputError, match="which this run would overwrite: choose another --workdir"):
+            train(config, tmp_path)
 
 
 def test_folders_of_different_classes_are_told(tmp_path, devices):
@@ -487,10 +507,10 @@ def test_folders_of_different_classes_are_told(tmp_path, devices):
     (tmp_path / "test" / "dark").rename(tmp_path / "test" / "dusk")
     told = f"{config.test} has class 'dusk' where a model trained on {config.train} has 'dark'"
     with pytest.raises(fc.InputError, match=told):
-        run.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
     photos(tmp_path / "test" / "third")
     with pytest.raises(fc.InputError, match=f"{config.test} has 3 classes, the head of a model trained on"):
-        run.train(config, tmp_path / "run")
+        train(config, tmp_path / "run")
 
 
 def test_evaluation_is_compiled_before_the_first_step_and_as_large_as_a_micro_batch(tmp_path, devices, monkeypatch):
@@ -500,29 +520,38 @@ def test_evaluation_is_compiled_before_the_first_step_and_as_large_as_a_micro_ba
         sizes.append(batch_size)
         raise MemoryError
 
-    monkeypatch.setattr(testing, "compile_steps", out_of_memory)
+    monkeypatch.setattr(assessment, "compile_steps", out_of_memory)
     with pytest.raises(MemoryError):
-        run.train(tiny(sam__microbatches=4), tmp_path)
+        train(tiny(sam__microbatches=4), tmp_path)
     assert sizes == [8]
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_flatness_is_measured_at_the_end_where_it_is_asked_for(tmp_path, monkeypatch, devices, capsys):
-    measured = []
-    monkeypatch.setattr(run, "flatness", measured.append)
+def test_flatness_is_measured_at_the_end_if_asked_for(tmp_path, monkeypatch, devices, capsys):
     config = tiny(epochs=0.25, warmup_epochs=0.0, targets__loss="sigmoid", schedule="tome_r2", schedules="dense")
+    config.model.pool = "avg"  # a last merge does not change the class token
     train_sam.main(config, tmp_path)
-    assert measured == []
+    assert not (tmp_path / "flatness.json").exists()
+    monkeypatch.setattr(loop.flatness, "FlatnessConfig", functools.partial(FlatnessConfig, **FEW))
     config.flatness = True
-    train_sam.main(config, tmp_path)  # of the run that is complete
-    (arguments,) = measured
-    assert arguments == [
-        *("--checkpoint", str(tmp_path), "--dataset", "digits:train", "--loss", "sigmoid", "--schedule", "tome_r2"),
-    ]
+    train_sam.main(config, tmp_path)  # the run is complete
+    report = FlatnessReport.read(tmp_path / "flatness.json")
+    assert report.config.loss == "sigmoid"
+    facts = {name: report.conditions[name] for name in ("checkpoint", "dataset", "schedule")}
+    assert facts == {"checkpoint": str(tmp_path), "dataset": "digits:train", "schedule": "global:2:r2"}
+    (tmp_path / "flatness.png").stat()
+    assert f"written into {tmp_path}: flatness.json, flatness.png\ntest top-1 " in capsys.readouterr().out
+    # The command that several processes print measures the same.
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    run.measure_flatness(config, tmp_path)
-    command = "python -m fcvit_jax.training.flatness " + " ".join(arguments)
-    assert capsys.readouterr().out.endswith(f"one process measures flatness: run {command}\n")
+    loop.measure_flatness(TrainConfig.from_dict(config.to_dict()), tmp_path)
+    told = capsys.readouterr().out
+    assert told.startswith("flatness is measured by one process: run python -m fcvit_jax.flatness ")
+    monkeypatch.undo()
+    words = shlex.split(told.partition("fcvit_jax.flatness ")[2])
+    measure_and_print([*words, *(f"--{name}={value}" for name, value in FEW.items())])
+    again = FlatnessReport.read(tmp_path / "flatness.json")
+    np.testing.assert_array_equal(again.losses, report.losses)
+    assert again.conditions == report.conditions
 
 
 @pytest.mark.parametrize("interval", ["log_every", "save_every", "eval_every"])
@@ -531,7 +560,7 @@ def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, devices, inte
     intervals = dict(log_every=1000, save_every=1000, eval_every=1000) | {interval: 4}
     config = tiny(optimizer__learning_rate=1e30, optimizer__clip_norm=1e30, schedules="dense", **intervals)
     with pytest.raises(fc.InputError, match=r"not finite at step \d+ \(images digits/\d+") as told:
-        run.train(config, tmp_path)
+        train(config, tmp_path)
     kept = fc.load_checkpoint(tmp_path / "last_good")
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(kept.params))
     at = kept.meta["provenance"]["steps"] + 1
@@ -547,9 +576,9 @@ def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, devices, inte
 
 
 def test_parameters_that_are_not_finite_are_not_called_good(tmp_path):
-    job: Any = SimpleNamespace(workdir=tmp_path)
+    run: Any = SimpleNamespace(workdir=tmp_path)
     state: Any = SimpleNamespace(weights={"a": jnp.ones(3), "b": jnp.asarray([1.0, jnp.inf])})
-    told = str(run.give_up(job, state, 7, ("x", "y", "")))
+    told = str(loop.give_up(run, state, 7, ("x", "y", "")))
     assert told.startswith("loss or gradient is not finite at step 7 (images x, y, ...; all of them in ")
     assert told.endswith("the parameters before it are not finite either")
     assert (tmp_path / "not_finite.txt").read_text() == "x\ny\n"
@@ -559,14 +588,14 @@ def test_parameters_that_are_not_finite_are_not_called_good(tmp_path):
 def test_unreadable_images_stop_it_or_are_skipped_and_counted_through_a_restart(tmp_path, capsys, devices, stop_at):
     changes = dict(batch_size=16, epochs=3.0, log_every=1, eval_every=4, schedules="dense")
     config = tiny(train=photos(tmp_path / "train", broken=3), test=photos(tmp_path / "test", broken=2), **changes)
-    told = r"bright/0\d\.png cannot be decoded: .*; mend it, or start again with --config\.on_bad=skip to leave it out"
+    told = r"bright/0\d\.png cannot be decoded: .*; repair it, or leave it out with --config\.on_bad=skip"
     with pytest.raises(fc.InputError, match=told):
-        run.train(config, tmp_path / "stop")
+        train(config, tmp_path / "stop")
     config.on_bad = "skip"
     stop_at(2)  # of six steps
-    assert run.train(config, tmp_path / "run") is None
+    assert train(config, tmp_path / "run") is None
     stop_at(1000)
-    accuracy = run.train(config, tmp_path / "run")
+    accuracy = train(config, tmp_path / "run")
     assert accuracy is not None
     assert accuracy.num_images == 30
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
@@ -581,16 +610,16 @@ def test_a_run_that_an_unreadable_image_ended_goes_on_without_it(tmp_path, devic
     changes = dict(batch_size=16, epochs=3.0, eval_every=4, schedules="dense")
     config = tiny(train=photos(tmp_path / "train"), test=photos(tmp_path / "test", broken=2), **changes)
     opened = lambda spec: (several_labels if spec == config.test else open_source)(spec)  # noqa: E731
-    monkeypatch.setattr(job, "open_source", opened)
+    monkeypatch.setattr(training_run, "open_source", opened)
     for _ in range(2):  # started again, it is tested first
         with pytest.raises(
-            fc.InputError, match=r"bright/0\d\.png cannot be decoded: .*; mend it, .*--config\.on_bad=skip"
+            fc.InputError, match=r"bright/0\d\.png cannot be decoded: .*; repair it, .*--config\.on_bad=skip"
         ):
-            run.train(config, tmp_path / "run")
+            train(config, tmp_path / "run")
         assert states_in(tmp_path / "run") == [4]
     # Where and when it is computed may change too.
     config.update(on_bad="skip", fsdp=True, remat=True, workers=1)
-    accuracy = run.train(config, tmp_path / "run")
+    accuracy = train(config, tmp_path / "run")
     assert accuracy is not None
     assert accuracy.num_images == 29  # one has no label, which is no reason to call it skipped
     assert [(row["step"], row["test/skipped"]) for row in rows(tmp_path / "run") if "test/skipped" in row] == [
@@ -599,10 +628,33 @@ def test_a_run_that_an_unreadable_image_ended_goes_on_without_it(tmp_path, devic
     ]
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch, devices):
-    def full(self, step, state, notes):
-        raise fc.InputError("the state cannot be written (No space left on device): make room")
+def test_a_full_disk_ends_a_run_in_one_line(tmp_path, devices):
+    """A real one, of two megabytes, if this user may mount it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("no file system may be mounted here")
+    try:
+        (disk / "full").write_bytes(bytes(2**21 - 2**17))
+        with pytest.raises(fc.InputError, match=r"cannot be written \(the disk is full.*\): make room"):
+            train(tiny(epochs=0.25, warmup_epochs=0.0), disk)
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
-    monkeypatch.setattr(States, "save", full)
-    with pytest.raises(fc.InputError, match="No space left"):
-        run.train(tiny(epochs=0.25, warmup_epochs=0.0), tmp_path)
+
+def test_a_run_of_a_notebook(tmp_path, devices):
+    config = fc_training.TrainConfig(
+        train="digits:train",
+        test="digits:test",
+        checkpoint="packaged:digits",
+        optimizer=fc_training.OptimizerConfig(learning_rate=0.0),
+        batch_size=32,
+        epochs=0.05,
+        tensorboard=False,
+    )
+    result = fc_training.train(config, str(tmp_path))
+    assert result.accuracy is not None
+    assert (result.accuracy.correct, int(result.state.step)) == (354, 2)
+    assert_same(fc.load_checkpoint(result.checkpoint).params, fc.load_checkpoint("packaged:digits").params)
+    facts = fc.load_checkpoint(tmp_path).meta["provenance"]
+    assert TrainConfig.from_dict(facts["train_config"]) == config

@@ -1,9 +1,8 @@
 """Whether one minimum is flatter than another: ratios with bootstrap intervals, and a verdict.
 
-Intervals are percentiles of a bootstrap over the batches and, where there is noise, over its draws too (both axes at a
-time, arXiv 0712.1111: rather too wide than too narrow). Reports on the same batches are paired: both lose and gain the
-same batches in every replicate. They say how certain the difference of *these two* sets of parameters is. How other
-seeds of training would come out is not in them.
+Intervals are percentiles of a bootstrap over the batches and, if there is noise, over its draws too (both axes at a
+time, arXiv 0712.1111: rather too wide than too narrow). Reports on the same batches are paired: every replicate draws
+the same batches of both. The intervals are about *these two* sets of parameters, not about other seeds of training.
 """
 
 import dataclasses
@@ -14,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.training.report import FlatnessConfig, FlatnessReport
+from fcvit_jax.files import write_whole
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
 
 WORST, AVERAGE = ("worst", "worst_adaptive"), ("average", "average_adaptive")
 FEWEST_BATCHES = 8  # a bootstrap over fewer is too sure of itself
@@ -24,10 +24,10 @@ TAILS = (0.025, 0.975)
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """One measure of both, and of the ratio the 95% interval; nan where the other's value may as well be 0.
+    """One measure of both, and their ratio with its 95% interval: nan if the other's value may be 0.
 
-    radius: nan for the trace and the eigenvalue. reading: "lower" or "higher" than the other's where the difference has
-    the same sign in all but 2.5% of the replicates and stands out from float32's rounding; else "".
+    radius: nan for the trace and the eigenvalue. reading: "lower" or "higher" than the other's if the difference has
+    the same sign in all but 2.5% of the replicates and exceeds float32's rounding; otherwise "".
     """
 
     name: str
@@ -50,26 +50,24 @@ class Comparison:
     reason: str
 
     def write(self, path: Path) -> None:
-        """Write it as JSON, whole or not at all; what is nan becomes null."""
+        """Write it as JSON; nan becomes null."""
         fields = dataclasses.asdict(self)
         for row in fields["ratios"]:
             row |= {key: None for key, value in row.items() if value != value}
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text(json.dumps(fields, indent=2, allow_nan=False) + "\n")
-        partial.replace(path)
+        write_whole(path, (json.dumps(fields, indent=2, allow_nan=False) + "\n").encode())
 
 
 def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float = 0.25) -> Comparison:
     """Compare two reports, at the radii they have in common.
 
     The verdict counts four measures: the worst case and the average case, each with plain and with adaptive
-    perturbations. A single one can be had cheaply: larger weights look flatter without being so where perturbations are
-    plain, eigenvalue and trace vanish where cross-entropy saturates.
+    perturbations. One alone does not suffice: with plain perturbations larger weights look flatter without being so,
+    and eigenvalue and trace vanish where cross-entropy saturates.
 
-    - "inconclusive" where the larger of the losses is more than 1 + loss_tolerance times the smaller: a network that
-      fits less well is flatter for that alone. Likewise with fewer than 8 batches.
+    - "inconclusive" if the larger loss is more than 1 + loss_tolerance times the smaller, as a network that fits less
+      well is flatter for that alone; also with fewer than 8 batches.
     - "flatter": each of the four is lower at two radii or more, and none is higher at any.
-    - "not flatter": some of the four is higher at two radii or more.
+    - "not flatter": one of the four is higher at two radii or more.
     - "inconclusive" otherwise: intervals include 1, or the measures contradict each other.
 
     Raises InputError as `check_comparable` does.

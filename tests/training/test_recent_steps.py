@@ -14,14 +14,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fcvit_jax import parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
-from fcvit_jax.training import window
+from fcvit_jax.training import recent_steps
 from fcvit_jax.training.log import Log
+from fcvit_jax.training.recent_steps import RecentSteps
 from fcvit_jax.training.sam import SAMConfig
-from fcvit_jax.training.window import Wait, Window
+from fcvit_jax.training.step import StepInputs
+from fcvit_jax.training.waiting_time import WaitingTime
 
 
 class Clock:
@@ -37,7 +40,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch):
     clock = Clock()
-    monkeypatch.setattr(window, "time", clock)
+    monkeypatch.setattr(recent_steps, "time", clock)
     return clock
 
 
@@ -52,7 +55,7 @@ def metrics(rho=0.1, gap=0.0, finite=1.0, **others):
 
 @contextlib.contextmanager
 def opened(directory, **others):
-    with contextlib.closing(Window(Log(directory, 0, False), 8, 100, 0, **others)) as made:
+    with contextlib.closing(RecentSteps(Log(directory, 0, False), 8, 100, 0, **others)) as made:
         yield made
 
 
@@ -96,10 +99,10 @@ def test_what_is_left_out_is_told_and_counted_on(tmp_path, capsys):
 
 
 def test_what_processes_count_is_added_up(monkeypatch):
-    assert window.over_processes(3) == 3
+    assert parallel.sum_over_processes(3) == 3
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(window.multihost_utils, "process_allgather", lambda mine: np.array([mine, 4]))
-    assert window.over_processes(3) == 7
+    monkeypatch.setattr(parallel.multihost_utils, "process_allgather", lambda mine: np.array([mine, 4]))
+    assert parallel.sum_over_processes(3) == 7
 
 
 def test_what_comes_between_steps_is_no_part_of_their_time(tmp_path, clock):
@@ -137,7 +140,7 @@ def drive(load, step, count=6):
             time.sleep(load)
             yield index
 
-    with contextlib.closing(Wait()) as wait:
+    with contextlib.closing(WaitingTime()) as wait:
         began = time.perf_counter()
         for _ in wait.timed(batches()):
             wait.started(Busy())
@@ -164,7 +167,7 @@ def test_the_host_is_one_step_ahead_and_no_more():
             ended.append(self.index)
             return self
 
-    with contextlib.closing(Wait()) as wait:
+    with contextlib.closing(WaitingTime()) as wait:
         for index in wait.timed(iter(range(5))):
             wait.started(Step(index))
             assert len(started) - len(ended) <= 1 or index == 0
@@ -180,7 +183,7 @@ def test_the_benchmark_feeds_one_device_of_several(tmp_path):
         for index in range(4):
             Image.new("RGB", (20, 20), (index, 0, 0)).save(tmp_path / name / f"{index}.png")
     config, pixels = ViTConfig((8, 8), 4, 8, 1, 2, 8, num_classes=2), preset("timm/augreg", (8, 8))
-    rows = (jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
+    rows = StepInputs(jnp.zeros((4, 8, 8, 3), jnp.uint8), jnp.zeros(4, jnp.int32), jnp.ones(4, bool))
     assert jax.device_count() > 1
     contender = benchmark.Contender(ViT(config), pixels, SAMConfig(), rows)
     args, source = Namespace(batch_size=4, blocks=2), benchmark.open_source(f"folder:{tmp_path}")

@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh
 from fcvit_jax import parallel
 from fcvit_jax.errors import InputError
 from fcvit_jax.training.log import Log
-from fcvit_jax.training.states import States
+from fcvit_jax.training.saved_states import SavedStates
 
 
 def mesh(count):
@@ -39,13 +39,13 @@ def test_large_leaves_are_spread_and_small_ones_are_not():
 @pytest.mark.devices(8)
 def test_a_state_comes_back_on_another_number_of_devices(tmp_path):
     placed = jax.device_put(state(), parallel.fully_sharded(mesh(8), state()))
-    with contextlib.closing(States(tmp_path)) as states:
+    with contextlib.closing(SavedStates(tmp_path)) as states:
         assert states.latest() is None
         for step in (1, 2, 3):
             states.save(step, placed, {"best": step / 10})
         states.wait()
         assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3"]
-    with contextlib.closing(States(tmp_path)) as states:
+    with contextlib.closing(SavedStates(tmp_path)) as states:
         assert (states.latest(), states.notes()) == (3, {"best": 0.3})
         for count in (1, 2):
             places = parallel.fully_sharded(mesh(count), state())
@@ -57,7 +57,7 @@ def test_a_state_comes_back_on_another_number_of_devices(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
-    with contextlib.closing(States(tmp_path)) as states:
+    with contextlib.closing(SavedStates(tmp_path)) as states:
 
         def full(*args, **kwargs):
             raise OSError(28, "No space left on device")
@@ -77,12 +77,12 @@ def test_what_fails_in_the_background_is_one_line_wherever_it_comes_up(tmp_path,
 
         return fail
 
-    states = States(tmp_path)
+    states = SavedStates(tmp_path)
     told = r"cannot be written \(the disk is full\): make room"
     with monkeypatch.context() as patch:
         patch.setattr(states._manager, "wait_until_finished", failing(28, "No space left on device"))
         # The room that the state before takes is known only when it is written.
-        patch.setattr("fcvit_jax.training.states.check_room", failing("asked too early"))
+        patch.setattr("fcvit_jax.training.saved_states.check_room", failing("asked too early"))
         with pytest.raises(InputError, match=told):
             states.save(1, state(), {})
     with monkeypatch.context() as patch:
@@ -98,8 +98,8 @@ def test_a_disk_that_turns_out_full_is_one_line(tmp_path, monkeypatch, caplog):
     if mounted.returncode:
         pytest.skip("no file system may be mounted here")
     try:
-        monkeypatch.setattr("fcvit_jax.training.states.check_room", lambda *_: None)
-        with contextlib.closing(States(tmp_path / "states")) as states:
+        monkeypatch.setattr("fcvit_jax.training.saved_states.check_room", lambda *_: None)
+        with contextlib.closing(SavedStates(tmp_path / "states")) as states:
             rng = np.random.default_rng(0)  # what Orbax cannot compress
             large = {"kernel": jnp.asarray(rng.standard_normal(2**19), jnp.float32)}
 
@@ -119,7 +119,7 @@ def test_a_disk_that_turns_out_full_is_one_line(tmp_path, monkeypatch, caplog):
 
 
 def test_notes_are_those_of_the_moment_whatever_becomes_of_them(tmp_path, monkeypatch):
-    with contextlib.closing(States(tmp_path)) as states:
+    with contextlib.closing(SavedStates(tmp_path)) as states:
         given, notes = [], {"best": 0.1}
         monkeypatch.setattr(states._manager, "save", lambda step, args: given.append(args))
         states.save(1, state(), notes)  # Orbax writes them in a thread of its own
@@ -147,24 +147,24 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_without_it(tmp_path, how):
     def read(states):
         return states.notes(), states.restore(shapes)
 
-    with contextlib.closing(States(tmp_path)) as states:
+    with contextlib.closing(SavedStates(tmp_path)) as states:
         for step in (1, 2):
             states.save(step, state(), {"best": step / 10})
-    for step, then in ((2, "goes on from 1"), (1, "starts anew")):
+    for step, then in ((2, "resumes from step 1"), (1, "starts from the beginning")):
         damage(tmp_path / str(step), how)
-        told = rf"{tmp_path / str(step)} cannot be read \(.{{1,200}}\): remove it, and the run {then}$"
-        with contextlib.closing(States(tmp_path)) as states, pytest.raises(InputError, match=told) as error:
+        told = rf"{tmp_path / str(step)} cannot be read \(.{{1,200}}\): delete it, and the run {then}$"
+        with contextlib.closing(SavedStates(tmp_path)) as states, pytest.raises(InputError, match=told) as error:
             read(states)
         assert "\n" not in str(error.value)
         shutil.rmtree(tmp_path / str(step))
-        with contextlib.closing(States(tmp_path)) as states:
+        with contextlib.closing(SavedStates(tmp_path)) as states:
             assert states.latest() == (1 if step == 2 else None)
             if step == 2:
                 assert read(states)[0] == {"best": 0.1}
 
 
 def test_processes_that_see_other_states_are_told_that_they_share_a_directory(tmp_path, monkeypatch):
-    with contextlib.closing(States(tmp_path)) as states:
+    with contextlib.closing(SavedStates(tmp_path)) as states:
         states.check_shared()
         with monkeypatch.context() as patch:
             patch.setattr(jax, "process_count", lambda: 2)
@@ -180,7 +180,7 @@ def test_processes_that_see_other_states_are_told_that_they_share_a_directory(tm
 
 def test_what_a_killed_run_left_half_written_goes(tmp_path):
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
-    with contextlib.closing(States(tmp_path)) as states:
+    with contextlib.closing(SavedStates(tmp_path)) as states:
         assert states.latest() is None
         states.save(8, state(), {})
         states.wait()

@@ -1,4 +1,4 @@
-"""The states of a run on disk, from which it goes on: Orbax's CheckpointManager, whole or not there."""
+"""The states of a run on disk, from which it resumes."""
 
 import logging
 import textwrap
@@ -13,10 +13,10 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.files import check_room, told_in_one_line
 
 
-class States:
-    """The last `keep` states of a run in a directory, by step, with what is to be remembered beside each.
+class SavedStates:
+    """The last `keep` states of a run in a directory, by step, each with a JSON object of notes; by Orbax.
 
-    A state is written under another name and renamed when it is whole: a run that is killed leaves those before.
+    A state is written under another name and renamed when it is complete, so a killed run leaves the earlier ones.
     """
 
     def __init__(self, directory: Path, keep: int = 2):
@@ -26,12 +26,11 @@ class States:
         self._args, self._directory = ocp.args, directory
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager: Any = ocp.CheckpointManager(directory.absolute(), options=options)
-        # Several processes count how often they ask whether a signal came (`termination`): Orbax's own question, with
-        # numbers of its own in between, would set that count back.
+        # Processes count how often they ask for the signal (`stop_signal`); Orbax would ask with numbers of its own.
         self._manager.reached_preemption = lambda step: False
 
     def check_shared(self) -> None:
-        """Raises InputError where processes see other states: each would go on from another step."""
+        """Raise InputError if the processes see different states: each would resume from another step."""
         if jax.process_count() == 1:
             return
         latest = self.latest()
@@ -48,23 +47,20 @@ class States:
         return self._manager.latest_step()
 
     def notes(self) -> dict[str, Any]:
-        """What was remembered beside the newest state. Raises InputError where it is damaged."""
+        """The notes of the newest state. Raises InputError if they are damaged."""
         return self._restore(notes=self._args.JsonRestore())
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
-        """Begin to write a state; it is written while training goes on. Raises InputError where the disk is full."""
+        """Begin to write a state, in the background. Raises InputError if the disk is full."""
         # A copy of the notes, which the caller may change meanwhile.
         args = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(dict(notes)))
-        self.wait()  # for the state before, which needs room too
+        self.wait()  # for the previous state, which needs room too
         check_room(self._directory, state)
         with told_in_one_line(self._directory):
             self._manager.save(step, args=args)
 
     def restore(self, abstract: Any) -> Any:
-        """The newest state, with the shapes, dtypes and shardings of `abstract`, on however many devices those are.
-
-        Raises InputError where it is damaged.
-        """
+        """The newest state, with the shapes, dtypes and shardings of `abstract`. Raises InputError if it is damaged."""
         return self._restore(state=self._args.StandardRestore(abstract))
 
     def _restore(self, **item: Any) -> Any:
@@ -73,23 +69,23 @@ class States:
             return self._manager.restore(step, args=self._args.Composite(**item))[name]
         except (OSError, ValueError, KeyError, TypeError) as error:
             before = max((each for each in self._manager.all_steps() if each != step), default=None)
-            then = "starts anew" if before is None else f"goes on from {before}"
+            then = "starts from the beginning" if before is None else f"resumes from step {before}"
             why = textwrap.shorten(str(error), 200, placeholder=" ...")
             raise InputError(
-                f"{self._directory / str(step)} cannot be read ({why}): remove it, and the run {then}"
+                f"{self._directory / str(step)} cannot be read ({why}): delete it, and the run {then}"
             ) from error
 
     def wait(self) -> None:
-        """Until what was begun is on disk. Raises InputError where the disk is full."""
+        """Wait until the states are on disk. Raises InputError if the disk is full."""
         with told_in_one_line(self._directory):
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Wait, and let go. Raises InputError where the disk is full."""
+        """Wait, and release the directory. Raises InputError if the disk is full."""
         with told_in_one_line(self._directory):
             self._manager.close()
 
 
 def _not_raised(record: logging.LogRecord) -> bool:
-    """Orbax logs the traceback of what fails in its threads, and then raises it as well, to be told in one line."""
+    """Drop the tracebacks that Orbax logs for errors in its threads: it raises them as well."""
     return not (record.exc_info and "orbax" in record.pathname)

@@ -10,18 +10,19 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.vit import ViT
-from fcvit_jax.training import hessian
-from fcvit_jax.training.hessian import (
+from fcvit_jax.flatness import hessian
+from fcvit_jax.flatness.hessian import (
     hessian_product,
     lanczos,
     power_iteration,
-    random_like,
     standard_error,
     trace_samples,
 )
-from fcvit_jax.training.measurement import ClassificationLoss
+from fcvit_jax.flatness.loss_surface import LossSurface
+from fcvit_jax.flatness.measurement import ClassificationLoss
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
+from fcvit_jax.trees import random_like
 
 KEY = jax.random.key(3)
 TINY = ViTConfig((8, 8), 4, 4, 2, 2, 8, num_classes=3)
@@ -75,7 +76,7 @@ class TestAgainstTheDenseHessian:
     def test_the_product_and_the_curvature_of_each_batch(self, name):
         loss_fn, params, batches, dense = problem(name)
         vector = random_like(params, KEY)
-        product, samples = hessian_product(loss_fn, params, batches, vector)
+        product, samples = hessian_product(LossSurface(loss_fn, params, batches), vector)
         wanted = dense.mean(0) @ flat(vector)
         assert np.linalg.norm(flat(product) - wanted) < 1e-5 * np.linalg.norm(wanted)
         np.testing.assert_allclose(samples, [flat(vector) @ h @ flat(vector) for h in dense], rtol=1e-4, atol=1e-3)
@@ -84,7 +85,9 @@ class TestAgainstTheDenseHessian:
         loss_fn, params, batches, dense = problem(name)
         values = np.linalg.eigvalsh(dense.mean(0))
         assert values[0] < 0 < values[-1]
-        for pair, value in zip(lanczos(loss_fn, params, batches, KEY, 60, 1e-3), values[[-1, 0]], strict=True):
+        for pair, value in zip(
+            lanczos(LossSurface(loss_fn, params, batches), KEY, 60, 1e-3), values[[-1, 0]], strict=True
+        ):
             assert pair.converged
             assert abs(pair.value - value) < 1e-4 * abs(value)
             v = flat(pair.vector)
@@ -97,7 +100,7 @@ class TestAgainstTheDenseHessian:
         loss_fn, params, batches, dense = problem(name)
         values = np.linalg.eigvalsh(dense.mean(0))
         dominant = values[np.abs(values).argmax()]
-        pair = power_iteration(loss_fn, params, batches, KEY, 300, 3e-3)
+        pair = power_iteration(LossSurface(loss_fn, params, batches), KEY, 300, 3e-3)
         assert pair.converged
         assert pair.products < 300
         assert pair.residual <= 3e-3 * abs(pair.value)
@@ -105,7 +108,7 @@ class TestAgainstTheDenseHessian:
 
     def test_the_trace_within_three_standard_errors(self, name):
         loss_fn, params, batches, dense = problem(name)
-        samples = trace_samples(loss_fn, params, batches, KEY, 100)
+        samples = trace_samples(LossSurface(loss_fn, params, batches), KEY, 100)
         assert samples.shape == (100, 3)
         error, trace = standard_error(samples), np.trace(dense.mean(0))
         assert abs(samples.mean() - trace) < 3 * error
@@ -120,19 +123,19 @@ def spectrum(*values):
 
 def test_negative_curvature_keeps_its_sign():
     params, batches = spectrum(-5.0, 2.0, 1.0, -0.5)
-    pair = power_iteration(quadratic, params, batches, KEY, 60, 1e-4)
+    pair = power_iteration(LossSurface(quadratic, params, batches), KEY, 60, 1e-4)
     assert pair.converged
     assert abs(pair.value + 5) < 1e-5
-    largest, smallest = lanczos(quadratic, params, batches, KEY, 10, 1e-6)
+    largest, smallest = lanczos(LossSurface(quadratic, params, batches), KEY, 10, 1e-6)
     assert abs(largest.value - 2) < 1e-5
     assert abs(smallest.value + 5) < 1e-5
 
 
 def test_an_eigenvalue_that_was_not_found_is_flagged():
     params, batches = spectrum(3.0, -3.0, 1.0)
-    assert not power_iteration(quadratic, params, batches, KEY, 50, 1e-2).converged
+    assert not power_iteration(LossSurface(quadratic, params, batches), KEY, 50, 1e-2).converged
     params, batches = spectrum(*np.linspace(0.9, 1.0, 100))
-    largest, smallest = lanczos(quadratic, params, batches, KEY, 3, 1e-3)
+    largest, smallest = lanczos(LossSurface(quadratic, params, batches), KEY, 3, 1e-3)
     assert not largest.converged
     assert not smallest.converged
     assert largest.residual > 1e-3
@@ -143,7 +146,7 @@ def test_lanczos_stays_orthogonal():
     # would not notice that twelve dimensions are spent after twelve products.
     values = [1000.0, *np.linspace(0.5, 1.5, 11)]
     params, batches = spectrum(*values)
-    largest, smallest = lanczos(quadratic, params, batches, KEY, 100, 1e-9)
+    largest, smallest = lanczos(LossSurface(quadratic, params, batches), KEY, 100, 1e-9)
     assert largest.products == smallest.products == 12 + 2
     assert abs(largest.value - 1000) < 1e-3
     assert abs(smallest.value - 0.5) < 1e-3
@@ -151,7 +154,7 @@ def test_lanczos_stays_orthogonal():
 
 def test_lanczos_stops_when_both_ends_are_found():
     params, batches = spectrum(1000.0, -800.0, *np.linspace(0.5, 1.5, 50))
-    largest, smallest = lanczos(quadratic, params, batches, KEY, 50, 1e-2)
+    largest, smallest = lanczos(LossSurface(quadratic, params, batches), KEY, 50, 1e-2)
     assert largest.products < 10
     np.testing.assert_allclose([largest.value, smallest.value], [1000, -800], rtol=1e-4)
 
@@ -159,7 +162,7 @@ def test_lanczos_stops_when_both_ends_are_found():
 def test_the_bulk_near_zero_is_not_taken_for_the_smallest():
     # Trained networks have nearly all their eigenvalues near 0, and a vector of these has next to no residual.
     params, batches = spectrum(100.0, 30.0, *np.linspace(0, 1e-3, 300), -0.5)
-    largest, smallest = lanczos(quadratic, params, batches, KEY, 40, 0.02)
+    largest, smallest = lanczos(LossSurface(quadratic, params, batches), KEY, 40, 0.02)
     assert largest.converged
     assert smallest.converged
     np.testing.assert_allclose([largest.value, smallest.value], [100, -0.5], rtol=1e-3)
@@ -171,8 +174,8 @@ def test_no_curvature_at_all():
 
     params, batches = spectrum(1.0, 2.0)
     for pair in (
-        *lanczos(linear, params, batches, KEY, 5, 1e-2),
-        power_iteration(linear, params, batches, KEY, 5, 1e-2),
+        *lanczos(LossSurface(linear, params, batches), KEY, 5, 1e-2),
+        power_iteration(LossSurface(linear, params, batches), KEY, 5, 1e-2),
     ):
         assert pair.converged
         assert (pair.value, pair.residual) == (0, 0)
@@ -180,14 +183,14 @@ def test_no_curvature_at_all():
 
 def test_samples_are_those_of_the_batches():
     params, batches = {"w": jnp.ones(2)}, [jnp.float32([4.0, 0.0]), jnp.float32([2.0, 1.0])]
-    largest, _ = lanczos(quadratic, params, batches, KEY, 5, 1e-6)
+    largest, _ = lanczos(LossSurface(quadratic, params, batches), KEY, 5, 1e-6)
     np.testing.assert_allclose(largest.samples, [4, 2], rtol=1e-5)
     assert abs(largest.value - 3) < 1e-5
 
 
 def test_the_trace_of_a_diagonal_needs_one_probe():
     params, batches = spectrum(-5.0, 2.0, 1.0)
-    samples = trace_samples(quadratic, params, batches, KEY, 4)
+    samples = trace_samples(LossSurface(quadratic, params, batches), KEY, 4)
     np.testing.assert_allclose(samples, -2.0, rtol=1e-6)
     assert standard_error(samples) < 1e-6
     assert np.isnan(standard_error(samples[:1]))
@@ -211,9 +214,9 @@ def test_random_leaves_depend_on_their_path_alone():
 
 def test_other_parameters_of_an_equal_loss_compile_nothing_new():
     loss_fn, params, batches, _ = problem("vit")
-    hessian_product(loss_fn, params, batches, params)
+    hessian_product(LossSurface(loss_fn, params, batches), params)
     before = compiled(hessian._add_product)
     equal = ClassificationLoss(ViT(TINY), loss_fn.preprocess)
     assert equal is not loss_fn
-    hessian_product(equal, jax.tree.map(lambda w: 2 * w, params), batches, params)
+    hessian_product(LossSurface(equal, jax.tree.map(lambda w: 2 * w, params), batches), params)
     assert compiled(hessian._add_product) == before

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.training.comparison import check_comparable, compare, interval
-from fcvit_jax.training.hessian import Eigenpair
-from fcvit_jax.training.report import Curve, FlatnessConfig, FlatnessReport
+from fcvit_jax.flatness.comparison import check_comparable, compare, interval
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport, RadiusCurve
+from fcvit_jax.flatness.hessian import Eigenpair
 
 GATES = ("worst", "worst_adaptive", "average", "average_adaptive")
 
@@ -40,7 +40,7 @@ def made_up(scale=1.0, loss=0.2, batches=16, fingerprint="a", noise=0.05, seed=0
         accuracies=np.ones(batches),
         eigenvalues={"largest": Eigenpair(5.0 * scale, 0.1, True, 9, 5.0 * scale * common, None)},
         trace=50 * scale * common[None] * (1 + noise * rng.normal(size=(4, batches))),
-        curves={name: Curve((0.1, 0.2, 0.3), samples(name, draws)) for name, draws in names.items()},
+        curves={name: RadiusCurve((0.1, 0.2, 0.3), samples(name, draws)) for name, draws in names.items()},
         line=None,
         plane=None,
     )
@@ -149,7 +149,7 @@ def test_no_ratio_to_what_may_be_nothing(tmp_path):
 
 def test_radii_in_common_are_compared():
     report, other = made_up(0.5), made_up(1.0, seed=1)
-    other.curves["worst"] = Curve((0.2, 0.3, 0.4), other.curves["worst"].samples)
+    other.curves["worst"] = RadiusCurve((0.2, 0.3, 0.4), other.curves["worst"].samples)
     rows = [row for row in compare(report, other).ratios if row.name == "worst"]
     assert [row.radius for row in rows] == [0.2, 0.3]
     assert rows[0].value == pytest.approx(report.curves["worst"].samples[1].mean())

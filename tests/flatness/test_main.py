@@ -16,11 +16,11 @@ from PIL import Image
 import fcvit_jax as fc
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
+from fcvit_jax.flatness.__main__ import main
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
+from fcvit_jax.flatness.measurement import measure
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
-from fcvit_jax.training.flatness import main
-from fcvit_jax.training.measurement import measure_checkpoint
-from fcvit_jax.training.report import FlatnessConfig, FlatnessReport
 
 TINY = ViTConfig((8, 8), 4, 8, 1, 2, 16, num_classes=10)
 QUICK = (
@@ -124,7 +124,7 @@ def test_a_checkpoint_against_itself(runs, tmp_path, capsys):
 def test_numbers_are_those_of_the_library(runs, tmp_path):
     run("--checkpoint", str(runs / "a"), "--workdir", str(tmp_path), "--seed", "5")
     report = read(tmp_path / "flatness.json")
-    again = measure_checkpoint(fc.load_checkpoint(runs / "a"), open_source("digits:train"), report.config)
+    again = measure(fc.load_checkpoint(runs / "a"), open_source("digits:train"), report.config)
     np.testing.assert_array_equal(again.curves["average"].samples, report.curves["average"].samples)
     np.testing.assert_array_equal(again.trace, report.trace)
     assert again.conditions | {"checkpoint": str(runs / "a")} == report.conditions
@@ -142,7 +142,7 @@ def test_what_is_not_a_run_goes_into_the_working_directory(runs, tmp_path, monke
     [
         (["--checkpoint", "nowhere"], "nowhere: there is no such checkpoint directory"),
         (["--dataset", "digits:both"], "digits:both: no split 'both'; there are digits:train and digits:test"),
-        (["--rho", "0.5,0.1"], "rho is (0.5, 0.1): the numbers must rise"),
+        (["--rho", "0.5,0.1"], "rho is (0.5, 0.1): it must be numbers, above 0, in rising order"),
         (["--rho", "a"], "argument --rho: 'a' is not numbers such as 0.05,0.2"),
         (["--limit", "3", "--batch_size", "4"], "batch_size is 4: limit is 3 and digits:train has 1437 images"),
         (["--schedule", "tome"], "schedule"),
@@ -174,8 +174,15 @@ def test_a_report_of_other_measures_is_refused_before_the_work(runs, tmp_path, c
 
 
 def test_help_has_every_field():
-    command = [sys.executable, "-m", "fcvit_jax.training.flatness", "--help"]
+    command = [sys.executable, "-m", "fcvit_jax.flatness", "--help"]
     told = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]).stdout
     for field in dataclasses.fields(FlatnessConfig):
         assert f"--{field.name} " in told
     assert "not flatter" in told
+
+
+def test_the_earlier_command_names_this_one():
+    command = [sys.executable, "-m", "fcvit_jax.training.flatness", "--checkpoint", "packaged:digits"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2
+    assert done.stderr == "error: this command has moved: run python -m fcvit_jax.flatness, with the same arguments\n"

@@ -1,8 +1,9 @@
-"""SIGTERM, with which clusters announce that they will take the machine away."""
+"""SIGTERM, by which clusters announce that they will take the machine away."""
 
 import contextlib
 import itertools
 import signal
+import threading
 from collections.abc import Callable, Iterator
 
 import jax
@@ -10,11 +11,11 @@ from jax.experimental import multihost_utils
 
 
 @contextlib.contextmanager
-def termination() -> Iterator[Callable[[], bool]]:
-    """A function that tells whether to stop: a SIGTERM came, to this process or to another.
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """A function that returns whether to stop: this process or another one received SIGTERM.
 
-    Several processes must ask equally often, as none may stop alone: the service that joins them catches the signal,
-    and answers all of them at the same question.
+    All processes must call it equally often, as none may stop alone: JAX's coordination service catches the signal
+    and gives all of them the same answer to the same call. In a thread of a notebook no signal can be caught.
     """
     came: list[bool] = []
     if jax.process_count() > 1:
@@ -26,6 +27,9 @@ def termination() -> Iterator[Callable[[], bool]]:
             return bool(came)
 
         yield asked
+        return
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
         return
     before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
     try:

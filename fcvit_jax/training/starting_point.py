@@ -18,10 +18,10 @@ from fcvit_jax.models.config import ViTConfig
 
 
 @dataclass(frozen=True)
-class Start:
+class StartingPoint:
     """The model, and the data sets with labels that index its outputs.
 
-    provenance: of the checkpoint. remarks: what was changed in it, a line each, to be said aloud.
+    provenance: of the checkpoint. remarks: what was changed in it, lines to print.
     """
 
     config: ViTConfig
@@ -32,10 +32,10 @@ class Start:
     remarks: tuple[str, ...] = ()
 
 
-def from_scratch(model: dict[str, Any], preprocess: str, train_set: Source, test_set: Source) -> Start:
-    """model: fields of ViTConfig. preprocess: a preset. Raises InputError where they make no sense."""
-    config = ViTConfig(num_classes=len(train_set.class_names), **model)
-    return Start(config, preset(preprocess, config.image_size), train_set, _like(train_set, test_set))
+def from_scratch(model: ViTConfig, preprocess: str, train_set: Source, test_set: Source) -> StartingPoint:
+    """A fresh model with a head for the training set's classes. preprocess: a preset."""
+    config = replace(model, num_classes=len(train_set.class_names))
+    return StartingPoint(config, preset(preprocess, config.image_size), train_set, _like(train_set, test_set))
 
 
 def from_checkpoint(
@@ -44,12 +44,12 @@ def from_checkpoint(
     test_set: Source,
     image_size: tuple[int, int] | None = None,
     preprocess: str | None = None,
-) -> tuple[Start, Any]:
-    """A checkpoint's model, and its parameters (float32, NumPy's: they go to the devices where they are wanted).
+) -> tuple[StartingPoint, Any]:
+    """A checkpoint's model, and its parameters (float32 NumPy arrays, on no device yet).
 
-    The head stays where the training set has all of its classes, under whatever names `match_head` knows them; else
-    there is a new one, zeros, for the classes of the training set. preprocess: a preset in place of the checkpoint's
-    own. Raises InputError where the checkpoint cannot be read, or the test set has other classes.
+    The head stays if the training set has all of its classes, under any names that `match_head` knows; otherwise it is
+    replaced by zeros for the classes of the training set. preprocess: a preset instead of the checkpoint's own. Raises
+    InputError if the checkpoint cannot be read, or the test set has other classes.
     """
     checkpoint = load_checkpoint(path)
     config, pixels, remarks = checkpoint.config, checkpoint.preprocess, []
@@ -72,11 +72,11 @@ def from_checkpoint(
         remarks.append(f"{path} has {why}: its head is replaced by zeros")
         params, config = _new_head(params, config, wanted)
         test_set = _like(train_set, test_set)
-    return Start(config, pixels, train_set, test_set, checkpoint.meta["provenance"], tuple(remarks)), params
+    return StartingPoint(config, pixels, train_set, test_set, checkpoint.meta["provenance"], tuple(remarks)), params
 
 
 def _covering(train_set: Source, num_classes: int, class_names: list[str] | None, where: str) -> Source | None:
-    """The training set with labels that index the head's outputs; None where it has other classes, or only some."""
+    """The training set with labels that index the head's outputs; None if it lacks classes or has others."""
     try:
         matched = match_head(train_set, num_classes, class_names, where)
     except InputError:

@@ -8,23 +8,23 @@ The neighbourhood is a ball in u, and the parameters in it are w + T u, elementw
     BOX       T = |w| + 1,  largest |u_i|      Keskar's (arXiv 1609.04836, metric 2.1)
 
 All of it is measured for every batch of m examples alone, and averaged afterwards (m-sharpness, arXiv 2010.01412,
-section 4.1): results have an axis of batches, of which a bootstrap draws. For loss functions see `hessian`.
+section 4.1): results have an axis of batches, from which a bootstrap draws.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
-from fcvit_jax.training.hessian import LossFn, random_like
-from fcvit_jax.training.sam import Params, global_norm, unit
+from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
+from fcvit_jax.trees import Params, norm, random_like, unit
 
 
 class Ball(NamedTuple):
-    """T = slope |w| + offset; the norm of u is the largest |u_i| in a box, else Euclidean."""
+    """T = slope |w| + offset; the norm of u is the largest |u_i| in a box, otherwise Euclidean."""
 
     slope: float
     offset: float
@@ -36,9 +36,9 @@ PLAIN, ADAPTIVE, BOX = Ball(0.0, 1.0, False), Ball(1.0, 0.0, False), Ball(1.0, 1
 
 @partial(jax.jit, static_argnums=0)
 def uphill(loss_fn: LossFn, params: Params, batch: Any, ball: Ball) -> tuple[jax.Array, jax.Array, Params]:
-    """Loss and accuracy of a batch at the parameters, and the loss's gradient in u there (in PLAIN: the gradient)."""
+    """Loss and accuracy of a batch at the parameters, and the gradient of the loss in u (in PLAIN: the gradient)."""
     (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-    return loss, accuracy, jax.tree.map(jnp.multiply, _scale(params, ball), gradient)
+    return loss, accuracy, optax.tree.mul(_scale(params, ball), gradient)
 
 
 class WorstCase(NamedTuple):
@@ -54,21 +54,15 @@ class WorstCase(NamedTuple):
 
 
 def worst_case(
-    loss_fn: LossFn,
-    params: Params,
-    batches: Iterable[Any],
-    ball: Ball,
-    radii: tuple[float, ...],
-    key: jax.Array,
-    steps: int,
-    restarts: int = 0,
+    surface: LossSurface, ball: Ball, radii: tuple[float, ...], key: jax.Array, steps: int, restarts: int = 0
 ) -> WorstCase:
     """The rise of each batch's loss within each radius, by projected ascent from SAM's point and from random ones.
 
     u_1 = radius d(T g(w)), u_k+1 = P(u_k + radius d(T g(w + T u_k))), with d(h) = h / ||h|| (in the box the signs of h)
     and P the projection on the ball. An ascent has `steps` points and costs steps - 1 gradients; with 1 it is SAM's.
-    restarts: ascents more, that start at random on the surface. Memory: about six copies of the parameters.
+    restarts: further ascents, from random points of the ball's surface. Memory: about six copies of the parameters.
     """
+    loss_fn, params, batches = surface
     one_step, found, losses = [], [], []
     for index, batch in enumerate(batches):
         loss, _, start = uphill(loss_fn, params, batch, ball)
@@ -85,21 +79,14 @@ def worst_case(
     return WorstCase(np.array(one_step).T, np.array(found).T, np.array(losses))
 
 
-def average_case(
-    loss_fn: LossFn,
-    params: Params,
-    batches: Iterable[Any],
-    ball: Ball,
-    sigmas: tuple[float, ...],
-    key: jax.Array,
-    draws: int,
-) -> np.ndarray:
+def average_case(surface: LossSurface, ball: Ball, sigmas: tuple[float, ...], key: jax.Array, draws: int) -> np.ndarray:
     """The mean rise under noise, (L(w + T z) + L(w - T z)) / 2 - L(w) with z ~ N(0, sigma^2), for each draw and batch.
 
     Returns float64 [sigmas, draws, batches]. The noise comes in pairs of opposite sign, in which the gradient cancels:
-    at second order what is left is sigma^2 (T z)'H(T z) / 2. A draw is the same noise for all batches and, but for its
-    size, all sigmas. `batches` is gone through once a draw. Memory: three copies of the parameters.
+    sigma^2 (T z)'H(T z) / 2 is left at second order. A draw is the same noise for all batches and, up to its size, all
+    sigmas. Memory: three copies of the parameters.
     """
+    loss_fn, params, batches = surface
     levels = []  # [sigma, batch], one for each draw
     for draw in range(draws):
         noise = random_like(params, jax.random.fold_in(key, draw))
@@ -110,9 +97,9 @@ def average_case(
     return np.stack(levels, axis=1) - centre[None, None]
 
 
-def resolution(loss_fn: LossFn, params: Params, batches: Iterable[Any], key: jax.Array) -> float:
+def resolution(surface: LossSurface, key: jax.Array) -> float:
     """How much of a batch's rise is float32's rounding: rms over the batches, for noise of a unit in the last place."""
-    return float(np.sqrt(np.mean(average_case(loss_fn, params, batches, ADAPTIVE, (2.0**-23,), key, 1) ** 2)))
+    return float(np.sqrt(np.mean(average_case(surface, ADAPTIVE, (2.0**-23,), key, 1) ** 2)))
 
 
 def keskar_percent(worst: WorstCase) -> np.ndarray:
@@ -133,9 +120,9 @@ def _ascend(
     def climb(u: Params, _: None) -> tuple[Params, jax.Array]:
         loss, gradient = jax.value_and_grad(loss_at)(u)
         ahead = _steepest(gradient, ball.box)
-        return _project(jax.tree.map(lambda x, d: x + radius * d, u, ahead), ball.box, radius), loss
+        return _project(optax.tree.add_scale(u, radius, ahead), ball.box, radius), loss
 
-    u = jax.tree.map(lambda d: radius * d, _steepest(start, ball.box))
+    u = optax.tree.scale(radius, _steepest(start, ball.box))
     u, losses = jax.lax.scan(climb, u, length=steps - 1)
     losses = jnp.append(losses, loss_at(u))
     return losses[0], losses.max()
@@ -157,12 +144,12 @@ def _scale(params: Params, ball: Ball) -> Params:
 
 
 def _steepest(tree: Params, box: Any) -> Params:
-    """The direction of length 1 in which a function of this gradient rises fastest; 0 where there is none."""
+    """The direction of length 1 in which a function of this gradient rises fastest; 0 if the gradient is 0."""
     return jax.tree.map(lambda h, e: jnp.where(box, jnp.sign(h), e), tree, unit(tree))
 
 
 def _project(tree: Params, box: Any, radius: Any) -> Params:
     """The nearest point of the ball."""
-    norm = global_norm(tree)
-    shrink = jnp.where(norm > radius, radius / norm, 1.0)
+    length = norm(tree)
+    shrink = jnp.where(length > radius, radius / length, 1.0)
     return jax.tree.map(lambda x: jnp.where(box, jnp.clip(x, -radius, radius), shrink * x), tree)

@@ -1,9 +1,8 @@
 """The loss along a random line and over a random plane through the parameters, filter-normalised (arXiv 1712.09913).
 
-Pictures, not evidence: a random direction meets hardly any of the sharp ones. For loss functions see `hessian`.
+Pictures, not evidence: a random direction meets hardly any of the sharp ones.
 """
 
-from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
@@ -11,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.training.hessian import LossFn, random_like
-from fcvit_jax.training.sam import Params
+from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
+from fcvit_jax.trees import Params, random_like
 
 
 @jax.jit
 def filter_normalised(params: Params, key: jax.Array) -> Params:
     """A random direction in which each filter is as long as that of the parameters (section 4 of the paper).
 
-    A filter is what makes one output: a kernel without its last axis. What is not called "kernel" stays where it is:
-    biases, norms and LayerScale as in the paper's code, and tokens and positions, which are added as biases are.
+    A filter makes one output: a kernel without its last axis. Leaves with another name do not move: biases, norms and
+    LayerScale as in the paper's code, and tokens and positions, which are added as biases are.
     """
 
     def rescale(path: Any, weights: jax.Array, direction: jax.Array) -> jax.Array:
@@ -33,13 +32,12 @@ def filter_normalised(params: Params, key: jax.Array) -> Params:
     return jax.tree.map_with_path(rescale, params, random_like(params, key))
 
 
-def loss_slice(
-    loss_fn: LossFn, params: Params, batches: Iterable[Any], first: Params, second: Params, points: np.ndarray
-) -> np.ndarray:
+def loss_slice(surface: LossSurface, first: Params, second: Params, points: np.ndarray) -> np.ndarray:
     """The mean loss over the batches at w + a first + b second, for each row (a, b) of `points`, float64 [points, 2].
 
     Returns float64 [points]. Memory: three copies of the parameters, and one for the point.
     """
+    loss_fn, params, batches = surface
     pairs = np.asarray(points, np.float32)
     losses = [[float(_loss_at(loss_fn, params, batch, first, second, *pair)) for pair in pairs] for batch in batches]
     return np.mean(losses, axis=0)

@@ -9,15 +9,16 @@ import fcvit_jax as fc
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.vit import ViT
-from fcvit_jax.training.measurement import (
+from fcvit_jax.flatness.flatness_report import FlatnessConfig
+from fcvit_jax.flatness.loss_surface import LossSurface
+from fcvit_jax.flatness.measurement import (
     ClassificationLoss,
     draw_batches,
     measure,
-    measure_checkpoint,
+    measure_surface,
 )
-from fcvit_jax.training.report import FlatnessConfig
+from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.vit import ViT
 
 TINY = ViTConfig((8, 8), 4, 8, 1, 2, 16, num_classes=10, pool="avg")  # a last merge does not change the class token
 PIXELS = preset("timm/augreg,crop_pct=1.0", (8, 8))
@@ -45,7 +46,7 @@ def test_all_measures_of_a_quadratic():
     params = {"a": jnp.float32([0.0]), "b": jnp.float32([2.0])}
     batches = [jnp.float32(0.5), jnp.float32(1.5)]
     config = FlatnessConfig(rho=(1.0,), sigma=(0.1, 0.3), draws=200, ascent_steps=40, restarts=1, probes=3)
-    report = measure(params, quadratic, batches, config, {"made": "up"})
+    report = measure_surface(LossSurface(quadratic, params, batches), config, {"made": "up"})
 
     assert report.conditions == {"made": "up"}
     assert report.config == config
@@ -91,20 +92,24 @@ def test_the_line_lies_in_the_plane():
 
     params = {"kernel": jnp.arange(6.0).reshape(3, 2)}
     config = dataclasses.replace(QUICK, line_points=9, plane_points=9)
-    report = measure(params, loss, [jnp.float32(1.0), jnp.float32(2.0)], config)
+    report = measure_surface(LossSurface(loss, params, [jnp.float32(1.0), jnp.float32(2.0)]), config)
     assert report.plane is not None
     assert report.line is not None
     np.testing.assert_allclose(report.plane[:, 4], report.line, rtol=1e-6)
     np.testing.assert_allclose(report.plane[4, 4], report.loss, rtol=1e-6)
     assert abs(report.plane[4] - report.line).max() > 0.1
-    none = measure(params, loss, [jnp.float32(1.0)], dataclasses.replace(QUICK, line_points=0, plane_points=0))
+    none = measure_surface(
+        LossSurface(loss, params, [jnp.float32(1.0)]), dataclasses.replace(QUICK, line_points=0, plane_points=0)
+    )
     assert none.line is None
     assert none.plane is None
 
 
 def test_power_iteration_gives_one_eigenvalue():
     params = {"a": jnp.float32([0.0]), "b": jnp.float32([2.0])}
-    report = measure(params, quadratic, [jnp.float32(1)], dataclasses.replace(QUICK, eigen="power", eigen_steps=30))
+    report = measure_surface(
+        LossSurface(quadratic, params, [jnp.float32(1)]), dataclasses.replace(QUICK, eigen="power", eigen_steps=30)
+    )
     assert report.eigenvalues.keys() == {"dominant"}
     assert report.eigenvalues["dominant"].value == pytest.approx(4, rel=1e-3)
 
@@ -156,7 +161,7 @@ def checkpoint(tmp_path, params):
 def test_a_checkpoint_under_a_schedule(checkpoint, digits):
     config = dataclasses.replace(QUICK, line_points=0, plane_points=0)
     schedule = fc.MergeSchedule.parse("tome_r1", 1)
-    report = measure_checkpoint(checkpoint, digits, config, schedule)
+    report = measure(checkpoint, digits, config, schedule)
     batches, fingerprint = draw_batches(digits, PIXELS, config)
     loss_fn, dense = (jax.jit(ClassificationLoss(ViT(TINY, *given), PIXELS)) for given in ((schedule,), ()))
     np.testing.assert_allclose(report.losses, [loss_fn(checkpoint.params, batch)[0] for batch in batches], rtol=1e-5)
@@ -173,27 +178,27 @@ def test_a_checkpoint_under_a_schedule(checkpoint, digits):
 
 def test_data_that_do_not_fit_are_refused(checkpoint, digits):
     with pytest.raises(InputError, match=r"made up has 2 classes, the head of .*ckpt has 10"):
-        measure_checkpoint(checkpoint, dataclasses.replace(digits, spec="made up", class_names=("a", "b")), QUICK)
+        measure(checkpoint, dataclasses.replace(digits, spec="made up", class_names=("a", "b")), QUICK)
     with pytest.raises(InputError, match=r"digits:train has class 'a' where .*ckpt has '0'"):
-        measure_checkpoint(checkpoint, dataclasses.replace(digits, class_names=tuple("abcdefghij")), QUICK)
+        measure(checkpoint, dataclasses.replace(digits, class_names=tuple("abcdefghij")), QUICK)
     with pytest.raises(InputError, match="layers"):
-        measure_checkpoint(checkpoint, digits, QUICK, fc.MergeSchedule.dense(3))
+        measure(checkpoint, digits, QUICK, fc.MergeSchedule.dense(3))
 
 
 def test_parameters_must_be_float32():
     params = {"a": jnp.float32([0.0]), "b": {"kernel": jnp.bfloat16([2.0])}}
     with pytest.raises(InputError, match="b/kernel is bfloat16: flatness is measured on float32 parameters"):
-        measure(params, quadratic, [jnp.float32(1)], QUICK)
+        measure_surface(LossSurface(quadratic, params, [jnp.float32(1)]), QUICK)
 
 
 def test_what_is_not_finite_is_named():
     params = {"a": jnp.float32([0.0]), "b": jnp.float32([2.0])}
     with pytest.raises(InputError, match="the loss at the parameters is not finite"):
-        measure(params, quadratic, [jnp.float32(np.nan)], QUICK)
+        measure_surface(LossSurface(quadratic, params, [jnp.float32(np.nan)]), QUICK)
 
     def brittle(params, batch):
         loss, accuracy = quadratic(params, batch)
         return jnp.where(jnp.abs(params["b"] - 2).sum() > 0.4, jnp.inf, loss), accuracy
 
     with pytest.raises(InputError, match=r"worst at 0\.5 is not finite"):
-        measure(params, brittle, [jnp.float32(1)], QUICK)
+        measure_surface(LossSurface(brittle, params, [jnp.float32(1)]), QUICK)

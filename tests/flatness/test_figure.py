@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from fcvit_jax.training.figure import plot_flatness
-from fcvit_jax.training.measurement import measure
-from fcvit_jax.training.report import Curve, FlatnessConfig
+from fcvit_jax.flatness.figure import plot_flatness
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, RadiusCurve
+from fcvit_jax.flatness.loss_surface import LossSurface
+from fcvit_jax.flatness.measurement import measure_surface
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
@@ -19,11 +20,13 @@ def report(scale):
         return batch * jnp.square(params["kernel"] - 1).sum(), batch
 
     config = FlatnessConfig(ascent_steps=2, eigen_steps=2, probes=1, draws=2, line_points=5, plane_points=5)
-    return measure({"kernel": scale * jnp.ones((2, 2))}, loss, [jnp.float32(x) for x in (1.0, 1.2, 1.4)], config)
+    return measure_surface(
+        LossSurface(loss, {"kernel": scale * jnp.ones((2, 2))}, [jnp.float32(x) for x in (1.0, 1.2, 1.4)]), config
+    )
 
 
 def picture(*reports):
-    image = Image.open(io.BytesIO(plot_flatness(reports, ["one", "two"][: len(reports)])))
+    image = Image.open(io.BytesIO(plot_flatness(reports)))
     assert image.format == "PNG"
     assert min(image.size) > 800
     return np.asarray(image.convert("RGB"), np.int32)
@@ -47,6 +50,6 @@ def test_without_slices():
 
 def test_rises_that_have_no_logarithm_are_left_out():
     curves = dict(report(1.5).curves)
-    curves["average"] = Curve((0.1, 0.2), np.array([[[-1.0, -1.0, -1.0]], [[1.0, 2.0, -0.5]]]))
-    curves["worst"] = Curve((0.1, 0.2), np.zeros((2, 1, 3)))
+    curves["average"] = RadiusCurve((0.1, 0.2), np.array([[[-1.0, -1.0, -1.0]], [[1.0, 2.0, -0.5]]]))
+    curves["worst"] = RadiusCurve((0.1, 0.2), np.zeros((2, 1, 3)))
     assert drawn(picture(dataclasses.replace(report(1.5), curves=curves)), BLUE) > 500

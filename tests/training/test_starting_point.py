@@ -14,7 +14,7 @@ from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.training.start import from_checkpoint, from_scratch
+from fcvit_jax.training.starting_point import from_checkpoint, from_scratch
 
 CONFIG = ViTConfig((8, 8), 4, 8, 1, 2, 8)
 SYNSETS = imagenet.synsets()
@@ -107,9 +107,8 @@ def test_a_test_set_of_other_classes_is_told(saved):
     told = "folder:test has class 'cow' where a model trained on folder:train has 'dog': its labels mean other classes"
     with pytest.raises(InputError, match=told):
         from_checkpoint(saved(WORDS), pets, other)
-    fields = {name: value for name, value in CONFIG.to_dict().items() if name != "num_classes"}
     with pytest.raises(InputError, match=told):
-        from_scratch(fields, "timm/augreg", pets, other)
+        from_scratch(CONFIG, "timm/augreg", pets, other)
     with pytest.raises(InputError, match=r"folder:test has 2 classes, the head of .* has 1000"):
         from_checkpoint(saved(WORDS), source(*SYNSETS), other)
 

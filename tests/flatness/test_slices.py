@@ -2,8 +2,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.training.hessian import random_like
-from fcvit_jax.training.slices import filter_normalised, loss_slice
+from fcvit_jax.flatness.loss_surface import LossSurface
+from fcvit_jax.flatness.slices import filter_normalised, loss_slice
+from fcvit_jax.trees import random_like
 
 KEY = jax.random.key(2)
 
@@ -54,7 +55,7 @@ def test_rescaled_filters_give_the_same_slice():
     lines = []
     for each in (params, other):
         first, second = (filter_normalised(each, key) for key in jax.random.split(KEY))
-        lines.append(loss_slice(loss, each, batches, first, second, points))
+        lines.append(loss_slice(LossSurface(loss, each, batches), first, second, points))
     np.testing.assert_allclose(*lines, rtol=1e-4)
 
 
@@ -64,5 +65,5 @@ def test_the_loss_at_each_point_is_the_mean_over_the_batches():
 
     params, first, second = ({"w": jnp.float32(x)} for x in ([1.0, 2.0], [1.0, 0.0], [0.0, 10.0]))
     points = np.array([[0.0, 0.0], [1.0, 0.0], [-1.0, 0.5]])
-    losses = loss_slice(loss, params, [jnp.float32(1), jnp.float32(3)], first, second, points)
+    losses = loss_slice(LossSurface(loss, params, [jnp.float32(1), jnp.float32(3)]), first, second, points)
     np.testing.assert_allclose(losses, [6.0, 8.0, 14.0])

@@ -1,0 +1,108 @@
+"""Measure how flat the minimum is that a checkpoint lies in, and whether it is flatter than another.
+
+  python -m fcvit_jax.flatness                                       the packaged digits model, offline
+  python -m fcvit_jax.flatness --checkpoint RUN --dataset folder:photos/train
+  python -m fcvit_jax.flatness --checkpoint SAM_RUN --compare ADAMW_RUN --dataset folder:photos/train
+
+The loss is cross-entropy on images drawn from the data set (use the training set), without augmentation, in evaluation
+mode and float32. Measured are the eigenvalues at both ends of the Hessian's spectrum and its trace; how far the loss
+rises at worst within a radius (SAM's one step, and projected ascent) and on average under noise, each with plain
+perturbations and in proportion to |w|; Keskar's sharpness; the loss along a random line and over a random plane.
+
+--compare prints each ratio with its 95% interval, and a verdict: flatter, not flatter, or inconclusive; `compare` in
+fcvit_jax/flatness/comparison.py has the rule. Flat does not mean better: sharpness hardly predicts test accuracy (arXiv
+2302.07011). Nor does one number measure flatness: eigenvalue and trace vanish where the loss does.
+
+Writes flatness.json and flatness.png; with --compare also comparison.json, and flatness_other.json if it is measured.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from fcvit_jax.allocator import keep_freed_memory
+from fcvit_jax.checkpoint import Checkpoint, load_checkpoint
+from fcvit_jax.data.labels import match_head
+from fcvit_jax.data.sources import open_source
+from fcvit_jax.errors import OneLineParser, one_line_errors
+from fcvit_jax.files import writable_directory
+from fcvit_jax.flatness.comparison import check_comparable, compare
+from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
+from fcvit_jax.flatness.measurement import measure
+from fcvit_jax.flatness.presentation import FILES, present
+from fcvit_jax.models.schedule import MergeSchedule
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    args = _parser().parse_args(argv)
+    with one_line_errors():
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Check everything that can be checked beforehand, then measure, compare, write and print."""
+    config = FlatnessConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(FlatnessConfig)})
+    source, checkpoint = open_source(args.dataset), load_checkpoint(args.checkpoint)
+    other: FlatnessReport | Checkpoint | None = None
+    if args.compare:
+        is_report = args.compare.endswith(".json")
+        other = FlatnessReport.read(Path(args.compare)) if is_report else load_checkpoint(args.compare)
+        check_comparable(config, other.config if isinstance(other, FlatnessReport) else config, args.loss_tolerance)
+    checkpoints = [each for each in (checkpoint, other) if isinstance(each, Checkpoint)]
+    for each in checkpoints:
+        match_head(source, each.config.num_classes, each.meta["class_names"], str(each.path))
+    schedules = [MergeSchedule.parse(args.schedule, each.config.depth) for each in checkpoints]
+    workdir = writable_directory(_workdir(args))
+
+    reports = []
+    for each, schedule, name, file in zip(checkpoints, schedules, (args.checkpoint, args.compare), FILES, strict=False):
+        report = measure(each, source, config, schedule)
+        reports.append(dataclasses.replace(report, conditions=report.conditions | {"checkpoint": name}))
+        reports[-1].write(workdir / file)
+    if isinstance(other, FlatnessReport):
+        reports.append(other)
+    print(present(workdir, reports, compare(reports[0], reports[1], args.loss_tolerance) if args.compare else None))
+
+
+def _workdir(args: argparse.Namespace) -> Path:
+    """Where results go: a train_sam.py working directory gets its own; a checkpoint's directory holds nothing else."""
+    given = Path(args.checkpoint).expanduser()
+    runs = (given / "checkpoint" / "meta.json").is_file() and not (given / "meta.json").is_file()
+    return Path(args.workdir).expanduser() if args.workdir else given if runs else Path("workdir/flatness")
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0.05,0.2") from None
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(
+        prog="python -m fcvit_jax.flatness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    where = "checkpoint, train_sam.py working directory, or packaged:NAME"
+    parser.add_argument("--checkpoint", default="packaged:digits", help=where)
+    parser.add_argument("--dataset", default="digits:train", help="folder:PATH, digits:train or tfds:NAME/SPLIT")
+    parser.add_argument("--compare", metavar="OTHER", help="another checkpoint, or the flatness.json of one")
+    no_verdict = "no verdict if one loss is more than 1 + X times the other (default: 0.25)"
+    parser.add_argument("--loss_tolerance", type=float, default=0.25, metavar="X", help=no_verdict)
+    parser.add_argument("--schedule", default="dense", help="merge schedule under which the loss is taken")
+    place = "where results are written; by default a train_sam.py working directory itself, or workdir/flatness"
+    parser.add_argument("--workdir", help=place)
+    how = parser.add_argument_group("what is measured")
+    for field in dataclasses.fields(FlatnessConfig):
+        kind: Any = _numbers if isinstance(field.default, tuple) else type(field.default)
+        shown = ",".join(f"{x:g}" for x in field.default) if isinstance(field.default, tuple) else field.default
+        metavar = "X" if kind in (_numbers, float) else "N" if kind is int else "NAME"
+        text = f"{field.metadata['help']} (default: {shown})"
+        how.add_argument(f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=text)
+    return parser
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

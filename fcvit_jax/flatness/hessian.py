@@ -1,0 +1,128 @@
+"""Curvature: Hessian-vector products, the eigenvalues at both ends of the spectrum, the trace.
+
+H is the Hessian of a loss surface at its parameters. Everything comes from products Hv, forward over reverse (about
+2.6 gradients each), one batch at a time; H itself is never computed. Each product also gives v'H_b v of every batch b,
+whose mean is v'Hv: a bootstrap over the batches requires them.
+"""
+
+import math
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+
+from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
+from fcvit_jax.trees import Params, dot, norm, orthogonal, random_like, unit
+
+
+class Eigenpair(NamedTuple):
+    """An eigenvalue of the Hessian, as far as it was found.
+
+    value: v'Hv of the unit vector, with its sign. residual: ||Hv - value v||; some eigenvalue is that close.
+    converged: the residual is at most `tolerance` times |value|. products: Hessian-vector products spent.
+    samples: float64 [batches], v'H_b v of each batch. vector: a tree like the parameters.
+    """
+
+    value: float
+    residual: float
+    converged: bool
+    products: int
+    samples: np.ndarray
+    vector: Params
+
+
+def hessian_product(surface: LossSurface, vector: Params) -> tuple[Params, np.ndarray]:
+    """Hv, and v'H_b v of each batch, float64 [batches]. Memory: the parameters, v, Hv and two more like them."""
+    total, samples = _times(0.0, vector), []
+    for batch in surface.batches:
+        total, curvature = _add_product(surface.loss_fn, surface.params, batch, vector, total)
+        samples.append(float(curvature))
+    return _times(1 / len(samples), total), np.array(samples)
+
+
+def power_iteration(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) -> Eigenpair:
+    """The eigenvalue that is largest in size, whichever its sign. Memory: five or six copies of the parameters.
+
+    It does not converge if both ends of the spectrum are about as far from 0.
+    """
+    vector = _unit(random_like(surface.params, key))
+    for step in range(1, steps + 1):
+        product, samples = hessian_product(surface, vector)
+        value = float(samples.mean())
+        residual = float(_residual(product, vector, value))
+        converged = residual <= tolerance * abs(value)
+        if converged or step == steps:
+            return Eigenpair(value, residual, converged, step, samples, vector)
+        vector = _unit(product)
+    raise ValueError(f"steps is {steps}: there must be at least one")
+
+
+def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) -> tuple[Eigenpair, Eigenpair]:
+    """The largest and the smallest eigenvalue, by at most `steps` steps of Lanczos and a product more for each.
+
+    Every new vector is orthogonalised against all before it, twice: in float32 the three-term recurrence alone loses
+    orthogonality as soon as an end has converged, and finds that end again and again. Memory: a copy of the parameters
+    a step. Value and residual are those of the vectors put together from the basis, not the recurrence's estimates.
+    """
+    basis, alphas, betas = [_unit(random_like(surface.params, key))], [], []
+    while True:
+        product, samples = hessian_product(surface, basis[-1])
+        alphas.append(float(samples.mean()))
+        for _ in range(2):
+            for vector in basis:
+                product = _orthogonal(product, vector)
+        beta = float(_norm(product))
+        values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
+        # The residual of each end, by its own size: any vector of the bulk near 0 would do by that of the largest.
+        found = beta * np.abs(vectors[-1, [0, -1]]) <= tolerance / 2 * np.abs(values[[0, -1]])
+        exhausted = beta <= 1e-6 * np.abs(values).max()  # the basis spans all that H makes of its first vector
+        if len(basis) == steps or exhausted or found.all():
+            break
+        basis.append(_unit(product))
+        betas.append(beta)
+
+    ends, products = [], len(basis)
+    for weights in (vectors[:, -1], vectors[:, 0]):
+        vector = _times(0.0, basis[0])
+        for weight, column in zip(weights, basis, strict=True):
+            vector = add_scaled(vector, weight, column)
+        vector = _unit(vector)
+        product, samples = hessian_product(surface, vector)
+        value = float(samples.mean())
+        residual = float(_residual(product, vector, value))
+        ends.append(Eigenpair(value, residual, residual <= tolerance * abs(value), products + 2, samples, vector))
+    return ends[0], ends[1]
+
+
+def trace_samples(surface: LossSurface, key: jax.Array, probes: int) -> np.ndarray:
+    """v'H_b v for random signs v, float64 [probes, batches]: the mean estimates the trace (Hutchinson 1989)."""
+    keys = (jax.random.fold_in(key, probe) for probe in range(probes))
+    signs = (random_like(surface.params, each, jax.random.rademacher) for each in keys)
+    return np.stack([hessian_product(surface, vector)[1] for vector in signs])
+
+
+def standard_error(samples: np.ndarray) -> float:
+    """Of the mean over the probes, with the batches fixed: [probes, batches]; nan for a single probe."""
+    means = samples.mean(axis=1)
+    return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
+
+
+@partial(jax.jit, static_argnums=0, donate_argnums=4)
+def _add_product(
+    loss_fn: LossFn, params: Params, batch: Any, vector: Params, total: Params
+) -> tuple[Params, jax.Array]:
+    gradient = jax.grad(lambda w: loss_fn(w, batch)[0])
+    _, product = jax.jvp(gradient, (params,), (vector,))
+    return optax.tree.add(total, product), dot(vector, product)
+
+
+@jax.jit
+def _residual(product: Params, vector: Params, value: Any) -> jax.Array:
+    return norm(optax.tree.add_scale(product, -value, vector))
+
+
+_orthogonal, _unit, _norm = jax.jit(orthogonal, donate_argnums=0), jax.jit(unit), jax.jit(norm)
+_times = jax.jit(optax.tree.scale)  # (factor, tree)
+add_scaled = jax.jit(optax.tree.add_scale, donate_argnums=0)  # (tree, factor, other): the memory of `tree` is given up

@@ -1,0 +1,74 @@
+"""Tests while training, dense and under the configured schedules."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+
+from fcvit_jax import parallel
+from fcvit_jax.data.batches import Batch, device_batches, eval_batches
+from fcvit_jax.evaluation.accuracy import Accuracy, StepConfig, compile_steps, measure_accuracy
+from fcvit_jax.training.recent_steps import RecentSteps
+from fcvit_jax.training.step import TrainState
+from fcvit_jax.training.training_run import TrainingRun
+
+
+class Assessment:
+    """Accuracy on the test set by schedule; its programs are compiled at once, to fail before the first step.
+
+    Its batches are as large as the micro-batches that training has in memory. notes: of the run; "best", the best
+    accuracy so far, is updated. stopping: whether a signal came.
+    """
+
+    def __init__(self, run: TrainingRun, params: Any, notes: dict[str, Any], stopping: Callable[[], bool]):
+        self.run, self.notes, self.stopping = run, notes, stopping
+        self.batch_size = run.config.batch_size // run.recipe.sam.microbatches
+        self.skipped, self.told = 0, set[str]()
+        start, source = run.start, run.start.test_set
+        config = StepConfig(
+            start.preprocess, run.mesh, self.batch_size, run.config.dtype, source.scored, source.labels_per_image
+        )
+        self.steps = compile_steps(start.config, run.schedules, params, config)
+
+    def __call__(self, state: TrainState, recent: RecentSteps, done: int) -> Accuracy | None:
+        """Test, log, write best/ if it is the best, and checkpoint/ at the end. Returns the dense model's accuracy.
+
+        None if a signal came meanwhile: then nothing is written, and the test is repeated when the run is resumed.
+        """
+        run, config = self.run, self.run.config
+        self.skipped = 0
+        host = eval_batches(
+            run.start.test_set,
+            run.start.preprocess,
+            self.batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            workers=config.workers,
+            on_bad=config.on_bad,
+        )
+        with contextlib.closing(device_batches(host, parallel.batched(run.mesh))) as batches:
+            accuracies = measure_accuracy(self.steps, state.weights, self._until_stopped(batches, recent.tell))
+        if self.stopping():
+            return None
+        accuracy = accuracies["dense"]
+        row = {f"test/{name}": each.top1 for name, each in accuracies.items()}
+        if config.on_bad == "skip":
+            row["test/skipped"] = float(parallel.sum_over_processes(self.skipped))
+        recent.write(done, row)
+        if accuracy.top1 > self.notes["best"]:
+            self.notes["best"] = accuracy.top1
+            run.write_checkpoint("best", state.weights, done, accuracy)
+        if done == run.steps:
+            run.write_checkpoint("checkpoint", state.weights, done, accuracy)
+        return accuracy
+
+    def _until_stopped(self, batches: Iterator[Batch], tell: Callable[[str], None]) -> Iterator[Batch]:
+        for batch in batches:
+            self.skipped += len(batch.skipped)
+            for why in set(batch.skipped) - self.told:
+                tell(f"skipped: {why}")
+            self.told |= {*batch.skipped}
+            yield batch
+            if self.stopping():
+                return

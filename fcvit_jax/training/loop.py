@@ -1,0 +1,197 @@
+"""The training loop: it stops on a signal and resumes from its newest state."""
+
+import contextlib
+import shlex
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcvit_jax import flatness, parallel
+from fcvit_jax.compiling import PRECISIONS
+from fcvit_jax.data.batches import BadImage, Batch, device_batches, train_batches
+from fcvit_jax.errors import InputError
+from fcvit_jax.evaluation.accuracy import Accuracy
+from fcvit_jax.files import sweep, told_in_one_line, writable_directory
+from fcvit_jax.training.assessment import Assessment
+from fcvit_jax.training.log import Log
+from fcvit_jax.training.recent_steps import RecentSteps
+from fcvit_jax.training.saved_states import SavedStates
+from fcvit_jax.training.step import StepInputs, TrainState, make_train_step
+from fcvit_jax.training.stop_signal import stop_signal
+from fcvit_jax.training.train_config import TrainConfig
+from fcvit_jax.training.training_run import WRITTEN, TrainingRun, check_same, open_run
+
+
+class TrainResult(NamedTuple):
+    """state: the last one. accuracy: of the dense model on the test set; None if a signal stopped the run before.
+
+    checkpoint: the directory with the last parameters, for `load_checkpoint`.
+    """
+
+    state: TrainState
+    accuracy: Accuracy | None
+    checkpoint: Path
+
+
+def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
+    """Train until the end or a SIGTERM; call it again with the same arguments to resume, bit for bit.
+
+    Writes what docs/training.md lists into the working directory. Raises InputError if the configuration does not make
+    sense, if the working directory holds another run, if an image cannot be decoded, or if the loss is not finite.
+    """
+    workdir = writable_directory(Path(workdir).expanduser())
+    if jax.process_index() == 0:
+        for name in WRITTEN:
+            sweep(workdir / name)
+    with jax.default_matmul_precision(PRECISIONS[config.dtype][1]):
+        run, params = open_run(config, workdir)
+        training_batches(run, run.steps).close()  # raises for a data set that cannot be trained on
+        for line in run.remarks:
+            tell(line)
+        state, accuracy = start(run, params)
+    if config.flatness and accuracy:
+        measure_flatness(config, workdir)
+    return TrainResult(state, accuracy, workdir / "checkpoint")
+
+
+def start(run: TrainingRun, params: Any) -> tuple[TrainState, Accuracy | None]:
+    """Run the loop from the newest state, or from `params` if there is none."""
+    abstract = jax.eval_shape(run.init, params)
+    everywhere = parallel.replicated(run.mesh)
+    fsdp = run.config.fsdp
+    place = parallel.fully_sharded(run.mesh, abstract) if fsdp else jax.tree.map(lambda _: everywhere, abstract)
+    step = make_train_step(run.model, run.start.preprocess, run.recipe)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(place, everywhere))
+    facts = run.facts()
+    with contextlib.closing(SavedStates(run.workdir / "states", run.config.keep)) as states:
+        states.check_shared()
+        if states.latest() is None:
+            state, notes = jax.jit(run.init, out_shardings=place)(params), {}
+        else:
+            notes = states.notes()
+            check_same(notes, facts, run.workdir)
+            shapes = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, place)
+            state = states.restore(shapes)
+        del params
+        try:
+            return loop(run, state, step, states, {"best": 0.0, "skipped": 0, **notes, **facts})
+        except BadImage as error:
+            raise InputError(f"{error}; repair it, or leave it out with --config.on_bad=skip") from None
+
+
+def loop(
+    run: TrainingRun, state: TrainState, step: Any, states: SavedStates, notes: dict[str, Any]
+) -> tuple[TrainState, Accuracy | None]:
+    """Steps until the end or a signal; logs, saves and tests at their intervals.
+
+    A state is saved before it is tested, so that a long test puts no step at risk. A run that resumes from a state that
+    was due to be tested tests it first: it may have been stopped before.
+    """
+    config, done, skips = run.config, int(state.step), run.config.on_bad == "skip"
+    accuracy = None
+    with contextlib.ExitStack() as stack:
+        stopping = stack.enter_context(stop_signal())
+        assess = Assessment(run, state.weights, notes, stopping)
+        compiled = step.lower(state, input_shapes(run)).compile()
+        log = Log(run.workdir, done, config.tensorboard) if jax.process_index() == 0 else None
+        recent = RecentSteps(log, config.batch_size, run.steps, done, notes["skipped"] if skips else None)
+        stack.enter_context(contextlib.closing(recent))
+
+        def due(interval: int) -> bool:
+            return done % interval == 0 or done == run.steps
+
+        if done and due(config.eval_every):
+            with recent.paused():
+                accuracy = assess(state, recent, done)
+            if accuracy is None:
+                run.write_checkpoint("checkpoint", state.weights, done)
+                return state, None
+        batches = stack.enter_context(contextlib.closing(training_batches(run, done)))
+        for batch in recent.timed(batches):
+            inputs = StepInputs(batch.images, batch.labels, batch.mask)
+            state, metrics = parallel.settled(compiled(state, inputs))
+            done += 1
+            recent.add(batch, metrics)
+            stop, tested = stopping(), due(config.eval_every)
+            saved = stop or tested or due(config.save_every)
+            if not saved and not due(config.log_every):
+                continue
+            if bad := recent.first_bad(done):
+                raise give_up(run, state, *bad)
+            if stop or due(config.log_every):
+                recent.log(done)
+            with recent.paused():
+                if saved:
+                    states.save(done, state, notes | {"skipped": recent.skipped()} if skips else notes)
+                if tested:
+                    accuracy = None if stop else assess(state, recent, done)
+                    stop = accuracy is None
+                if stop:
+                    states.wait()
+                    run.write_checkpoint("checkpoint", state.weights, done)
+                    return state, None
+        states.wait()
+    return state, accuracy
+
+
+def input_shapes(run: TrainingRun) -> StepInputs:
+    """What the step takes beside the state, as shapes."""
+    rows, spread = run.config.batch_size, parallel.batched(run.mesh)
+    shapes = ((rows, *run.start.config.image_size, 3), np.uint8), ((rows,), np.int32), ((rows,), np.bool_)
+    return StepInputs(*(jax.ShapeDtypeStruct(shape, dtype, sharding=spread) for shape, dtype in shapes))
+
+
+def training_batches(run: TrainingRun, done: int) -> Generator[Batch, None, None]:
+    """This process's share of the batches after step `done`, on the devices."""
+    config = run.config
+    host = train_batches(
+        run.start.train_set,
+        lambda image, rng: config.augment(image, run.start.preprocess, rng),
+        run.start.config.image_size,
+        config.batch_size,
+        range(done, run.steps),
+        config.seed,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        workers=config.workers,
+        on_bad=config.on_bad,
+    )
+    return device_batches(host, parallel.batched(run.mesh))
+
+
+def give_up(run: TrainingRun, state: TrainState, at: int, names: tuple[str, ...]) -> InputError:
+    """The error to raise for a step that was not finite. Each process writes the names of its images to a file."""
+    names = tuple(filter(None, names))  # padding has none
+    file = run.workdir / ("not_finite.txt" if jax.process_count() == 1 else f"not_finite_{jax.process_index()}.txt")
+    with told_in_one_line(file):
+        file.write_text("".join(f"{name}\n" for name in names))
+    finite = jax.jit(lambda tree: jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all())
+    kept = "the parameters before it are not finite either"
+    if finite(state.weights):
+        path = run.write_checkpoint("last_good", state.weights, int(state.step))
+        kept = f"the last good parameters are in {path}"
+    return InputError(
+        f"loss or gradient is not finite at step {at} (images {', '.join(names[:4])}, ...; all of them in {file}): "
+        f"lower optimizer.learning_rate or sam.rho, and start in another --workdir; {kept}"
+    )
+
+
+def measure_flatness(config: TrainConfig, workdir: Path) -> None:
+    """Write flatness.json and flatness.png beside the checkpoint: of the loss that was trained, on training images."""
+    loss, schedule = config.targets.loss, config.schedule
+    if jax.process_count() > 1:
+        words = ["--checkpoint", str(workdir), "--dataset", config.train, "--loss", loss, "--schedule", schedule]
+        tell(f"flatness is measured by one process: run python -m fcvit_jax.flatness {shlex.join(words)}")
+        return
+    report = flatness.measure(workdir, config.train, flatness.FlatnessConfig(loss=loss), schedule=schedule)
+    report.write(workdir / "flatness.json")
+    tell(flatness.present(workdir, [report]))
+
+
+def tell(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)

@@ -1,0 +1,99 @@
+"""How several processes end, on processes of their own."""
+
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TOLD = "error: another process stopped: see its message\n"
+
+
+def start_all(body, count=2):
+    """Processes that run the body, with `index` and `exchange()`, inside `ending_together`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    program = textwrap.dedent("""
+        import _thread, os, signal, sys, threading, time
+        import numpy as np
+        from jax.experimental import multihost_utils
+        from fcvit_jax import parallel
+        from fcvit_jax.errors import InputError, one_line_errors
+
+        index = int(sys.argv[1].rpartition(",")[2])
+        exchange = lambda: multihost_utils.process_allgather(np.int32(index))
+        parallel.start_processes(sys.argv[1])
+        exchange()
+        with parallel.ending_together(), one_line_errors():
+    """) + textwrap.indent(textwrap.dedent(body), "    ")
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
+    return [
+        subprocess.Popen(
+            [sys.executable, "-c", program, f"127.0.0.1:{port},{count},{index}"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(count)
+    ]
+
+
+def ends(processes):
+    """Exit status and standard error of each."""
+    return [(process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=120)]]
+
+
+def test_of_three_processes_that_wait_and_one_that_fails_each_says_one_line():
+    for culprit in (0, 2):
+        processes = start_all(
+            f"""
+            if index == {culprit}:
+                raise InputError("this one failed")
+            time.sleep(100) if index == 1 else exchange()
+            """,
+            count=3,
+        )
+        began = time.monotonic()
+        told = ends(processes)
+        assert time.monotonic() - began < 60  # most of it is starting
+        assert told.pop(culprit) == (2, "error: this one failed\n")
+        assert told == [(2, TOLD), (2, TOLD)]
+
+
+def test_those_who_are_done_wait_for_the_others():
+    processes = start_all(
+        """
+        if index == 1:
+            time.sleep(3)
+            print("done", file=sys.stderr)
+        """
+    )
+    assert ends(processes) == [(0, ""), (0, "done\n")]
+
+
+def test_nothing_but_an_exit_at_once_ends_a_process_that_waits_in_an_exchange():
+    """Its main thread is inside the exchange: no exception reaches it, no handler of a signal runs."""
+    processes = start_all(
+        """
+        if index == 1:
+            time.sleep(12)
+            os._exit(0)
+
+        def try_all():
+            time.sleep(2)
+            _thread.interrupt_main()
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(5)
+            print("still waiting", file=sys.stderr, flush=True)
+            os._exit(7)
+
+        threading.Thread(target=try_all, daemon=True).start()
+        exchange()
+        """
+    )
+    assert ends(processes)[0] == (7, "still waiting\n")
