@@ -2,6 +2,8 @@
 
 import fcvit_jax as fc
 
+rows = fc.evaluate("packaged:digits", "digits:test", ["dense", "tome_r12"])
+
 checkpoint = fc.load_checkpoint("packaged:digits")
 schedule = fc.MergeSchedule.parse("s2winc5_r8", checkpoint.config.depth)
 model = fc.ViT(checkpoint.config, schedule=schedule)
@@ -11,8 +13,11 @@ logits, out = model.apply({"params": checkpoint.params}, images)
 from fcvit_jax.checkpoint import Checkpoint as Checkpoint
 from fcvit_jax.checkpoint import load_checkpoint as load_checkpoint
 from fcvit_jax.checkpoint import save_checkpoint as save_checkpoint
+from fcvit_jax.convert import convert as convert
+from fcvit_jax.data.augment import Augment as Augment
 from fcvit_jax.data.preprocess import Preprocess as Preprocess
 from fcvit_jax.errors import InputError as InputError
+from fcvit_jax.evaluation import evaluate as evaluate
 from fcvit_jax.export import export as export
 from fcvit_jax.models import flops as flops
 from fcvit_jax.models import rules as rules
@@ -29,6 +34,10 @@ from fcvit_jax.models.schedule import Global as Global
 from fcvit_jax.models.schedule import Local as Local
 from fcvit_jax.models.schedule import MergeSchedule as MergeSchedule
 from fcvit_jax.models.vit import ViT as ViT
-from fcvit_jax.training.sam import SAMConfig as SAMConfig
+from fcvit_jax.training import OptimizerConfig as OptimizerConfig
+from fcvit_jax.training import SAMConfig as SAMConfig
+from fcvit_jax.training import TargetConfig as TargetConfig
+from fcvit_jax.training import TrainConfig as TrainConfig
+from fcvit_jax.training import train as train
 from fcvit_jax.training.sam import sam_transformation as sam_transformation
 from fcvit_jax.training.sam import sam_value_and_grad as sam_value_and_grad

@@ -1,5 +1,6 @@
 """The one validator of configuration dataclasses: types come from annotations, bounds and choices from the field."""
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -98,9 +99,10 @@ def _fit(value: Any, kind: Any) -> Any:
     """The value as its annotation has it. Raises TypeError if it does not fit."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in inner:
-            return None
-        return _fit(value, next(each for each in inner if each is not type(None)))
+        for each in inner:
+            with contextlib.suppress(TypeError):
+                return _fit(value, each)
+        raise TypeError
     if origin is tuple:
         if not isinstance(value, list | tuple) or not value:
             raise TypeError
@@ -124,7 +126,8 @@ def _wanted(kind: Any, bounds: dict[str, float]) -> str:
     if bounds.keys() == {"low", "high"}:
         limited = f" from {bounds['low']:g} to {bounds['high']:g}"
     if origin in (types.UnionType, typing.Union):
-        return f"{_wanted(next(each for each in inner if each is not type(None)), bounds)}, or none"
+        several = " or ".join(_wanted(each, bounds) for each in inner if each is not type(None))
+        return f"{several}, or none" if type(None) in inner else several
     if origin is tuple:
         count = "" if inner[-1] is Ellipsis else f"{len(inner)} "
         return f"{count}{_NOUNS.get(inner[0], inner[0].__name__)}s{limited}"

@@ -67,7 +67,7 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def run(checkpoint, folder):
     def run(workdir, **changes):
-        fields = {"dataset": f"folder:{folder}", "schedules": ",".join(SCHEDULES), "batch_size": 8}
+        fields: Any = {"dataset": f"folder:{folder}", "schedules": ",".join(SCHEDULES), "batch_size": 8}
         return evaluation.evaluate(checkpoint, workdir=workdir, **({"throughput_blocks": 0} | fields | changes))
 
     return run
@@ -334,7 +334,8 @@ def test_from_python_with_nothing_else(tmp_path, monkeypatch):
     assert (dense["checkpoint"], dense["dataset"]) == ("packaged:digits", "digits:test")
     assert merged["images_per_second"] > 0
     assert list(tmp_path.iterdir()) == []
-    for option in ({"save_logits": True}, {"gallery": 1}):
+    options: Any = ({"save_logits": True}, {"gallery": 1})
+    for option in options:
         with pytest.raises(InputError, match="save_logits and gallery write files: pass a workdir"):
             evaluation.evaluate("packaged:digits", "digits:test", "dense", **option)
 
@@ -367,7 +368,7 @@ def test_loaded_checkpoints_sources_and_schedules_of_ones_own(checkpoint, run, t
 def test_weights_that_were_changed_in_memory_are_another_run(checkpoint, folder, tmp_path, monkeypatch, capsys):
     loaded = fc.load_checkpoint(checkpoint)
     changed = dataclasses.replace(loaded, params=jax.tree.map(lambda leaf: 2 * leaf, loaded.params))
-    options = dict(workdir=tmp_path, batch_size=8, throughput_blocks=0)
+    options: Any = dict(workdir=tmp_path, batch_size=8, throughput_blocks=0)
     with interrupted(monkeypatch, 1):
         evaluation.evaluate(loaded, f"folder:{folder}", "dense", **options)
     evaluation.evaluate(changed, f"folder:{folder}", "dense", **options)

@@ -24,6 +24,7 @@ class AtRandom(fc.rules.Rule):
         matching = fc.match_tokens(metric, layer, prefix)
         if not self.prune:
             return matching
+        assert matching.order is not None
         leaving = matching.order[:, layer.tokens_out :, None] == jnp.arange(layer.tokens_in)
         return dataclasses.replace(matching, weight=jnp.where(leaving.any(axis=1), 0.0, size))
 

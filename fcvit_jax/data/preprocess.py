@@ -167,10 +167,10 @@ def _override(text: str) -> tuple[str, Any]:
     if not equals or field not in OVERRIDES:
         raise InputError(f"preprocess: {text!r} is no override; write FIELD=VALUE, FIELD one of {', '.join(OVERRIDES)}")
     try:
-        values: tuple[float, ...] = tuple(map(float, value.split("/")))
+        values = [float(part) for part in value.split("/")]
     except ValueError:
         return field, value
-    return field, values if len(values) > 1 else values[0]
+    return field, tuple(values) if len(values) > 1 else values[0]
 
 
 def decode(data: bytes | np.ndarray, name: str) -> Image.Image:

@@ -26,8 +26,8 @@ from fcvit_jax.checkpoint import Checkpoint, file_sha256, flat_params, load_chec
 from fcvit_jax.compiling import computation
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.inputs import Schedules, name_schedules
 from fcvit_jax.files import check_target, file_name, staged
+from fcvit_jax.models.schedule import Schedules, name_schedules
 from fcvit_jax.models.vit import ViT, cast_params
 
 FORMAT = 1

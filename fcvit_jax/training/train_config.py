@@ -9,6 +9,7 @@ from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.sources import FORMS
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.settings import check_settings, from_fields, setting
 from fcvit_jax.training.optimizer import OptimizerConfig
 from fcvit_jax.training.sam import SAMConfig
@@ -32,7 +33,7 @@ class TrainConfig:
     preprocess: str | None = None  # a preset; None: the checkpoint's own
     dropout: float = setting(0.0, low=0, below=1)  # probability
     drop_path: float = setting(0.0, low=0, below=1)  # of skipping the last layer; it rises to this from the first
-    schedule: str = "dense"  # the merge schedule to train with
+    schedule: str | MergeSchedule = "dense"  # the merge schedule to train with
     dtype: str = setting("float32", choices=tuple(PRECISIONS))  # of the computation; parameters are float32
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
     fsdp: bool = False  # spread parameters and the optimizer's state over the devices
@@ -87,5 +88,5 @@ class TrainConfig:
         return from_fields(cls, {"train": None, "test": None, **fields, "model": fields.get("model") or None})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as nested dicts, for JSON."""
-        return dataclasses.asdict(self)
+        """All fields as nested dicts, for JSON; a schedule as text."""
+        return dataclasses.asdict(self) | {"schedule": str(self.schedule)}

@@ -9,9 +9,10 @@ import numpy as np
 from flax import traverse_util
 from jax.experimental import multihost_utils
 
-from fcvit_jax import convert, parallel
+from fcvit_jax import parallel
 from fcvit_jax.checkpoint import abstract_params, save_checkpoint
 from fcvit_jax.compiling import PRECISIONS
+from fcvit_jax.convert import convert
 from fcvit_jax.data.batches import batches_an_epoch
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError, naming
@@ -117,7 +118,8 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
     start, initial = begin(config, workdir, train_set, test_set)
     depth = start.config.depth
     schedules = {"dense": MergeSchedule.dense(depth), **parse_schedules(config.schedules, depth)}
-    schedule = MergeSchedule.parse(config.schedule, depth)
+    schedule = config.schedule
+    schedule = schedule if isinstance(schedule, MergeSchedule) else MergeSchedule.parse(schedule, depth)
     for each in (schedule, *schedules.values()):
         each.plan(start.config)
     regularised: dict[str, Any] = dict(dropout=config.dropout, drop_path=config.drop_path, remat=config.remat)
@@ -150,7 +152,7 @@ def begin(config: TrainConfig, workdir: Path, train_set: Source, test_set: Sourc
         if jax.process_index() == 0:
             sweep(path)
             if not path.exists():
-                convert.convert(config.checkpoint, path, report=print)
+                convert(config.checkpoint, path, report=print)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("pretrained")
     size = (config.image_size, config.image_size) if config.image_size else None

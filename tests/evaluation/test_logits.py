@@ -11,10 +11,11 @@ ROWS = (4, 0, 3)  # no image of the second batch counts
 LOGITS = [[RNG.normal(size=(rows, 3)).astype(np.float32) for _ in NAMES] for rows in ROWS]
 PARTS = [
     Outcomes(
-        np.array([f"image {batch}.{row}" for row in range(rows)], "U9"),
-        np.arange(rows, dtype=np.int32) % 3,
-        *(np.zeros((2, rows), np.int32),) * 2,
-        np.zeros((2, rows), np.float32),
+        names=np.array([f"image {batch}.{row}" for row in range(rows)], "U9"),
+        labels=np.arange(rows, dtype=np.int32) % 3,
+        rank=np.zeros((2, rows), np.int32),
+        prediction=np.zeros((2, rows), np.int32),
+        kl=np.zeros((2, rows), np.float32),
     )
     for batch, rows in enumerate(ROWS)
 ]

@@ -163,7 +163,7 @@ def test_a_checkpoint_under_a_schedule(checkpoint, digits):
     schedule = fc.MergeSchedule.parse("tome_r1", 1)
     report = measure(checkpoint, digits, config, schedule)
     batches, fingerprint = draw_batches(digits, PIXELS, config)
-    loss_fn, dense = (jax.jit(ClassificationLoss(ViT(TINY, *given), PIXELS)) for given in ((schedule,), ()))
+    loss_fn, dense = (jax.jit(ClassificationLoss(ViT(TINY, given), PIXELS)) for given in (schedule, None))
     np.testing.assert_allclose(report.losses, [loss_fn(checkpoint.params, batch)[0] for batch in batches], rtol=1e-5)
     assert abs(report.losses - [dense(checkpoint.params, batch)[0] for batch in batches]).max() > 1e-4
     conditions = report.conditions

@@ -476,7 +476,7 @@ def test_a_published_model_is_converted_once_and_not_taken_for_another(tmp_path,
         converted.append(source)
         shutil.copytree(PACKAGED / "digits", path)
 
-    monkeypatch.setattr(training_run.convert, "convert", convert, raising=False)
+    monkeypatch.setattr(training_run, "convert", convert)
     names = ["deit_small_patch16_224.fb_in1k", "vit_small_patch16_224.augreg_in21k_ft_in1k"]
     for name in (*names, *names):
         killed = tmp_path / "pretrained" / f".{name}.partial-12345678"
