@@ -1,8 +1,8 @@
 """The one table of named models, under timm's names: configuration, preprocessing, source of the weights, top-1.
 
 A name is an architecture (`vit_small_patch16_224`) or one set of weights of it
-(`vit_small_patch16_224.augreg_in21k_ft_in1k`); sizes that timm leaves out are named likewise. An architecture alone has
-no preprocessing: timm's ViT and DeiT weights share every shape and key, and differ in the pixels they expect.
+(`vit_small_patch16_224.augreg_in21k_ft_in1k`); sizes that timm does not have are named in the same way. An architecture
+alone has no preprocessing: timm's ViT and DeiT weights share every shape and key, and differ in the pixels they expect.
 """
 
 import difflib
@@ -17,9 +17,9 @@ from fcvit_jax.models.config import ViTConfig
 class Model:
     """A named model. `preprocess` and what follows are None for an architecture without weights.
 
-    source: address of the original file, in its own layout, or `hf-hub:timm/NAME`. top1: fraction of the 50,000
-    ImageNet-1k validation images, as timm (results-imagenet.csv) or, for the tags tv_*, torchvision reports it with
-    this preprocessing; None where that is not known here.
+    source: `hf-hub:timm/NAME`, or, for the tags tv_*, the address of torchvision's file. top1: fraction of the 50,000
+    ImageNet-1k validation images, as timm (results-imagenet.csv) or torchvision reports it with this preprocessing;
+    None if it is not known here.
     """
 
     name: str
@@ -78,159 +78,111 @@ def _architectures() -> dict[str, ViTConfig]:
     return table
 
 
-_AUGREG = "https://storage.googleapis.com/vit_models/augreg/"
-_GOOGLE_SAM = "https://storage.googleapis.com/vit_models/sam/"
-_TIMM = "https://github.com/rwightman/pytorch-image-models/releases/download/"
-_DEIT = "https://dl.fbaipublicfiles.com/deit/"
-_DINOV2 = "https://dl.fbaipublicfiles.com/dinov2/"
-_TORCHVISION = "https://download.pytorch.org/models/"
-_HUB = "hf-hub:timm/"
-
-_FT = "--imagenet2012-steps_20k-lr_"
-_TI = _AUGREG + "Ti_16-i21k-300ep-lr_0.001-aug_none-wd_0.03-do_0.0-sd_0.0" + _FT
-_S16 = _AUGREG + "S_16-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0" + _FT
-_S16_1K = _AUGREG + "S_16-i1k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.0-sd_0.0" + _FT
-_S32 = _AUGREG + "S_32-i21k-300ep-lr_0.001-aug_light1-wd_0.03-do_0.0-sd_0.0" + _FT
-_B8 = _AUGREG + "B_8-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0" + _FT
-_B16 = _AUGREG + "B_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.0-sd_0.0" + _FT
-_B16_1K = _AUGREG + "B_16-i1k-300ep-lr_0.001-aug_strong2-wd_0.1-do_0.1-sd_0.1" + _FT
-_B32 = _AUGREG + "B_32-i21k-300ep-lr_0.001-aug_medium1-wd_0.03-do_0.0-sd_0.0" + _FT
-_B32_384 = _AUGREG + "B_32-i21k-300ep-lr_0.001-aug_light1-wd_0.1-do_0.0-sd_0.0" + _FT
-_B32_1K = _AUGREG + "B_32-i1k-300ep-lr_0.001-aug_medium2-wd_0.1-do_0.1-sd_0.1" + _FT
-_L16 = _AUGREG + "L_16-i21k-300ep-lr_0.001-aug_medium1-wd_0.1-do_0.1-sd_0.1" + _FT
-
-# name -> (preset, source, top-1 in percent); at 384 pixels the presets' crop_pct is 1.
-_WEIGHTS = {
-    "vit_tiny_patch16_224.augreg_in21k_ft_in1k": ("timm/augreg", _TI + "0.03-res_224.npz", 75.452),
-    "vit_tiny_patch16_384.augreg_in21k_ft_in1k": ("timm/augreg", _TI + "0.03-res_384.npz", None),
-    "vit_small_patch16_224.augreg_in21k_ft_in1k": ("timm/augreg", _S16 + "0.03-res_224.npz", 81.402),
-    "vit_small_patch16_384.augreg_in21k_ft_in1k": ("timm/augreg", _S16 + "0.03-res_384.npz", None),
-    "vit_small_patch16_224.augreg_in1k": ("timm/augreg", _S16_1K + "0.01-res_224.npz", 78.842),
-    "vit_small_patch16_384.augreg_in1k": ("timm/augreg", _S16_1K + "0.01-res_384.npz", None),
-    "vit_small_patch32_224.augreg_in21k_ft_in1k": ("timm/augreg", _S32 + "0.03-res_224.npz", None),
-    "vit_small_patch32_384.augreg_in21k_ft_in1k": ("timm/augreg", _S32 + "0.03-res_384.npz", None),
-    "vit_base_patch8_224.augreg_in21k_ft_in1k": ("timm/augreg", _B8 + "0.01-res_224.npz", None),
-    "vit_base_patch8_224.augreg2_in21k_ft_in1k": ("timm/augreg", _HUB, None),
-    "vit_base_patch16_224.augreg_in21k_ft_in1k": ("timm/augreg", _B16 + "0.01-res_224.npz", 84.534),
-    "vit_base_patch16_224.augreg2_in21k_ft_in1k": ("timm/augreg", _HUB, 85.108),
-    "vit_base_patch16_384.augreg_in21k_ft_in1k": ("timm/augreg", _B16 + "0.01-res_384.npz", 86.010),
-    "vit_base_patch16_224.augreg_in1k": ("timm/augreg", _B16_1K + "0.01-res_224.npz", 79.154),
-    "vit_base_patch16_384.augreg_in1k": ("timm/augreg", _B16_1K + "0.01-res_384.npz", None),
-    "vit_base_patch16_224.orig_in21k_ft_in1k": (
-        "timm/augreg",
-        _TIMM + "v0.1-vitjx/jx_vit_base_p16_224-80ecf9dd.pth",
-        81.782,
-    ),
-    "vit_base_patch16_384.orig_in21k_ft_in1k": (
-        "timm/augreg",
-        _TIMM + "v0.1-vitjx/jx_vit_base_p16_384-83fb41ba.pth",
-        None,
-    ),
-    "vit_base_patch16_224.sam_in1k": ("timm/augreg", _GOOGLE_SAM + "ViT-B_16.npz", 80.246),
-    "vit_base_patch32_224.sam_in1k": ("timm/augreg", _GOOGLE_SAM + "ViT-B_32.npz", 73.704),
-    "vit_base_patch32_224.augreg_in21k_ft_in1k": ("timm/augreg", _B32 + "0.03-res_224.npz", 80.732),
-    "vit_base_patch32_384.augreg_in21k_ft_in1k": ("timm/augreg", _B32_384 + "0.03-res_384.npz", None),
-    "vit_base_patch32_224.augreg_in1k": ("timm/augreg", _B32_1K + "0.01-res_224.npz", None),
-    "vit_base_patch32_384.augreg_in1k": ("timm/augreg", _B32_1K + "0.01-res_384.npz", None),
-    "vit_large_patch16_224.augreg_in21k_ft_in1k": ("timm/augreg", _L16 + "0.01-res_224.npz", 85.856),
-    "vit_large_patch16_384.augreg_in21k_ft_in1k": ("timm/augreg", _L16 + "0.01-res_384.npz", 87.096),
-    "vit_large_patch32_384.orig_in21k_ft_in1k": (
-        "timm/augreg",
-        _TIMM + "v0.1-vitjx/jx_vit_large_p32_384-9b920ba8.pth",
-        None,
-    ),
-    "vit_base_patch16_224_miil.in21k_ft_in1k": (
-        "timm/miil",
-        _TIMM + "v0.1-tresnet/vit_base_patch16_224_1k_miil_84_4-2deb18e3.pth",
-        84.278,
-    ),
-    "vit_base_patch16_224.tv_in1k": ("torchvision/v1", _TORCHVISION + "vit_b_16-c867db91.pth", 81.072),
-    "vit_base_patch32_224.tv_in1k": ("torchvision/v1", _TORCHVISION + "vit_b_32-d86f8d99.pth", 75.912),
-    "vit_large_patch16_224.tv_in1k": (
-        f"torchvision/v1,crop_pct={224 / 242}",  # resized to 242
-        _TORCHVISION + "vit_l_16-852ce7e3.pth",
-        79.662,
-    ),
-    "vit_large_patch32_224.tv_in1k": ("torchvision/v1", _TORCHVISION + "vit_l_32-c7638314.pth", 76.972),
-    "vit_base_patch16_384.tv_swag_in1k": ("torchvision/swag", _TORCHVISION + "vit_b_16_swag-9ac1b537.pth", 85.304),
-    "vit_large_patch16_512.tv_swag_in1k": ("torchvision/swag", _TORCHVISION + "vit_l_16_swag-4f3808c9.pth", 88.064),
-    "vit_huge_patch14_518.tv_swag_in1k": ("torchvision/swag", _TORCHVISION + "vit_h_14_swag-80465313.pth", 88.552),
-    "vit_base_patch16_224.tv_swag_lc_in1k": (
-        "torchvision/swag",
-        _TORCHVISION + "vit_b_16_lc_swag-4e70ced5.pth",
-        81.886,
-    ),
-    "vit_large_patch16_224.tv_swag_lc_in1k": (
-        "torchvision/swag",
-        _TORCHVISION + "vit_l_16_lc_swag-4d563306.pth",
-        85.146,
-    ),
-    "vit_huge_patch14_224.tv_swag_lc_in1k": (
-        "torchvision/swag",
-        _TORCHVISION + "vit_h_14_lc_swag-c1eb923e.pth",
-        85.708,
-    ),
-    "vit_base_patch16_clip_224.laion2b_ft_in12k_in1k": ("timm/clip,crop_pct=0.95", _HUB, 86.204),
-    "vit_base_patch16_clip_224.openai_ft_in12k_in1k": ("timm/clip,crop_pct=0.95", _HUB, 85.954),
-    "vit_base_patch16_clip_224.openai_ft_in1k": ("timm/clip", _HUB, 85.282),
-    "deit_tiny_patch16_224.fb_in1k": ("timm/deit", _DEIT + "deit_tiny_patch16_224-a1311bcf.pth", 72.190),
-    "deit_small_patch16_224.fb_in1k": ("timm/deit", _DEIT + "deit_small_patch16_224-cd65a155.pth", 79.856),
-    "deit_base_patch16_224.fb_in1k": ("timm/deit", _DEIT + "deit_base_patch16_224-b5f2ef4d.pth", 81.980),
-    "deit_base_patch16_384.fb_in1k": ("timm/deit", _DEIT + "deit_base_patch16_384-8de9b5d1.pth", 83.108),
-    "deit_tiny_distilled_patch16_224.fb_in1k": (
-        "timm/deit",
-        _DEIT + "deit_tiny_distilled_patch16_224-b40b3cf7.pth",
-        74.538,
-    ),
-    "deit_small_distilled_patch16_224.fb_in1k": (
-        "timm/deit",
-        _DEIT + "deit_small_distilled_patch16_224-649709d9.pth",
-        81.204,
-    ),
-    "deit_base_distilled_patch16_224.fb_in1k": (
-        "timm/deit",
-        _DEIT + "deit_base_distilled_patch16_224-df68dfff.pth",
-        83.384,
-    ),
-    "deit_base_distilled_patch16_384.fb_in1k": (
-        "timm/deit",
-        _DEIT + "deit_base_distilled_patch16_384-d0272ac0.pth",
-        None,
-    ),
-    "deit3_small_patch16_224.fb_in1k": ("timm/deit", _DEIT + "deit_3_small_224_1k.pth", 81.382),
-    "deit3_small_patch16_384.fb_in1k": ("timm/deit", _DEIT + "deit_3_small_384_1k.pth", None),
-    "deit3_medium_patch16_224.fb_in1k": ("timm/deit", _DEIT + "deit_3_medium_224_1k.pth", None),
-    "deit3_base_patch16_224.fb_in1k": ("timm/deit", _DEIT + "deit_3_base_224_1k.pth", 83.800),
-    "deit3_base_patch16_384.fb_in1k": ("timm/deit", _DEIT + "deit_3_base_384_1k.pth", None),
-    "deit3_large_patch16_224.fb_in1k": ("timm/deit", _DEIT + "deit_3_large_224_1k.pth", 84.772),
-    "deit3_large_patch16_384.fb_in1k": ("timm/deit", _DEIT + "deit_3_large_384_1k.pth", None),
-    "deit3_huge_patch14_224.fb_in1k": ("timm/deit", _DEIT + "deit_3_huge_224_1k.pth", None),
-    "deit3_small_patch16_224.fb_in22k_ft_in1k": ("timm/deit3-in22k", _DEIT + "deit_3_small_224_21k.pth", 83.082),
-    "deit3_small_patch16_384.fb_in22k_ft_in1k": ("timm/deit3-in22k", _DEIT + "deit_3_small_384_21k.pth", None),
-    "deit3_medium_patch16_224.fb_in22k_ft_in1k": ("timm/deit3-in22k", _DEIT + "deit_3_medium_224_21k.pth", 84.550),
-    "deit3_base_patch16_224.fb_in22k_ft_in1k": ("timm/deit3-in22k", _DEIT + "deit_3_base_224_21k.pth", 85.728),
-    "deit3_base_patch16_384.fb_in22k_ft_in1k": ("timm/deit3-in22k", _DEIT + "deit_3_base_384_21k.pth", None),
-    "deit3_large_patch16_224.fb_in22k_ft_in1k": ("timm/deit3-in22k", _DEIT + "deit_3_large_224_21k.pth", 86.990),
-    "deit3_large_patch16_384.fb_in22k_ft_in1k": ("timm/deit3-in22k", _DEIT + "deit_3_large_384_21k.pth", None),
-    "deit3_huge_patch14_224.fb_in22k_ft_in1k": ("timm/deit3-in22k", _DEIT + "deit_3_huge_224_21k_v1.pth", None),
-    "vit_small_patch14_dinov2.lvd142m": ("timm/dinov2", _DINOV2 + "dinov2_vits14/dinov2_vits14_pretrain.pth", None),
-    "vit_base_patch14_dinov2.lvd142m": ("timm/dinov2", _DINOV2 + "dinov2_vitb14/dinov2_vitb14_pretrain.pth", None),
-    "vit_large_patch14_dinov2.lvd142m": ("timm/dinov2", _DINOV2 + "dinov2_vitl14/dinov2_vitl14_pretrain.pth", None),
-    "vit_small_patch14_reg4_dinov2.lvd142m": (
-        "timm/dinov2",
-        _DINOV2 + "dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
-        None,
-    ),
-    "vit_base_patch14_reg4_dinov2.lvd142m": (
-        "timm/dinov2",
-        _DINOV2 + "dinov2_vitb14/dinov2_vitb14_reg4_pretrain.pth",
-        None,
-    ),
-    "vit_large_patch14_reg4_dinov2.lvd142m": (
-        "timm/dinov2",
-        _DINOV2 + "dinov2_vitl14/dinov2_vitl14_reg4_pretrain.pth",
-        None,
-    ),
+# Preset -> name -> top-1 in percent, None if it is not known here. At 384 pixels the presets' crop_pct is 1.
+_WEIGHTS: dict[str, dict[str, float | None]] = {
+    "timm/augreg": {
+        "vit_tiny_patch16_224.augreg_in21k_ft_in1k": 75.452,
+        "vit_tiny_patch16_384.augreg_in21k_ft_in1k": None,
+        "vit_small_patch16_224.augreg_in21k_ft_in1k": 81.402,
+        "vit_small_patch16_384.augreg_in21k_ft_in1k": None,
+        "vit_small_patch16_224.augreg_in1k": 78.842,
+        "vit_small_patch16_384.augreg_in1k": None,
+        "vit_small_patch32_224.augreg_in21k_ft_in1k": None,
+        "vit_small_patch32_384.augreg_in21k_ft_in1k": None,
+        "vit_base_patch8_224.augreg_in21k_ft_in1k": None,
+        "vit_base_patch8_224.augreg2_in21k_ft_in1k": None,
+        "vit_base_patch16_224.augreg_in21k_ft_in1k": 84.534,
+        "vit_base_patch16_224.augreg2_in21k_ft_in1k": 85.108,
+        "vit_base_patch16_384.augreg_in21k_ft_in1k": 86.01,
+        "vit_base_patch16_224.augreg_in1k": 79.154,
+        "vit_base_patch16_384.augreg_in1k": None,
+        "vit_base_patch16_224.orig_in21k_ft_in1k": 81.782,
+        "vit_base_patch16_384.orig_in21k_ft_in1k": None,
+        "vit_base_patch16_224.sam_in1k": 80.246,
+        "vit_base_patch32_224.sam_in1k": 73.704,
+        "vit_base_patch32_224.augreg_in21k_ft_in1k": 80.732,
+        "vit_base_patch32_384.augreg_in21k_ft_in1k": None,
+        "vit_base_patch32_224.augreg_in1k": None,
+        "vit_base_patch32_384.augreg_in1k": None,
+        "vit_large_patch16_224.augreg_in21k_ft_in1k": 85.856,
+        "vit_large_patch16_384.augreg_in21k_ft_in1k": 87.096,
+        "vit_large_patch32_384.orig_in21k_ft_in1k": None,
+    },
+    "timm/miil": {
+        "vit_base_patch16_224_miil.in21k_ft_in1k": 84.278,
+    },
+    "torchvision/v1": {
+        "vit_base_patch16_224.tv_in1k": 81.072,
+        "vit_base_patch32_224.tv_in1k": 75.912,
+        "vit_large_patch32_224.tv_in1k": 76.972,
+    },
+    f"torchvision/v1,crop_pct={224 / 242}": {  # resized to 242
+        "vit_large_patch16_224.tv_in1k": 79.662,
+    },
+    "torchvision/swag": {
+        "vit_base_patch16_384.tv_swag_in1k": 85.304,
+        "vit_large_patch16_512.tv_swag_in1k": 88.064,
+        "vit_huge_patch14_518.tv_swag_in1k": 88.552,
+        "vit_base_patch16_224.tv_swag_lc_in1k": 81.886,
+        "vit_large_patch16_224.tv_swag_lc_in1k": 85.146,
+        "vit_huge_patch14_224.tv_swag_lc_in1k": 85.708,
+    },
+    "timm/clip,crop_pct=0.95": {
+        "vit_base_patch16_clip_224.laion2b_ft_in12k_in1k": 86.204,
+        "vit_base_patch16_clip_224.openai_ft_in12k_in1k": 85.954,
+    },
+    "timm/clip": {
+        "vit_base_patch16_clip_224.openai_ft_in1k": 85.282,
+    },
+    "timm/deit": {
+        "deit_tiny_patch16_224.fb_in1k": 72.19,
+        "deit_small_patch16_224.fb_in1k": 79.856,
+        "deit_base_patch16_224.fb_in1k": 81.98,
+        "deit_base_patch16_384.fb_in1k": 83.108,
+        "deit_tiny_distilled_patch16_224.fb_in1k": 74.538,
+        "deit_small_distilled_patch16_224.fb_in1k": 81.204,
+        "deit_base_distilled_patch16_224.fb_in1k": 83.384,
+        "deit_base_distilled_patch16_384.fb_in1k": None,
+        "deit3_small_patch16_224.fb_in1k": 81.382,
+        "deit3_small_patch16_384.fb_in1k": None,
+        "deit3_medium_patch16_224.fb_in1k": None,
+        "deit3_base_patch16_224.fb_in1k": 83.8,
+        "deit3_base_patch16_384.fb_in1k": None,
+        "deit3_large_patch16_224.fb_in1k": 84.772,
+        "deit3_large_patch16_384.fb_in1k": None,
+        "deit3_huge_patch14_224.fb_in1k": None,
+    },
+    "timm/deit3-in22k": {
+        "deit3_small_patch16_224.fb_in22k_ft_in1k": 83.082,
+        "deit3_small_patch16_384.fb_in22k_ft_in1k": None,
+        "deit3_medium_patch16_224.fb_in22k_ft_in1k": 84.55,
+        "deit3_base_patch16_224.fb_in22k_ft_in1k": 85.728,
+        "deit3_base_patch16_384.fb_in22k_ft_in1k": None,
+        "deit3_large_patch16_224.fb_in22k_ft_in1k": 86.99,
+        "deit3_large_patch16_384.fb_in22k_ft_in1k": None,
+        "deit3_huge_patch14_224.fb_in22k_ft_in1k": None,
+    },
+    "timm/dinov2": {
+        "vit_small_patch14_dinov2.lvd142m": None,
+        "vit_base_patch14_dinov2.lvd142m": None,
+        "vit_large_patch14_dinov2.lvd142m": None,
+        "vit_small_patch14_reg4_dinov2.lvd142m": None,
+        "vit_base_patch14_reg4_dinov2.lvd142m": None,
+        "vit_large_patch14_reg4_dinov2.lvd142m": None,
+    },
+}
+# Weights that timm does not publish.
+_TORCHVISION = {
+    "vit_base_patch16_224.tv_in1k": "vit_b_16-c867db91.pth",
+    "vit_base_patch32_224.tv_in1k": "vit_b_32-d86f8d99.pth",
+    "vit_large_patch16_224.tv_in1k": "vit_l_16-852ce7e3.pth",
+    "vit_large_patch32_224.tv_in1k": "vit_l_32-c7638314.pth",
+    "vit_base_patch16_384.tv_swag_in1k": "vit_b_16_swag-9ac1b537.pth",
+    "vit_large_patch16_512.tv_swag_in1k": "vit_l_16_swag-4f3808c9.pth",
+    "vit_huge_patch14_518.tv_swag_in1k": "vit_h_14_swag-80465313.pth",
+    "vit_base_patch16_224.tv_swag_lc_in1k": "vit_b_16_lc_swag-4e70ced5.pth",
+    "vit_large_patch16_224.tv_swag_lc_in1k": "vit_l_16_lc_swag-4d563306.pth",
+    "vit_huge_patch14_224.tv_swag_lc_in1k": "vit_h_14_lc_swag-c1eb923e.pth",
 }
 
 ARCHITECTURES: dict[str, ViTConfig] = _architectures()
@@ -238,21 +190,21 @@ ARCHITECTURES: dict[str, ViTConfig] = _architectures()
 
 def names() -> tuple[str, ...]:
     """All names that `get` knows: architectures first, then weights."""
-    return (*ARCHITECTURES, *_WEIGHTS)
+    return (*ARCHITECTURES, *(name for group in _WEIGHTS.values() for name in group))
 
 
 def get(name: str) -> Model:
     """Look up an architecture or a set of weights. Raises InputError that offers the nearest names."""
-    architecture = name.split(".")[0]
     if name in ARCHITECTURES:
         return Model(name, ARCHITECTURES[name])
-    if name not in _WEIGHTS:
-        near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
-        raise InputError(f"unknown model {name!r}" + (f"; the nearest names are {', '.join(near)}" if near else ""))
-    text, source, percent = _WEIGHTS[name]
-    config = ARCHITECTURES[architecture]
-    preprocess = preset(text, config.image_size)
-    if config.image_size == (384, 384):
-        preprocess = replace(preprocess, crop_pct=1.0)
-    top1 = None if percent is None else round(percent / 100, 5)
-    return Model(name, config, preprocess, source + name if source == _HUB else source, top1)
+    for text, group in _WEIGHTS.items():
+        if name in group:
+            config = ARCHITECTURES[name.split(".")[0]]
+            preprocess = preset(text, config.image_size)
+            if config.image_size == (384, 384):
+                preprocess = replace(preprocess, crop_pct=1.0)
+            file, percent = _TORCHVISION.get(name), group[name]
+            source = f"https://download.pytorch.org/models/{file}" if file else f"hf-hub:timm/{name}"
+            return Model(name, config, preprocess, source, None if percent is None else round(percent / 100, 5))
+    near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
+    raise InputError(f"unknown model {name!r}" + (f"; the nearest names are {', '.join(near)}" if near else ""))

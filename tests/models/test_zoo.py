@@ -31,7 +31,7 @@ def test_an_architecture_alone_has_no_preprocessing():
     assert str(model.preprocess) == "bicubic 248->224 center, mean .5 std .5"
     assert model.top1 == 0.81402
     assert model.source is not None
-    assert model.source.endswith("--imagenet2012-steps_20k-lr_0.03-res_224.npz")
+    assert model.source == f"hf-hub:timm/{model.name}"
 
 
 def test_an_unknown_name_offers_the_nearest():
@@ -89,7 +89,7 @@ def test_every_name_agrees_with_timm():
         assert model.preprocess.interpolation == known.interpolation
         assert model.preprocess.mean == pytest.approx(known.mean)
         assert model.preprocess.std == pytest.approx(known.std)
-        assert model.source == (known.url or f"hf-hub:{known.hf_hub_id}"), name
+        assert model.source == f"hf-hub:{known.hf_hub_id}", name
 
 
 def test_torchvision_names_agree_with_torchvision():
