@@ -1,7 +1,6 @@
 """From what a user names (path, address, hub repository, zoo name) to a local file, by way of a cache."""
 
 import difflib
-import hashlib
 import ipaddress
 import os
 import re
@@ -23,11 +22,14 @@ _TIMEOUT = 30  # seconds without a byte
 _BY_HAND = "download it in a browser, and name the file"
 
 
-def locate(source: str, sha256: str | None = None, check: Callable[[Path], object] | None = None) -> Path:
+Check = Callable[[Path, str], object]
+
+
+def locate(source: str, check: Check, sha256: str | None = None) -> Path:
     """Return the local file or directory behind what a user typed.
 
     source: an existing path, returned unchanged; `https://...`; `hf-hub:OWNER/NAME[@REVISION]`; or a full name of the
-    zoo. sha256, check: those of `download`, for addresses only. Raises InputError if there is no such file, name or
+    zoo. check, sha256: those of `download`, for addresses only. Raises InputError if there is no such file, name or
     repository, or if it cannot be downloaded.
     """
     if os.path.exists(source):
@@ -36,10 +38,10 @@ def locate(source: str, sha256: str | None = None, check: Callable[[Path], objec
         with naming(source):
             return fetch_from_hub(source)
     if "://" in source:
-        return download(source, sha256, check)
+        return download(source, check, sha256)
     if source in zoo.names() and (address := zoo.get(source).source):
         # timm publishes each of its tags on the hub; torchvision's weights are at an address.
-        return locate(address if ".tv_" in source else f"hf-hub:timm/{source}", sha256, check)
+        return locate(address if ".tv_" in source else f"hf-hub:timm/{source}", check, sha256)
     near = [name for name in zoo.names() if name.startswith(f"{source}.")]
     near = near or difflib.get_close_matches(source, zoo.names(), n=3, cutoff=0.6)
     fix = f", nor a full name of the zoo; the nearest are {', '.join(near)}" if near else ": check the path"
@@ -67,24 +69,15 @@ def weight_file(directory: Path) -> Path:
     )
 
 
-def expected_sha256(name: str) -> str | None:
-    """The start of a file's sha256, if its name ends in it as torch.hub's names do: `deit-cd65a155.pth`.
-
-    None if the name does not end in eight hex digits, or if they are a date such as 20240131.
-    """
-    found = re.search(r"-([0-9a-f]{8})(?:\.[A-Za-z]\w*)*$", name)
-    return found[1] if found and not re.match(r"20\d\d(0[1-9]|1[0-2])[0-3]\d", found[1]) else None
-
-
-def download(url: str, sha256: str | None = None, check: Callable[[Path], object] | None = None) -> Path:
+def download(url: str, check: Check, sha256: str | None = None) -> Path:
     """Download a file into the cache, unless it is there, and return its path.
 
     The cache is `$FCVIT_JAX_CACHE`, or pooch's for "fcvit_jax": `~/.cache/fcvit_jax` on Linux. A file gets its name
-    there when it is whole and checked.
+    there when it is whole and checked, and is downloaded again when it has become damaged.
 
-    sha256: 8 to 64 hex digits that the file's sha256 must begin with; by default those in its name, if any. Plain http
-    needs all 64, unless the host is this machine. check: called with the path of the whole file; raises InputError if
-    it is no weight file. Raises InputError if the address, network, server, file or cache is at fault.
+    check: called with the path and the name of a whole file; raises InputError if it is not the right one. sha256: what
+    the user states; plain http needs all 64 digits, unless the host is this machine.
+    Raises InputError if the address, network, server, file or cache is at fault.
     """
     import pooch
     import requests
@@ -97,17 +90,22 @@ def download(url: str, sha256: str | None = None, check: Callable[[Path], object
         with tqdm(desc=cached.name.split("-", 1)[1], total=1, unit="B", unit_scale=True, disable=None) as bar:
             settings: Any = dict(progressbar=bar, timeout=_TIMEOUT, hooks={"response": check_response})
             pooch.HTTPDownloader(chunk_size=1 << 16, **settings)(url, output_file, pooch_)
-        _verify(Path(output_file), expected, check)
+        try:
+            check(Path(output_file), cached.name)
+        except InputError as error:  # names the temporary file, which is gone when this is read
+            raise InputError(f"the file {str(error).removeprefix(str(output_file)).lstrip(': ')}") from error
 
     with naming(url):
         _check_address(url, sha256)
-        expected = sha256 or expected_sha256(urlsplit(url).path)
         folder = Path(os.environ.get("FCVIT_JAX_CACHE") or pooch.os_cache("fcvit_jax")).expanduser()
         cached = folder / pooch.utils.unique_file_name(url)
         pooch.get_logger().setLevel("WARNING")
         try:
-            if cached.exists() and expected and not _sha256(cached).startswith(expected):
-                cached.unlink()
+            if cached.exists():
+                try:
+                    check(cached, cached.name)
+                except InputError:
+                    cached.unlink()
             downloader: Any = fetch
             return Path(pooch.retrieve(url, None, cached.name, folder, downloader=downloader))
         except requests.HTTPError as error:
@@ -156,18 +154,3 @@ def _refusal(response: Any) -> str:
     elif response.status_code == 429 or response.status_code >= 500:
         fix = "try again later"
     return f"the server answers {response.status_code} ({response.reason or 'no reason'}): {fix}"
-
-
-def _verify(path: Path, expected: str | None, check: Callable[[Path], object] | None) -> None:
-    if expected and not (found := _sha256(path)).startswith(expected):
-        raise InputError(f"its sha256 is {found}, not {expected}: run the same command again, or check --sha256")
-    if check:
-        try:
-            check(path)
-        except InputError as error:  # names the temporary file, which is gone when this is read
-            raise InputError(f"the file {str(error).removeprefix(str(path)).lstrip(': ')}") from error
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

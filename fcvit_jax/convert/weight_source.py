@@ -1,13 +1,14 @@
 """Weights with all that is known of them: the file, the meaning of its keys, the JSON beside it, the model's name."""
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fcvit_jax.checkpoint import flat_params, load_checkpoint
-from fcvit_jax.convert.downloads import expected_sha256, locate, weight_file
+from fcvit_jax.convert.downloads import locate, weight_file
 from fcvit_jax.convert.geometry import Grid, infer_config
 from fcvit_jax.convert.readers import WeightFile, read_weights
 from fcvit_jax.convert.sidecar import Sidecar, read_sidecar
@@ -34,20 +35,33 @@ def open_weights(src: str, ema: bool, sha256: str | None) -> tuple[WeightFile, S
     """
     if src.startswith("packaged:"):
         return _open_checkpoint(src)
-    path = locate(src, sha256, lambda path: read_weights(path, ema))
+
+    def read(path: Path, name: str) -> WeightFile:
+        weights = read_weights(path, ema)
+        expected, found = sha256 or expected_sha256(name), next(iter(weights.files.values()))
+        if expected and not found.startswith(expected):
+            origin = "--sha256" if sha256 else "its name"
+            raise InputError(
+                f"{path}: its sha256 begins {found[: len(expected)]}, {origin} says {expected}: the file is damaged or "
+                "another one; download it again" + ("" if sha256 else ", or pass --sha256 if you renamed it")
+            )
+        return weights
+
+    path = locate(src, read, sha256)
     if path.is_dir():
         if any((path / name).is_dir() for name in ("params", "checkpoint/params")):
             return _open_checkpoint(path)
         path = weight_file(path)
-    weights = read_weights(path, ema)
-    expected, found = sha256 or expected_sha256(path.name), weights.files[path.name]
-    if expected and not found.startswith(expected):
-        origin = "--sha256" if sha256 else "its name"
-        raise InputError(
-            f"{path}: its sha256 begins {found[: len(expected)]}, {origin} says {expected}: the file is damaged or "
-            "another one; download it again" + ("" if sha256 else ", or pass --sha256 if you renamed it")
-        )
-    return weights, None
+    return read(path, path.name), None
+
+
+def expected_sha256(name: str) -> str | None:
+    """The start of a file's sha256, if its name ends in it as torch.hub's names do: `deit-cd65a155.pth`.
+
+    None if the name does not end in eight hex digits, or if they are a date such as 20240131.
+    """
+    found = re.search(r"-([0-9a-f]{8})(?:\.[A-Za-z]\w*)*$", name)
+    return found[1] if found and not re.match(r"20\d\d(0[1-9]|1[0-2])[0-3]\d", found[1]) else None
 
 
 def _open_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:

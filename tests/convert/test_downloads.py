@@ -21,8 +21,9 @@ import requests
 from huggingface_hub import constants
 
 from fcvit_jax.convert import downloads
-from fcvit_jax.convert.downloads import download, expected_sha256, locate, weight_file
-from fcvit_jax.convert.readers import read_weights
+from fcvit_jax.convert.downloads import download, locate, weight_file
+from fcvit_jax.convert.readers import WeightFile, read_weights
+from fcvit_jax.convert.weight_source import expected_sha256, open_weights
 from fcvit_jax.errors import InputError
 from fcvit_jax.models import zoo
 
@@ -34,6 +35,14 @@ HTML = b"<!DOCTYPE html><html><title>Sign in</title></html>"
 def safetensors(value: int) -> bytes:
     header = json.dumps({"w": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]}}).encode()
     return len(header).to_bytes(8, "little") + header + bytes([value])
+
+
+def weights(path: Path, name: str) -> WeightFile:
+    return read_weights(path)
+
+
+def anything(path: Path, name: str) -> None:
+    """No check."""
 
 
 @dataclass
@@ -111,79 +120,84 @@ def held(cache: Path) -> list[str]:
 
 
 def test_downloaded_once(site, cache, capfd):
-    path = download(site.address)
+    path = download(site.address, anything)
     assert (path.read_bytes(), path.parent, path.suffix) == (CONTENT, cache, ".pth")
-    assert download(site.address) == path
+    assert download(site.address, anything) == path
     assert site.asked == 1
     assert held(cache) == [path.name]
-    assert download(site.address.replace("path", "other")) != path  # one name, two addresses
+    assert download(site.address.replace("path", "other"), anything) != path  # one name, two addresses
     assert capfd.readouterr() == ("", "")  # no terminal, no progress bar
 
 
 def test_where_the_cache_is(site, tmp_path, monkeypatch):
     monkeypatch.delenv("FCVIT_JAX_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert download(site.address).parent == tmp_path / "xdg/fcvit_jax"
+    assert download(site.address, anything).parent == tmp_path / "xdg/fcvit_jax"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("FCVIT_JAX_CACHE", "~/weights")
-    assert download(site.address).parent == tmp_path / "home/weights"
+    assert download(site.address, anything).parent == tmp_path / "home/weights"
 
 
 def test_a_broken_connection_leaves_nothing(site, cache):
     site.cut = 100_000
-    told = refuse(r"cannot be downloaded \(.*\): check the address and the network", download, site.address)
+    told = refuse(r"cannot be downloaded \(.*\): check the address and the network", download, site.address, anything)
     assert told.startswith(f"{site.address}: ")
     assert held(cache) == []
     site.cut = None
-    assert download(site.address).read_bytes() == CONTENT
+    assert download(site.address, anything).read_bytes() == CONTENT
 
 
 def test_an_interrupted_download_leaves_nothing(site, cache):
-    def interrupt(path):
+    def interrupt(path, name):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        download(site.address, check=interrupt)
+        download(site.address, interrupt)
     assert held(cache) == []
 
 
 def test_sha256(site, cache):
-    wrong = "0" * 8
-    refuse(f"its sha256 is {SHA256}, not {wrong}: run the same command again", download, site.address, wrong)
+    site.content = safetensors(7)
+    right, wrong = hashlib.sha256(site.content).hexdigest(), "0" * 8
+    told = f"the file its sha256 begins {right[:8]}, --sha256 says {wrong}: .*download it again"
+    refuse(told, open_weights, site.address, False, wrong)
     named = site.address.replace("model", "model-cd65a155")
-    refuse(f"its sha256 is {SHA256}, not cd65a155", download, named)
+    refuse(f"sha256 begins {right[:8]}, its name says cd65a155", open_weights, named, False, None)
     assert held(cache) == []
-    assert download(named, SHA256).read_bytes() == CONTENT  # what the user says goes before the name
-    assert download(named.replace("cd65a155", SHA256[:8])).read_bytes() == CONTENT
+    assert open_weights(named, False, right)[0].arrays["w"] == [7]  # what the user says goes before the name
+    named = named.replace("cd65a155", right[:8])
+    path = open_weights(named, False, None)[0].path
+    asked = site.asked
+    path.write_bytes(safetensors(8))  # damaged, but readable
+    assert open_weights(named, False, None)[0].arrays["w"] == [7]
+    assert site.asked == asked + 1
 
 
-@pytest.mark.parametrize("digits", [8, 64])
-def test_a_damaged_cache_is_mended(site, digits):
-    path = download(site.address, SHA256[:digits])
-    path.write_bytes(b"damaged")
-    assert download(site.address, SHA256[:digits]) == path
-    assert path.read_bytes() == CONTENT
+def test_a_damaged_cache_is_mended(site):
+    site.content = safetensors(7)
+    path = download(site.address, weights)
+    path.write_bytes(site.content[:-1])
+    assert download(site.address, weights) == path
+    assert path.read_bytes() == site.content
     assert site.asked == 2
 
 
 def test_a_file_gets_its_name_when_it_is_checked(site, cache):
-    names = []
-    path = download(site.address, check=lambda path: names.append((path.name, path.read_bytes())))
-    assert names[0][1] == CONTENT
-    assert names[0][0] != path.name
+    seen = []
+    path = download(site.address, lambda path, name: seen.append((path.name, name, path.read_bytes())))
+    assert seen == [(seen[0][0], path.name, CONTENT)]
+    assert seen[0][0] != path.name
     path.unlink()
-    told = refuse("the file is neither a safetensors", download, site.address, check=read_weights)
+    told = refuse("the file is neither a safetensors", download, site.address, weights)
     assert str(cache) not in told
     assert held(cache) == []
-    site.content = safetensors(7)
-    assert read_weights(download(site.address, check=read_weights)).arrays["w"] == [7]
 
 
 @pytest.mark.parametrize("kind", ["text/html; charset=utf-8", "application/octet-stream"])
 def test_login_page(site, cache, kind):
     site.content = HTML
     site.headers["Content-Type"] = kind
-    refuse("a web page", download, site.address, check=read_weights)
+    refuse("a web page", download, site.address, weights)
     assert held(cache) == []
 
 
@@ -199,14 +213,14 @@ def test_login_page(site, cache, kind):
 )
 def test_refused_by_the_server(site, cache, status, told):
     site.status = status
-    refuse(told, download, site.address)
+    refuse(told, download, site.address, anything)
     assert held(cache) == []
 
 
 def test_redirects(site, serve, cache):
     hop = Site(status=302, headers={"Location": site.address})
     address = serve(Handler, site=hop) + "/hop.pth"
-    path = download(address)
+    path = download(address, anything)
     assert path.read_bytes() == CONTENT
     assert path.name.endswith("-hop.pth")
     path.unlink()
@@ -217,7 +231,7 @@ def test_redirects(site, serve, cache):
         (address, "cannot be downloaded .*redirects"),  # for ever
     ]:
         hop.headers = {"Location": location}
-        refuse(told, download, address)
+        refuse(told, download, address, anything)
         assert held(cache) == []
 
 
@@ -240,8 +254,8 @@ def test_addresses():
         ("s3://bucket/model.pth", "only https:// is downloaded"),
         ("https://[::1/model.pth", "is no valid address"),
     ]:
-        refuse(re.escape(address) + ": " + told, locate, address)
-        refuse(told, locate, address, SHA256[:63]) if "plain" in told else None
+        refuse(re.escape(address) + ": " + told, locate, address, anything)
+        refuse(told, locate, address, anything, SHA256[:63]) if "plain" in told else None
     for address in ("http://localhost/x", "http://127.1.2.3:1/x", "http://[::1]:1/x", "https://example.org/x"):
         downloads._check_address(address, None)
     downloads._check_address("http://example.org/x", SHA256)
@@ -257,6 +271,7 @@ def test_unreachable(cache, address):
             "cannot be downloaded .*: check the address and the network",
             download,
             address.format(port=unused.getsockname()[1]),
+            anything,
         )
     assert held(cache) == []
 
@@ -270,13 +285,13 @@ def test_a_silent_server(serve, monkeypatch):
 
     monkeypatch.setattr(downloads, "_TIMEOUT", 0.1)
     address = serve(Silent)
-    refuse("cannot be downloaded .*timed out", download, address + "/x.pth")
+    refuse("cannot be downloaded .*timed out", download, address + "/x.pth", anything)
     release.set()
 
 
 def test_a_cache_that_cannot_be_written(site, cache):
     cache.write_text("a file")
-    refuse("cache cannot be written .*: make room, or set FCVIT_JAX_CACHE", download, site.address)
+    refuse("cache cannot be written .*: make room, or set FCVIT_JAX_CACHE", download, site.address, anything)
 
 
 def test_expected_sha256():
@@ -312,20 +327,19 @@ def test_weight_file(tmp_path):
 
 
 def test_names(site, tmp_path, monkeypatch):
-    assert locate(str(tmp_path)) == tmp_path
+    assert locate(str(tmp_path), anything) == tmp_path
     monkeypatch.chdir(tmp_path)
     Path("deit_small_patch16_224.fb_in1k").write_bytes(b"")
-    assert locate("deit_small_patch16_224.fb_in1k") == Path("deit_small_patch16_224.fb_in1k")
-    assert locate(site.address, SHA256).read_bytes() == CONTENT
+    assert locate("deit_small_patch16_224.fb_in1k", anything) == Path("deit_small_patch16_224.fb_in1k")
+    assert locate(site.address, anything, SHA256).read_bytes() == CONTENT
 
 
 def test_a_zoo_name_of_torchvision_is_at_its_address(cache):
     name = "vit_base_patch32_224.tv_in1k"
     cached = cache / pooch.utils.unique_file_name(str(zoo.get(name).source))
     cache.mkdir()
-    cached.write_bytes(b"")
-    refuse("cannot be downloaded", locate, name)  # the empty file is not the one that the name's digits promise
-    assert not cached.exists()
+    cached.write_bytes(b"w")
+    assert locate(name, anything) == cached
 
 
 def test_timm_publishes_every_other_name_of_the_zoo_on_the_hub():
@@ -340,11 +354,13 @@ def test_unknown_names():
         "deit_smal_patch16_224.fb_in1k: no such file.*nearest are deit_small_patch16_224.fb_in1k",
         locate,
         "deit_smal_patch16_224.fb_in1k",
+        anything,
     )
-    told = refuse("no such file", locate, "deit3_small_patch16_224")  # an architecture: its weights are offered
+    # An architecture: its weights are offered.
+    told = refuse("no such file", locate, "deit3_small_patch16_224", anything)
     assert told.endswith("deit3_small_patch16_224.fb_in1k, deit3_small_patch16_224.fb_in22k_ft_in1k")
-    refuse("^checkpoints/last.pth: no such file: check the path$", locate, "checkpoints/last.pth")
-    refuse("no such file", locate, "")
+    refuse("^checkpoints/last.pth: no such file: check the path$", locate, "checkpoints/last.pth", anything)
+    refuse("no such file", locate, "", anything)
 
 
 # The hub: https://github.com/huggingface/huggingface_hub asks for /OWNER/NAME/resolve/REVISION/FILE alone.
@@ -409,24 +425,24 @@ def hub(serve, tmp_path, monkeypatch):
 
 def test_hub(hub):
     hub.repositories["timm/vit"] = {"model.safetensors": b"weights", "config.json": CONFIG, "pytorch_model.bin": b"old"}
-    path = locate("hf-hub:timm/vit")
+    path = locate("hf-hub:timm/vit", anything)
     assert (path.name, path.read_bytes()) == ("model.safetensors", b"weights")
     assert (path.parent.name, path.is_relative_to(hub.home)) == (COMMITS["main"], True)
     assert sorted(os.listdir(path.parent)) == ["config.json", "model.safetensors"]
     assert weight_file(path.parent) == path
     gets = [file for method, file in hub.asked if method == "GET"]
     assert gets == ["config.json", "model.safetensors"]
-    locate("hf-hub:timm/vit")
+    locate("hf-hub:timm/vit", anything)
     assert [file for method, file in hub.asked if method == "GET"] == gets
 
 
 def test_hub_revision(hub):
     hub.repositories["timm/vit"] = {"pytorch_model.bin": b"w", "config.json": CONFIG, "preprocessor_config.json": b"{}"}
-    path = locate("hf-hub:timm/vit@v1")
+    path = locate("hf-hub:timm/vit@v1", anything)
     assert (path.parent.name, path.read_bytes()) == (COMMITS["v1"], b"w1")
     assert sorted(os.listdir(path.parent)) == ["config.json", "preprocessor_config.json", "pytorch_model.bin"]
-    assert locate(f"hf-hub:timm/vit@{COMMITS['v1']}") == path
-    refuse("hf-hub:timm/vit@v2: the repository has no revision v2", locate, "hf-hub:timm/vit@v2")
+    assert locate(f"hf-hub:timm/vit@{COMMITS['v1']}", anything) == path
+    refuse("hf-hub:timm/vit@v2: the repository has no revision v2", locate, "hf-hub:timm/vit@v2", anything)
 
 
 def test_hub_files_of_one_commit(hub, monkeypatch):
@@ -441,40 +457,45 @@ def test_hub_files_of_one_commit(hub, monkeypatch):
 
     monkeypatch.setitem(COMMITS, "first", COMMITS["main"])
     monkeypatch.setattr(Hub, "answer", move)
-    path = locate("hf-hub:timm/vit")
+    path = locate("hf-hub:timm/vit", anything)
     assert (path.parent.name, path.read_bytes()) == ("a" * 40, b"w")
 
 
 @pytest.mark.parametrize("name", ["vit_base_patch16_224.augreg2_in21k_ft_in1k", "deit_tiny_patch16_224.fb_in1k"])
 def test_hub_zoo_name(hub, name):
     hub.repositories[f"timm/{name}"] = {"model.safetensors": b"w"}
-    assert locate(name).read_bytes() == b"w"
+    assert locate(name, anything).read_bytes() == b"w"
 
 
 def test_hub_offline(hub, monkeypatch):
     hub.repositories["timm/vit"] = {"pytorch_model.bin": b"weights", "config.json": CONFIG}
-    online = locate("hf-hub:timm/vit")
+    online = locate("hf-hub:timm/vit", anything)
     count = len(hub.asked)
     environment = os.environ | {"HF_HOME": str(hub.home), "HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_CACHE", None)
-    code = "from fcvit_jax.convert.downloads import locate; print(locate('hf-hub:timm/vit'))"
+    code = "from fcvit_jax.convert.downloads import locate; print(locate('hf-hub:timm/vit', print))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == str(online)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert locate("hf-hub:timm/vit") == online
-    refuse("hf-hub:timm/other: the cache lacks its weights, and HF_HUB_OFFLINE is set", locate, "hf-hub:timm/other")
+    assert locate("hf-hub:timm/vit", anything) == online
+    refuse(
+        "hf-hub:timm/other: the cache lacks its weights, and HF_HUB_OFFLINE is set",
+        locate,
+        "hf-hub:timm/other",
+        anything,
+    )
     assert len(hub.asked) == count
 
 
 def test_hub_unreachable(hub, monkeypatch):
     hub.repositories["timm/vit"] = {"model.safetensors": b"weights"}
-    online = locate("hf-hub:timm/vit")
+    online = locate("hf-hub:timm/vit", anything)
     waits = []
     monkeypatch.setattr("time.sleep", waits.append)
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", "http://127.0.0.1:1/{repo_id}/{revision}/{filename}")
-    assert locate("hf-hub:timm/vit") == online
+    assert locate("hf-hub:timm/vit", anything) == online
     waits.clear()
-    refuse("the cache lacks its weights, and the hub cannot be reached", locate, "hf-hub:timm/other")
+    refuse("the cache lacks its weights, and the hub cannot be reached", locate, "hf-hub:timm/other", anything)
     assert len(waits) <= 5  # waited for once, not for every file
 
 
@@ -482,9 +503,9 @@ def test_hub_shards(hub):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
     files = {"model.safetensors.index.json": json.dumps(index).encode(), "model-1.safetensors": b"1"}
     hub.repositories["timm/vit"] = files
-    refuse("names 'model-2.safetensors', which is not there", locate, "hf-hub:timm/vit")
+    refuse("names 'model-2.safetensors', which is not there", locate, "hf-hub:timm/vit", anything)
     files["model-2.safetensors"] = b"2"
-    path = locate("hf-hub:timm/vit")
+    path = locate("hf-hub:timm/vit", anything)
     assert path.name == "model.safetensors.index.json"
     assert [(path.parent / f"model-{k}.safetensors").read_bytes() for k in (1, 2)] == [b"1", b"2"]
 
@@ -500,15 +521,16 @@ def test_hub_bad_index(hub, index):
         "hf-hub:timm/vit: its pytorch_model.bin.index.json: (is damaged|names .* no plain file name)",
         locate,
         "hf-hub:timm/vit",
+        anything,
     )
 
 
 def test_hub_shard_offline(hub, monkeypatch):
     index = json.dumps({"weight_map": {"a": "model-1.safetensors"}}).encode()
     hub.repositories["timm/vit"] = {"model.safetensors.index.json": index}
-    refuse("not there", locate, "hf-hub:timm/vit")
+    refuse("not there", locate, "hf-hub:timm/vit", anything)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    refuse("the cache lacks 'model-1.safetensors', and HF_HUB_OFFLINE is set", locate, "hf-hub:timm/vit")
+    refuse("the cache lacks 'model-1.safetensors', and HF_HUB_OFFLINE is set", locate, "hf-hub:timm/vit", anything)
 
 
 def test_hub_refusals(hub):
@@ -521,7 +543,7 @@ def test_hub_refusals(hub):
         "hf-hub:timm/a/b": "not of the form",
         "hf-hub:timm/a--b": "is no name of a repository",
     }.items():
-        assert refuse(told, locate, source).startswith(f"{source}: ")
+        assert refuse(told, locate, source, anything).startswith(f"{source}: ")
 
 
 def test_a_hub_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
@@ -532,4 +554,5 @@ def test_a_hub_cache_that_cannot_be_written(hub, tmp_path, monkeypatch):
         "hf-hub:timm/vit: the hub cannot be used .*: check the network, the token and the disk",
         locate,
         "hf-hub:timm/vit",
+        anything,
     )

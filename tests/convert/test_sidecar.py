@@ -8,6 +8,7 @@ from PIL import Image
 from fcvit_jax.convert.sidecar import Sidecar, read_sidecar
 from fcvit_jax.data.preprocess import Preprocess, preset
 from fcvit_jax.errors import InputError
+from fcvit_jax.models import zoo
 
 HALF = [0.5, 0.5, 0.5]
 VIT = {"model_type": "vit", "num_attention_heads": 4}
@@ -330,3 +331,17 @@ def test_a_name_of_timm_tells_gelu_and_epsilon(name, fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIMM | {"architecture": name}))
     found = read_sidecar(tmp_path / "model.safetensors").fields
     assert {key: found[key] for key in ("gelu", "norm_eps") if key in found} == fields
+
+
+def test_what_timm_publishes_with_each_name_of_the_zoo_agrees_with_it(read):
+    """A name of the zoo is downloaded from timm's repository on the hub, whose config.json must not contradict it."""
+    models = pytest.importorskip("timm.models")
+    for name in zoo.names():
+        if "." not in name or ".tv_" in name:
+            continue
+        cfg, model = models.get_pretrained_cfg(name).to_dict(), zoo.get(name)
+        published = {"architecture": cfg["architecture"], "global_pool": "token", "pretrained_cfg": cfg}
+        found = read(published)
+        fields = {field: value for field, value in found.fields.items() if field != "pool"}
+        assert fields == {field: getattr(model.config, field) for field in fields}, name
+        assert found.preprocess == model.preprocess, name
