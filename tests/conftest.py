@@ -26,7 +26,10 @@ def xla_rejects_its_own_programs() -> bool:
 
 # By environment variable, for the processes that tests start too.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # LLVM's: most of what a test takes is compiling
+# Most of a test's time is compiling: without LLVM's optimizations, with XLA's older emitter of loops and one thread per
+# program, nine tests of models took 20 instead of 46 s of CPU time (JAX 0.10.2, 2026-11-28).
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1")
 if not xla_rejects_its_own_programs():
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
@@ -41,8 +44,62 @@ jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES
 jax.config.update("jax_default_matmul_precision", "highest")
 
 LONG = ("test_train.py", "test_end_to_end.py", "test_evaluate.py", "test_html.py", "test_browser.py")
-# By file, the tests that get the marker `slow`; all of a file where none is named.
-SLOW: dict[str, tuple[str, ...]] = {}
+# The tests that get the marker `slow`, by file; all of a file if none is named. After a bracket: one parametrisation.
+SLOW: dict[str, tuple[str, ...]] = {
+    "test_allocator.py": (),
+    "test_benchmarks.py": (),
+    "test_end_to_end.py": (
+        "test_real_photos_under_five_schedules",
+        "test_training_ends_in_a_checkpoint_that_evaluates",
+    ),
+    "test_evaluate.py": (
+        "test_a_process_that_is_killed_is_missed_by_the_others",
+        "test_how_processes_find_each_other_is_told_in_one_line",
+        "test_killed_at_any_moment_on_any_devices_it_ends_in_the_same_outcomes",
+        "test_memory_does_not_grow_by_pixels",
+        "test_one_device_eight_devices_and_two_processes_count_the_same",
+        "test_where_one_process_fails_the_others_end_at_once_and_each_says_a_line",
+    ),
+    "convert/test_fuzz.py": (),
+    "evaluation/test_accuracy.py": ("test_every_image_counts_once_on_any_number_of_devices[8-8",),
+    "export/test_export.py": ("test_the_documentation_runs_as_written",),
+    "models/test_flops.py": ("test_every_layer_agrees_with_xla",),
+    "models/test_fused.py": (
+        "test_a_model_computes_the_same_by_either_kernels[dense",
+        "test_a_model_computes_the_same_by_either_kernels[s1winc2_r8",
+        "test_each_of_several_devices_runs_triton_s_programs_on_its_own_images",
+        "test_triton_merges_and_norms",
+    ),
+    "models/test_merging.py": ("test_gradient_and_vmap", "test_window_by_window_equals_each_window_alone"),
+    "models/test_parity.py": (
+        "test_dense_logits_on_real_photos_equal_timm",
+        "test_merged_logits_on_real_photos_equal_the_reference",
+        "test_small_models_equal_timm_and_the_reference[local:1",
+        "test_the_comparison_can_fail",
+    ),
+    "models/test_vit.py": ("test_remat_gives_the_same_gradient",),
+    "models/test_zoo.py": ("test_every_name_agrees_with_timm",),
+    "flatness/test_main.py": ("test_a_run_is_measured_into_its_own_directory",),
+    "flatness/test_measurement.py": ("test_the_loss_is_plain_cross_entropy",),
+    "training/test_step.py": (
+        "test_a_resumed_run_draws_what_the_whole_run_drew",
+        "test_four_microbatches_take_less_than_a_third_of_the_memory",
+        "test_one_device_equals_eight",
+        "test_remat_changes_nothing",
+        "test_training_learns_in_one_compilation[bfloat16",
+    ),
+    "training/test_train.py": (
+        "test_a_checkpoint_goes_on_where_it_ended_on_several_devices",
+        "test_a_run_that_an_unreadable_image_ended_goes_on_without_it",
+        "test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for",
+        "test_flatness_is_measured_at_the_end_where_it_is_asked_for",
+        "test_killed_at_any_moment_it_ends_in_the_same_parameters",
+        "test_sharded_leaves_are_trained_to_the_same",
+        "test_sigterm_saves_and_loses_no_step",
+        "test_two_processes_equal_one",
+        "test_unreadable_images_stop_it_or_are_skipped_and_counted_through_a_restart",
+    ),
+}
 SHARED = ROOT.parent / "shared"
 
 
@@ -88,19 +145,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def mark_slow(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what `SLOW` names. Where whole files were collected, a name that no test has is an error."""
-    found: dict[str, set[str]] = {}
-    for item in items:
-        file = item.path.relative_to(ROOT / "tests").as_posix()
-        name = getattr(item, "originalname", item.name)
-        found.setdefault(file, set()).add(name)
-        if file in SLOW and (not SLOW[file] or name in SLOW[file]):
-            item.add_marker("slow")
-    absent = [file for file in SLOW if not (ROOT / "tests" / file).exists()]
-    if not any("::" in argument for argument in config.args):
-        absent += [f"{file}::{name}" for file in SLOW.keys() & found for name in {*SLOW[file]} - found[file]]
-    if absent:
-        raise pytest.UsageError(f"tests/conftest.py: SLOW names what does not exist: {', '.join(sorted(absent))}")
+    """Mark what `SLOW` names. A file that does not exist is an error; so is a name that no test of its file has."""
+    unmatched = {}
+    for file, names in SLOW.items():
+        inside = [item for item in items if item.path == ROOT / "tests" / file]
+        for name in names or ("",):
+            start = name if "[" in name or not name else f"{name}["
+            matching = [item for item in inside if f"{item.name}[".startswith(start)]
+            for item in matching:
+                item.add_marker("slow")
+            whole = inside and not any("::" in argument for argument in config.args)
+            if not matching and (whole or not (ROOT / "tests" / file).exists()):
+                unmatched[f"{file} {name}".strip()] = True
+    if unmatched:
+        raise pytest.UsageError(f"tests/conftest.py: SLOW has what no test matches: {', '.join(unmatched)}")
 
 
 def shared(relative: str) -> Path:

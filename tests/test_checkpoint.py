@@ -20,7 +20,7 @@ PREPROCESS = preset("timm/augreg", (16, 16))
 
 @pytest.fixture
 def params():
-    return ViT(CONFIG).init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    return jax.jit(ViT(CONFIG).init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
 
 
 @pytest.fixture

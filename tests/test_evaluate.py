@@ -44,7 +44,7 @@ PIXELS = RNG.integers(0, 256, (13, 16, 16, 3), dtype=np.uint8)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    params = fc.ViT(CONFIG).init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    params = jax.jit(fc.ViT(CONFIG).init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
     leaves, tree = jax.tree.flatten(params)
     noisy = [np.asarray(leaf) + RNG.normal(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
     path = tmp_path_factory.mktemp("weights") / "checkpoint"
@@ -501,6 +501,7 @@ def less_gloo(output):
     return GLOO.sub("", output).strip()
 
 
+@pytest.mark.devices(8)
 def test_one_device_eight_devices_and_two_processes_count_the_same(checkpoint, folder, run, tmp_path):
     fields = dict(checkpoint=checkpoint, dataset=f"folder:{folder}", schedules=",".join(SCHEDULES), batch_size=8)
     both = start_two(tmp_path / "two", throughput_blocks=1, **fields)

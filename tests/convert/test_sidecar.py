@@ -210,7 +210,7 @@ def test_a_config_that_is_not_supported(config, says, read):
         ({"do_center_crop": True, "crop_size": 32}, "another share of size (32, 48) in height than in width"),
         ({"do_center_crop": True}, "crop_size None, expected a size in pixels"),
         ({"image_mean": None}, "image_mean None, expected list"),
-        ({"image_std": [127.5] * 3}, "preprocess.std is (127.5, 127.5, 127.5): it must be 3 numbers, above 0"),
+        ({"image_std": [127.5] * 3}, "preprocess.std is [127.5, 127.5, 127.5]: it must be 3 numbers, above 0"),
     ],
 )
 def test_pixels_that_cannot_be_expressed(stated, says, read):

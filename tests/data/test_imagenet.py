@@ -39,5 +39,5 @@ def test_no_image_has_more_real_labels():
 def test_without_the_list_the_mend_is_told(monkeypatch):
     imagenet.synsets.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="comes with tensorflow-datasets; reinstall it"):
+    with pytest.raises(InputError, match="comes with tensorflow-datasets: reinstall it"):
         imagenet.synsets()

@@ -259,7 +259,7 @@ def test_real_has_several_labels_or_none(tmp_path):
     assert {record.name: record.label for record in source} == {"a": (970, 795), "b": (), "c": (3,)}
     examples[0]["real_label"] = [*range(10)]
     prepare(tmp_path / "more", features, {"validation": examples[:1]}, "Imagenet2012Real")
-    with pytest.raises(InputError, match="a has 10 labels, and at most 9 are expected"):
+    with pytest.raises(InputError, match="a has 10 labels; at most 9 are expected"):
         open_source(f"tfds:imagenet2012_real/validation@{tmp_path / 'more'}")[0]
 
 

@@ -42,7 +42,7 @@ def noise(count, size=16):
 
 @pytest.fixture(scope="module")
 def params():
-    params = ViT(CONFIG).init(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    params = jax.jit(ViT(CONFIG).init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     return tree.unflatten([x + 0.3 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)])
@@ -94,7 +94,9 @@ def test_a_batch_in_parts_has_the_outcome_of_the_whole(params, labels, devices, 
     mask = jnp.asarray([True] * 7 + [False])
     several = labels.shape[1] if labels.ndim > 1 else 1
     labels, model = jnp.asarray(labels, jnp.int32), ViT(CONFIG, MergeSchedule.parse("tome_r3", 3))
-    whole, logits = eval_step(model, PREPROCESS, (0, 3, 4, 5), params, images, labels, mask)
+    whole, logits = jax.jit(eval_step, static_argnums=(0, 1, 2))(
+        model, PREPROCESS, (0, 3, 4, 5), params, images, labels, mask
+    )
     monkeypatch.setattr(compiling, "_TOKENS", 2 * devices * CONFIG.num_tokens)
     mesh = mesh_of(devices)
     params = jax.device_put(params, parallel.replicated(mesh))

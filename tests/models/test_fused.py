@@ -161,7 +161,7 @@ def test_a_model_computes_the_same_by_either_kernels(schedule):
     config = fc.ViTConfig((64, 64), 8, 64, 4, 4, 128, num_classes=5)
     merges = fc.MergeSchedule.parse(schedule, 4)
     images = jax.random.normal(jax.random.key(3), (3, 64, 64, 3))
-    params: Any = fc.ViT(config).init(jax.random.key(4), images)["params"]
+    params: Any = jax.jit(fc.ViT(config).init)(jax.random.key(4), images)["params"]
     # Of a trained model's magnitude, which a new one's head is not.
     params["head"]["kernel"] = jax.random.normal(jax.random.key(5), params["head"]["kernel"].shape)
     plain, ours = (
@@ -202,7 +202,7 @@ def test_each_of_several_devices_runs_triton_s_programs_on_its_own_images():
     config = fc.ViTConfig((32, 32), 8, 32, 2, 2, 64, num_classes=5)
     schedule = fc.MergeSchedule.parse("tome_r3", 2)
     images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3), jnp.bfloat16)
-    params = fc.ViT(config).init(jax.random.key(1), images.astype(jnp.float32))["params"]
+    params = jax.jit(fc.ViT(config).init)(jax.random.key(1), images.astype(jnp.float32))["params"]
     params["head"]["kernel"] = jax.random.normal(jax.random.key(2), (32, 5))
 
     def program(kernels, count):

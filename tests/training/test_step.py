@@ -142,8 +142,10 @@ def test_the_average_follows_its_formula():
     assert_close(state.ema, expected, atol=1e-6)
 
 
+@pytest.mark.devices(8)
 def test_one_device_equals_eight():
     mesh = parallel.data_mesh()
+    assert mesh.size == 8
     results = []
     for spread in (False, True):
         state, step = make(sam=SAMConfig(microbatches=2), targets=MIXED, params=PARAMS, ema=0.9, dropout=0.1)
