@@ -92,7 +92,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_checkpoint_goes_on_where_it_ended_on_several_devices",
         "test_a_run_that_an_unreadable_image_ended_goes_on_without_it",
         "test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for",
-        "test_flatness_is_measured_at_the_end_where_it_is_asked_for",
+        "test_flatness_is_measured_at_the_end_if_asked_for",
         "test_killed_at_any_moment_it_ends_in_the_same_parameters",
         "test_sharded_leaves_are_trained_to_the_same",
         "test_sigterm_saves_and_loses_no_step",
