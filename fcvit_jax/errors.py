@@ -1,26 +1,19 @@
-"""What a user did wrong is told in one line; a traceback is kept for mistakes of ours."""
+"""Errors of users end in one line; tracebacks are for bugs of ours."""
 
 import argparse
 import contextlib
-import math
-import numbers
 import sys
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import NoReturn
 
 
 class InputError(ValueError):
-    """Bad input: the message is one line that names the file or field, what is wrong and the mend."""
-
-
-def is_number(value: Any, low: float = 0, high: float = math.inf) -> bool:
-    """Whether a field's value is a number, low <= value < high. Python counts bool among them; here it is none."""
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and low <= float(value) < high
+    """Bad input: the message is one line that names the file or field, what is wrong, and the fix."""
 
 
 @contextlib.contextmanager
 def naming(name: object) -> Iterator[None]:
-    """Put the name of a file in front of the complaint of what does not know it."""
+    """Put the name of a file before the messages of errors raised inside."""
     try:
         yield
     except InputError as error:
@@ -41,7 +34,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A command line whose mistakes are told in one line too."""
+    """A command line whose own errors are one line too."""
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (--help tells more)\n")
+        self.exit(2, f"error: {message} (see --help)\n")

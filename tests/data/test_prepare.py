@@ -173,7 +173,7 @@ def test_a_place_that_cannot_be_written_is_told(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, message in (
         ([folder, tmp_path / "file"], "file cannot be written: File exists"),
-        ([folder], "the following arguments are required: OUT (--help tells more)"),
+        ([folder], "the following arguments are required: OUT (see --help)"),
         ([tmp_path / "absent", tmp_path / "data"], "there is no folder"),
     ):
         with pytest.raises(SystemExit, match="2"):

@@ -93,8 +93,8 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, write_run, cap
     [
         (["absent"], "error: absent does not exist: give a working directory of evaluate.py or a results.jsonl\n"),
         (["run", "--csv", "no/where.csv"], "error: no/where.csv cannot be written (No such file or directory): "),
-        (["run", "--html"], "error: argument --html: expected one argument (--help tells more)\n"),
-        ([], "error: the following arguments are required: RESULTS (--help tells more)\n"),
+        (["run", "--html"], "error: argument --html: expected one argument (see --help)\n"),
+        ([], "error: the following arguments are required: RESULTS (see --help)\n"),
     ],
 )
 def test_mistakes_are_told_in_one_line(tmp_path, write_run, capsys, monkeypatch, arguments, message):
