@@ -296,9 +296,9 @@ def test_another_configuration_is_refused_with_what_differs(whole, devices):
 
 
 def test_other_data_than_those_of_the_run_are_refused(tmp_path, devices, stop_at):
-    train, test, spare = tmp_path / "train", tmp_path / "test", tmp_path / "spare.png"
+    training, testing, spare = tmp_path / "train", tmp_path / "test", tmp_path / "spare.png"
     changes = dict(batch_size=16, epochs=3.0, schedules="dense")
-    config = tiny(train=photos(train), test=photos(test, count=4), **changes)
+    config = tiny(train=photos(training), test=photos(testing, count=4), **changes)
     stop_at(2)
     assert train(config, tmp_path / "run") is None
     stop_at(1000)
@@ -307,18 +307,18 @@ def test_other_data_than_those_of_the_run_are_refused(tmp_path, devices, stop_at
         with pytest.raises(fc.InputError, match=rf"holds a run of .* \({told}\): choose another --workdir"):
             train(config, tmp_path / "run")
 
-    for folder, told in ((train, "images.train 32 there, 31 here"), (test, "images.test 8 there, 7 here")):
+    for folder, told in ((training, "images.train 32 there, 31 here"), (testing, "images.test 8 there, 7 here")):
         (folder / "bright" / "00.png").rename(spare)
         refused(told)
         spare.rename(folder / "bright" / "00.png")
-    for folder in (train, test):
+    for folder in (training, testing):
         (folder / "dark").rename(folder / "dusk")
     refused("labels.1 'dark' there, 'dusk' here")
-    for folder in (train, test):
+    for folder in (training, testing):
         (folder / "dusk").rename(folder / "dark")
         (folder / "third").mkdir()
     refused("labels.2 None there, 'third' here")
-    for folder in (train, test):
+    for folder in (training, testing):
         (folder / "third").rmdir()
     assert train(config, tmp_path / "run") is not None
 
@@ -420,7 +420,7 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
         ({"warmup_epochs": 1.0}, "warmup_epochs is 1.0: it must be below epochs, 1.0"),
         ({"sam.rho": -1.0}, "sam.rho is -1.0"),
         ({"optimizer.learning_rate": None}, "optimizer.learning_rate is None: it must be a number, 0 or more"),
-        ({"model.gelu_kind": "exact"}, "model.gelu_kind: there is no such field; the fields are image_size,"),
+        ({"model.colour": 3}, "model.colour: there is no such field; the fields are image_size,"),
         ({"model.dept": 3}, "model.dept: there is no such field; did you mean 'depth'?"),
         ({"sam.microbatches": 3}, "it must be a multiple of sam.microbatches, 3"),
         ({"optimizer.name": "adam"}, "optimizer.name is 'adam': choose one of"),
@@ -492,6 +492,7 @@ def test_a_published_model_is_converted_once_and_not_taken_for_another(tmp_path,
 def test_a_run_from_nowhere_asks_for_a_checkpoint_and_one_over_its_source_is_refused(tmp_path):
     config = defaults()
     config.train = config.test = "digits:train"
+    config.optimizer.learning_rate = 1e-3
     for preprocess in (None, "timm/augreg"):
         config.preprocess = preprocess
         with pytest.raises(fc.InputError, match=r"checkpoint is missing: set --config\.checkpoint=\.\.\., or"):
@@ -635,7 +636,7 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path, devices):
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
         pytest.skip("no file system may be mounted here")
     try:
-        (disk / "full").write_bytes(bytes(2**21 - 2**17))
+        (disk / "full").write_bytes(bytes(2**21 - 2**16))  # a state has 118 kB
         with pytest.raises(fc.InputError, match=r"cannot be written \(the disk is full.*\): make room"):
             train(tiny(epochs=0.25, warmup_epochs=0.0), disk)
     finally:
