@@ -1,5 +1,7 @@
 """fcvit_jax: Vision Transformers made cheaper at inference without training, in JAX and Flax.
 
+import jax
+
 import fcvit_jax as fc
 
 rows = fc.evaluate("packaged:digits", "digits:test", ["dense", "tome_r12"])
@@ -7,7 +9,7 @@ rows = fc.evaluate("packaged:digits", "digits:test", ["dense", "tome_r12"])
 checkpoint = fc.load_checkpoint("packaged:digits")
 schedule = fc.MergeSchedule.parse("s2winc5_r8", checkpoint.config.depth)
 model = fc.ViT(checkpoint.config, schedule=schedule)
-logits, out = model.apply({"params": checkpoint.params}, images)
+logits, out = jax.jit(model.apply)({"params": checkpoint.params}, images)
 """
 
 from fcvit_jax.checkpoint import Checkpoint as Checkpoint
