@@ -25,7 +25,7 @@ class AtRandom(fc.rules.Rule):
         if not self.prune:
             return matching
         assert matching.order is not None
-        leaving = matching.order[:, layer.tokens_out :, None] == jnp.arange(layer.tokens_in)
+        leaving = matching.order[:, layer.tokens_out :, None] == jnp.arange(layer.tokens_in)[None, None]
         return dataclasses.replace(matching, weight=jnp.where(leaving.any(axis=1), 0.0, size))
 
     def macs(self, layer, config):
@@ -114,7 +114,8 @@ def test_in_training(digits, tmp_path):
         optimizer=fc.OptimizerConfig(learning_rate=1e-4),
         tensorboard=False,
     )
-    result = fc.train(config, tmp_path)
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as users have them
+        result = fc.train(config, tmp_path)
     assert int(result.state.step) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state.params))
 

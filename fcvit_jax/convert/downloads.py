@@ -83,7 +83,11 @@ def download(url: str, check: Check, sha256: str | None = None) -> Path:
     import requests
 
     def check_response(response: requests.Response, **kwargs: Any) -> None:
-        _check_response(response, sha256)
+        try:
+            _check_response(response, sha256)
+        except InputError:
+            response.close()
+            raise
 
     def fetch(url: str, output_file: Any, pooch_: Any, **kwargs: Any) -> None:
         # The total is pooch's to set. Silent unless standard error is a terminal.
@@ -109,6 +113,7 @@ def download(url: str, check: Check, sha256: str | None = None) -> Path:
             downloader: Any = fetch
             return Path(pooch.retrieve(url, None, cached.name, folder, downloader=downloader))
         except requests.HTTPError as error:
+            error.response.close()
             raise InputError(_refusal(error.response)) from error
         except requests.RequestException as error:
             cause = getattr(error.args[0] if error.args else None, "reason", error)  # urllib3's, without its wrapping

@@ -291,7 +291,7 @@ def test_a_silent_server(serve, monkeypatch):
 
 def test_a_cache_that_cannot_be_written(site, cache):
     cache.write_text("a file")
-    refuse("cache cannot be written .*: make room, or set FCVIT_JAX_CACHE", download, site.address, anything)
+    refuse("cache.* cannot be written .*: make room, or set FCVIT_JAX_CACHE", download, site.address, anything)
 
 
 def test_expected_sha256():

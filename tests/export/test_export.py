@@ -168,6 +168,7 @@ def test_a_program_has_the_precision_of_its_dtype(checkpoint, tmp_path):
         assert asked or precision == "DEFAULT"  # which need not be written
 
 
+@pytest.mark.devices(8)
 def test_a_batch_may_be_spread_over_devices(checkpoint, tmp_path):
     out = fc.export(checkpoint, "s2winc2_r6", 8, tmp_path / "out")
     program, params = read(out, "s2winc2_r6_b8")
