@@ -48,6 +48,11 @@ LONG = ("test_train.py", "test_end_to_end.py", "test_evaluate.py", "test_html.py
 SLOW: dict[str, tuple[str, ...]] = {
     "test_allocator.py": (),
     "test_benchmarks.py": (),
+    "test_docs.py": (
+        "test_the_command_runs_as_written[vit_b_32.pth",
+        "test_the_command_runs_as_written[ViT-B_32.npz",
+        "test_the_python_example_runs_as_written",
+    ),
     "test_end_to_end.py": (
         "test_real_photos_under_five_schedules",
         "test_training_ends_in_a_checkpoint_that_evaluates",
@@ -76,11 +81,21 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_merged_logits_on_real_photos_equal_the_reference",
         "test_small_models_equal_timm_and_the_reference[local:1",
         "test_the_comparison_can_fail",
+        "test_proportional_attention_can_be_left_out",
     ),
     "models/test_vit.py": ("test_remat_gives_the_same_gradient",),
     "models/test_zoo.py": ("test_every_name_agrees_with_timm",),
-    "flatness/test_main.py": ("test_a_run_is_measured_into_its_own_directory",),
+    "flatness/test_main.py": (
+        "test_two_checkpoints_are_compared",
+        "test_a_run_is_measured_into_its_own_directory",
+    ),
     "flatness/test_measurement.py": ("test_the_loss_is_plain_cross_entropy",),
+    "test_own_model.py": ("test_the_linen_model_merges_as_ours[dense", "test_the_nnx_model_merges_as_ours[dense"),
+    "test_own_rule.py": ("test_under_vmap_and_grad",),
+    "test_parallel.py": (
+        "test_nothing_but_an_exit_at_once_ends_a_process_that_waits_in_an_exchange",
+        "test_of_three_processes_that_wait_and_one_that_fails_each_says_one_line",
+    ),
     "training/test_step.py": (
         "test_a_resumed_run_draws_what_the_whole_run_drew",
         "test_four_microbatches_take_less_than_a_third_of_the_memory",
@@ -90,6 +105,8 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "training/test_train.py": (
         "test_a_checkpoint_goes_on_where_it_ended_on_several_devices",
+        "test_a_run_of_a_notebook",
+        "test_fine_tuning_replaces_the_head_and_resamples",
         "test_a_run_that_an_unreadable_image_ended_goes_on_without_it",
         "test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for",
         "test_flatness_is_measured_at_the_end_if_asked_for",

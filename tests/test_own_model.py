@@ -1,5 +1,6 @@
 """The examples of docs/own_model.md, run as written, against the library's own model with the same weights."""
 
+import functools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ CONFIG = fc.ViTConfig((32, 32), 4, 48, 4, 3, 192, num_classes=10)
 SCHEDULES = ["dense", "tome_r9", "s2winc3_r12"]
 
 
+@functools.cache
 def run(text: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "example"}
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as users have them
@@ -62,7 +64,7 @@ def test_the_linen_model_merges_as_ours(schedule):
     images = jax.random.normal(jax.random.key(99), (2, 32, 32, 3))
     model = names["ViT"](fc.MergeSchedule.parse(schedule, 4))
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
-        logits, features = model.apply({"params": traverse_util.unflatten_dict(leaves, sep="/")}, images)
+        logits, features = jax.jit(model.apply)({"params": traverse_util.unflatten_dict(leaves, sep="/")}, images)
     check(logits, features, leaves, schedule, images)
 
 
@@ -78,7 +80,7 @@ def test_the_nnx_model_merges_as_ours(schedule):
         leaves = {path: draw(leaf.shape, jax.random.key(i)) for i, (path, leaf) in enumerate(flat.items())}
         nnx.update(model, jax.tree.unflatten(jax.tree.structure(state), list(leaves.values())))
         images = jax.random.normal(jax.random.key(99), (2, 32, 32, 3))
-        logits, features = model(images)
+        logits, features = nnx.jit(model)(images)
     check(logits, features, leaves, schedule, images)
 
 

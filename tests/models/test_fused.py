@@ -165,7 +165,7 @@ def test_a_model_computes_the_same_by_either_kernels(schedule):
     # Of a trained model's magnitude, which a new one's head is not.
     params["head"]["kernel"] = jax.random.normal(jax.random.key(5), params["head"]["kernel"].shape)
     plain, ours = (
-        fc.ViT(config, merges, dtype=jnp.bfloat16, kernels=kernels).apply({"params": params}, images)[0]
+        jax.jit(fc.ViT(config, merges, dtype=jnp.bfloat16, kernels=kernels).apply)({"params": params}, images)[0]
         for kernels in ("xla", "interpreted" if INTERPRET else "triton")
     )
     assert float(jnp.abs(plain).max()) > 1
