@@ -99,12 +99,13 @@ def sweep(path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it. Raises InputError if that fails."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room and start again") from None
+    with told_in_one_line(path):
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def file_name(text: str) -> str:

@@ -125,7 +125,7 @@ def _classify_all(
         stack.enter_context(bar)
         for batch, outcomes, logits in classify(steps, inputs.params, batches, compare, times):
             with times("on the host"):
-                part = collect(batch, outcomes, inputs.mesh)
+                part = collect(batch, outcomes)
                 if inputs.config.save_logits:  # in a single process
                     counts = np.asarray(batch.mask)
                     journal.append(part, [np.asarray(logits[name])[counts] for name in steps])
