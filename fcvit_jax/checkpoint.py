@@ -21,7 +21,7 @@ import numpy as np
 from flax import traverse_util
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, naming
 from fcvit_jax.files import check_room, check_target, staged
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
@@ -53,24 +53,19 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
     directory is missing, without metadata, damaged, or written by a later version.
     """
     directory = _locate(path)
-    try:
-        meta = json.loads((directory / "meta.json").read_text())
-    except ValueError as error:
-        raise InputError(f"{directory / 'meta.json'} is damaged ({error}): convert the weights again") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    with naming(directory / "meta.json"):
+        try:
+            meta = json.loads((directory / "meta.json").read_text())
+        except ValueError as error:
+            raise InputError(f"the file is damaged ({error}): convert the weights again") from None
         found = meta.get("format") if isinstance(meta, dict) else None
-        raise InputError(
-            f"{directory / 'meta.json'}: format {found} is not {FORMAT}, which this version reads: convert again"
-        )
-    if missing := [
-        name for name in ("config", "preprocess", "provenance", "files") if type(meta.get(name)) is not dict
-    ]:
-        raise InputError(f"{directory / 'meta.json'} lacks {missing[0]!r}: convert the weights again")
-    try:
+        if found != FORMAT:
+            raise InputError(f"format {found} is not {FORMAT}, which this version reads: convert again")
+        for name in ("config", "preprocess", "provenance", "files"):
+            if type(meta.get(name)) is not dict:
+                raise InputError(f"the file lacks {name!r}: convert the weights again")
         config, preprocess = ViTConfig.from_dict(meta["config"]), Preprocess.from_dict(meta["preprocess"])
         _check_fit(config, preprocess, meta.get("class_names"))
-    except InputError as error:
-        raise InputError(f"{directory / 'meta.json'}: {error}") from error
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for name, sha256 in meta["files"].items():
         if file_sha256(directory / "params" / name) != sha256:

@@ -114,7 +114,7 @@ def test_bad_directories_are_told_in_one_line(saved, tmp_path):
     assert "blocks_0/attn/proj/bias is (16,), its configuration requires (32,)" in message(saved)
     for name, value, told in [
         ("image_size", 16, "image_size is 16"),
-        ("image_size", [16, 16, 16], "image_size is (16, 16, 16)"),
+        ("image_size", [16, 16, 16], "image_size is [16, 16, 16]"),
         ("depth", "2", "depth is '2': it must be int"),
         ("depth", 2.0, "depth is 2.0"),
         ("num_classes", -1, "num_classes is -1: it must be 0 or more"),

@@ -12,7 +12,6 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import Checkpoint
-from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
@@ -154,15 +153,13 @@ def _measure_speed(inputs: EvaluationInputs, steps: Mapping[str, CompiledStep], 
 
 def _draw(inputs: EvaluationInputs, folder: Path) -> None:
     """The gallery: what the first images are merged to."""
-    from fcvit_jax.evaluation.visualize import draw_gallery  # a command too
+    from fcvit_jax.evaluation.visualize import draw_gallery, first_images  # a command too
 
     checkpoint = inputs.checkpoint
     merged = [name for name in inputs.schedules if name != "dense"]
     places = np.linspace(0, len(merged) - 1, PANELS).round().astype(int) if merged else ()
     shown = {merged[place]: inputs.schedules[merged[place]] for place in places}
-    many = min(inputs.config.gallery, inputs.num_records)
-    with contextlib.closing(eval_batches(inputs.source, checkpoint.preprocess, many, limit=many)) as batches:
-        first = next(batches)
+    images, names = first_images(inputs.source, checkpoint, min(inputs.config.gallery, inputs.num_records))
     # On one device of this process: the others may have no part in it.
     alone = replace(checkpoint, params=jax.tree.map(np.asarray, checkpoint.params))
-    draw_gallery(alone, shown, np.asarray(first.images), first.names, folder, columns=4)
+    draw_gallery(alone, shown, images, names, folder, columns=4)
