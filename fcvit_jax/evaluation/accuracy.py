@@ -4,7 +4,7 @@ The pass yields the outcome of every image under every schedule; all counts are 
 """
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +22,6 @@ from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
-
-Comparison = Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]  # as `compile_divergence` gives it
 
 
 class Outcome(NamedTuple):
@@ -81,11 +79,6 @@ def _select(logits: jax.Array, scored: tuple[int, ...] | None) -> tuple[jax.Arra
     return logits[:, classes], classes
 
 
-def choose_kernels_for(schedule: MergeSchedule, dtype: str, mesh: jax.sharding.Mesh) -> str:
-    """Choose the implementation that computes a schedule on these devices. dtype: a key of `compiling.PRECISIONS`."""
-    return choose_kernels(compiling.computation(dtype)[0], mesh.devices.flat, schedule)
-
-
 @dataclass(frozen=True)
 class StepConfig:
     """What steps are compiled for: batches of one size, their rows spread over the devices of the mesh.
@@ -123,7 +116,7 @@ def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
     parallel.check_batch_size(batch_size, mesh)
     compute, precision = compiling.computation(config.dtype)
     schedule = model.schedule or MergeSchedule.dense(model.config.depth)
-    model = model.clone(dtype=compute, kernels=choose_kernels_for(schedule, config.dtype, mesh))
+    model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat, schedule))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
     several = (config.labels_per_image,) if config.labels_per_image > 1 else ()
@@ -168,7 +161,7 @@ def classify(
     steps: Mapping[str, CompiledStep],
     params: Any,
     batches: Iterable[Batch],
-    compare: Comparison | None = None,
+    compare: jax.stages.Compiled | None = None,
     times: Times | None = None,
 ) -> Iterator[tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]]:
     """Run every schedule on every batch: yields the batch, the outcomes on the host, and the logits on the device.
@@ -198,7 +191,7 @@ def classify(
 
 
 def _start(
-    steps: Mapping[str, CompiledStep], params: Any, batch: Batch, compare: Comparison | None
+    steps: Mapping[str, CompiledStep], params: Any, batch: Batch, compare: jax.stages.Compiled | None
 ) -> tuple[dict[str, Outcome], dict[str, jax.Array]]:
     outcomes, logits = {}, {}
     for name, step in steps.items():

@@ -20,8 +20,9 @@ from fcvit_jax.data import imagenet
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
 from fcvit_jax.data.labels import match_head, real_labels
 from fcvit_jax.data.sources import Source, open_source
-from fcvit_jax.evaluation.accuracy import StepConfig, choose_kernels_for
+from fcvit_jax.evaluation.accuracy import StepConfig
 from fcvit_jax.models import zoo
+from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule, Schedules, name_schedules
 from fcvit_jax.models.vit import cast_params
 from fcvit_jax.settings import check_settings, setting
@@ -72,15 +73,9 @@ class EvaluationInputs:
 
     @property
     def step_config(self) -> StepConfig:
-        source, config = self.source, self.config
-        return StepConfig(
-            self.checkpoint.preprocess,
-            self.mesh,
-            config.batch_size,
-            config.dtype,
-            source.scored,
-            source.labels_per_image,
-        )
+        preprocess, source, config = self.checkpoint.preprocess, self.source, self.config
+        batch_size, dtype = config.batch_size, config.dtype
+        return StepConfig(preprocess, self.mesh, batch_size, dtype, source.scored, source.labels_per_image)
 
     def batches(self, start: int = 0, limit: int | None = None) -> contextlib.closing[Generator[Batch, None, None]]:
         """This process's share of the batches, on the devices, from batch `start` on."""
@@ -105,7 +100,8 @@ class EvaluationInputs:
             for path, array in sorted(flat_params(checkpoint.params).items()):
                 weights.update(path.encode() + array.tobytes())
         weights.update(json.dumps([checkpoint.config.to_dict(), checkpoint.preprocess.to_dict()]).encode())
-        kernels = {choose_kernels_for(schedule, config.dtype, self.mesh) for schedule in self.schedules.values()}
+        compute, devices = PRECISIONS[config.dtype][0], self.mesh.devices.flat
+        kernels = {choose_kernels(compute, devices, schedule) for schedule in self.schedules.values()}
         return {
             "dataset": [self.source.spec, len(self.source), config.real_labels],
             "limit": config.limit,

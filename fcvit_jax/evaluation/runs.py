@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fcvit_jax.errors import InputError
 
 ResultRow = dict[str, Any]
@@ -59,6 +61,11 @@ def read_run(path: Path, rows: Sequence[ResultRow] | None = None) -> Run:
         rows = _read_rows(directory / "results.jsonl" if path.is_dir() else path)
     gallery = tuple(sorted((directory / "gallery").glob("*.png")))
     return Run(directory.resolve().name, tuple(rows), _read_per_class(directory / "per_class.json"), gallery)
+
+
+def titled(run: Run, text: str, runs: Sequence[Run]) -> str:
+    """The text, after the run's name if there are several runs."""
+    return f"{run.name}: {text}" if len(runs) > 1 else text
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
@@ -120,15 +127,10 @@ def _parse(line: str, place: str) -> ResultRow:
     if not isinstance(row, dict) or not isinstance(row.get("schedule"), str):
         raise InputError(f"{place}: not a result row, which is a JSON object with a schedule; run evaluate.py again")
     for field in MEASURED:
-        if row.get(field) is not None and not _is_number(row[field]):
-            raise InputError(
-                f"{place}: field {field!r} is {row[field]!r} and should be a number; run evaluate.py again"
-            )
+        value = row.get(field)
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+            raise InputError(f"{place}: field {field!r} is {value!r} and should be a number; run evaluate.py again")
     return row
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_per_class(path: Path) -> Mapping[str, Any] | None:
@@ -136,10 +138,8 @@ def _read_per_class(path: Path) -> Mapping[str, Any] | None:
         return None
     try:
         table = json.loads(path.read_text())
-        columns = [table["images"], *table["correct"].values()]
-        whole = all(len(column) == len(table["classes"]) and all(map(_is_number, column)) for column in columns)
+        if np.array([table["images"], *table["correct"].values()], np.int64).shape[1] == len(table["classes"]):
+            return table
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path} is damaged: remove it, or run evaluate.py again")
-    return table
+        pass
+    raise InputError(f"{path} is damaged: remove it, or run evaluate.py again")

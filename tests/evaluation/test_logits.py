@@ -52,9 +52,7 @@ def test_what_cannot_be_written_is_written_the_next_time(tmp_path):
     journal = append(Journal(tmp_path / "journal", {}), 0, 1, 2)
     occupied = tmp_path / "logits_dense-1-global-2-r3.npz"
     occupied.mkdir()
-    with pytest.raises(
-        InputError, match=r"the logits cannot be written \(Is a directory\): make room and run it again"
-    ):
+    with pytest.raises(InputError, match=r"cannot be written \(Is a directory\): make room, and run it again"):
         save_logits(tmp_path, NAMES, 3, journal, concatenate(PARTS))
     assert not list(tmp_path.glob(".*"))
     occupied.rmdir()
