@@ -6,7 +6,6 @@
 A directory is written under a temporary name beside its place and renamed at the end: it never exists in part.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -128,11 +127,8 @@ def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = 
 def versions() -> dict[str, str]:
     """Versions of this library and of the libraries that determine its numbers."""
     names = ("fcvit-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    found = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in names}
+    return {name: distribution.version for name, distribution in found.items() if distribution}
 
 
 def _locate(path: str | Path) -> Path:

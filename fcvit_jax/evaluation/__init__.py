@@ -16,8 +16,7 @@ from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
 from fcvit_jax.evaluation.inputs import EvaluationConfig, EvaluationInputs, open_inputs
-from fcvit_jax.evaluation.logits import save_logits
-from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_outcomes
+from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_logits, save_outcomes
 from fcvit_jax.evaluation.result_rows import class_table, cost_rows, result_rows
 from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput

@@ -183,7 +183,12 @@ def classify(
             with times("computing"):
                 fetched = jax.device_get(computing[1])  # which sorts by name
             outcomes = {name: fetched[name] for name in steps}
-            _check_finite(computing[0], outcomes)
+            for name, outcome in outcomes.items():
+                if broken := int((~outcome.finite).sum()):
+                    raise InputError(
+                        f"schedule {name}: the logits of {broken} of {(outcome.rank >= 0).sum()} images are not finite "
+                        f"({', '.join(computing[0].names[:3])}, ...); try another dtype"
+                    )
             yield computing[0], outcomes, computing[2]
         if started is None:
             return
@@ -201,15 +206,6 @@ def _start(
         for name, kl in compare(logits["dense"], others).items():
             outcomes[name] = outcomes[name]._replace(kl=kl)
     return outcomes, logits
-
-
-def _check_finite(batch: Batch, outcomes: Mapping[str, Outcome]) -> None:
-    for name, outcome in outcomes.items():
-        if broken := int((~outcome.finite).sum()):
-            raise InputError(
-                f"schedule {name}: the logits of {broken} of {(outcome.rank >= 0).sum()} images are not finite "
-                f"({', '.join(batch.names[:3])}, ...); try another dtype"
-            )
 
 
 @dataclass(frozen=True)

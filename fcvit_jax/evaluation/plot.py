@@ -42,15 +42,13 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     order = [name for name in families if name != "dense"]
     found = []
     for number, run in enumerate(runs):
-        grouped: dict[str, list[ResultRow]] = {}
-        for row in run.rows:
-            if row.get("top1") is not None:
-                grouped.setdefault(family(row["schedule"]), []).append(row)
-        for name, rows in grouped.items():
+        drawn = [row for row in run.rows if row.get("top1") is not None]
+        for name in dict.fromkeys(family(row["schedule"]) for row in drawn):
+            rows = tuple(row for row in drawn if family(row["schedule"]) == name)
             index = -1 if name == "dense" else order.index(name)
             colour = "#000000" if name == "dense" else COLOURS[index % len(COLOURS)]
             marker = number if len(runs) > 1 else index
-            found.append(Line(titled(run, name, runs), name, run, tuple(rows), colour, marker, number))
+            found.append(Line(titled(run, name, runs), name, run, rows, colour, marker, number))
     return found
 
 

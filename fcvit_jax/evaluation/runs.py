@@ -5,7 +5,7 @@ Rows of earlier versions lack fields, and a field that was not measured is null:
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -70,27 +70,32 @@ def titled(run: Run, text: str, runs: Sequence[Run]) -> str:
 
 def differences(runs: Sequence[Run]) -> list[str]:
     """List the conditions that differ between rows, a sentence each: such rows are no fair comparison."""
-    rows = [(run.name, row) for run in runs for row in run.rows]
-    conditions: dict[str, Callable[[ResultRow], Any]] = {
-        "preprocessing": lambda row: row.get("preprocess"),
-        "data sets": lambda row: " with ".join(filter(None, (row.get("dataset"), row.get("real_labels")))) or None,
-        "numbers of images": lambda row: row.get("num_images"),
-    }
-    for model in dict.fromkeys(row["model"] for _, row in rows if row.get("model")):
-        conditions[f"weights of the same model, {model},"] = lambda row, model=model: (
-            row.get("weights_sha256") if row.get("model") == model else None
-        )
-    conditions["devices, batches or dtypes (images/s)"] = _machine
+    found: dict[str, dict[Any, dict[str, None]]] = {}  # the names of the runs, by condition and value
+    for run in runs:
+        for row in run.rows:
+            for noun, value in _conditions(row).items():
+                if value:
+                    found.setdefault(noun, {}).setdefault(value, {})[run.name] = None
     sentences = []
-    for noun, value_of in conditions.items():
-        found: dict[Any, dict[str, None]] = {}  # the names of the runs by value; rows without one are left out
-        for name, row in rows:
-            if (value := value_of(row)) is not None:
-                found.setdefault(value, {})[name] = None
-        if len(found) > 1:
-            listed = "; ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
+    for noun, values in found.items():
+        if len(values) > 1:
+            listed = "; ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
             sentences.append(f"rows of different {noun} are compared: {listed}")
     return sentences
+
+
+def _conditions(row: ResultRow) -> dict[str, Any]:
+    """What comparable rows have in common; a value that is not known is None or empty."""
+    timed = all(row.get(key) for key in ("images_per_second", "num_devices", "device", "batch_size", "dtype"))
+    return {
+        "preprocessing": row.get("preprocess"),
+        "data sets": " with ".join(filter(None, (row.get("dataset"), row.get("real_labels")))),
+        "numbers of images": row.get("num_images"),
+        f"weights of the same model, {row.get('model')},": row.get("model") and row.get("weights_sha256"),
+        "devices, batches or dtypes (images/s)": (
+            f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}" if timed else None
+        ),
+    }
 
 
 def devices(row: ResultRow) -> str:
@@ -98,12 +103,6 @@ def devices(row: ResultRow) -> str:
     count, name = row.get("num_devices"), row.get("device")
     one_cpu = str(name).startswith("CPU") and count != 1 and row.get("num_processes", 1) == 1
     return f"{name} as {count} devices" if one_cpu else f"{count} x {name}"
-
-
-def _machine(row: ResultRow) -> str | None:
-    """What images/s depend on; None if the row was not timed."""
-    parts = [row.get(key) for key in ("images_per_second", "num_devices", "device", "batch_size", "dtype")]
-    return f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}" if all(parts) else None
 
 
 def _read_rows(path: Path) -> list[ResultRow]:

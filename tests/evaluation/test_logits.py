@@ -2,8 +2,7 @@ import numpy as np
 import pytest
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.logits import save_logits
-from fcvit_jax.evaluation.outcomes import Journal, Outcomes, concatenate
+from fcvit_jax.evaluation.outcomes import Journal, Outcomes, concatenate, save_logits
 
 NAMES = ("dense", "dense:1,global:2:r3")
 RNG = np.random.default_rng(0)
