@@ -69,7 +69,13 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
     for name, sha256 in meta["files"].items():
         if file_sha256(directory / "params" / name) != sha256:
             raise InputError(f"{directory / 'params' / name} is missing or damaged (a broken copy?): copy it again")
-    params = _restore(directory / "params", config, sharding)
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        # Compared beforehand: a restore that fails half-way complains from threads of its own.
+        place, abstract = (directory / "params").absolute(), abstract_params(config, sharding)
+        _check_shapes(str(directory / "params"), checkpointer.metadata(place).item_metadata.tree, abstract)
+        params = checkpointer.restore(place, abstract)
     return Checkpoint(directory, config, params, preprocess, meta)
 
 
@@ -190,13 +196,3 @@ def file_sha256(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _restore(path: Path, config: ViTConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        # Compared beforehand: a restore that fails half-way complains from threads of its own.
-        abstract = abstract_params(config, sharding)
-        _check_shapes(str(path), checkpointer.metadata(path.absolute()).item_metadata.tree, abstract)
-        return checkpointer.restore(path.absolute(), abstract)

@@ -86,19 +86,18 @@ def evaluate(
     rates = _measure_speed(inputs, steps, times)
     if outcomes is None:
         return []
-    if folder is None:
-        return result_rows(inputs, outcomes, steps, rates, times)
-    from fcvit_jax.evaluation.report import write_report  # a command too, which must not be imported before it runs
-
-    save_outcomes(folder / "outcomes.npz", list(inputs.schedules), outcomes)
-    table = class_table(outcomes, inputs.schedules, inputs.source.class_names)
-    write_whole(folder / "per_class.json", json.dumps(table).encode())
-    if gallery:
+    if folder and gallery:
         with times("pictures"):
             _draw(inputs, folder / "gallery")
     rows = result_rows(inputs, outcomes, steps, rates, times)
-    write_report(rows, folder)
-    forget(folder)
+    if folder:
+        from fcvit_jax.evaluation.report import write_report  # a command too, which must not be imported before it runs
+
+        save_outcomes(folder / "outcomes.npz", list(inputs.schedules), outcomes)
+        table = class_table(outcomes, inputs.schedules, inputs.source.class_names)
+        write_whole(folder / "per_class.json", json.dumps(table).encode())
+        write_report(rows, folder)
+        forget(folder)
     return rows
 
 
@@ -112,9 +111,7 @@ def _classify_all(
         with times("compiling"):
             compare = compile_divergence(others, inputs.checkpoint.config.num_classes, inputs.step_config)
     journal = open_journal(workdir, inputs) if workdir and first else Journal(None, {})
-    done = len(journal.parts)
-    if jax.process_count() > 1:
-        done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
+    done = int(multihost_utils.broadcast_one_to_all(np.int32(len(journal.parts))))
     with contextlib.ExitStack() as stack:
         if workdir and first:  # without a finished batch there is nothing to resume from
             stack.callback(lambda: None if journal.parts else forget(workdir))
@@ -123,12 +120,9 @@ def _classify_all(
         stack.enter_context(bar)
         for batch, outcomes, logits in classify(steps, inputs.params, batches, compare, times):
             with times("on the host"):
-                part = collect(batch, outcomes)
-                if inputs.config.save_logits:  # in a single process
-                    counts = np.asarray(batch.mask)
-                    journal.append(part, [np.asarray(logits[name])[counts] for name in steps])
-                elif first:
-                    journal.append(part)
+                part, saved = collect(batch, outcomes), steps if inputs.config.save_logits else ()
+                if first:
+                    journal.append(part, [np.asarray(logits[name])[np.asarray(batch.mask)] for name in saved])
             bar.update(min(size, total - bar.n))
     if not first:
         return None

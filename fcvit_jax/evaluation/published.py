@@ -80,12 +80,8 @@ def curves(model: str | None = None) -> tuple[Curve, ...]:
 
 def points(model: str | None) -> dict[str, Point]:
     """The points of one set of weights by schedule; if several sources have one, from the first in `published.json`."""
-    named: dict[str, Point] = {}
-    for curve in curves(model or ""):
-        for point in curve.points:
-            if point.schedule:
-                named.setdefault(point.schedule, point)
-    return named
+    found = [point for curve in curves(model or "") for point in curve.points]
+    return {point.schedule: point for point in reversed(found) if point.schedule}
 
 
 def fields(model: str | None, schedule: str) -> dict[str, float | None]:

@@ -45,8 +45,8 @@ def measure_throughput(
     for name, step in steps.items():
         seconds(step, 1)
         calls[name] = max(1, round(block_seconds / seconds(step, 1)))
-    if jax.process_count() > 1:  # all must make the same calls
-        calls = {name: int(many) for name, many in multihost_utils.broadcast_one_to_all(calls).items()}
+    # All processes must make the same calls.
+    calls = {name: int(many) for name, many in multihost_utils.broadcast_one_to_all(calls).items()}
     rates: dict[str, list[float]] = {name: [] for name in steps}
     for _ in parallel.progress(range(blocks), desc="timing", unit="block"):
         for name, step in steps.items():
