@@ -92,8 +92,7 @@ def save_checkpoint(
     """Write a checkpoint directory, atomically. One process calls this, with parameters that it holds whole.
 
     provenance: JSON-able facts about where the parameters come from. Raises InputError if `path` exists (with
-    `overwrite`: exists and is not a checkpoint), cannot be written or the disk is full, and if the parts do not fit
-    each other.
+    `overwrite`: and is not a checkpoint), cannot be written, or the parts do not fit each other.
     """
     path = check_target(path, overwrite, ENTRIES)
     _check_fit(config, preprocess, class_names)
@@ -146,19 +145,14 @@ def _locate(path: str | Path) -> Path:
             raise InputError(f"no packaged checkpoint {text!r}: choose one of {there}")
         return directory
     directory = Path(path).expanduser()
-    if directory.is_file():
-        raise InputError(
-            f"{directory} is a file, not a checkpoint directory: python -m fcvit_jax.convert {directory} OUT"
-        )
-    if not directory.is_dir():
-        raise InputError(f"{directory}: there is no such checkpoint directory")
     for candidate in (directory, directory / "checkpoint"):
         if (candidate / "meta.json").is_file():
             return candidate
-    raise InputError(
-        f"{directory} has no meta.json, so it is not a checkpoint directory: make one with "
-        f"python -m fcvit_jax.convert WEIGHTS OUT"
-    )
+    if not directory.exists():
+        raise InputError(f"{directory}: there is no such checkpoint directory")
+    kind = "has no meta.json" if directory.is_dir() else "is a file"
+    weights = "WEIGHTS" if directory.is_dir() else directory
+    raise InputError(f"{directory} {kind}: make a checkpoint directory: python -m fcvit_jax.convert {weights} OUT")
 
 
 def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any) -> None:
@@ -185,9 +179,9 @@ def leaf_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def _check_shapes(where: str, tree: Mapping[str, Any], abstract: Mapping[str, Any]) -> None:
     there, wanted = leaf_shapes(tree), leaf_shapes(abstract)
-    if odd := sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)):
-        name = odd[0]
-        raise InputError(f"{where}: {name} is {there.get(name)}, its configuration requires {wanted.get(name)}")
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
+            raise InputError(f"{where}: {name} is {there.get(name)}, its configuration requires {wanted.get(name)}")
 
 
 def file_sha256(path: Path) -> str | None:

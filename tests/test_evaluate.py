@@ -272,8 +272,8 @@ def test_memory_does_not_grow_by_pixels(run, monkeypatch):
     held = []
     append = Journal.append
 
-    def watch(self, outcomes):
-        append(self, outcomes)
+    def watch(self, outcomes, logits):
+        append(self, outcomes, logits)
         held.append(tracemalloc.get_traced_memory()[0])
 
     monkeypatch.setattr(Journal, "append", watch)

@@ -1,7 +1,4 @@
-"""Many schedules in one pass over the data: each image is decoded and sent to the device once.
-
-The pass yields the outcome of every image under every schedule; all counts are made from these outcomes.
-"""
+"""Many schedules in one pass over the data, which yields the outcome of every image under every schedule."""
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -108,10 +105,7 @@ class CompiledStep:
 
 
 def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
-    """Compile `eval_step`; the model's own dtype and kernels are replaced.
-
-    params: the parameters; the step must be called with parameters that lie on the devices in the same way.
-    """
+    """Compile `eval_step`, for parameters placed as these are; replaces the model's dtype and kernels."""
     batch_size, mesh = config.batch_size, config.mesh
     parallel.check_batch_size(batch_size, mesh)
     compute, precision = compiling.computation(config.dtype)
@@ -167,7 +161,7 @@ def classify(
     """Run every schedule on every batch: yields the batch, the outcomes on the host, and the logits on the device.
 
     While one batch is computed, the one before it is handed out and the one after it is waited for: never more, or they
-    would pile up in the device's memory. (A CPU may compute each when it is asked: `allocator`.)
+    would pile up in the device's memory.
 
     steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
     compare: from `compile_divergence`, for all schedules but dense; requires dense among the steps. times: gets the

@@ -50,13 +50,10 @@ def result_rows(
     rates: Mapping[str, Rate],
     times: Times,
 ) -> list[ResultRow]:
-    """Make one row a schedule, with all conditions.
-
-    images_per_second, images_per_second_spread, speedup: None if it was not timed.
-    """
+    """Make one row a schedule, with all conditions. images_per_second, its spread, speedup: None if not timed."""
     checkpoint, source, config = inputs.checkpoint, inputs.source, inputs.config
     provenance = checkpoint.meta.get("provenance", {})
-    names = list(inputs.schedules)
+    names, device = list(inputs.schedules), jax.devices()[0]
     dense, fastest = names.index("dense") if "dense" in names else None, rates.get("dense")
     conditions = {
         "checkpoint": inputs.checkpoint_name,
@@ -71,7 +68,7 @@ def result_rows(
         "batch_size": config.batch_size,
         "dtype": config.dtype,
         "kernels": None,  # each schedule has its own
-        "device": _device_name(),
+        "device": f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind,
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
         "versions": versions(),
@@ -128,14 +125,8 @@ def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> Resul
     """
     accuracy = Accuracy.of(outcomes.rank[index])
     low, high = wilson(accuracy.correct, accuracy.num_images)
-    fields: ResultRow = {
-        "top1": accuracy.top1,
-        "top1_low": low,
-        "top1_high": high,
-        "top5": accuracy.top5,
-        "correct": accuracy.correct,
-        "num_images": accuracy.num_images,
-    }
+    fields: ResultRow = {"top1": accuracy.top1, "top1_low": low, "top1_high": high, "top5": accuracy.top5}
+    fields |= {"correct": accuracy.correct, "num_images": accuracy.num_images}
     compared = dict.fromkeys(("gained", "lost", "mcnemar_p", "agreement", "kl"))
     if dense is None:
         return fields | compared
@@ -148,13 +139,5 @@ def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> Resul
 
 
 def _cost_fields(schedule: MergeSchedule, config: ViTConfig) -> ResultRow:
-    return {
-        "gmacs": flops.gmacs(config, schedule),
-        "gmacs_executed": flops.executed_gmacs(config, schedule),
-        "tokens_out": schedule.tokens(config)[-1],
-    }
-
-
-def _device_name() -> str:
-    device = jax.devices()[0]
-    return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    gmacs, executed = flops.gmacs(config, schedule), flops.executed_gmacs(config, schedule)
+    return {"gmacs": gmacs, "gmacs_executed": executed, "tokens_out": schedule.tokens(config)[-1]}

@@ -3,6 +3,7 @@
 Rows of earlier versions lack fields, and a field that was not measured is null: read them with `row.get`.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -119,10 +120,9 @@ def _read_rows(path: Path) -> list[ResultRow]:
 
 
 def _parse(line: str, place: str) -> ResultRow:
-    try:
+    row = None
+    with contextlib.suppress(ValueError):
         row = json.loads(line)
-    except ValueError:
-        row = None
     if not isinstance(row, dict) or not isinstance(row.get("schedule"), str):
         raise InputError(f"{place}: not a result row, which is a JSON object with a schedule; run evaluate.py again")
     for field in MEASURED:

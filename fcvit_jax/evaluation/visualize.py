@@ -62,10 +62,9 @@ class Panel(NamedTuple):
 
 
 def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray) -> list[Regions]:
-    """Find the regions after each layer.
+    """Find the regions after each layer; compiles once per schedule and batch size.
 
-    images: uint8 [b, height, width, 3], as `checkpoint.preprocess` gives them. Compiles once per schedule and batch
-    size. Raises InputError if the schedule or the images do not fit the model.
+    images: uint8 [b, height, width, 3], as `checkpoint.preprocess` gives them. Raises InputError if they do not fit.
     """
     config = checkpoint.config
     with jax.default_matmul_precision("highest"):  # as accuracy is measured: coarser keys merge other tokens
@@ -88,7 +87,7 @@ def _compiled(images: int, tokens: int) -> Callable[..., list[tuple[jax.Array, j
 
 
 def draw_regions(image: np.ndarray, token: np.ndarray, pruned: np.ndarray, patch_size: int, scale: int) -> np.ndarray:
-    """Fill and outline the regions of one image, uint8 [h, w, 3], enlarged by `scale`; hatch the pruned patches.
+    """Fill and outline the regions of an image, uint8 [h, w, 3], enlarged by `scale`; hatch the pruned patches.
 
     token, pruned: [grid_h, grid_w], as in `Regions`.
     """
@@ -115,7 +114,7 @@ def fill(image: np.ndarray, regions: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def outline(picture: np.ndarray, regions: np.ndarray, width: int = 1) -> np.ndarray:
-    """The picture, uint8 [h, w, 3], with a line `width` pixels wide along the inside of every region's border.
+    """Draw a line `width` pixels wide along the inside of every region's border on a picture, uint8 [h, w, 3].
 
     A region of several patches has one colour around all its parts; one of a single patch has a shade of its own.
     """
@@ -164,9 +163,8 @@ def draw_gallery(
 ) -> None:
     """Write `folder/NNN_name.png` for every image, each whole or not at all.
 
-    images: uint8 [n, height, width, 3], as `checkpoint.preprocess` gives them. stages: one row per schedule, one column
-    per layer of `stage_layers`. columns: panels in a row, without stages; by default all.
-    Raises InputError if the folder cannot be written, or a schedule or the images do not fit the model.
+    images: as in `regions`. stages: one row per schedule, one column per layer of `stage_layers`. columns: panels in a
+    row, without stages; by default all. Raises InputError as `regions` does, and if the folder cannot be written.
     """
     config = checkpoint.config
     checkpoint = replace(checkpoint, params=jax.device_put(checkpoint.params))  # once, and not with every call
@@ -177,16 +175,13 @@ def draw_gallery(
     with tqdm(desc="drawing", total=len(images) * len(schedules), unit="panel", leave=False, disable=None) as bar:
         for number, (image, name) in enumerate(zip(images, names, strict=True)):
             original = Panel("original", f"{config.grid[0]}x{config.grid[1]} patches", _enlarge(image, scale))
-            rows = []
-            for title, schedule in schedules.items():
-                rows.append(_panels(checkpoint, title, schedule, image, layers, scale))
+            panels = [original]
+            for row, (title, schedule) in enumerate(schedules.items()):
+                panels += [original] if stages and row else []
+                panels += _panels(checkpoint, title, schedule, image, layers, scale)
                 bar.update()
-            if stages:
-                rows = [[original, *row] for row in rows] or [[original]]
-            else:
-                panels = [original, *itertools.chain(*rows)]
-                many = columns or len(panels)
-                rows = [panels[start : start + many] for start in range(0, len(panels), many)]
+            many = 1 + len(layers) if stages else columns or len(panels)
+            rows = [panels[start : start + many] for start in range(0, len(panels), many)]
             picture = io.BytesIO()
             draw_sheet(rows).save(picture, "PNG")
             stem, suffix = os.path.splitext(name)
