@@ -1,7 +1,7 @@
 """Result rows: how accurate a schedule is and how certain that is, what it costs, how fast it runs."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep
 from fcvit_jax.evaluation.inputs import EvaluationInputs, Schedules, name_schedules
 from fcvit_jax.evaluation.outcomes import Outcomes
 from fcvit_jax.evaluation.runs import ResultRow
-from fcvit_jax.evaluation.statistics import mcnemar, per_class, sigmas, wilson
+from fcvit_jax.evaluation.statistics import mcnemar, sigmas, wilson
 from fcvit_jax.evaluation.throughput import Rate
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models import flops, zoo
@@ -98,21 +98,22 @@ def result_rows(
     return rows
 
 
-def class_table(outcomes: Outcomes, schedules: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
+def class_table(outcomes: Outcomes, schedules: Iterable[str], class_names: tuple[str, ...]) -> dict[str, Any]:
     """Count per class: {"classes": names, "images": counts, "correct": {schedule: counts}}.
 
     Classes without images are left out. An image with several labels counts in each of its classes.
     """
-    counts = {
-        name: per_class(outcomes.labels, rank == 0, len(class_names))
-        for name, rank in zip(schedules, outcomes.rank, strict=True)
-    }
-    images = next(iter(counts.values()))[0]
+
+    def count(labels: np.ndarray) -> np.ndarray:
+        return np.bincount(labels[labels >= 0], minlength=len(class_names))
+
+    images = count(outcomes.labels)
     there = np.flatnonzero(images)
+    correct = zip(schedules, outcomes.rank == 0, strict=True)
     return {
         "classes": [class_names[index] for index in there],
         "images": images[there].tolist(),
-        "correct": {name: correct[there].tolist() for name, (_, correct) in counts.items()},
+        "correct": {name: count(outcomes.labels[right])[there].tolist() for name, right in correct},
     }
 
 
