@@ -32,13 +32,7 @@ def main(argv: list[str] | None = None) -> None:
     dtype = "of the computation; tf32 rounds products on GPUs, bfloat16 halves weights.npz too (default: float32)"
     parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="float32", help=dtype)
     platforms = f"what programs can be compiled for: some of {', '.join(PLATFORMS)} (default: cpu,cuda)"
-    parser.add_argument(
-        "--platforms",
-        metavar="A,B",
-        type=lambda text: text.replace(" ", "").split(","),
-        default=("cpu", "cuda"),
-        help=platforms,
-    )
+    parser.add_argument("--platforms", metavar="A,B", type=_names, default=("cpu", "cuda"), help=platforms)
     parser.add_argument("--features", action="store_true", help="return (logits, pooled features) from a program")
     parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
     args = parser.parse_args(argv)
@@ -58,6 +52,10 @@ def _counts(text: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a batch size: write 32, or several as 1,32") from None
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 if __name__ == "__main__":
