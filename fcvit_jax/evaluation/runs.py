@@ -139,6 +139,6 @@ def _read_per_class(path: Path) -> Mapping[str, Any] | None:
         table = json.loads(path.read_text())
         if np.array([table["images"], *table["correct"].values()], np.int64).shape[1] == len(table["classes"]):
             return table
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError):
         pass
     raise InputError(f"{path} is damaged: remove it, or run evaluate.py again")
