@@ -52,14 +52,13 @@ def report_costs(checkpoint: str, schedules: str, workdir: Path) -> None:
     if jax.process_index():
         return
     rows = cost_rows(checkpoint, schedules)
-    kept = holds_accuracies(workdir)
-    if not kept:
-        writable_directory(workdir)
-        clear(workdir)
-        write_report(rows, workdir)
     print(format_table(rows))
-    written = f"written: {', '.join(reports_in(workdir))} in {workdir}"
-    print(f"nothing is written: {workdir} has the results of an evaluation, which are kept" if kept else written)
+    if holds_accuracies(workdir):
+        print(f"nothing is written: {workdir} has the results of an evaluation, which are kept")
+        return
+    clear(writable_directory(workdir))
+    write_report(rows, workdir)
+    print(f"written: {', '.join(reports_in(workdir))} in {workdir}")
 
 
 if __name__ == "__main__":

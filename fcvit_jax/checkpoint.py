@@ -6,7 +6,6 @@
 A directory is written under a temporary name beside its place and renamed at the end: it never exists in part.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -21,7 +20,7 @@ import numpy as np
 from flax import traverse_util
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, naming
 from fcvit_jax.files import check_room, check_target, staged
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
@@ -53,29 +52,30 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
     directory is missing, without metadata, damaged, or written by a later version.
     """
     directory = _locate(path)
-    try:
-        meta = json.loads((directory / "meta.json").read_text())
-    except ValueError as error:
-        raise InputError(f"{directory / 'meta.json'} is damaged ({error}): convert the weights again") from None
-    if not isinstance(meta, dict) or meta.get("format") != FORMAT:
+    with naming(directory / "meta.json"):
+        try:
+            meta = json.loads((directory / "meta.json").read_text())
+        except ValueError as error:
+            raise InputError(f"the file is damaged ({error}): convert the weights again") from None
         found = meta.get("format") if isinstance(meta, dict) else None
-        raise InputError(
-            f"{directory / 'meta.json'}: format {found} is not {FORMAT}, which this version reads: convert again"
-        )
-    if missing := [
-        name for name in ("config", "preprocess", "provenance", "files") if type(meta.get(name)) is not dict
-    ]:
-        raise InputError(f"{directory / 'meta.json'} lacks {missing[0]!r}: convert the weights again")
-    try:
+        if found != FORMAT:
+            raise InputError(f"format {found} is not {FORMAT}, which this version reads: convert again")
+        for name in ("config", "preprocess", "provenance", "files"):
+            if type(meta.get(name)) is not dict:
+                raise InputError(f"the file lacks {name!r}: convert the weights again")
         config, preprocess = ViTConfig.from_dict(meta["config"]), Preprocess.from_dict(meta["preprocess"])
         _check_fit(config, preprocess, meta.get("class_names"))
-    except InputError as error:
-        raise InputError(f"{directory / 'meta.json'}: {error}") from error
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for name, sha256 in meta["files"].items():
         if file_sha256(directory / "params" / name) != sha256:
             raise InputError(f"{directory / 'params' / name} is missing or damaged (a broken copy?): copy it again")
-    params = _restore(directory / "params", config, sharding)
+    import orbax.checkpoint as ocp
+
+    with ocp.StandardCheckpointer() as checkpointer:
+        # Compared beforehand: a restore that fails half-way complains from threads of its own.
+        place, abstract = (directory / "params").absolute(), abstract_params(config, sharding)
+        _check_shapes(str(directory / "params"), checkpointer.metadata(place).item_metadata.tree, abstract)
+        params = checkpointer.restore(place, abstract)
     return Checkpoint(directory, config, params, preprocess, meta)
 
 
@@ -92,8 +92,7 @@ def save_checkpoint(
     """Write a checkpoint directory, atomically. One process calls this, with parameters that it holds whole.
 
     provenance: JSON-able facts about where the parameters come from. Raises InputError if `path` exists (with
-    `overwrite`: exists and is not a checkpoint), cannot be written or the disk is full, and if the parts do not fit
-    each other.
+    `overwrite`: and is not a checkpoint), cannot be written, or the parts do not fit each other.
     """
     path = check_target(path, overwrite, ENTRIES)
     _check_fit(config, preprocess, class_names)
@@ -133,11 +132,8 @@ def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = 
 def versions() -> dict[str, str]:
     """Versions of this library and of the libraries that determine its numbers."""
     names = ("fcvit-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
-    found = {}
-    for name in names:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
+    found = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in names}
+    return {name: distribution.version for name, distribution in found.items() if distribution}
 
 
 def _locate(path: str | Path) -> Path:
@@ -149,19 +145,14 @@ def _locate(path: str | Path) -> Path:
             raise InputError(f"no packaged checkpoint {text!r}: choose one of {there}")
         return directory
     directory = Path(path).expanduser()
-    if directory.is_file():
-        raise InputError(
-            f"{directory} is a file, not a checkpoint directory: python -m fcvit_jax.convert {directory} OUT"
-        )
-    if not directory.is_dir():
-        raise InputError(f"{directory}: there is no such checkpoint directory")
     for candidate in (directory, directory / "checkpoint"):
         if (candidate / "meta.json").is_file():
             return candidate
-    raise InputError(
-        f"{directory} has no meta.json, so it is not a checkpoint directory: make one with "
-        f"python -m fcvit_jax.convert WEIGHTS OUT"
-    )
+    if not directory.exists():
+        raise InputError(f"{directory}: there is no such checkpoint directory")
+    kind = "has no meta.json" if directory.is_dir() else "is a file"
+    weights = "WEIGHTS" if directory.is_dir() else directory
+    raise InputError(f"{directory} {kind}: make a checkpoint directory: python -m fcvit_jax.convert {weights} OUT")
 
 
 def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any) -> None:
@@ -188,9 +179,9 @@ def leaf_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def _check_shapes(where: str, tree: Mapping[str, Any], abstract: Mapping[str, Any]) -> None:
     there, wanted = leaf_shapes(tree), leaf_shapes(abstract)
-    if odd := sorted(name for name in there.keys() | wanted.keys() if there.get(name) != wanted.get(name)):
-        name = odd[0]
-        raise InputError(f"{where}: {name} is {there.get(name)}, its configuration requires {wanted.get(name)}")
+    for name in sorted(there.keys() | wanted.keys()):
+        if there.get(name) != wanted.get(name):
+            raise InputError(f"{where}: {name} is {there.get(name)}, its configuration requires {wanted.get(name)}")
 
 
 def file_sha256(path: Path) -> str | None:
@@ -199,13 +190,3 @@ def file_sha256(path: Path) -> str | None:
         return None
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _restore(path: Path, config: ViTConfig, sharding: jax.sharding.Sharding) -> dict[str, Any]:
-    import orbax.checkpoint as ocp
-
-    with ocp.StandardCheckpointer() as checkpointer:
-        # Compared beforehand: a restore that fails half-way complains from threads of its own.
-        abstract = abstract_params(config, sharding)
-        _check_shapes(str(path), checkpointer.metadata(path.absolute()).item_metadata.tree, abstract)
-        return checkpointer.restore(path.absolute(), abstract)

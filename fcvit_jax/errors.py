@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import Any, NoReturn
 
 
 class InputError(ValueError):
@@ -34,7 +34,10 @@ def one_line_errors() -> Iterator[None]:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A command line whose own errors are one line too."""
+    """A command line whose own errors are one line too, and whose description keeps its lines."""
+
+    def __init__(self, **options: Any):
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")

@@ -15,9 +15,9 @@ from fcvit_jax.errors import InputError
 
 
 def check_target(path: str | Path, overwrite: bool, entries: frozenset[str]) -> Path:
-    """The path, if a directory of these entries may be written there; to be called before any long work.
+    """The path, resolved; to be called before any long work.
 
-    Raises InputError where there is something already; with `overwrite`, where there is anything but those entries.
+    Raises InputError if it exists (with `overwrite`: and has other entries than these), or cannot be written.
     """
     path = Path(path).expanduser().resolve()
     there = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
@@ -84,10 +84,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove what writers of `path` left beside it when they were killed.
-
-    Where one was killed between taking the old directory away and putting the new one there, the old one comes back.
-    """
+    """Remove what killed writers of `path` left beside it; put an old directory back that was not yet replaced."""
     random = "?" * 8  # as `mkdtemp` has it
     with told_in_one_line(path):
         for retired in path.parent.glob(f".{path.name}.old-{random}"):
@@ -99,12 +96,13 @@ def sweep(path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it. Raises InputError if that fails."""
     partial = path.with_name(f".{path.name}.partial")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise InputError(f"{path} cannot be written ({error.strerror}): make room and start again") from None
+    with told_in_one_line(path):
+        try:
+            partial.write_bytes(content)
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
 
 
 def file_name(text: str) -> str:

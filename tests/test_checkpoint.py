@@ -115,11 +115,11 @@ def test_bad_directories_are_told_in_one_line(saved, tmp_path):
     for name, value, told in [
         ("image_size", 16, "image_size is 16"),
         ("image_size", [16, 16, 16], "image_size is [16, 16, 16]"),
-        ("depth", "2", "depth is '2': it must be int"),
+        ("depth", "2", "depth is '2': it must be a whole number"),
         ("depth", 2.0, "depth is 2.0"),
-        ("num_classes", -1, "num_classes is -1: it must be 0 or more"),
+        ("num_classes", -1, "num_classes is -1: it must be a whole number, 0 or more"),
         ("norm_eps", "1e-6", "norm_eps is '1e-6'"),
-        ("qkv_bias", 1, "qkv_bias is 1: it must be bool"),
+        ("qkv_bias", 1, "qkv_bias is 1"),
         ("image_size", [32, 32], "the preprocessing gives (16, 16), the model takes (32, 32)"),
     ]:
         edit(saved, config=CONFIG.to_dict() | {name: value})

@@ -61,12 +61,17 @@ def _open_folder(spec: str, path: str) -> Source:
         raise InputError(f"{spec}: no images in the class folders of {path}; accepted are {' '.join(EXTENSIONS)}")
 
     def read(index: int) -> Record:
-        try:
-            return Record((root / names[index]).read_bytes(), int(labels[index]), names[index])
-        except OSError as error:
-            raise InputError(f"image {root / names[index]} cannot be read: {error.strerror}") from None
+        return read_record(root, names[index], int(labels[index]))
 
     return Source(spec, tuple(classes), len(names), read, ordered=True)
+
+
+def read_record(root: Path, name: str, label: int) -> Record:
+    """Read an image file below a folder. Raises InputError if that fails."""
+    try:
+        return Record((root / name).read_bytes(), label, name)
+    except OSError as error:
+        raise InputError(f"image {root / name} cannot be read: {error.strerror}") from None
 
 
 def _images(root: Path, folder: str) -> list[str]:

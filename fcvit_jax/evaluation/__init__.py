@@ -12,13 +12,11 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import Checkpoint
-from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
 from fcvit_jax.evaluation.inputs import EvaluationConfig, EvaluationInputs, open_inputs
-from fcvit_jax.evaluation.logits import save_logits
-from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_outcomes
+from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_logits, save_outcomes
 from fcvit_jax.evaluation.result_rows import class_table, cost_rows, result_rows
 from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
@@ -88,19 +86,18 @@ def evaluate(
     rates = _measure_speed(inputs, steps, times)
     if outcomes is None:
         return []
-    if folder is None:
-        return result_rows(inputs, outcomes, steps, rates, times)
-    from fcvit_jax.evaluation.report import write_report  # a command too, which must not be imported before it runs
-
-    save_outcomes(folder / "outcomes.npz", list(inputs.schedules), outcomes)
-    table = class_table(outcomes, inputs.schedules, inputs.source.class_names)
-    write_whole(folder / "per_class.json", json.dumps(table).encode())
-    if gallery:
+    if folder and gallery:
         with times("pictures"):
             _draw(inputs, folder / "gallery")
     rows = result_rows(inputs, outcomes, steps, rates, times)
-    write_report(rows, folder)
-    forget(folder)
+    if folder:
+        from fcvit_jax.evaluation.report import write_report  # a command too, which must not be imported before it runs
+
+        save_outcomes(folder / "outcomes.npz", list(inputs.schedules), outcomes)
+        table = class_table(outcomes, inputs.schedules, inputs.source.class_names)
+        write_whole(folder / "per_class.json", json.dumps(table).encode())
+        write_report(rows, folder)
+        forget(folder)
     return rows
 
 
@@ -114,9 +111,7 @@ def _classify_all(
         with times("compiling"):
             compare = compile_divergence(others, inputs.checkpoint.config.num_classes, inputs.step_config)
     journal = open_journal(workdir, inputs) if workdir and first else Journal(None, {})
-    done = len(journal.parts)
-    if jax.process_count() > 1:
-        done = int(multihost_utils.broadcast_one_to_all(np.int32(done)))
+    done = int(multihost_utils.broadcast_one_to_all(np.int32(len(journal.parts))))
     with contextlib.ExitStack() as stack:
         if workdir and first:  # without a finished batch there is nothing to resume from
             stack.callback(lambda: None if journal.parts else forget(workdir))
@@ -125,12 +120,9 @@ def _classify_all(
         stack.enter_context(bar)
         for batch, outcomes, logits in classify(steps, inputs.params, batches, compare, times):
             with times("on the host"):
-                part = collect(batch, outcomes, inputs.mesh)
-                if inputs.config.save_logits:  # in a single process
-                    counts = np.asarray(batch.mask)
-                    journal.append(part, [np.asarray(logits[name])[counts] for name in steps])
-                elif first:
-                    journal.append(part)
+                part, saved = collect(batch, outcomes), steps if inputs.config.save_logits else ()
+                if first:
+                    journal.append(part, [np.asarray(logits[name])[np.asarray(batch.mask)] for name in saved])
             bar.update(min(size, total - bar.n))
     if not first:
         return None
@@ -143,26 +135,23 @@ def _classify_all(
 
 def _measure_speed(inputs: EvaluationInputs, steps: Mapping[str, CompiledStep], times: Times) -> dict[str, Rate]:
     """Images/s on the first batch; {} if that is not wanted."""
-    blocks = inputs.config.throughput_blocks
-    if not blocks:
+    if not inputs.config.throughput_blocks:
         return {}
     with inputs.batches(limit=min(inputs.config.batch_size, inputs.num_records)) as batches:
         batch = next(batches)
-    with times("timing"), parallel.progress(desc="timing", total=blocks * len(steps), unit="block") as bar:
-        return measure_throughput(steps, inputs.params, batch, blocks, on_block=bar.update)
+    with times("timing"):
+        return measure_throughput(steps, inputs.params, batch, inputs.config.throughput_blocks)
 
 
 def _draw(inputs: EvaluationInputs, folder: Path) -> None:
     """The gallery: what the first images are merged to."""
-    from fcvit_jax.evaluation.visualize import draw_gallery  # a command too
+    from fcvit_jax.evaluation.visualize import draw_gallery, first_images  # a command too
 
     checkpoint = inputs.checkpoint
     merged = [name for name in inputs.schedules if name != "dense"]
     places = np.linspace(0, len(merged) - 1, PANELS).round().astype(int) if merged else ()
     shown = {merged[place]: inputs.schedules[merged[place]] for place in places}
-    many = min(inputs.config.gallery, inputs.num_records)
-    with contextlib.closing(eval_batches(inputs.source, checkpoint.preprocess, many, limit=many)) as batches:
-        first = next(batches)
+    images, names = first_images(inputs.source, checkpoint, min(inputs.config.gallery, inputs.num_records))
     # On one device of this process: the others may have no part in it.
     alone = replace(checkpoint, params=jax.tree.map(np.asarray, checkpoint.params))
-    draw_gallery(alone, shown, np.asarray(first.images), first.names, folder, columns=4)
+    draw_gallery(alone, shown, images, names, folder, columns=4)

@@ -1,10 +1,7 @@
-"""Many schedules in one pass over the data: each image is decoded and sent to the device once.
-
-The pass yields the outcome of every image under every schedule; all counts are made from these outcomes.
-"""
+"""Many schedules in one pass over the data, which yields the outcome of every image under every schedule."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,8 +19,6 @@ from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
-
-Comparison = Callable[[jax.Array, dict[str, jax.Array]], dict[str, jax.Array]]  # as `compile_divergence` gives it
 
 
 class Outcome(NamedTuple):
@@ -81,11 +76,6 @@ def _select(logits: jax.Array, scored: tuple[int, ...] | None) -> tuple[jax.Arra
     return logits[:, classes], classes
 
 
-def choose_kernels_for(schedule: MergeSchedule, dtype: str, mesh: jax.sharding.Mesh) -> str:
-    """Choose the implementation that computes a schedule on these devices. dtype: a key of `compiling.PRECISIONS`."""
-    return choose_kernels(compiling.computation(dtype)[0], mesh.devices.flat, schedule)
-
-
 @dataclass(frozen=True)
 class StepConfig:
     """What steps are compiled for: batches of one size, their rows spread over the devices of the mesh.
@@ -115,15 +105,12 @@ class CompiledStep:
 
 
 def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
-    """Compile `eval_step`; the model's own dtype and kernels are replaced.
-
-    params: the parameters; the step must be called with parameters that lie on the devices in the same way.
-    """
+    """Compile `eval_step`, for parameters placed as these are; replaces the model's dtype and kernels."""
     batch_size, mesh = config.batch_size, config.mesh
     parallel.check_batch_size(batch_size, mesh)
     compute, precision = compiling.computation(config.dtype)
     schedule = model.schedule or MergeSchedule.dense(model.config.depth)
-    model = model.clone(dtype=compute, kernels=choose_kernels_for(schedule, config.dtype, mesh))
+    model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat, schedule))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
     several = (config.labels_per_image,) if config.labels_per_image > 1 else ()
@@ -168,13 +155,13 @@ def classify(
     steps: Mapping[str, CompiledStep],
     params: Any,
     batches: Iterable[Batch],
-    compare: Comparison | None = None,
+    compare: jax.stages.Compiled | None = None,
     times: Times | None = None,
 ) -> Iterator[tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]]:
     """Run every schedule on every batch: yields the batch, the outcomes on the host, and the logits on the device.
 
     While one batch is computed, the one before it is handed out and the one after it is waited for: never more, or they
-    would pile up in the device's memory. (A CPU may compute each when it is asked: `allocator`.)
+    would pile up in the device's memory.
 
     steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
     compare: from `compile_divergence`, for all schedules but dense; requires dense among the steps. times: gets the
@@ -190,7 +177,12 @@ def classify(
             with times("computing"):
                 fetched = jax.device_get(computing[1])  # which sorts by name
             outcomes = {name: fetched[name] for name in steps}
-            _check_finite(computing[0], outcomes)
+            for name, outcome in outcomes.items():
+                if broken := int((~outcome.finite).sum()):
+                    raise InputError(
+                        f"schedule {name}: the logits of {broken} of {(outcome.rank >= 0).sum()} images are not finite "
+                        f"({', '.join(computing[0].names[:3])}, ...); try another dtype"
+                    )
             yield computing[0], outcomes, computing[2]
         if started is None:
             return
@@ -198,7 +190,7 @@ def classify(
 
 
 def _start(
-    steps: Mapping[str, CompiledStep], params: Any, batch: Batch, compare: Comparison | None
+    steps: Mapping[str, CompiledStep], params: Any, batch: Batch, compare: jax.stages.Compiled | None
 ) -> tuple[dict[str, Outcome], dict[str, jax.Array]]:
     outcomes, logits = {}, {}
     for name, step in steps.items():
@@ -208,15 +200,6 @@ def _start(
         for name, kl in compare(logits["dense"], others).items():
             outcomes[name] = outcomes[name]._replace(kl=kl)
     return outcomes, logits
-
-
-def _check_finite(batch: Batch, outcomes: Mapping[str, Outcome]) -> None:
-    for name, outcome in outcomes.items():
-        if broken := int((~outcome.finite).sum()):
-            raise InputError(
-                f"schedule {name}: the logits of {broken} of {(outcome.rank >= 0).sum()} images are not finite "
-                f"({', '.join(batch.names[:3])}, ...); try another dtype"
-            )
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 from jinja2 import Environment
 
 from fcvit_jax.evaluation import plot, table
-from fcvit_jax.evaluation.runs import MEASURED, ResultRow, Run, differences
+from fcvit_jax.evaluation.runs import MEASURED, ResultRow, Run, differences, titled
 
 GALLERY_BYTES = 48 << 20  # of pictures: a page much larger than that is slow to open
 
@@ -39,18 +39,22 @@ def render_page(runs: Sequence[Run]) -> str:
     """Render the page's text."""
     from plotly.offline import get_plotlyjs  # takes a second to import
 
-    lines = [_line(line) for line in plot.lines(runs)]
+    lines = [_line(line, runs) for line in plot.lines(runs)]
     measured = {key for line in lines for point in line["points"] for key in point if point[key] is not None}
     data = {
         **{axis: [[key, name] for key, name in names.items() if key in measured] for axis, names in _AXES.items()},
         "lines": [*lines, *_published_lines(runs)],
         "budgets": [100 * run.dense["top1"] - 1 for run in runs if run.dense and run.dense.get("top1") is not None],
-        "classes": [entry for run in runs for entry in _classes(run, len(runs) > 1)],
+        "classes": [entry for run in runs for entry in _classes(run, runs)],
     }
-    found = {run.name: table.findings(run) for run in runs}
-    warnings = [text.removeprefix("warning: ") for text in itertools.chain(*found.values()) if _warns(text)]
+    warnings, introduction = differences(runs), []
+    for run in runs:
+        found, (what, where) = table.findings(run), plot.describe(run)
+        warnings += [text.removeprefix("warning: ") for text in found if text.startswith("warning: ")]
+        where = f"{run.name}: {what}, {where}" if len(runs) > 1 else where
+        introduction.append((where, [text for text in found if not text.startswith("warning: ")]))
     columns = [(run, table.columns(run, runs)) for run in runs]
-    pictures = [(_titled(run, path.stem, runs), path) for run in runs for path in run.gallery]
+    pictures = [(titled(run, path.stem, runs), path) for run in runs for path in run.gallery]
     sizes = itertools.accumulate(path.stat().st_size for _, path in pictures)
     shown = [picture for picture, size in zip(pictures, sizes, strict=True) if size <= GALLERY_BYTES]
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
@@ -58,8 +62,8 @@ def render_page(runs: Sequence[Run]) -> str:
     return environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
         several=len(runs) > 1,
         title=f"{len(runs)} evaluations compared" if len(runs) > 1 else plot.describe(runs[0])[0],
-        warnings=[*differences(runs), *warnings],
-        introduction=[(_where(run, runs), [text for text in found[run.name] if not _warns(text)]) for run in runs],
+        warnings=warnings,
+        introduction=introduction,
         titles=[column.title for column in columns[0][1]],
         rows=[
             (run.name, row["schedule"], [(column.value(row), column.text(row)) for column in shown_columns])
@@ -76,40 +80,27 @@ def render_page(runs: Sequence[Run]) -> str:
     )
 
 
-def _warns(finding: str) -> bool:
-    return finding.startswith("warning: ")
-
-
-def _titled(run: Run, text: str, runs: Sequence[Run]) -> str:
-    return f"{run.name}: {text}" if len(runs) > 1 else text
-
-
-def _where(run: Run, runs: Sequence[Run]) -> str:
-    what, where = plot.describe(run)
-    return f"{run.name}: {what}, {where}" if len(runs) > 1 else where
-
-
-def _line(line: plot.Line) -> dict[str, Any]:
+def _line(line: plot.Line, runs: Sequence[Run]) -> dict[str, Any]:
     return {
         "name": escape(line.name),
         "colour": line.colour,
         "marker": line.marker,
         "dash": line.dash,
         "dense": line.family == "dense",
-        "points": [_point(line, row) for row in line.rows],
+        "points": [_point(line.run, row, runs) for row in line.rows],
     }
 
 
-def _point(line: plot.Line, row: ResultRow) -> dict[str, Any]:
+def _point(run: Run, row: ResultRow, runs: Sequence[Run]) -> dict[str, Any]:
     """A row's numbers in the units of the axes, and the text that pointing at it shows: the row of the table."""
     point = {key: row.get(key) for key in ("gmacs", "images_per_second", "speedup", "tokens_out", "kl")}
     for key in ("top1", "top1_low", "top1_high", "top5", "agreement"):
         point[key] = None if row.get(key) is None else 100 * row[key]
-    change = line.run.change(row)
+    change = run.change(row)
     point["drop"] = None if change is None else -change
-    title = f"{line.run.name}: {row['schedule']}" if line.name != line.family else row["schedule"]
-    cells = [f"{column.title}: {column.text(row)}" for column in table.columns(line.run)]
-    return {**point, "text": "<br>".join((f"<b>{escape(title)}</b>", *map(escape, cells)))}
+    title = f"<b>{escape(titled(run, row['schedule'], runs))}</b>"
+    cells = [escape(f"{column.title}: {column.text(row)}") for column in table.columns(run)]
+    return {**point, "text": "<br>".join((title, *cells))}
 
 
 def _published_lines(runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
@@ -117,7 +108,6 @@ def _published_lines(runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
     colours = {line.family: line.colour for line in plot.lines(runs)}
     for label, curves in plot.published_curves(runs).items():
         for index, curve in enumerate(curves):
-            points = [(point, curve.gmacs(point)) for point in curve.points if point.top1 is not None]
             yield {
                 "name": label,
                 "colour": colours.get(curve.family, plot.GREY),
@@ -125,17 +115,18 @@ def _published_lines(runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
                 "legend": index == 0,
                 "points": [
                     {
-                        "gmacs": gmacs,
+                        "gmacs": (gmacs := curve.gmacs(point)),
                         "top1": point.top1,
                         "text": f"<b>{point.schedule or point.family}</b><br>{label}<br>"
                         f"top-1 %: {point.top1:.2f}<br>GMACs: {gmacs:.2f}",
                     }
-                    for point, gmacs in points
+                    for point in curve.points
+                    if point.top1 is not None
                 ],
             }
 
 
-def _classes(run: Run, several: bool) -> Iterable[dict[str, Any]]:
+def _classes(run: Run, runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
     """The counts per class of a run that has dense among its schedules: losses are counted against dense."""
     if run.per_class and "dense" in run.per_class["correct"]:
         correct = dict(run.per_class["correct"])
@@ -143,7 +134,7 @@ def _classes(run: Run, several: bool) -> Iterable[dict[str, Any]]:
             "classes": run.per_class["classes"],
             "images": run.per_class["images"],
             "dense": correct.pop("dense"),
-            "schedules": [[f"{run.name}: {name}" if several else name, counts] for name, counts in correct.items()],
+            "schedules": [[titled(run, name, runs), counts] for name, counts in correct.items()],
         }
 
 

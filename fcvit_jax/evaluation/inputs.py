@@ -20,8 +20,9 @@ from fcvit_jax.data import imagenet
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
 from fcvit_jax.data.labels import match_head, real_labels
 from fcvit_jax.data.sources import Source, open_source
-from fcvit_jax.evaluation.accuracy import StepConfig, choose_kernels_for
+from fcvit_jax.evaluation.accuracy import StepConfig
 from fcvit_jax.models import zoo
+from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.schedule import MergeSchedule, Schedules, name_schedules
 from fcvit_jax.models.vit import cast_params
 from fcvit_jax.settings import check_settings, setting
@@ -53,7 +54,7 @@ class EvaluationInputs:
     """
 
     config: EvaluationConfig
-    mesh: jax.sharding.Mesh
+    step_config: StepConfig
     source: Source
     checkpoint: Checkpoint
     checkpoint_name: str
@@ -70,18 +71,6 @@ class EvaluationInputs:
     def num_records(self) -> int:
         return min(len(self.source), self.config.limit or len(self.source))
 
-    @property
-    def step_config(self) -> StepConfig:
-        source, config = self.source, self.config
-        return StepConfig(
-            self.checkpoint.preprocess,
-            self.mesh,
-            config.batch_size,
-            config.dtype,
-            source.scored,
-            source.labels_per_image,
-        )
-
     def batches(self, start: int = 0, limit: int | None = None) -> contextlib.closing[Generator[Batch, None, None]]:
         """This process's share of the batches, on the devices, from batch `start` on."""
         host = eval_batches(
@@ -94,7 +83,7 @@ class EvaluationInputs:
             process_count=jax.process_count(),
             workers=self.config.workers,
         )
-        return contextlib.closing(device_batches(host, parallel.batched(self.mesh)))
+        return contextlib.closing(device_batches(host, parallel.batched(self.step_config.mesh)))
 
     @property
     def fingerprint(self) -> dict[str, Any]:
@@ -105,7 +94,8 @@ class EvaluationInputs:
             for path, array in sorted(flat_params(checkpoint.params).items()):
                 weights.update(path.encode() + array.tobytes())
         weights.update(json.dumps([checkpoint.config.to_dict(), checkpoint.preprocess.to_dict()]).encode())
-        kernels = {choose_kernels_for(schedule, config.dtype, self.mesh) for schedule in self.schedules.values()}
+        compute, devices = PRECISIONS[config.dtype][0], self.step_config.mesh.devices.flat
+        kernels = {choose_kernels(compute, devices, schedule) for schedule in self.schedules.values()}
         return {
             "dataset": [self.source.spec, len(self.source), config.real_labels],
             "limit": config.limit,
@@ -142,7 +132,10 @@ def open_inputs(
     for schedule in named.values():
         schedule.plan(model)
     reported = None if config.real_labels else reported_top1(opened, checkpoint, config.limit)
-    return EvaluationInputs(config, mesh, source, checkpoint, name, files, named, reported)
+    step_config = StepConfig(
+        checkpoint.preprocess, mesh, config.batch_size, config.dtype, source.scored, source.labels_per_image
+    )
+    return EvaluationInputs(config, step_config, source, checkpoint, name, files, named, reported)
 
 
 def reported_top1(source: Source, checkpoint: Checkpoint, limit: int | None = None) -> float | None:

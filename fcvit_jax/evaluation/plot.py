@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.families import family, rate
-from fcvit_jax.evaluation.runs import ResultRow, Run
+from fcvit_jax.evaluation.runs import ResultRow, Run, titled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,6 +31,10 @@ class Line(NamedTuple):
     marker: int
     dash: int
 
+    def rows_with(self, key: str) -> list[ResultRow]:
+        """The rows that have a field, in its order."""
+        return sorted((row for row in self.rows if row.get(key)), key=lambda row: row[key])
+
 
 def lines(runs: Sequence[Run]) -> list[Line]:
     """The lines of a plot, dense models among them: a colour a family, of several runs a marker and dash each."""
@@ -38,15 +42,13 @@ def lines(runs: Sequence[Run]) -> list[Line]:
     order = [name for name in families if name != "dense"]
     found = []
     for number, run in enumerate(runs):
-        grouped: dict[str, list[ResultRow]] = {}
-        for row in run.rows:
-            if row.get("top1") is not None:
-                grouped.setdefault(family(row["schedule"]), []).append(row)
-        for name, rows in grouped.items():
+        drawn = [row for row in run.rows if row.get("top1") is not None]
+        for name in dict.fromkeys(family(row["schedule"]) for row in drawn):
+            rows = tuple(row for row in drawn if family(row["schedule"]) == name)
             index = -1 if name == "dense" else order.index(name)
             colour = "#000000" if name == "dense" else COLOURS[index % len(COLOURS)]
-            title, marker = (f"{run.name}: {name}", number) if len(runs) > 1 else (name, index)
-            found.append(Line(title, name, run, tuple(rows), colour, marker, number))
+            marker = number if len(runs) > 1 else index
+            found.append(Line(titled(run, name, runs), name, run, rows, colour, marker, number))
     return found
 
 
@@ -78,18 +80,20 @@ def draw_pareto(runs: Sequence[Run]) -> "Figure":
     from matplotlib.lines import Line2D
 
     drawn, curves = lines(runs), published_curves(runs)
-    rows = [row for line in drawn for row in line.rows]
     panels = [
         ("gmacs", "GMACs an image (fewer is cheaper)"),
         ("images_per_second", "images/s, model alone (more is faster)"),
     ]
-    panels = [(key, label) for key, label in panels if any(row.get(key) for row in rows)]
+    panels = [(key, label) for key, label in panels if any(line.rows_with(key) for line in drawn)]
     figure = Figure(figsize=(6.4 * len(panels), 5.2), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (key, label) in zip(grid, panels, strict=True):
         if key == "gmacs":
-            _draw_published(axes, curves, {line.family: line.colour for line in drawn})
+            colours = {line.family: line.colour for line in drawn}
+            for curve in itertools.chain(*curves.values()):
+                points = sorted((curve.gmacs(point), point.top1) for point in curve.points if point.top1 is not None)
+                axes.plot(*zip(*points, strict=True), color=colours.get(curve.family, GREY), zorder=1.5, **_THIN)
         for line in drawn:
             _draw_line(axes, line, key)
         for run in runs:
@@ -109,7 +113,7 @@ def draw_pareto(runs: Sequence[Run]) -> "Figure":
         labels.append(label)
     columns = min(4 * len(panels), len(labels))
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-    titles = [f"{run.name}: " * (len(runs) > 1) + ", ".join(describe(run)) for run in runs]
+    titles = [titled(run, ", ".join(describe(run)), runs) for run in runs]
     for text in (figure.suptitle("\n".join(titles), fontsize=9), *legend.get_texts()):
         text.set_parse_math(False)  # a path may hold a dollar sign
     figure.draw_without_rendering()  # places the axes, which the labels need to know, and must not move again
@@ -128,7 +132,7 @@ def describe(run: Run) -> tuple[str, str]:
 
 
 def _draw_line(axes: Any, line: Line, key: str) -> None:
-    rows = sorted((row for row in line.rows if row.get(key)), key=lambda row: row[key])
+    rows = line.rows_with(key)
     if not rows:
         return
     x, y = [row[key] for row in rows], [100 * row["top1"] for row in rows]
@@ -142,12 +146,6 @@ def _draw_line(axes: Any, line: Line, key: str) -> None:
         axes.vlines(*zip(*bounds, strict=True), color=line.colour, alpha=0.3, linewidth=1.2)
 
 
-def _draw_published(axes: Any, curves: dict[str, list[published.Curve]], colours: dict[str, str]) -> None:
-    for curve in itertools.chain(*curves.values()):
-        points = sorted((curve.gmacs(point), point.top1) for point in curve.points if point.top1 is not None)
-        axes.plot(*zip(*points, strict=True), color=colours.get(curve.family, GREY), zorder=1.5, **_THIN)
-
-
 def _label_rates(axes: Any, drawn: Sequence[Line], key: str) -> None:
     """Write the rates beside the points, the ends of each line first, without covering a point or another label."""
     from matplotlib.patheffects import withStroke
@@ -156,7 +154,7 @@ def _label_rates(axes: Any, drawn: Sequence[Line], key: str) -> None:
     renderer, size = axes.figure.canvas.get_renderer(), 6 * axes.figure.dpi / 72
     spots, taken = [], []
     for line in drawn:
-        rows = sorted((row for row in line.rows if row.get(key)), key=lambda row: row[key])
+        rows = line.rows_with(key)
         for index, row in enumerate(rows):
             spot, inner = (row[key], 100 * row["top1"]), min(index, len(rows) - 1 - index)
             x, y = axes.transData.transform(spot)

@@ -5,16 +5,15 @@ ImageNet-1k validation images.
 """
 
 import json
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.schedule import MergeSchedule
 
 
-@dataclass(frozen=True)
-class Publication:
+class Publication(NamedTuple):
     """A source of published results.
 
     where: paper and figure or table; how: read off, and how precisely; device: of images/s.
@@ -32,8 +31,7 @@ class Publication:
         return f"{self.authors}, digitised" if self.how.startswith("Digitised") else self.authors
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """One published result. top1: percent; gmacs: as plotted or printed in the source; None if it is not given there.
 
     family and r: the schedule's name in two parts; r is None if the rate is unknown, and 0 for `dense`.
@@ -51,8 +49,7 @@ class Point:
         return self.family if self.family == "dense" else None if self.r is None else f"{self.family}_r{self.r}"
 
 
-@dataclass(frozen=True)
-class Curve:
+class Curve(NamedTuple):
     """The points of one family of schedules on one set of weights, from one source. model: full name of the zoo."""
 
     model: str
@@ -83,12 +80,8 @@ def curves(model: str | None = None) -> tuple[Curve, ...]:
 
 def points(model: str | None) -> dict[str, Point]:
     """The points of one set of weights by schedule; if several sources have one, from the first in `published.json`."""
-    named: dict[str, Point] = {}
-    for curve in curves(model or ""):
-        for point in curve.points:
-            if point.schedule:
-                named.setdefault(point.schedule, point)
-    return named
+    found = [point for curve in curves(model or "") for point in curve.points]
+    return {point.schedule: point for point in reversed(found) if point.schedule}
 
 
 def fields(model: str | None, schedule: str) -> dict[str, float | None]:

@@ -7,7 +7,6 @@ RESULTS are working directories of evaluate.py, or their results.jsonl. Rows of 
 conditions, such as the images or the preprocessing, cause a warning here and on the page.
 """
 
-import argparse
 import csv
 import io
 import json
@@ -23,7 +22,6 @@ from fcvit_jax.evaluation.table import format_table
 from fcvit_jax.files import write_whole
 
 __all__ = ["format_table", "main", "reports_in", "write_report"]
-
 
 REPORTS = ("results.jsonl", "results.csv", "pareto.png", "report.html")
 
@@ -50,17 +48,27 @@ def reports_in(workdir: Path) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    args = _parser().parse_args(argv)
+    parser = OneLineParser(prog="python -m fcvit_jax.evaluation.report", description=__doc__)
+    results = "a working directory of evaluate.py, or its results.jsonl"
+    parser.add_argument("results", metavar="RESULTS", nargs="+", type=Path, help=results)
+    files = {
+        "--csv": (_csv, "all rows, with the name of the run in front"),
+        "--png": (plot_pareto, "the plot"),
+        "--html": (_page, "the page, one file that includes plots and pictures"),
+    }
+    for flag, (_, what) in files.items():
+        parser.add_argument(flag, metavar="FILE", type=Path, help=f"write {what} to FILE")
+    args = vars(parser.parse_args(argv))
     with one_line_errors():
-        runs = _read_runs(args.results)
+        runs = _read_runs(args["results"])
         for run in runs:
             print(f"{run.name}\n" * (len(runs) > 1) + format_table(run.rows) + "\n")
         for difference in differences(runs):
             print(f"warning: {difference}")
-        for path, make in ((args.csv, _csv), (args.png, plot_pareto), (args.html, _page)):
-            if path and make is not _csv and not all(run.evaluated for run in runs):
-                raise InputError(f"{path} is not written: some results have costs alone; pass only --csv")
-            if path:
+        for flag, (make, _) in files.items():
+            if path := args[flag.removeprefix("--")]:
+                if flag != "--csv" and not all(run.evaluated for run in runs):
+                    raise InputError(f"{path} is not written: some results have costs alone; pass only --csv")
                 write_whole(path, make(runs))
                 print(f"written: {path}")
 
@@ -88,23 +96,6 @@ def _csv(runs: Sequence[Run]) -> bytes:
     for row in rows:
         writer.writerow({key: json.dumps(v) if isinstance(v, dict | list) else v for key, v in row.items()})
     return text.getvalue().encode()
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = OneLineParser(
-        prog="python -m fcvit_jax.evaluation.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    results = "a working directory of evaluate.py, or its results.jsonl"
-    parser.add_argument("results", metavar="RESULTS", nargs="+", type=Path, help=results)
-    for flag, what in (
-        ("--html", "the page, one file that includes plots and pictures"),
-        ("--csv", "all rows, with the name of the run in front"),
-        ("--png", "the plot"),
-    ):
-        parser.add_argument(flag, metavar="FILE", type=Path, help=f"write {what} to FILE")
-    return parser
 
 
 if __name__ == "__main__":

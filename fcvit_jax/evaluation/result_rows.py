@@ -1,7 +1,7 @@
 """Result rows: how accurate a schedule is and how certain that is, what it costs, how fast it runs."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep
 from fcvit_jax.evaluation.inputs import EvaluationInputs, Schedules, name_schedules
 from fcvit_jax.evaluation.outcomes import Outcomes
 from fcvit_jax.evaluation.runs import ResultRow
-from fcvit_jax.evaluation.statistics import mcnemar, per_class, sigmas, wilson
+from fcvit_jax.evaluation.statistics import mcnemar, sigmas, wilson
 from fcvit_jax.evaluation.throughput import Rate
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models import flops, zoo
@@ -50,13 +50,10 @@ def result_rows(
     rates: Mapping[str, Rate],
     times: Times,
 ) -> list[ResultRow]:
-    """Make one row a schedule, with all conditions.
-
-    images_per_second, images_per_second_spread, speedup: None if it was not timed.
-    """
+    """Make one row a schedule, with all conditions. images_per_second, its spread, speedup: None if not timed."""
     checkpoint, source, config = inputs.checkpoint, inputs.source, inputs.config
     provenance = checkpoint.meta.get("provenance", {})
-    names = list(inputs.schedules)
+    names, device = list(inputs.schedules), jax.devices()[0]
     dense, fastest = names.index("dense") if "dense" in names else None, rates.get("dense")
     conditions = {
         "checkpoint": inputs.checkpoint_name,
@@ -71,7 +68,7 @@ def result_rows(
         "batch_size": config.batch_size,
         "dtype": config.dtype,
         "kernels": None,  # each schedule has its own
-        "device": _device_name(),
+        "device": f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind,
         "num_devices": jax.device_count(),
         "num_processes": jax.process_count(),
         "versions": versions(),
@@ -101,21 +98,22 @@ def result_rows(
     return rows
 
 
-def class_table(outcomes: Outcomes, schedules: Mapping[str, Any], class_names: tuple[str, ...]) -> dict[str, Any]:
+def class_table(outcomes: Outcomes, schedules: Iterable[str], class_names: tuple[str, ...]) -> dict[str, Any]:
     """Count per class: {"classes": names, "images": counts, "correct": {schedule: counts}}.
 
     Classes without images are left out. An image with several labels counts in each of its classes.
     """
-    counts = {
-        name: per_class(outcomes.labels, rank == 0, len(class_names))
-        for name, rank in zip(schedules, outcomes.rank, strict=True)
-    }
-    images = next(iter(counts.values()))[0]
+
+    def count(labels: np.ndarray) -> np.ndarray:
+        return np.bincount(labels[labels >= 0], minlength=len(class_names))
+
+    images = count(outcomes.labels)
     there = np.flatnonzero(images)
+    correct = zip(schedules, outcomes.rank == 0, strict=True)
     return {
         "classes": [class_names[index] for index in there],
         "images": images[there].tolist(),
-        "correct": {name: correct[there].tolist() for name, (_, correct) in counts.items()},
+        "correct": {name: count(outcomes.labels[right])[there].tolist() for name, right in correct},
     }
 
 
@@ -128,14 +126,8 @@ def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> Resul
     """
     accuracy = Accuracy.of(outcomes.rank[index])
     low, high = wilson(accuracy.correct, accuracy.num_images)
-    fields: ResultRow = {
-        "top1": accuracy.top1,
-        "top1_low": low,
-        "top1_high": high,
-        "top5": accuracy.top5,
-        "correct": accuracy.correct,
-        "num_images": accuracy.num_images,
-    }
+    fields: ResultRow = {"top1": accuracy.top1, "top1_low": low, "top1_high": high, "top5": accuracy.top5}
+    fields |= {"correct": accuracy.correct, "num_images": accuracy.num_images}
     compared = dict.fromkeys(("gained", "lost", "mcnemar_p", "agreement", "kl"))
     if dense is None:
         return fields | compared
@@ -148,13 +140,5 @@ def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> Resul
 
 
 def _cost_fields(schedule: MergeSchedule, config: ViTConfig) -> ResultRow:
-    return {
-        "gmacs": flops.gmacs(config, schedule),
-        "gmacs_executed": flops.executed_gmacs(config, schedule),
-        "tokens_out": schedule.tokens(config)[-1],
-    }
-
-
-def _device_name() -> str:
-    device = jax.devices()[0]
-    return f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind
+    gmacs, executed = flops.gmacs(config, schedule), flops.executed_gmacs(config, schedule)
+    return {"gmacs": gmacs, "gmacs_executed": executed, "tokens_out": schedule.tokens(config)[-1]}

@@ -3,12 +3,15 @@
 Rows of earlier versions lack fields, and a field that was not measured is null: read them with `row.get`.
 """
 
+import contextlib
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from fcvit_jax.errors import InputError
 
@@ -61,29 +64,39 @@ def read_run(path: Path, rows: Sequence[ResultRow] | None = None) -> Run:
     return Run(directory.resolve().name, tuple(rows), _read_per_class(directory / "per_class.json"), gallery)
 
 
+def titled(run: Run, text: str, runs: Sequence[Run]) -> str:
+    """The text, after the run's name if there are several runs."""
+    return f"{run.name}: {text}" if len(runs) > 1 else text
+
+
 def differences(runs: Sequence[Run]) -> list[str]:
     """List the conditions that differ between rows, a sentence each: such rows are no fair comparison."""
-    rows = [(run.name, row) for run in runs for row in run.rows]
-    conditions: dict[str, Callable[[ResultRow], Any]] = {
-        "preprocessing": lambda row: row.get("preprocess"),
-        "data sets": lambda row: " with ".join(filter(None, (row.get("dataset"), row.get("real_labels")))) or None,
-        "numbers of images": lambda row: row.get("num_images"),
-    }
-    for model in dict.fromkeys(row["model"] for _, row in rows if row.get("model")):
-        conditions[f"weights of the same model, {model},"] = lambda row, model=model: (
-            row.get("weights_sha256") if row.get("model") == model else None
-        )
-    conditions["devices, batches or dtypes (images/s)"] = _machine
+    found: dict[str, dict[Any, dict[str, None]]] = {}  # the names of the runs, by condition and value
+    for run in runs:
+        for row in run.rows:
+            for noun, value in _conditions(row).items():
+                if value:
+                    found.setdefault(noun, {}).setdefault(value, {})[run.name] = None
     sentences = []
-    for noun, value_of in conditions.items():
-        found: dict[Any, dict[str, None]] = {}  # the names of the runs by value; rows without one are left out
-        for name, row in rows:
-            if (value := value_of(row)) is not None:
-                found.setdefault(value, {})[name] = None
-        if len(found) > 1:
-            listed = "; ".join(f"{value} ({', '.join(names)})" for value, names in found.items())
+    for noun, values in found.items():
+        if len(values) > 1:
+            listed = "; ".join(f"{value} ({', '.join(names)})" for value, names in values.items())
             sentences.append(f"rows of different {noun} are compared: {listed}")
     return sentences
+
+
+def _conditions(row: ResultRow) -> dict[str, Any]:
+    """What comparable rows have in common; a value that is not known is None or empty."""
+    timed = all(row.get(key) for key in ("images_per_second", "num_devices", "device", "batch_size", "dtype"))
+    return {
+        "preprocessing": row.get("preprocess"),
+        "data sets": " with ".join(filter(None, (row.get("dataset"), row.get("real_labels")))),
+        "numbers of images": row.get("num_images"),
+        f"weights of the same model, {row.get('model')},": row.get("model") and row.get("weights_sha256"),
+        "devices, batches or dtypes (images/s)": (
+            f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}" if timed else None
+        ),
+    }
 
 
 def devices(row: ResultRow) -> str:
@@ -91,12 +104,6 @@ def devices(row: ResultRow) -> str:
     count, name = row.get("num_devices"), row.get("device")
     one_cpu = str(name).startswith("CPU") and count != 1 and row.get("num_processes", 1) == 1
     return f"{name} as {count} devices" if one_cpu else f"{count} x {name}"
-
-
-def _machine(row: ResultRow) -> str | None:
-    """What images/s depend on; None if the row was not timed."""
-    parts = [row.get(key) for key in ("images_per_second", "num_devices", "device", "batch_size", "dtype")]
-    return f"{devices(row)}, batch {row['batch_size']}, {row['dtype']}" if all(parts) else None
 
 
 def _read_rows(path: Path) -> list[ResultRow]:
@@ -113,22 +120,16 @@ def _read_rows(path: Path) -> list[ResultRow]:
 
 
 def _parse(line: str, place: str) -> ResultRow:
-    try:
+    row = None
+    with contextlib.suppress(ValueError):
         row = json.loads(line)
-    except ValueError:
-        row = None
     if not isinstance(row, dict) or not isinstance(row.get("schedule"), str):
         raise InputError(f"{place}: not a result row, which is a JSON object with a schedule; run evaluate.py again")
     for field in MEASURED:
-        if row.get(field) is not None and not _is_number(row[field]):
-            raise InputError(
-                f"{place}: field {field!r} is {row[field]!r} and should be a number; run evaluate.py again"
-            )
+        value = row.get(field)
+        if value is not None and not (type(value) in (int, float) and math.isfinite(value)):
+            raise InputError(f"{place}: field {field!r} is {value!r} and should be a number; run evaluate.py again")
     return row
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _read_per_class(path: Path) -> Mapping[str, Any] | None:
@@ -136,10 +137,8 @@ def _read_per_class(path: Path) -> Mapping[str, Any] | None:
         return None
     try:
         table = json.loads(path.read_text())
-        columns = [table["images"], *table["correct"].values()]
-        whole = all(len(column) == len(table["classes"]) and all(map(_is_number, column)) for column in columns)
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path} is damaged: remove it, or run evaluate.py again")
-    return table
+        if np.array([table["images"], *table["correct"].values()], np.int64).shape[1] == len(table["classes"]):
+            return table
+    except (OSError, ArithmeticError, ValueError, LookupError, TypeError, AttributeError):
+        pass
+    raise InputError(f"{path} is damaged: remove it, or run evaluate.py again")

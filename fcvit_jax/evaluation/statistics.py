@@ -1,8 +1,6 @@
-"""How certain a count is: intervals, paired tests, and counts per class."""
+"""How certain a count is: intervals and paired tests."""
 
 import math
-
-import numpy as np
 
 
 def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -25,17 +23,6 @@ def mcnemar(gained: int, lost: int) -> float:
     from scipy.stats import binomtest  # takes a second to import
 
     return float(binomtest(min(gained, lost), gained + lost, 0.5).pvalue) if gained + lost else 1.0
-
-
-def per_class(labels: np.ndarray, right: np.ndarray, num_classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Count the images of each class, and those among them that are right: int64 [c] both.
-
-    labels: int [n], or [n, k] padded with -1, where an image counts in each of its classes. right: bool [n].
-    """
-    labels = labels.reshape(len(right), -1)
-    counted = (np.bincount(some[some >= 0], minlength=num_classes) for some in (labels, labels[right]))
-    images, correct = counted
-    return images, correct
 
 
 def sigmas(correct: int, n: int, expected: float) -> float:

@@ -2,12 +2,13 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import multihost_utils
 
+from fcvit_jax import parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.evaluation.accuracy import CompiledStep
 
@@ -25,12 +26,11 @@ def measure_throughput(
     batch: Batch,
     blocks: int = 5,
     block_seconds: float = 0.2,
-    on_block: Callable[[], object] | None = None,
 ) -> dict[str, Rate]:
     """Time every schedule on one batch that lies on the device.
 
     Blocks of the schedules alternate, so that other load on the machine affects all of them alike. A block has as many
-    calls as fill `block_seconds`, at least one. on_block: called after each block of each schedule.
+    calls as fill `block_seconds`, at least one.
     """
 
     def seconds(step: CompiledStep, calls: int) -> float:
@@ -45,14 +45,12 @@ def measure_throughput(
     for name, step in steps.items():
         seconds(step, 1)
         calls[name] = max(1, round(block_seconds / seconds(step, 1)))
-    if jax.process_count() > 1:  # all must make the same calls
-        calls = {name: int(many) for name, many in multihost_utils.broadcast_one_to_all(calls).items()}
+    # All processes must make the same calls.
+    calls = {name: int(many) for name, many in multihost_utils.broadcast_one_to_all(calls).items()}
     rates: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(blocks):
+    for _ in parallel.progress(range(blocks), desc="timing", unit="block"):
         for name, step in steps.items():
             rates[name].append(len(batch.mask) * calls[name] / seconds(step, calls[name]))
-            if on_block:
-                on_block()
     return {
         name: Rate(median := statistics.median(values), (max(values) - min(values)) / median)
         for name, values in rates.items()

@@ -12,7 +12,6 @@ columns are the ends of the merging stages of any schedule, and the layers half-
 registers) never merge, and are not counted.
 """
 
-import argparse
 import contextlib
 import functools
 import glob
@@ -33,7 +32,7 @@ from fcvit_jax import compiling
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint
 from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.data.sources import EXTENSIONS, FORMS, Record, Source, open_source
+from fcvit_jax.data.sources import EXTENSIONS, FORMS, Source, open_source, read_record
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.files import file_name, writable_directory, write_whole
 from fcvit_jax.models.schedule import Dense, MergeSchedule, parse_schedules
@@ -63,10 +62,9 @@ class Panel(NamedTuple):
 
 
 def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray) -> list[Regions]:
-    """Find the regions after each layer.
+    """Find the regions after each layer; compiles once per schedule and batch size.
 
-    images: uint8 [b, height, width, 3], as `checkpoint.preprocess` gives them. Compiles once per schedule and batch
-    size. Raises InputError if the schedule or the images do not fit the model.
+    images: uint8 [b, height, width, 3], as `checkpoint.preprocess` gives them. Raises InputError if they do not fit.
     """
     config = checkpoint.config
     with jax.default_matmul_precision("highest"):  # as accuracy is measured: coarser keys merge other tokens
@@ -81,16 +79,15 @@ def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray)
 
 @functools.cache
 def _compiled(images: int, tokens: int) -> Callable[..., list[tuple[jax.Array, jax.Array | None]]]:
-    return jax.jit(_sources, static_argnums=(0, 1), compiler_options=compiling.options(images, tokens, np.float32))
+    def sources(model: ViT, preprocess: Preprocess, params: Any, images: jax.Array) -> list[tuple[Any, Any]]:
+        out: Any = model.apply({"params": params}, preprocess.normalize(images))[1]
+        return [(layer["source"], layer["pruned"]) for layer in out["layers"]]
 
-
-def _sources(model: ViT, preprocess: Preprocess, params: Any, images: jax.Array) -> list[tuple[Any, Any]]:
-    out: Any = model.apply({"params": params}, preprocess.normalize(images))[1]
-    return [(layer["source"], layer["pruned"]) for layer in out["layers"]]
+    return jax.jit(sources, static_argnums=(0, 1), compiler_options=compiling.options(images, tokens, np.float32))
 
 
 def draw_regions(image: np.ndarray, token: np.ndarray, pruned: np.ndarray, patch_size: int, scale: int) -> np.ndarray:
-    """Fill and outline the regions of one image, uint8 [h, w, 3], enlarged by `scale`; hatch the pruned patches.
+    """Fill and outline the regions of an image, uint8 [h, w, 3], enlarged by `scale`; hatch the pruned patches.
 
     token, pruned: [grid_h, grid_w], as in `Regions`.
     """
@@ -117,17 +114,17 @@ def fill(image: np.ndarray, regions: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def outline(picture: np.ndarray, regions: np.ndarray, width: int = 1) -> np.ndarray:
-    """The picture, uint8 [h, w, 3], with a line `width` pixels wide along the inside of every region's border.
+    """Draw a line `width` pixels wide along the inside of every region's border on a picture, uint8 [h, w, 3].
 
     A region of several patches has one colour around all its parts; one of a single patch has a shade of its own.
     """
+    from scipy import ndimage  # takes a second to import
+
     side = picture.shape[0] // regions.shape[0]
     _, first, index, count = np.unique(regions, return_index=True, return_inverse=True, return_counts=True)
     index = _enlarge(index.reshape(regions.shape), side)
-    around, (height, length) = np.pad(index, width, constant_values=-1), index.shape
-    border = np.zeros(index.shape, np.bool_)
-    for down, across in itertools.product((0, width, 2 * width), repeat=2):
-        border |= around[down : down + height, across : across + length] != index
+    around: Any = dict(size=2 * width + 1, mode="constant", cval=-1)
+    border = ndimage.minimum_filter(index, **around) != ndimage.maximum_filter(index, **around)
     bright = picture.mean(axis=-1, keepdims=True) > 127
     shade = np.where(bright, picture - picture // 6, picture + (255 - picture) // 6)
     rank = np.argsort(np.argsort(np.where(count > 1, first, regions.size)))  # in reading order, single patches last
@@ -146,6 +143,14 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
     return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
+def first_images(source: Source, checkpoint: Checkpoint, limit: int) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read the first images, uint8 [n, height, width, 3], as the model sees them, and their names."""
+    count = min(limit, len(source))
+    with contextlib.closing(eval_batches(source, checkpoint.preprocess, count, limit=count)) as batches:
+        batch = next(batches)
+    return np.asarray(batch.images), batch.names
+
+
 def draw_gallery(
     checkpoint: Checkpoint,
     schedules: Mapping[str, MergeSchedule],
@@ -158,9 +163,8 @@ def draw_gallery(
 ) -> None:
     """Write `folder/NNN_name.png` for every image, each whole or not at all.
 
-    images: uint8 [n, height, width, 3], as `checkpoint.preprocess` gives them. stages: one row per schedule, one column
-    per layer of `stage_layers`. columns: panels in a row, without stages; by default all.
-    Raises InputError if the folder cannot be written, or a schedule or the images do not fit the model.
+    images: as in `regions`. stages: one row per schedule, one column per layer of `stage_layers`. columns: panels in a
+    row, without stages; by default all. Raises InputError as `regions` does, and if the folder cannot be written.
     """
     config = checkpoint.config
     checkpoint = replace(checkpoint, params=jax.device_put(checkpoint.params))  # once, and not with every call
@@ -171,16 +175,13 @@ def draw_gallery(
     with tqdm(desc="drawing", total=len(images) * len(schedules), unit="panel", leave=False, disable=None) as bar:
         for number, (image, name) in enumerate(zip(images, names, strict=True)):
             original = Panel("original", f"{config.grid[0]}x{config.grid[1]} patches", _enlarge(image, scale))
-            rows = []
-            for title, schedule in schedules.items():
-                rows.append(_panels(checkpoint, title, schedule, image, layers, scale))
+            panels = [original]
+            for row, (title, schedule) in enumerate(schedules.items()):
+                panels += [original] if stages and row else []
+                panels += _panels(checkpoint, title, schedule, image, layers, scale)
                 bar.update()
-            if stages:
-                rows = [[original, *row] for row in rows] or [[original]]
-            else:
-                panels = [original, *itertools.chain(*rows)]
-                many = columns or len(panels)
-                rows = [panels[start : start + many] for start in range(0, len(panels), many)]
+            many = 1 + len(layers) if stages else columns or len(panels)
+            rows = [panels[start : start + many] for start in range(0, len(panels), many)]
             picture = io.BytesIO()
             draw_sheet(rows).save(picture, "PNG")
             stem, suffix = os.path.splitext(name)
@@ -247,54 +248,37 @@ def open_images(path: str) -> Source:
     if not names:
         raise InputError(f"images {path!r}: none in this folder; accepted are {' '.join(EXTENSIONS)}")
 
-    def read(index: int) -> Record:
-        try:
-            return Record((root / names[index]).read_bytes(), 0, names[index])
-        except OSError as error:
-            raise InputError(f"image {root / names[index]} cannot be read: {error.strerror}") from None
-
-    return Source(path, (), len(names), read)
+    return Source(path, (), len(names), lambda index: read_record(root, names[index], 0))
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    args = _parser().parse_args(argv)
+    parser = OneLineParser(prog="python -m fcvit_jax.evaluation.visualize", description=__doc__)
+    for flag, metavar, default, what in (
+        ("--checkpoint", "DIR", "packaged:digits", "a checkpoint, a train_sam.py working directory, or packaged:NAME"),
+        ("--images", "PATH", "digits:test", f"a file, a folder (images at any depth), or a data set: {FORMS}"),
+        ("--schedules", "A,B", "tome_r12,s2dfe_r15,s2winc5_r16", "names or explicit forms, as for evaluate.py"),
+        ("--workdir", "W", Path("workdir/visualize"), "where to write the pictures; same names are overwritten"),
+        ("--limit", "N", 12, "draw the first N images"),
+    ):
+        text = f"{what}; default: {default}"
+        parser.add_argument(flag, metavar=metavar, default=default, type=type(default), help=text)
+    layout = parser.add_mutually_exclusive_group()
+    layout.add_argument("--stages", action="store_true", help="one row per schedule, with the layers on the way")
+    layout.add_argument("--columns", metavar="N", type=int, help="panels in a row; default: all")
+    args = parser.parse_args(argv)
     with one_line_errors():
+        for option in ("limit", "columns"):
+            if (value := getattr(args, option)) is not None and value < 1:
+                raise InputError(f"--{option}: {value} is not positive")
         source = open_images(args.images)
         checkpoint = load_checkpoint(args.checkpoint)
         schedules = parse_schedules(args.schedules, checkpoint.config.depth)
         for schedule in schedules.values():
             schedule.plan(checkpoint.config)
-        count = min(args.limit, len(source))
-        with contextlib.closing(eval_batches(source, checkpoint.preprocess, count, limit=count)) as batches:
-            batch = next(batches)
-        images = np.asarray(batch.images)
-        draw_gallery(checkpoint, schedules, images, batch.names, args.workdir, stages=args.stages, columns=args.columns)
-        print(f"written: {count} pictures in {args.workdir}")
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number, 1 or more")
-    return int(text)
-
-
-def _parser() -> argparse.ArgumentParser:
-    prog, formatter = "python -m fcvit_jax.evaluation.visualize", argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog=prog, description=__doc__, formatter_class=formatter)
-
-    def add(flag: str, metavar: str, default: Any, help: str, type: Any = str) -> None:
-        parser.add_argument(flag, metavar=metavar, default=default, type=type, help=f"{help}; default: {default}")
-
-    add("--checkpoint", "DIR", "packaged:digits", "a checkpoint, a train_sam.py working directory, or packaged:NAME")
-    add("--images", "PATH", "digits:test", f"a file, a folder (images at any depth), or a data set: {FORMS}")
-    add("--schedules", "A,B", "tome_r12,s2dfe_r15,s2winc5_r16", "names or explicit forms, as for evaluate.py")
-    add("--workdir", "W", "workdir/visualize", "where to write the pictures; same names are overwritten", Path)
-    add("--limit", "N", 12, "draw the first N images", _positive)
-    layout = parser.add_mutually_exclusive_group()
-    layout.add_argument("--stages", action="store_true", help="one row per schedule, with the layers on the way")
-    layout.add_argument("--columns", metavar="N", type=_positive, help="panels in a row; default: all")
-    return parser
+        images, names = first_images(source, checkpoint, args.limit)
+        draw_gallery(checkpoint, schedules, images, names, args.workdir, stages=args.stages, columns=args.columns)
+        print(f"written: {len(names)} pictures in {args.workdir}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,15 @@
 """The files that an evaluation leaves in its working directory, those of an interrupted one included."""
 
+import shutil
 from pathlib import Path
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.inputs import EvaluationInputs
 from fcvit_jax.evaluation.outcomes import Journal
 
-JOURNAL = ".outcomes"  # until the results are written
+JOURNAL = ".outcomes"  # until the results are written; a file in earlier versions
 FINISHED = (
-    *("results.jsonl", "results.csv", "report.html", "pareto.png", "outcomes.npz", "per_class.json"),
+    *(JOURNAL, "results.jsonl", "results.csv", "report.html", "pareto.png", "outcomes.npz", "per_class.json"),
     *("logits_*.npz", "gallery/[0-9]*_*.png"),
 )
 
@@ -33,7 +34,7 @@ def clear(workdir: Path) -> None:
 
 def forget(workdir: Path) -> None:
     """Delete what an interrupted run needs to resume."""
-    (workdir / JOURNAL).unlink(missing_ok=True)
+    shutil.rmtree(workdir / JOURNAL, ignore_errors=True)
 
 
 def open_journal(workdir: Path, inputs: EvaluationInputs) -> Journal:

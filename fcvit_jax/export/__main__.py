@@ -22,7 +22,20 @@ from fcvit_jax.export import PLATFORMS, export
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    args = _parser().parse_args(argv)
+    parser = OneLineParser(prog="python -m fcvit_jax.export", description=__doc__)
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or packaged:digits")
+    parser.add_argument("path", metavar="OUT", help="directory to write, new or empty")
+    schedules = "dense, tome_r13, s2dfe_r18, s2winc7_r16, or an explicit form such as dense:2,global:10:r16"
+    parser.add_argument("--schedules", metavar="A,B", required=True, help=schedules)
+    sizes = "images per call; 1 answers soonest"
+    parser.add_argument("--batch_sizes", metavar="N,M", type=_counts, required=True, help=sizes)
+    dtype = "of the computation; tf32 rounds products on GPUs, bfloat16 halves weights.npz too (default: float32)"
+    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="float32", help=dtype)
+    platforms = f"what programs can be compiled for: some of {', '.join(PLATFORMS)} (default: cpu,cuda)"
+    parser.add_argument("--platforms", metavar="A,B", type=_names, default=("cpu", "cuda"), help=platforms)
+    parser.add_argument("--features", action="store_true", help="return (logits, pooled features) from a program")
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
+    args = parser.parse_args(argv)
     with one_line_errors():
         out = export(**vars(args))
     meta = json.loads((out / "meta.json").read_text())
@@ -43,24 +56,6 @@ def _counts(text: str) -> list[int]:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",")]
-
-
-def _parser() -> argparse.ArgumentParser:
-    formatter = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser(prog="python -m fcvit_jax.export", description=__doc__, formatter_class=formatter)
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or packaged:digits")
-    parser.add_argument("path", metavar="OUT", help="directory to write, new or empty")
-    schedules = "dense, tome_r13, s2dfe_r18, s2winc7_r16, or an explicit form such as dense:2,global:10:r16"
-    parser.add_argument("--schedules", metavar="A,B", required=True, help=schedules)
-    sizes = "images per call; 1 answers soonest"
-    parser.add_argument("--batch_sizes", metavar="N,M", type=_counts, required=True, help=sizes)
-    dtype = "of the computation; tf32 rounds products on GPUs, bfloat16 halves weights.npz too (default: float32)"
-    parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="float32", help=dtype)
-    platforms = f"what programs can be compiled for: some of {', '.join(PLATFORMS)} (default: cpu,cuda)"
-    parser.add_argument("--platforms", metavar="A,B", type=_names, default=("cpu", "cuda"), help=platforms)
-    parser.add_argument("--features", action="store_true", help="return (logits, pooled features) from a program")
-    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export at OUT")
-    return parser
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def test_bad_results_are_told_in_one_line(tmp_path, content, message):
         '{"classes": ["a"], "images": [1]}',
         '{"classes": ["a"], "images": [1, 2], "correct": {}}',
         '{"classes": ["a"], "images": [1], "correct": {"dense": ["x"]}}',
+        '{"classes": ["a"], "images": [Infinity], "correct": {}}',
     ],
 )
 def test_a_damaged_class_table(tmp_path, write_run, table):

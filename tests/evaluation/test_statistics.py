@@ -4,7 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from fcvit_jax.evaluation.statistics import mcnemar, per_class, sigmas, wilson
+from fcvit_jax.evaluation.outcomes import Outcomes
+from fcvit_jax.evaluation.result_rows import class_table
+from fcvit_jax.evaluation.statistics import mcnemar, sigmas, wilson
 
 
 def test_wilson_is_where_the_score_test_turns():
@@ -52,14 +54,18 @@ def test_mcnemar_keeps_its_level():
     assert sum(p for k, p in enumerate(chance) if mcnemar(k, n - k) < 0.05) <= 0.05
 
 
-def test_counts_by_class():
-    images, correct = per_class(np.array([2, 0, 2, 2]), np.array([True, False, False, True]), 4)
-    assert images.tolist() == [1, 0, 3, 0]
-    assert correct.tolist() == [0, 0, 2, 0]
-    several = np.array([[1, 3], [3, -1], [0, -1]])
-    images, correct = per_class(several, np.array([True, False, True]), 4)
-    assert images.tolist() == [1, 1, 0, 2]
-    assert correct.tolist() == [1, 1, 0, 1]
+@pytest.mark.parametrize(
+    ("labels", "right", "images", "correct"),
+    [
+        ([2, 0, 2, 2], [True, False, False, True], [1, 3], [0, 2]),
+        ([[1, 3], [3, -1], [0, -1]], [True, False, True], [1, 1, 2], [1, 1, 1]),
+    ],
+)
+def test_counts_by_class(labels, right, images, correct):
+    names, rank = np.arange(len(right)).astype(str), np.where(right, 0, 7)[None]
+    table = class_table(Outcomes(names, np.array(labels), rank, rank, rank.astype(float)), ["dense"], tuple("abcd"))
+    there = ["abcd"[label] for label in sorted({*np.ravel(labels)} - {-1})]
+    assert table == {"classes": there, "images": images, "correct": {"dense": correct}}
 
 
 def test_sigmas():

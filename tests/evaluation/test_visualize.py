@@ -282,7 +282,7 @@ def test_command_line_on_digits(tmp_path, capsys):
         ("--schedules tome", "'tome' is not a schedule"),
         ("--schedules dense:1,local:5:r4:w3x3", "3x3"),
         ("--workdir {0}/broken.png/x", "cannot be written"),
-        ("--limit 0", "argument --limit: '0' is not a whole number, 1 or more"),
+        ("--limit 0", "--limit: 0 is not positive"),
         ("--stages --columns 2", "not allowed with argument --stages"),
         ("--size 3", "unrecognized arguments"),
     ],

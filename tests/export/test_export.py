@@ -175,7 +175,7 @@ def test_a_batch_may_be_spread_over_devices(checkpoint, tmp_path):
     images, mesh = some_images(8), parallel.data_mesh()
     placed = jax.device_put(params, parallel.replicated(mesh)), jax.device_put(images, parallel.batched(mesh))
     logits = jax.jit(program.call)(*placed)
-    assert len(logits.sharding.device_set) == 8
+    assert len(logits.sharding.device_set) == mesh.size > 1
     np.testing.assert_allclose(logits, by_the_model(checkpoint, "s2winc2_r6", images)[0], rtol=0, atol=1e-5)
 
 
