@@ -45,10 +45,7 @@ def start_processes(where: str) -> None:
     # One program at a time on CPUs: with several in flight, their collectives once deadlocked.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        if found:
-            jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
-        else:
-            jax.distributed.initialize()
+        jax.distributed.initialize(*((found[1], int(found[2]), int(found[3])) if found else ()))
     except ValueError:
         raise InputError(
             "--distributed auto: nothing here tells of other processes (Slurm, Open MPI, Kubernetes or a TPU pod "
@@ -57,11 +54,11 @@ def start_processes(where: str) -> None:
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise InputError(f"--distributed {where!r}: the processes do not find each other ({why})") from error
-    owners = collections.Counter(device.process_index for device in jax.devices())
-    counts = [count for _, count in sorted(owners.items())]
-    if len(set(counts)) > 1:
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        told = ", ".join(str(counts[process]) for process in sorted(counts))
         raise InputError(
-            f"--distributed: the processes have {', '.join(map(str, counts))} devices, and a batch is shared out "
+            f"--distributed: the processes have {told} devices, and a batch is shared out "
             "evenly; give each as many (CUDA_VISIBLE_DEVICES)"
         )
 

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,19 +21,9 @@ from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError
 from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport, RadiusCurve
-from fcvit_jax.flatness.hessian import add_scaled, lanczos, power_iteration, trace_samples
-from fcvit_jax.flatness.loss_surface import LossSurface
-from fcvit_jax.flatness.sharpness import (
-    ADAPTIVE,
-    BOX,
-    PLAIN,
-    average_case,
-    keskar_percent,
-    resolution,
-    uphill,
-    worst_case,
-)
-from fcvit_jax.flatness.slices import filter_normalised, loss_slice
+from fcvit_jax.flatness.hessian import add_scaled, lanczos, trace_samples
+from fcvit_jax.flatness.loss_surface import LossSurface, filter_normalised, loss_slice
+from fcvit_jax.flatness.sharpness import ADAPTIVE, BOX, PLAIN, average_case, resolution, uphill, worst_case
 from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
@@ -83,7 +74,7 @@ def measure_surface(
     `limit`, `batch_size` and `loss` of the configuration are not used. conditions: facts to keep with the report.
     Raises InputError if a parameter is not float32, or a loss is not finite; it names the measure.
 
-    Memory: about six copies of the parameters, and with Lanczos one more for each of `eigen_steps`.
+    Memory: about six copies of the parameters, and one more for each of `eigen_steps`.
     """
     loss_fn, params, _ = surface
     check_float32(params, "flatness is measured on float32 parameters")
@@ -103,32 +94,26 @@ def measure_surface(
     _check_finite("the loss at the parameters", losses)
     _check_finite("the gradient", gradient_norm)
 
-    watched.begin("eigenvalues", config.eigen_steps + 2 * (config.eigen == "lanczos"))
-    if config.eigen == "lanczos":
-        ends = lanczos(surface, eigen_key, config.eigen_steps, config.tolerance)
-        pairs = dict(zip(("largest", "smallest"), ends, strict=True))
-        del ends
-    else:
-        pairs = {"dominant": power_iteration(surface, eigen_key, config.eigen_steps, config.tolerance)}
-    eigenvalues = {name: pair._replace(vector=None) for name, pair in pairs.items()}
-    del pairs
+    watched.begin("eigenvalues", config.eigen_steps + 2)
+    ends = lanczos(surface, eigen_key, config.eigen_steps, config.tolerance)
+    ends = [dataclasses.replace(pair, vector=None) for pair in ends]  # frees their memory
     watched.begin("trace", config.probes)
     trace = trace_samples(surface, trace_key, config.probes)
-    _check_finite("the Hessian", [*trace.ravel(), *(pair.value for pair in eigenvalues.values())])
+    _check_finite("the Hessian", [*trace.ravel(), *(pair.value for pair in ends)])
 
     curves = {}
-    balls = ("", PLAIN, config.rho), ("_adaptive", ADAPTIVE, config.adaptive_rho), ("keskar", BOX, config.epsilon)
-    for name, ball, radii in balls:
-        watched.begin("Keskar's sharpness" if ball is BOX else f"worst case{name}")
-        worst = worst_case(surface, ball, radii, worst_key, config.ascent_steps, config.restarts)
-        if ball is BOX:
-            curves["keskar"] = RadiusCurve(radii, keskar_percent(worst)[:, None])
-        else:
-            curves[f"worst{name}"] = RadiusCurve(radii, worst.found[:, None])
-            curves[f"one_step{name}"] = RadiusCurve(radii, worst.one_step[:, None])
-    for name, ball, sigmas in (("", PLAIN, config.sigma), ("_adaptive", ADAPTIVE, config.adaptive_sigma)):
+    ascent = worst_key, config.ascent_steps, config.restarts
+    plain = "", PLAIN, config.rho, config.sigma
+    for name, ball, radii, sigmas in (plain, ("_adaptive", ADAPTIVE, config.adaptive_rho, config.adaptive_sigma)):
+        watched.begin(f"worst case{name}")
+        worst = worst_case(surface, ball, radii, *ascent)
+        curves[f"worst{name}"] = RadiusCurve(radii, worst.found[:, None])
+        curves[f"one_step{name}"] = RadiusCurve(radii, worst.one_step[:, None])
         watched.begin(f"average case{name}", config.draws)
         curves[f"average{name}"] = RadiusCurve(sigmas, average_case(surface, ball, sigmas, average_key, config.draws))
+    watched.begin("Keskar's sharpness")
+    worst = worst_case(surface, BOX, config.epsilon, *ascent)
+    curves["keskar"] = RadiusCurve(config.epsilon, worst.keskar_percent[:, None])
     for name, curve in curves.items():
         for radius, samples in zip(curve.radii, curve.samples, strict=True):
             _check_finite(f"{name} at {radius:g}", samples)
@@ -137,13 +122,11 @@ def measure_surface(
     first, second = (filter_normalised(params, part) for part in jax.random.split(slice_key))
     if config.line_points:
         watched.begin("loss along a line")
-        points = np.stack([np.linspace(-1, 1, config.line_points), np.zeros(config.line_points)], axis=1)
-        line = loss_slice(surface, first, second, points)
+        line = loss_slice(surface, first, second, [(along, 0.0) for along in np.linspace(-1, 1, config.line_points)])
     if config.plane_points:
         watched.begin("loss over a plane")
-        side = np.linspace(-1, 1, config.plane_points)
-        points = np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1)
-        plane = loss_slice(surface, first, second, points.reshape(-1, 2)).reshape(points.shape[:2])
+        points = list(itertools.product(np.linspace(-1, 1, config.plane_points), repeat=2))
+        plane = loss_slice(surface, first, second, points).reshape(config.plane_points, config.plane_points)
     watched.begin("rounding")
     rounding = resolution(surface, average_key)
     watched.bar.close()
@@ -156,7 +139,7 @@ def measure_surface(
         resolution=rounding,
         losses=np.array(losses),
         accuracies=np.array(accuracies),
-        eigenvalues=eigenvalues,
+        eigenvalues={"largest": ends[0], "smallest": ends[1]},
         trace=trace,
         curves=curves,
         line=line,
@@ -168,7 +151,7 @@ def measure_surface(
 class ClassificationLoss:
     """Cross-entropy against the labels, and accuracy, of (images uint8 [b, height, width, 3], labels int32 [b]).
 
-    In evaluation mode and of the labels as they are, whatever the training dropped, smoothed or mixed.
+    In evaluation mode, without smoothing or mixing.
     """
 
     model: ViT
@@ -205,7 +188,7 @@ def draw_batches(source: Source, preprocess: Preprocess, config: FlatnessConfig)
 
 
 class _Watched:
-    """Batches with a progress bar, which moves whenever they are iterated over."""
+    """Batches that move a progress bar whenever they are iterated over."""
 
     def __init__(self, batches: list[Any]):
         self.batches = batches

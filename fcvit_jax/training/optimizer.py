@@ -21,8 +21,7 @@ class OptimizerConfig:
     """How parameters follow a gradient. Raises InputError that names the field.
 
     After the warm-up, the learning rate falls to `final_learning_rate` along the schedule; "constant" stays. Weight
-    decay is decoupled for all three, SGD too (arXiv 1711.05101): each step takes learning rate x weight_decay x kernel
-    away, whatever the gradient, the momentum and the clipping.
+    decay is decoupled for all three, SGD too (arXiv 1711.05101).
     """
 
     # adamw (arXiv 1711.05101), sgd with (heavy-ball) momentum, or lion (arXiv 2302.06675).

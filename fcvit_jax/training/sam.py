@@ -32,9 +32,8 @@ class SAMConfig:
     """Which gradient to estimate, and where. Raises InputError that names the field.
 
     ASAM requires about ten times the radius of SAM. Its T is |w| + eta on leaves of two or more axes (kernels, tokens,
-    position embeddings), and 1 on the others (biases, norms, LayerScale); with eta = 0, rescaling weights so that the
-    function stays the same changes nothing. The authors' code goes by names instead: |w| + eta on every "weight" of
-    PyTorch, the scales of norms included, and 1 on biases, tokens and position embeddings.
+    position embeddings), and 1 on the others (biases, norms, LayerScale). The authors' code has |w| + eta on the scales
+    of norms too, and 1 on tokens and position embeddings.
     """
 
     rho: float = setting(0.05, low=0)  # radius; 0: the plain gradient in one pass, bit for bit
@@ -163,18 +162,18 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
     parameters. With micro-batches, leaves of aux with a leading axis of B / c come back as B rows in the batch's order;
     all others are averaged.
     """
-    # jit: both passes and the scans' shape inference share one trace; XLA inlines it.
+    # jit: both passes and the scans' shape inference share one trace.
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     parts = {"batch": 1, "microbatch": 1} | {cfg.scope: cfg.microbatches}
     looks = cfg.rho > 0 and cfg.refresh_every > 1
     # Where the radius is never 0, a conditional would only hinder the compiler.
     always = cfg.start_step == 0 and not looks and cfg.rho_final != 0
 
-    def gradient(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Any]:
+    def of_part(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Any]:
         (loss, aux), grads = value_and_grad(params, batch, key)
         return (loss.astype(jnp.float32), grads), aux
 
-    gradient = _averaged(gradient, parts["batch"])
+    gradient = _averaged(of_part, parts["batch"])
 
     def function(params: Params, batch: Any, key: jax.Array, rho: Any, step: Any, state: SAMState) -> Any:
         rho = jnp.asarray(rho, jnp.float32)
@@ -188,7 +187,10 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
                 return clean, SAMInfo(loss, zero, length, zero, length, jnp.float32(1))
 
             def adversarial() -> tuple[Params, SAMInfo]:
-                (adv_loss, adv), _ = gradient(_climb(cfg, mask, params, clean, rho), batch, key)
+                check_float32(params, "stored parameters must be float32, otherwise rounding undoes SAM")
+                perturbed = perturb_mask(params, cfg.perturb) if mask is None else mask
+                ascent = perturbation(params, clean, rho, mask=perturbed, adaptive=cfg.adaptive, eta=cfg.eta)
+                (adv_loss, adv), _ = gradient(optax.tree.add(params, ascent), batch, key)
                 info = SAMInfo(loss, adv_loss - loss, length, rho, norm(adv), dot(unit(clean), unit(adv)))
                 if cfg.gap_weight:
                     adv = optax.tree.add_scale(adv, -cfg.gap_weight, orthogonal(clean, adv))
@@ -208,42 +210,6 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
         return (info.loss, aux), grads, state, info
 
     return function
-
-
-def sam_transformation(
-    optimizer: optax.GradientTransformation, cfg: SAMConfig, mask: Params | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """SAM or ASAM for a training loop that holds an optax chain of its own: a thin shell, with traps.
-
-    update(grads, state, params, grad_fn=...): grads at params; grad_fn(params) gives those of the *same* batch and key.
-    Clipping, decay and schedules belong inside `optimizer`: in a chain before this they only turn the perturbation,
-    and `optax.MultiSteps` around it lets grad_fn see the last micro-batch alone. The losses are lost.
-    """
-    for name in ("rho_final", "start_step", "gap_weight", "refresh_every", "microbatches"):
-        if getattr(cfg, name) != getattr(SAMConfig(), name):
-            raise InputError(f"sam.{name} is {getattr(cfg, name)}: only sam_value_and_grad knows it")
-    inner = optax.with_extra_args_support(optimizer)
-
-    def update(updates: Params, state: Any, params: Params = None, **extra: Any) -> Any:
-        grad_fn = extra.pop("grad_fn", None)
-        if grad_fn is None or params is None:
-            raise InputError(
-                "sam_transformation: update(grads, state, params, grad_fn=...) needs the parameters, and a function of "
-                "them that gives the gradients of the same batch"
-            )
-        if cfg.rho:
-            updates = grad_fn(_climb(cfg, mask, params, updates, cfg.rho))
-        return inner.update(updates, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _climb(cfg: SAMConfig, mask: Params | None, params: Params, grads: Params, rho: Any) -> Params:
-    """The perturbed parameters, w + e."""
-    check_float32(params, "stored parameters must be float32, otherwise rounding undoes SAM")
-    mask = perturb_mask(params, cfg.perturb) if mask is None else mask
-    ascent = perturbation(params, grads, rho, mask=mask, adaptive=cfg.adaptive, eta=cfg.eta)
-    return optax.tree.add(params, ascent)
 
 
 def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:

@@ -13,10 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.errors import InputError
 from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.vit import ViT
-from fcvit_jax.settings import check_settings, setting
 from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, sam_value_and_grad
 from fcvit_jax.training.targets import TargetConfig, mix, row_weights, soft_targets
 
@@ -67,17 +65,13 @@ class Recipe:
     rho: optax.Schedule
     targets: TargetConfig
     frozen: Any = None
-    ema_decay: float = setting(0.0, low=0, below=1)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
+    ema_decay: float = 0.0
 
 
 def init_state(model: ViT, recipe: Recipe, seed: int, params: Any = None) -> TrainState:
     """The state before the first step; with fresh parameters if none are given.
 
-    Given parameters are copied, as float32, and so is the average: the step is donated the state's memory, which must
-    neither hold a leaf twice nor be the caller's.
+    Given parameters are copied, as float32, and so is the average: the step is donated the state's memory.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -104,12 +98,8 @@ def make_train_step(
     mixed once, and both passes of SAM see the same images and the same dropout.
 
     If the loss or the gradient is not finite, the state comes back unchanged, its step number included, and "finite" is
-    0 in this and all later steps: the loop may look late, and still has the state before that step.
-
-    Metrics, float32 scalars, are explained in docs/training.md; "finite" is 1 if this step and all before it were.
+    0 in this and all later steps. The other metrics, float32 scalars, are explained in docs/training.md.
     """
-    if not model.config.num_classes:
-        raise InputError("num_classes is 0: a model without a head has nothing to train towards")
     targets_config, frozen = recipe.targets, recipe.frozen
     perturbed = None if frozen is None else perturb_mask(frozen, recipe.sam.perturb, frozen)
 
@@ -145,7 +135,7 @@ def make_train_step(
             "gap": info.gap,
             "grad_norm": info.grad_norm,
             "rho": info.rho,
-            "gap_over_rho": jnp.where(info.rho > 0, info.gap / jnp.where(info.rho > 0, info.rho, 1.0), 0.0),
+            "gap_over_rho": info.gap / jnp.where(info.rho > 0, info.rho, 1.0),
             "learning_rate": recipe.learning_rate(state.step),
             "update_norm": optax.tree.norm(updates),
             "finite": finite,

@@ -64,16 +64,12 @@ class TrainingRun:
 
         accuracy: of the dense model on the test set, if it was tested.
         """
-        test = accuracy and {
-            "dataset": self.config.test,
-            "correct": accuracy.correct,
-            "num_images": accuracy.num_images,
-        }
+        counts = accuracy and {"correct": accuracy.correct, "num_images": accuracy.num_images}
         provenance = {
             "trained_by": "train_sam.py",
             "train_config": self.config.to_dict(),
             "steps": step,
-            "test": test,
+            "test": counts and {"dataset": self.config.test, **counts},
             "from": self.start.provenance,
         }
         whole = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(self.mesh))(params)
@@ -96,7 +92,7 @@ class TrainingRun:
 def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
     """Open what the configuration names and check that it fits together, before any long work.
 
-    Returns also the parameters to start from, None for fresh ones. Raises InputError that names the field.
+    Returns also the parameters to start from, None for fresh ones.
     """
     if config.checkpoint:
         place, here = Path(config.checkpoint).expanduser().resolve(), workdir.resolve()
