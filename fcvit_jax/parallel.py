@@ -3,13 +3,15 @@
 import collections
 import contextlib
 import functools
+import itertools
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -45,7 +47,10 @@ def start_processes(where: str) -> None:
     # One program at a time on CPUs: with several in flight, their collectives once deadlocked.
     jax.config.update("jax_cpu_enable_async_dispatch", False)
     try:
-        jax.distributed.initialize(*((found[1], int(found[2]), int(found[3])) if found else ()))
+        if found:
+            jax.distributed.initialize(found[1], int(found[2]), int(found[3]))
+        else:
+            jax.distributed.initialize()
     except ValueError:
         raise InputError(
             "--distributed auto: nothing here tells of other processes (Slurm, Open MPI, Kubernetes or a TPU pod "
@@ -129,6 +134,33 @@ def ending_together() -> Iterator[None]:
         thread.join()
 
 
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """A function that returns whether to stop: this process or another one received SIGTERM.
+
+    All processes must call it equally often, as none may stop alone: JAX's coordination service catches the signal
+    and gives all of them the same answer to the same call. In a thread of a notebook no signal can be caught.
+    """
+    came: list[bool] = []
+    if jax.process_count() > 1:
+        numbers = itertools.count(1)
+
+        def asked() -> bool:
+            if not came and multihost_utils.reached_preemption_sync_point(next(numbers)):
+                came.append(True)
+            return bool(came)
+
+        yield asked
+    elif threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+    else:
+        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+        try:
+            yield lambda: bool(came)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Devices along one axis, "data"; by default all of all hosts."""
     devices = devices or jax.devices()
@@ -149,8 +181,8 @@ def batched(mesh: Mesh) -> NamedSharding:
 def fully_sharded(mesh: Mesh, tree: Any) -> Any:
     """A sharding for each leaf of parameters or an optimizer's state, along the longest axis that divides.
 
-    Every device holds its share of the large leaves, and XLA gathers each where it is used (ZeRO stage 3,
-    arXiv 1910.02054, known as FSDP). Small leaves, and those without an axis that divides, are replicated.
+    XLA gathers each leaf where it is used (ZeRO stage 3, arXiv 1910.02054, known as FSDP). Small leaves, and those
+    without an axis that divides, are replicated.
     """
 
     def place(leaf: Any) -> NamedSharding:
@@ -164,11 +196,7 @@ def fully_sharded(mesh: Mesh, tree: Any) -> Any:
 
 
 def settled(arrays: Any) -> Any:
-    """The arrays; with several CPU devices, once they are computed.
-
-    Otherwise so many programs are in flight that one device has no room for the next, and the others wait for it in an
-    exchange: a deadlock.
-    """
+    """The arrays; with several CPU devices, once they are computed: with many in flight, exchanges deadlock."""
     return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" and jax.device_count() > 1 else arrays
 
 

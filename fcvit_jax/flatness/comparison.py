@@ -1,8 +1,8 @@
 """Whether one minimum is flatter than another: ratios with bootstrap intervals, and a verdict.
 
-Intervals are percentiles of a bootstrap over the batches and, if there is noise, over its draws too (both axes at a
-time, arXiv 0712.1111: rather too wide than too narrow). Reports on the same batches are paired: every replicate draws
-the same batches of both. The intervals are about *these two* sets of parameters, not about other seeds of training.
+Intervals are percentiles of a bootstrap over the batches and, if there is noise, over its draws too (arXiv 0712.1111).
+Reports on the same batches are paired: every replicate draws the same batches of both. The intervals are about *these
+two* sets of parameters, not about other seeds of training.
 """
 
 import dataclasses

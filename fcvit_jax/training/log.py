@@ -11,8 +11,7 @@ from fcvit_jax.files import told_in_one_line
 class Log:
     """Rows of numbers by step, appended to DIR/metrics.jsonl and DIR/events.
 
-    A run that resumes from a step drops the rows after it, and that step's tests: they will be written again. Earlier
-    rows stay where they are on the disk. Raises InputError if it is full.
+    A run that resumes from a step drops the rows after it, and that step's tests. InputError: the disk is full.
     """
 
     def __init__(self, directory: Path, from_step: int, tensorboard: bool):

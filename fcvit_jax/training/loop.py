@@ -21,7 +21,6 @@ from fcvit_jax.training.log import Log
 from fcvit_jax.training.recent_steps import RecentSteps
 from fcvit_jax.training.saved_states import SavedStates
 from fcvit_jax.training.step import StepInputs, TrainState, make_train_step
-from fcvit_jax.training.stop_signal import stop_signal
 from fcvit_jax.training.train_config import TrainConfig
 from fcvit_jax.training.training_run import WRITTEN, TrainingRun, check_same, open_run
 
@@ -96,7 +95,7 @@ def loop(
     shapes = ((rows, *run.start.config.image_size, 3), np.uint8), ((rows,), np.int32), ((rows,), np.bool_)
     inputs = StepInputs(*(jax.ShapeDtypeStruct(shape, dtype, sharding=spread) for shape, dtype in shapes))
     with contextlib.ExitStack() as stack:
-        stopping = stack.enter_context(stop_signal())
+        stopping = stack.enter_context(parallel.stop_signal())
         assess = Assessment(run, state.weights, notes, stopping)
         compiled = step.lower(state, inputs).compile()
         log = Log(run.workdir, done, config.tensorboard) if jax.process_index() == 0 else None

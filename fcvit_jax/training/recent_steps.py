@@ -20,8 +20,7 @@ OF_TWO_PASSES = ("gap", "gap_over_rho", "rho")  # 0 in a step without SAM's seco
 class RecentSteps:
     """The steps since the last row of the log: their means, the progress bar, and the images of each.
 
-    log: None in all processes but the first. steps, done: of the run. skipped: images that all processes skipped
-    before; None if none are skipped.
+    log: None in all processes but the first. steps, done: of the run. skipped: so far, by all processes; or None.
     """
 
     def __init__(self, log: Log | None, batch_size: int, steps: int, done: int, skipped: int | None = None):
@@ -37,7 +36,7 @@ class RecentSteps:
         self._began, self.waiting.seconds = time.perf_counter(), 0.0
 
     def add(self, batch: Batch, metrics: dict[str, jax.Array]) -> None:
-        """A step was dispatched for this batch."""
+        """Count a step that was dispatched for this batch."""
         self._names.append(batch.names)
         self._metrics.append(metrics)
         self.waiting.started(metrics)

@@ -69,7 +69,6 @@ def warnings(cfg: SAMConfig) -> tuple[str, ...]:
 class SAMInfo(NamedTuple):
     """What the two passes saw; float32 scalars. With scope "microbatch", means over the micro-batches.
 
-    To first order gap = rho * grad_norm, where all parameters are perturbed and `adaptive` is off: worth watching.
     A step without a second pass (a rho of 0, LookSAM between refreshes) has gap 0, rho 0, cosine 1 and one norm twice.
     """
 
@@ -93,22 +92,17 @@ def init_sam(cfg: SAMConfig, params: Params) -> SAMState:
 
 
 def rho_schedule(cfg: SAMConfig, total_steps: int) -> optax.Schedule:
-    """The radius at a step, float32: 0 before start_step; then rho, or
-    rho_final + (rho - rho_final) (1 + cos(pi t)) / 2 with t from 0 at start_step to 1 at total_steps.
+    """The radius at a step: 0 before start_step; then rho, or a cosine from rho to rho_final at total_steps.
 
     Raises InputError if SAM would never start.
     """
     if cfg.rho and cfg.start_step >= total_steps:
         raise InputError(f"sam.start_step is {cfg.start_step}: the run ends after {total_steps} steps, without SAM")
-    final = cfg.rho if cfg.rho_final is None else cfg.rho_final
-
-    def schedule(step: Any) -> jax.Array:
-        steps = jnp.asarray(step).astype(jnp.float32) - cfg.start_step
-        t = jnp.clip(steps / max(total_steps - cfg.start_step, 1), 0.0, 1.0)
-        rho = final + (cfg.rho - final) * (1 + jnp.cos(jnp.pi * t)) / 2
-        return jnp.where(steps < 0, 0.0, jnp.maximum(rho, 0.0))
-
-    return schedule
+    if not cfg.rho:
+        return optax.constant_schedule(0.0)
+    share = 1.0 if cfg.rho_final is None else cfg.rho_final / cfg.rho
+    falling = optax.cosine_decay_schedule(cfg.rho, total_steps - cfg.start_step, share)
+    return optax.join_schedules([optax.constant_schedule(0.0), falling], [cfg.start_step])
 
 
 def perturb_mask(params: Params, perturb: str, frozen: Params | None = None) -> Params:
@@ -157,10 +151,9 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
     params: float32, otherwise InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches`
     (otherwise InputError), best of `microbatches` times the devices. Micro-batch i of c holds the rows i, i + c ... and
-    key i of `jax.random.split(key, c)`, in both passes; with c = 1 the key is passed on unchanged. rho: the radius
-    (float32[], `rho_schedule`); if it is 0, the second pass is skipped at run time. Loss and aux are those at the
-    parameters. With micro-batches, leaves of aux with a leading axis of B / c come back as B rows in the batch's order;
-    all others are averaged.
+    key i of `jax.random.split(key, c)`, in both passes. rho: of `rho_schedule`; if it is 0, the second pass is skipped
+    at run time. Loss and aux are those at the parameters. With micro-batches, leaves of aux with a leading axis of
+    B / c come back as B rows in the batch's order; all others are averaged.
     """
     # jit: both passes and the scans' shape inference share one trace.
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))

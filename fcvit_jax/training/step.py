@@ -1,7 +1,6 @@
 """The state of a training run and the one pure step.
 
-Parameters are float32 whatever the model computes in: bfloat16 would round most of SAM's perturbation away, and small
-updates with it. Remat, the merge schedule and dropout come with the model.
+Parameters are float32 whatever the model computes in: bfloat16 would round most of SAM's perturbation away.
 """
 
 import dataclasses
@@ -32,18 +31,16 @@ class StepInputs(NamedTuple):
 class TrainState(NamedTuple):
     """All that a run needs to resume, bit for bit.
 
-    step: int32, the steps taken. params: float32 tree. opt_state: of the optax chain. ema: the average of the params,
-    () if off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step. finite: bool, False
-    from the first step that was not finite; no later step changes the state.
+    finite: False from the first step that was not finite; no later step changes the state.
     """
 
-    step: jax.Array
-    params: Any
+    step: jax.Array  # int32, the steps taken
+    params: Any  # float32
     opt_state: Any
-    ema: Any
+    ema: Any  # the average of the parameters, () if off
     sam: SAMState
-    key: jax.Array
-    finite: jax.Array
+    key: jax.Array  # the same in every step
+    finite: jax.Array  # bool
 
     @property
     def weights(self) -> Any:
@@ -94,8 +91,7 @@ def make_train_step(
 ) -> Callable[[TrainState, StepInputs], tuple[TrainState, Metrics]]:
     """The pure function (state, inputs) -> (state, metrics), to be compiled with the state donated.
 
-    The keys of a step come from the run's key and the step's number, so that a resumed run draws the same. Images are
-    mixed once, and both passes of SAM see the same images and the same dropout.
+    The keys of a step come from the run's key and the step's number, so that a resumed run draws the same.
 
     If the loss or the gradient is not finite, the state comes back unchanged, its step number included, and "finite" is
     0 in this and all later steps. The other metrics, float32 scalars, are explained in docs/training.md.
@@ -125,7 +121,9 @@ def make_train_step(
         )
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = average(state.ema, params, recipe.ema_decay, state.step) if recipe.ema_decay else state.ema
+        # The start is forgotten quickly.
+        decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1.0 - decay) if recipe.ema_decay else state.ema
         # Computed before the update, which can then happen in place.
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
 
@@ -147,12 +145,6 @@ def make_train_step(
         }
 
     return train_step
-
-
-def average(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
-    """d ema + (1 - d) params, d = min(decay, (1 + step) / (10 + step)): the start is forgotten quickly."""
-    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, w: d * a + (1.0 - d) * w, ema, params)
 
 
 def _copy(params: Any) -> Any:

@@ -53,7 +53,7 @@ class TrainingRun:
         return init_state(self.model, self.recipe, self.config.seed, params)
 
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged; another number of images would come in another order."""
+        """What a resumed run must find unchanged."""
         train, test = self.start.train_set, self.start.test_set
         labels = {str(label): name for label, name in enumerate(train.class_names)}
         data = {"images": {"train": len(train), "test": len(test)}, "labels": labels}
@@ -156,10 +156,7 @@ def begin(config: TrainConfig, workdir: Path, train_set: Source, test_set: Sourc
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """Raise InputError unless a run has the configuration and the data that it began with: see `TrainingRun.facts`.
-
-    What was stored by an earlier version may lack fields: these had their defaults.
-    """
+    """Raise InputError unless a run has the configuration and the data that it began with: see `TrainingRun.facts`."""
     with naming(f"{workdir}, a run of another version"):
         stored = TrainConfig.from_dict(before["config"]).to_dict()
     old: Any = traverse_util.flatten_dict(stored | before.get("data", {}), sep=".")

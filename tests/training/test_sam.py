@@ -273,6 +273,7 @@ def test_a_batch_that_does_not_divide_is_refused():
         estimate(SAMConfig(microbatches=5), mlp_params(), mlp_batch())
 
 
+@pytest.mark.devices(8)
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
 def test_eight_devices_equal_one_and_do_not_gather_the_batch(scope):
     cfg = SAMConfig(rho=0.3, microbatches=4, scope=scope, gap_weight=0.4, start_step=1)
