@@ -24,19 +24,16 @@ TAILS = (0.025, 0.975)
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """One measure of both, and their ratio with its 95% interval: nan if the other's value may be 0.
-
-    radius: nan for the trace and the eigenvalue. reading: "lower" or "higher" than the other's if the difference has
-    the same sign in all but 2.5% of the replicates and exceeds float32's rounding; otherwise "".
-    """
+    """One measure of both, and their ratio with its 95% interval: nan if the other's value may be 0."""
 
     name: str
-    radius: float
+    radius: float  # nan for the trace and the eigenvalue
     value: float
     other: float
     ratio: float
     low: float
     high: float
+    # "lower" or "higher" if the difference has one sign in 97.5% of the replicates and exceeds float32's rounding.
     reading: str
 
 

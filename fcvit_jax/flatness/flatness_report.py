@@ -22,11 +22,7 @@ def _radii(*default: float, help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class FlatnessConfig:
-    """What is measured, and how. Raises InputError that names the field.
-
-    Radii and noise should let the loss rise from a little to about that of guessing: if they change nothing, or leave
-    nothing of the model, they tell nothing.
-    """
+    """What is measured, and how. Radii and noise should let the loss rise from a little to about that of guessing."""
 
     limit: int = setting(160, low=1, help="images, drawn at random with the seed; an incomplete batch is left out")
     batch_size: int = setting(16, low=1, help="m: sharpness is that of the loss of m images, averaged over batches")
@@ -60,31 +56,25 @@ class RadiusCurve:
 
 @dataclasses.dataclass(frozen=True)
 class FlatnessReport:
-    """What `measure` found.
+    """What `measure` found; arrays are float64.
 
-    conditions: JSON-able facts on parameters, data and software; "fingerprint" is the sha256 of the batches.
-    losses, accuracies: float64 [batches], at the parameters. gradient_norm: of the mean loss.
-    resolution: how much of a rise is float32's rounding; see `sharpness.resolution`.
-    eigenvalues: "largest" and "smallest", without their vectors.
-    trace: float64 [probes, batches].
     curves: "worst", "worst_adaptive" (the largest rise found), "one_step", "one_step_adaptive" (the rise at SAM's
       point), "keskar" (percent), "average", "average_adaptive".
-    line: float64 [points]; plane: [points, points], the first direction along the rows; None if not measured.
     """
 
-    conditions: dict[str, Any]
+    conditions: dict[str, Any]  # facts on parameters, data and software; "fingerprint": sha256 of the batches
     config: FlatnessConfig
     num_params: int
     weight_norm: float
-    gradient_norm: float
-    resolution: float
-    losses: np.ndarray
-    accuracies: np.ndarray
-    eigenvalues: dict[str, Eigenpair]
-    trace: np.ndarray
+    gradient_norm: float  # of the mean loss
+    resolution: float  # how much of a rise is float32's rounding
+    losses: np.ndarray  # [batches], at the parameters
+    accuracies: np.ndarray  # [batches]
+    eigenvalues: dict[str, Eigenpair]  # "largest" and "smallest", without their vectors
+    trace: np.ndarray  # [probes, batches]
     curves: dict[str, RadiusCurve]
-    line: np.ndarray | None
-    plane: np.ndarray | None
+    line: np.ndarray | None  # [points]
+    plane: np.ndarray | None  # [points, points], the first direction along the rows
 
     @property
     def loss(self) -> float:

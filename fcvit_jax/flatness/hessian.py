@@ -19,19 +19,14 @@ from fcvit_jax.trees import Params, dot, norm, orthogonal, random_like, unit
 
 @dataclasses.dataclass(frozen=True)
 class Eigenpair:
-    """An eigenvalue of the Hessian, as far as it was found.
+    """An eigenvalue of the Hessian, as far as it was found."""
 
-    value: v'Hv of the unit vector, with its sign. residual: ||Hv - value v||; some eigenvalue is that close.
-    converged: the residual is at most `tolerance` times |value|. products: Hessian-vector products spent.
-    samples: float64 [batches], v'H_b v of each batch. vector: a tree like the parameters.
-    """
-
-    value: float
-    residual: float
-    converged: bool
-    products: int
-    samples: np.ndarray
-    vector: Params
+    value: float  # v'Hv
+    residual: float  # ||Hv - value v||; some eigenvalue is that close
+    converged: bool  # the residual is at most `tolerance` times |value|
+    products: int  # Hessian-vector products spent
+    samples: np.ndarray  # float64 [batches], v'H_b v of each batch
+    vector: Params  # v, of length 1
 
 
 def hessian_product(surface: LossSurface, vector: Params) -> tuple[Params, np.ndarray]:

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
+from fcvit_jax import parallel
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
 from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.labels import match_head
@@ -79,25 +79,24 @@ def measure_surface(
     loss_fn, params, _ = surface
     check_float32(params, "flatness is measured on float32 parameters")
     eigen_key, trace_key, worst_key, average_key, slice_key = jax.random.split(jax.random.key(config.seed), 5)
-    watched = _Watched(list(surface.batches))
+    watched = _Watched(surface.batches)
     surface = surface._replace(batches=watched)
 
-    watched.begin("loss")
     losses, accuracies, gradient = [], [], optax.tree.zeros_like(params)
     for batch in watched:
         loss, accuracy, part = uphill(loss_fn, params, batch, PLAIN)
         losses.append(float(loss))
         accuracies.append(float(accuracy))
-        gradient = add_scaled(gradient, 1 / len(watched.batches), part)
+        gradient = add_scaled(gradient, 1 / len(watched), part)
     gradient_norm = float(norm(gradient))
     del gradient, part
     _check_finite("the loss at the parameters", losses)
     _check_finite("the gradient", gradient_norm)
 
-    watched.begin("eigenvalues", config.eigen_steps + 2)
+    watched.what = "eigenvalues"
     ends = lanczos(surface, eigen_key, config.eigen_steps, config.tolerance)
     ends = [dataclasses.replace(pair, vector=None) for pair in ends]  # frees their memory
-    watched.begin("trace", config.probes)
+    watched.what = "trace"
     trace = trace_samples(surface, trace_key, config.probes)
     _check_finite("the Hessian", [*trace.ravel(), *(pair.value for pair in ends)])
 
@@ -105,13 +104,13 @@ def measure_surface(
     ascent = worst_key, config.ascent_steps, config.restarts
     plain = "", PLAIN, config.rho, config.sigma
     for name, ball, radii, sigmas in (plain, ("_adaptive", ADAPTIVE, config.adaptive_rho, config.adaptive_sigma)):
-        watched.begin(f"worst case{name}")
+        watched.what = f"worst case{name}"
         worst = worst_case(surface, ball, radii, *ascent)
         curves[f"worst{name}"] = RadiusCurve(radii, worst.found[:, None])
         curves[f"one_step{name}"] = RadiusCurve(radii, worst.one_step[:, None])
-        watched.begin(f"average case{name}", config.draws)
+        watched.what = f"average case{name}"
         curves[f"average{name}"] = RadiusCurve(sigmas, average_case(surface, ball, sigmas, average_key, config.draws))
-    watched.begin("Keskar's sharpness")
+    watched.what = "Keskar's sharpness"
     worst = worst_case(surface, BOX, config.epsilon, *ascent)
     curves["keskar"] = RadiusCurve(config.epsilon, worst.keskar_percent[:, None])
     for name, curve in curves.items():
@@ -121,15 +120,14 @@ def measure_surface(
     line = plane = None
     first, second = (filter_normalised(params, part) for part in jax.random.split(slice_key))
     if config.line_points:
-        watched.begin("loss along a line")
+        watched.what = "loss along a line"
         line = loss_slice(surface, first, second, [(along, 0.0) for along in np.linspace(-1, 1, config.line_points)])
     if config.plane_points:
-        watched.begin("loss over a plane")
+        watched.what = "loss over a plane"
         points = list(itertools.product(np.linspace(-1, 1, config.plane_points), repeat=2))
         plane = loss_slice(surface, first, second, points).reshape(config.plane_points, config.plane_points)
-    watched.begin("rounding")
+    watched.what = "rounding"
     rounding = resolution(surface, average_key)
-    watched.bar.close()
     return FlatnessReport(
         conditions=conditions or {},
         config=config,
@@ -187,21 +185,14 @@ def draw_batches(source: Source, preprocess: Preprocess, config: FlatnessConfig)
     return batches, digest.hexdigest()
 
 
-class _Watched:
-    """Batches that move a progress bar whenever they are iterated over."""
+class _Watched(list[Any]):
+    """Batches with a progress bar for each pass over them."""
 
-    def __init__(self, batches: list[Any]):
-        self.batches = batches
-        self.bar = tqdm(unit="batch", leave=False, disable=None)
-
-    def begin(self, what: str, passes: int = 1) -> None:
-        self.bar.set_description(what, refresh=False)
-        self.bar.reset(passes * len(self.batches))
+    what = "loss"
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            yield batch
-            self.bar.update()
+        batches = super().__iter__()
+        return iter(parallel.progress(batches, total=len(self), desc=self.what, unit="batch"))
 
 
 def _check_finite(what: str, numbers: Any) -> None:

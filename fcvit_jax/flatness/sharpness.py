@@ -42,15 +42,11 @@ def uphill(loss_fn: LossFn, params: Params, batch: Any, ball: Ball) -> tuple[jax
 
 
 class WorstCase(NamedTuple):
-    """float64 arrays. one_step, found: [radii, batches]. losses: [batches], at the parameters.
+    """Rises of the loss, float64 [radii, batches]."""
 
-    one_step: the loss one step up the gradient, at SAM's own perturbation, less that at the parameters.
-    found: the largest rise over all points of all ascents, the start counted: a lower bound of the maximum, >= 0.
-    """
-
-    one_step: np.ndarray
-    found: np.ndarray
-    losses: np.ndarray
+    one_step: np.ndarray  # at SAM's own perturbation
+    found: np.ndarray  # the largest over all points of all ascents, the start counted: a lower bound of the maximum
+    losses: np.ndarray  # [batches], at the parameters
 
     @property
     def keskar_percent(self) -> np.ndarray:

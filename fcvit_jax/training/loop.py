@@ -26,14 +26,11 @@ from fcvit_jax.training.training_run import WRITTEN, TrainingRun, check_same, op
 
 
 class TrainResult(NamedTuple):
-    """state: the last one. accuracy: of the dense model on the test set; None if a signal stopped the run before.
-
-    checkpoint: the directory with the last parameters, for `load_checkpoint`.
-    """
+    """The end of a run."""
 
     state: TrainState
-    accuracy: Accuracy | None
-    checkpoint: Path
+    accuracy: Accuracy | None  # of the dense model on the test set; None if a signal stopped the run before
+    checkpoint: Path  # the directory with the last parameters, for `load_checkpoint`
 
 
 def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
@@ -176,7 +173,7 @@ def measure_flatness(config: TrainConfig, workdir: Path) -> None:
     """Write flatness.json and flatness.png beside the checkpoint: of the loss that was trained, on training images."""
     loss, schedule = config.targets.loss, config.schedule
     if jax.process_count() > 1:
-        words = ["--checkpoint", str(workdir), "--dataset", config.train, "--loss", loss, "--schedule", schedule]
+        words = ["--checkpoint", str(workdir), "--dataset", config.train, "--loss", loss, "--schedule", str(schedule)]
         tell(f"flatness is measured by one process: run python -m fcvit_jax.flatness {shlex.join(words)}")
         return
     report = flatness.measure(workdir, config.train, flatness.FlatnessConfig(loss=loss), schedule=schedule)

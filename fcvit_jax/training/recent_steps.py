@@ -67,7 +67,7 @@ class RecentSteps:
         means = {}
         for name in (name for name in rows[-1] if name != "finite"):
             values = [float(row[name]) for row in rows if name not in OF_TWO_PASSES or row["rho"] > 0]
-            means[name] = float(np.mean(values)) if values else 0.0
+            means[name] = float(np.mean(values or 0.0))
         took = time.perf_counter() - self._began
         means["images_per_second"] = self._batch_size * len(rows) / took
         means["waiting_for_data"] = self.waiting.seconds / took

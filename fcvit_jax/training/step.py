@@ -50,19 +50,15 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a step does beside the model.
+    """What a step does beside the model."""
 
-    optimizer, learning_rate: of `make_optimizer`. rho: of `rho_schedule`. frozen: of `frozen_mask`, for the pattern
-    that the optimizer has; None: nothing. ema_decay: of the average of the parameters; 0: there is none.
-    """
-
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation  # and the next: of `make_optimizer`
     learning_rate: optax.Schedule
     sam: SAMConfig
-    rho: optax.Schedule
+    rho: optax.Schedule  # of `rho_schedule`
     targets: TargetConfig
-    frozen: Any = None
-    ema_decay: float = 0.0
+    frozen: Any = None  # of `frozen_mask`, for the optimizer's pattern
+    ema_decay: float = 0.0  # of the average of the parameters; 0: there is none
 
 
 def init_state(model: ViT, recipe: Recipe, seed: int, params: Any = None) -> TrainState:
