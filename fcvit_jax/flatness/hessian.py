@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
-from fcvit_jax.trees import Params, dot, norm, orthogonal, random_like, unit
+from fcvit_jax.trees import Params, dot, orthogonal, random_like, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +96,6 @@ def _add_product(
     return optax.tree.add(total, product), dot(vector, product)
 
 
-_orthogonal, _unit, _norm = jax.jit(orthogonal, donate_argnums=0), jax.jit(unit), jax.jit(norm)
+_orthogonal, _unit, _norm = jax.jit(orthogonal, donate_argnums=0), jax.jit(unit), jax.jit(optax.tree.norm)
 _times = jax.jit(optax.tree.scale)  # (factor, tree)
 add_scaled = jax.jit(optax.tree.add_scale, donate_argnums=0)  # (tree, factor, other): the memory of `tree` is given up

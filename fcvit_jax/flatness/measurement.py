@@ -27,7 +27,7 @@ from fcvit_jax.flatness.sharpness import ADAPTIVE, BOX, PLAIN, average_case, res
 from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
-from fcvit_jax.trees import Params, check_float32, norm
+from fcvit_jax.trees import Params, check_float32
 
 
 def measure(
@@ -88,7 +88,7 @@ def measure_surface(
         losses.append(float(loss))
         accuracies.append(float(accuracy))
         gradient = add_scaled(gradient, 1 / len(watched), part)
-    gradient_norm = float(norm(gradient))
+    gradient_norm = float(optax.tree.norm(gradient))
     del gradient, part
     _check_finite("the loss at the parameters", losses)
     _check_finite("the gradient", gradient_norm)
@@ -132,7 +132,7 @@ def measure_surface(
         conditions=conditions or {},
         config=config,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        weight_norm=float(norm(params)),
+        weight_norm=float(optax.tree.norm(params)),
         gradient_norm=gradient_norm,
         resolution=rounding,
         losses=np.array(losses),

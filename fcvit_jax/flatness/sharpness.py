@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
-from fcvit_jax.trees import Params, norm, random_like, unit
+from fcvit_jax.trees import Params, random_like, unit
 
 
 class Ball(NamedTuple):
@@ -142,6 +142,6 @@ def _steepest(tree: Params, box: Any) -> Params:
 
 def _project(tree: Params, box: Any, radius: Any) -> Params:
     """The nearest point of the ball."""
-    length = norm(tree)
+    length = optax.tree.norm(tree)
     shrink = jnp.where(length > radius, radius / length, 1.0)
     return jax.tree.map(lambda x: jnp.where(box, jnp.clip(x, -radius, radius), shrink * x), tree)

@@ -22,7 +22,7 @@ import optax
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.settings import check_settings, setting
-from fcvit_jax.trees import Params, check_float32, dot, leaf_name, norm, orthogonal, unit
+from fcvit_jax.trees import Params, check_float32, dot, leaf_name, orthogonal, unit
 
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
 
@@ -174,7 +174,7 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
         def estimate(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[Params, Params, SAMInfo], Any]:
             (loss, clean), aux = gradient(params, batch, key)
-            length, zero = norm(clean), jnp.float32(0)
+            length, zero = optax.tree.norm(clean), jnp.float32(0)
 
             def plain() -> tuple[Params, SAMInfo]:
                 return clean, SAMInfo(loss, zero, length, zero, length, jnp.float32(1))
@@ -184,7 +184,7 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
                 perturbed = perturb_mask(params, cfg.perturb) if mask is None else mask
                 ascent = perturbation(params, clean, rho, mask=perturbed, adaptive=cfg.adaptive, eta=cfg.eta)
                 (adv_loss, adv), _ = gradient(optax.tree.add(params, ascent), batch, key)
-                info = SAMInfo(loss, adv_loss - loss, length, rho, norm(adv), dot(unit(clean), unit(adv)))
+                info = SAMInfo(loss, adv_loss - loss, length, rho, optax.tree.norm(adv), dot(unit(clean), unit(adv)))
                 if cfg.gap_weight:
                     adv = optax.tree.add_scale(adv, -cfg.gap_weight, orthogonal(clean, adv))
                 return adv, info
@@ -209,13 +209,13 @@ def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:
     """A step of LookSAM with a second pass: its direction comes from all leaves together."""
     across = orthogonal(grads, clean)
     # Without curvature only rounding is left here: it must not become a vector of length 1.
-    real = norm(across) > 1e-5 * norm(grads)
+    real = optax.tree.norm(across) > 1e-5 * optax.tree.norm(grads)
     return grads, SAMState(jax.tree.map(lambda u: jnp.where(real, u, 0.0), unit(across)))
 
 
 def _reuse(cfg: SAMConfig, clean: Params, rho: jax.Array, state: SAMState) -> tuple[Params, SAMState]:
     """A step of LookSAM without one; the plain gradient if the schedule has rho at 0."""
-    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * norm(clean)
+    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * optax.tree.norm(clean)
     return optax.tree.add_scale(clean, length, state.direction), state
 
 
