@@ -35,10 +35,10 @@ from fcvit_jax.models.flops import gmacs
 from fcvit_jax.models.schedule import parse_schedules
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.optimizer import OptimizerConfig, make_optimizer
+from fcvit_jax.training.recent_steps import WaitingTime
 from fcvit_jax.training.sam import SAMConfig, rho_schedule
 from fcvit_jax.training.step import Recipe, StepInputs, init_state, make_train_step
 from fcvit_jax.training.targets import TargetConfig
-from fcvit_jax.training.waiting_time import WaitingTime
 
 BLOCK = 5  # steps
 METHODS = {

@@ -41,5 +41,4 @@ from fcvit_jax.training import SAMConfig as SAMConfig
 from fcvit_jax.training import TargetConfig as TargetConfig
 from fcvit_jax.training import TrainConfig as TrainConfig
 from fcvit_jax.training import train as train
-from fcvit_jax.training.sam import sam_transformation as sam_transformation
 from fcvit_jax.training.sam import sam_value_and_grad as sam_value_and_grad

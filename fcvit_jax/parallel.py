@@ -3,13 +3,15 @@
 import collections
 import contextlib
 import functools
+import itertools
 import os
 import re
+import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import jax
@@ -57,11 +59,11 @@ def start_processes(where: str) -> None:
     except RuntimeError as error:
         why = str(error).splitlines()[0]
         raise InputError(f"--distributed {where!r}: the processes do not find each other ({why})") from error
-    owners = collections.Counter(device.process_index for device in jax.devices())
-    counts = [count for _, count in sorted(owners.items())]
-    if len(set(counts)) > 1:
+    counts = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(counts.values())) > 1:
+        told = ", ".join(str(counts[process]) for process in sorted(counts))
         raise InputError(
-            f"--distributed: the processes have {', '.join(map(str, counts))} devices, and a batch is shared out "
+            f"--distributed: the processes have {told} devices, and a batch is shared out "
             "evenly; give each as many (CUDA_VISIBLE_DEVICES)"
         )
 
@@ -132,6 +134,33 @@ def ending_together() -> Iterator[None]:
         thread.join()
 
 
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """A function that returns whether to stop: this process or another one received SIGTERM.
+
+    All processes must call it equally often, as none may stop alone: JAX's coordination service catches the signal
+    and gives all of them the same answer to the same call. In a thread of a notebook no signal can be caught.
+    """
+    came: list[bool] = []
+    if jax.process_count() > 1:
+        numbers = itertools.count(1)
+
+        def asked() -> bool:
+            if not came and multihost_utils.reached_preemption_sync_point(next(numbers)):
+                came.append(True)
+            return bool(came)
+
+        yield asked
+    elif threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+    else:
+        before = signal.signal(signal.SIGTERM, lambda *_: came.append(True))
+        try:
+            yield lambda: bool(came)
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     """Devices along one axis, "data"; by default all of all hosts."""
     devices = devices or jax.devices()
@@ -152,8 +181,8 @@ def batched(mesh: Mesh) -> NamedSharding:
 def fully_sharded(mesh: Mesh, tree: Any) -> Any:
     """A sharding for each leaf of parameters or an optimizer's state, along the longest axis that divides.
 
-    Every device holds its share of the large leaves, and XLA gathers each where it is used (ZeRO stage 3,
-    arXiv 1910.02054, known as FSDP). Small leaves, and those without an axis that divides, are replicated.
+    XLA gathers each leaf where it is used (ZeRO stage 3, arXiv 1910.02054, known as FSDP). Small leaves, and those
+    without an axis that divides, are replicated.
     """
 
     def place(leaf: Any) -> NamedSharding:
@@ -167,11 +196,7 @@ def fully_sharded(mesh: Mesh, tree: Any) -> Any:
 
 
 def settled(arrays: Any) -> Any:
-    """The arrays; with several CPU devices, once they are computed.
-
-    Otherwise so many programs are in flight that one device has no room for the next, and the others wait for it in an
-    exchange: a deadlock.
-    """
+    """The arrays; with several CPU devices, once they are computed: with many in flight, exchanges deadlock."""
     return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" and jax.device_count() > 1 else arrays
 
 

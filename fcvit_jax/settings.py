@@ -49,24 +49,13 @@ def check_settings(config: Any, where: str = "") -> None:
     kinds = typing.get_type_hints(type(config))
     for field in dataclasses.fields(config):
         kind, value, limits = kinds[field.name], getattr(config, field.name), field.metadata
-        choices, bounds = limits.get("choices", ()), limits.get("bounds", {})
         try:
-            fitted = _fit(value, kind)
-        except TypeError:
-            fitted = dataclasses.MISSING
-        parts: tuple[Any, ...] = fitted if isinstance(fitted, tuple) else (fitted,)
-        accepted = fitted is None or (
-            fitted is not dataclasses.MISSING
-            and (not choices or fitted in choices)
-            and all(_BOUNDS[name][0](part, bound) for name, bound in bounds.items() for part in parts)
-            and not (limits.get("rising") and list(parts) != sorted(set(parts)))
-        )
-        if not accepted:
-            wanted = _wanted(kind, bounds) + ", in rising order" * limits.get("rising", False)
-            fix = f"choose one of {', '.join(choices)}" if choices else f"it must be {wanted}"
+            object.__setattr__(config, field.name, _fit(value, kind, limits))
+        except (TypeError, ValueError):
+            wanted = _wanted(kind, limits.get("bounds", {})) + ", in rising order" * limits.get("rising", False)
+            fix = f"choose one of {', '.join(limits['choices'])}" if limits.get("choices") else f"it must be {wanted}"
             hint = f" ({limits['hint']})" if limits.get("hint") else ""
-            raise InputError(f"{where}{field.name} is {value!r}: {fix}{hint}")
-        object.__setattr__(config, field.name, fitted)
+            raise InputError(f"{where}{field.name} is {value!r}: {fix}{hint}") from None
 
 
 def from_fields(cls: Any, fields: Mapping[str, Any], where: str = "") -> Any:
@@ -95,27 +84,32 @@ def nested_class(field: dataclasses.Field) -> Any:
     return next((kind for kind in (field.type, *typing.get_args(field.type)) if dataclasses.is_dataclass(kind)), None)
 
 
-def _fit(value: Any, kind: Any) -> Any:
-    """The value as its annotation has it. Raises TypeError if it does not fit."""
+def _fit(value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
+    """The value as its annotation has it. Raises TypeError or ValueError if it does not fit."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         for each in inner:
-            with contextlib.suppress(TypeError):
-                return _fit(value, each)
+            with contextlib.suppress(TypeError, ValueError):
+                return _fit(value, each, limits)
         raise TypeError
     if origin is tuple:
         if not isinstance(value, list | tuple) or not value:
             raise TypeError
         kinds = inner[:1] * len(value) if inner[-1] is Ellipsis else inner
-        if len(kinds) != len(value):
-            raise TypeError
-        return tuple(map(_fit, value, kinds))
+        fitted = tuple(_fit(part, each, limits) for part, each in zip(value, kinds, strict=True))
+        if limits.get("rising") and list(fitted) != sorted(set(fitted)):
+            raise ValueError
+        return fitted
     if kind is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
-        return int(value)
-    if kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
-        return float(value)
-    if kind in (int, float) or not (kind is Any or isinstance(value, origin or kind)):
+        value = int(value)
+    elif kind is float and isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value):
+        value = float(value)
+    elif kind in (int, float) or not (kind is Any or isinstance(value, origin or kind)):
         raise TypeError
+    if value is not None:
+        inside = all(_BOUNDS[name][0](value, bound) for name, bound in limits.get("bounds", {}).items())
+        if not inside or (limits.get("choices") and value not in limits["choices"]):
+            raise ValueError
     return value
 
 

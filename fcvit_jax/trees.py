@@ -21,15 +21,11 @@ def dot(tree: Params, other: Params) -> jax.Array:
     return jnp.asarray(optax.tree.sum(products))
 
 
-def norm(tree: Params) -> jax.Array:
-    """The Euclidean norm, float32."""
-    return jnp.sqrt(dot(tree, tree))
-
-
 def unit(tree: Params) -> Params:
     """The tree divided by its norm, float32; zero if the norm is."""
-    length = norm(tree)
-    return optax.tree.scale(jnp.where(length > 0, 1 / length, 0.0), optax.tree.cast(tree, jnp.float32))
+    tree = optax.tree.cast(tree, jnp.float32)
+    length = optax.tree.norm(tree)
+    return optax.tree.scale(jnp.where(length > 0, 1 / length, 0.0), tree)
 
 
 def orthogonal(tree: Params, other: Params) -> Params:

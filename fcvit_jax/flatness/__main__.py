@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvit_jax.allocator import keep_freed_memory
-from fcvit_jax.checkpoint import Checkpoint, load_checkpoint
+from fcvit_jax.checkpoint import load_checkpoint
 from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import OneLineParser, one_line_errors
@@ -44,25 +44,24 @@ def main(argv: list[str] | None = None) -> None:
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked beforehand, then measure, compare, write and print."""
     config = FlatnessConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(FlatnessConfig)})
-    source, checkpoint = open_source(args.dataset), load_checkpoint(args.checkpoint)
-    other: FlatnessReport | Checkpoint | None = None
-    if args.compare:
-        is_report = args.compare.endswith(".json")
-        other = FlatnessReport.read(Path(args.compare)) if is_report else load_checkpoint(args.compare)
-        check_comparable(config, other.config if isinstance(other, FlatnessReport) else config, args.loss_tolerance)
-    checkpoints = [each for each in (checkpoint, other) if isinstance(each, Checkpoint)]
-    for each in checkpoints:
-        match_head(source, each.config.num_classes, each.meta["class_names"], str(each.path))
-    schedules = [MergeSchedule.parse(args.schedule, each.config.depth) for each in checkpoints]
+    source, names, others = open_source(args.dataset), [args.checkpoint], []
+    if args.compare and args.compare.endswith(".json"):
+        others.append(FlatnessReport.read(Path(args.compare)))
+    elif args.compare:
+        names.append(args.compare)
+    check_comparable(config, others[0].config if others else config, args.loss_tolerance)
+    checkpoints = {name: load_checkpoint(name) for name in names}
+    for checkpoint in checkpoints.values():
+        match_head(source, checkpoint.config.num_classes, checkpoint.meta["class_names"], str(checkpoint.path))
+        MergeSchedule.parse(args.schedule, checkpoint.config.depth)
     workdir = writable_directory(_workdir(args))
 
     reports = []
-    for each, schedule, name, file in zip(checkpoints, schedules, (args.checkpoint, args.compare), FILES, strict=False):
-        report = measure(each, source, config, schedule)
+    for name, file in zip(names, FILES, strict=False):
+        report = measure(checkpoints[name], source, config, args.schedule)
         reports.append(dataclasses.replace(report, conditions=report.conditions | {"checkpoint": name}))
         reports[-1].write(workdir / file)
-    if isinstance(other, FlatnessReport):
-        reports.append(other)
+    reports += others
     print(present(workdir, reports, compare(reports[0], reports[1], args.loss_tolerance) if args.compare else None))
 
 

@@ -1,8 +1,8 @@
 """Whether one minimum is flatter than another: ratios with bootstrap intervals, and a verdict.
 
-Intervals are percentiles of a bootstrap over the batches and, if there is noise, over its draws too (both axes at a
-time, arXiv 0712.1111: rather too wide than too narrow). Reports on the same batches are paired: every replicate draws
-the same batches of both. The intervals are about *these two* sets of parameters, not about other seeds of training.
+Intervals are percentiles of a bootstrap over the batches and, if there is noise, over its draws too (arXiv 0712.1111).
+Reports on the same batches are paired: every replicate draws the same batches of both. The intervals are about *these
+two* sets of parameters, not about other seeds of training.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.files import write_whole
 from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
 
-WORST, AVERAGE = ("worst", "worst_adaptive"), ("average", "average_adaptive")
+JUDGED = ("worst", "worst_adaptive", "average", "average_adaptive")
 FEWEST_BATCHES = 8  # a bootstrap over fewer is too sure of itself
 REPLICATES = 2000
 TAILS = (0.025, 0.975)
@@ -24,19 +24,16 @@ TAILS = (0.025, 0.975)
 
 @dataclasses.dataclass(frozen=True)
 class Ratio:
-    """One measure of both, and their ratio with its 95% interval: nan if the other's value may be 0.
-
-    radius: nan for the trace and the eigenvalue. reading: "lower" or "higher" than the other's if the difference has
-    the same sign in all but 2.5% of the replicates and exceeds float32's rounding; otherwise "".
-    """
+    """One measure of both, and their ratio with its 95% interval: nan if the other's value may be 0."""
 
     name: str
-    radius: float
+    radius: float  # nan for the trace and the eigenvalue
     value: float
     other: float
     ratio: float
     low: float
     high: float
+    # "lower" or "higher" if the difference has one sign in 97.5% of the replicates and exceeds float32's rounding.
     reading: str
 
 
@@ -61,11 +58,9 @@ def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float
     """Compare two reports, at the radii they have in common.
 
     The verdict counts four measures: the worst case and the average case, each with plain and with adaptive
-    perturbations. One alone does not suffice: with plain perturbations larger weights look flatter without being so,
-    and eigenvalue and trace vanish where cross-entropy saturates.
+    perturbations. With plain ones alone larger weights look flatter; eigenvalue and trace vanish where the loss does.
 
-    - "inconclusive" if the larger loss is more than 1 + loss_tolerance times the smaller, as a network that fits less
-      well is flatter for that alone; also with fewer than 8 batches.
+    - "inconclusive" if the larger loss is more than 1 + loss_tolerance times the smaller, or with fewer than 8 batches.
     - "flatter": each of the four is lower at two radii or more, and none is higher at any.
     - "not flatter": one of the four is higher at two radii or more.
     - "inconclusive" otherwise: intervals include 1, or the measures contradict each other.
@@ -85,10 +80,9 @@ def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float
                 samples = ours.samples[i], theirs.samples[theirs.radii.index(radius)]
                 ratios.append(_ratio(name, radius, *samples, paired, 0.0 if name == "keskar" else floor))
     ratios.append(_ratio("trace", math.nan, report.trace, other.trace, paired, 0.0))
-    for name in ("largest", "dominant"):
-        if name in report.eigenvalues and name in other.eigenvalues:
-            ours, theirs = (each.eigenvalues[name].samples[None] for each in (report, other))
-            ratios.append(_ratio(f"{name} eigenvalue", math.nan, ours, theirs, paired, 0.0))
+    if "largest" in report.eigenvalues.keys() & other.eigenvalues.keys():
+        ours, theirs = (each.eigenvalues["largest"].samples[None] for each in (report, other))
+        ratios.append(_ratio("largest eigenvalue", math.nan, ours, theirs, paired, 0.0))
     verdict, reason = _judge(report, other, ratios, loss_tolerance)
     return Comparison(tuple(ratios), paired, verdict, reason)
 
@@ -143,7 +137,7 @@ def _judge(
         return "inconclusive", f"{batches} batches are too few for intervals: take {FEWEST_BATCHES} or more"
     count = {
         name: [sum(row.reading == reading for row in ratios if row.name == name) for reading in ("lower", "higher")]
-        for name in (*WORST, *AVERAGE)
+        for name in JUDGED
     }
     told = ", ".join(f"{name} {lower} and {higher}" for name, (lower, higher) in count.items())
     told = f"radii at which it is lower, and higher: {told}"

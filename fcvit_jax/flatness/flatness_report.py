@@ -22,34 +22,21 @@ def _radii(*default: float, help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class FlatnessConfig:
-    """What is measured, and how. Raises InputError that names the field.
-
-    Radii and noise should let the loss rise from a little to about that of guessing: if they change nothing, or leave
-    nothing of the model, they tell nothing.
-    """
+    """What is measured, and how. Radii and noise should let the loss rise from a little to about that of guessing."""
 
     limit: int = setting(160, low=1, help="images, drawn at random with the seed; an incomplete batch is left out")
     batch_size: int = setting(16, low=1, help="m: sharpness is that of the loss of m images, averaged over batches")
     seed: int = setting(0, low=0, help="of the images, the noise, the probes and the directions")
-    loss: str = setting(
-        "softmax", choices=LOSSES, help="cross-entropy against the labels: softmax, or sigmoid summed over classes"
-    )
+    loss: str = setting("softmax", choices=LOSSES, help="cross-entropy: softmax, or sigmoid summed over classes")
     rho: tuple[float, ...] = _radii(0.05, 0.2, 0.5, help="worst case: radii of the perturbation")
     adaptive_rho: tuple[float, ...] = _radii(0.2, 0.5, 1.0, help="worst case: radii of the perturbation over |w|")
-    epsilon: tuple[float, ...] = _radii(
-        1e-3, 5e-3, help="Keskar's boxes: each weight moves by epsilon (|w| + 1) at most"
-    )
+    epsilon: tuple[float, ...] = _radii(1e-3, 5e-3, help="Keskar's boxes: each weight moves by epsilon (|w| + 1)")
     ascent_steps: int = setting(5, low=1, help="worst case: points of an ascent; 1 is SAM's own step")
     restarts: int = setting(0, low=0, help="worst case: further ascents, from random points")
     sigma: tuple[float, ...] = _radii(0.01, 0.02, 0.05, help="average case: standard deviations of the noise")
     adaptive_sigma: tuple[float, ...] = _radii(0.1, 0.2, 0.5, help="average case: of the noise over |w|")
     draws: int = setting(8, low=1, help="average case: pairs of opposite noise")
-    eigen: str = setting(
-        "lanczos",
-        choices=("lanczos", "power"),
-        help="lanczos: both ends, a copy of the parameters a step; power: the largest in size",
-    )
-    eigen_steps: int = setting(14, low=1, help="eigenvalues: steps at most")
+    eigen_steps: int = setting(14, low=1, help="eigenvalues: steps at most; each keeps a copy of the parameters")
     tolerance: float = setting(0.05, above=0, help="eigenvalues: found if the residual is at most this share of them")
     probes: int = setting(8, low=1, help="trace: random vectors")
     line_points: int = setting(21, low=0, help="loss along a random line, from -1 to 1 filter norms; 0: none")
@@ -69,31 +56,25 @@ class RadiusCurve:
 
 @dataclasses.dataclass(frozen=True)
 class FlatnessReport:
-    """What `measure` found.
+    """What `measure` found; arrays are float64.
 
-    conditions: JSON-able facts on parameters, data and software; "fingerprint" is the sha256 of the batches.
-    losses, accuracies: float64 [batches], at the parameters. gradient_norm: of the mean loss.
-    resolution: how much of a rise is float32's rounding; see `sharpness.resolution`.
-    eigenvalues: "largest" and "smallest", or "dominant" of power iteration; without their vectors.
-    trace: float64 [probes, batches].
     curves: "worst", "worst_adaptive" (the largest rise found), "one_step", "one_step_adaptive" (the rise at SAM's
       point), "keskar" (percent), "average", "average_adaptive".
-    line: float64 [points]; plane: [points, points], the first direction along the rows; None if not measured.
     """
 
-    conditions: dict[str, Any]
+    conditions: dict[str, Any]  # facts on parameters, data and software; "fingerprint": sha256 of the batches
     config: FlatnessConfig
     num_params: int
     weight_norm: float
-    gradient_norm: float
-    resolution: float
-    losses: np.ndarray
-    accuracies: np.ndarray
-    eigenvalues: dict[str, Eigenpair]
-    trace: np.ndarray
+    gradient_norm: float  # of the mean loss
+    resolution: float  # how much of a rise is float32's rounding
+    losses: np.ndarray  # [batches], at the parameters
+    accuracies: np.ndarray  # [batches]
+    eigenvalues: dict[str, Eigenpair]  # "largest" and "smallest", without their vectors
+    trace: np.ndarray  # [probes, batches]
     curves: dict[str, RadiusCurve]
-    line: np.ndarray | None
-    plane: np.ndarray | None
+    line: np.ndarray | None  # [points]
+    plane: np.ndarray | None  # [points, points], the first direction along the rows
 
     @property
     def loss(self) -> float:
@@ -101,11 +82,8 @@ class FlatnessReport:
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields["config"] = dataclasses.asdict(self.config)
-        fields["eigenvalues"] = {name: pair._asdict() for name, pair in self.eigenvalues.items()}
-        fields["curves"] = {name: dataclasses.asdict(curve) for name, curve in self.curves.items()}
-        text = json.dumps({"format": FORMAT, **fields}, default=np.ndarray.tolist, allow_nan=False)
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        text = json.dumps(fields, default=np.ndarray.tolist, allow_nan=False)
         write_whole(path, f"{text}\n".encode())
 
     @classmethod
@@ -117,13 +95,12 @@ class FlatnessReport:
                 raise ValueError("another format")
             for name in ("losses", "accuracies", "trace", "line", "plane"):
                 fields[name] = None if fields[name] is None else np.array(fields[name])
-            for pair in fields["eigenvalues"].values():
-                pair["samples"] = np.array(pair["samples"])
-            fields["eigenvalues"] = {name: Eigenpair(**pair) for name, pair in fields["eigenvalues"].items()}
-            fields["curves"] = {
-                name: RadiusCurve(tuple(curve["radii"]), np.array(curve["samples"]))
-                for name, curve in fields["curves"].items()
-            }
+            pairs, curves = fields["eigenvalues"], fields["curves"]
+            for each in (*pairs.values(), *curves.values()):
+                each["samples"] = np.array(each["samples"])
+            fields["eigenvalues"] = {name: Eigenpair(**pair) for name, pair in pairs.items()}
+            fields["curves"] = {name: RadiusCurve(tuple(x["radii"]), x["samples"]) for name, x in curves.items()}
+            fields["config"].pop("eigen", None)  # of earlier versions
             return cls(**fields | {"config": FlatnessConfig(**fields["config"])})
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None

@@ -1,36 +1,32 @@
 """Curvature: Hessian-vector products, the eigenvalues at both ends of the spectrum, the trace.
 
 H is the Hessian of a loss surface at its parameters. Everything comes from products Hv, forward over reverse (about
-2.6 gradients each), one batch at a time; H itself is never computed. Each product also gives v'H_b v of every batch b,
-whose mean is v'Hv: a bootstrap over the batches requires them.
+2.6 gradients each), one batch at a time. Each also gives v'H_b v of every batch b, for a bootstrap.
 """
 
+import dataclasses
 import math
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 import optax
 
 from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
-from fcvit_jax.trees import Params, dot, norm, orthogonal, random_like, unit
+from fcvit_jax.trees import Params, dot, orthogonal, random_like, unit
 
 
-class Eigenpair(NamedTuple):
-    """An eigenvalue of the Hessian, as far as it was found.
+@dataclasses.dataclass(frozen=True)
+class Eigenpair:
+    """An eigenvalue of the Hessian, as far as it was found."""
 
-    value: v'Hv of the unit vector, with its sign. residual: ||Hv - value v||; some eigenvalue is that close.
-    converged: the residual is at most `tolerance` times |value|. products: Hessian-vector products spent.
-    samples: float64 [batches], v'H_b v of each batch. vector: a tree like the parameters.
-    """
-
-    value: float
-    residual: float
-    converged: bool
-    products: int
-    samples: np.ndarray
-    vector: Params
+    value: float  # v'Hv
+    residual: float  # ||Hv - value v||; some eigenvalue is that close
+    converged: bool  # the residual is at most `tolerance` times |value|
+    products: int  # Hessian-vector products spent
+    samples: np.ndarray  # float64 [batches], v'H_b v of each batch
+    vector: Params  # v, of length 1
 
 
 def hessian_product(surface: LossSurface, vector: Params) -> tuple[Params, np.ndarray]:
@@ -42,29 +38,11 @@ def hessian_product(surface: LossSurface, vector: Params) -> tuple[Params, np.nd
     return _times(1 / len(samples), total), np.array(samples)
 
 
-def power_iteration(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) -> Eigenpair:
-    """The eigenvalue that is largest in size, whichever its sign. Memory: five or six copies of the parameters.
-
-    It does not converge if both ends of the spectrum are about as far from 0.
-    """
-    vector = _unit(random_like(surface.params, key))
-    for step in range(1, steps + 1):
-        product, samples = hessian_product(surface, vector)
-        value = float(samples.mean())
-        residual = float(_residual(product, vector, value))
-        converged = residual <= tolerance * abs(value)
-        if converged or step == steps:
-            return Eigenpair(value, residual, converged, step, samples, vector)
-        vector = _unit(product)
-    raise ValueError(f"steps is {steps}: there must be at least one")
-
-
 def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) -> tuple[Eigenpair, Eigenpair]:
     """The largest and the smallest eigenvalue, by at most `steps` steps of Lanczos and a product more for each.
 
-    Every new vector is orthogonalised against all before it, twice: in float32 the three-term recurrence alone loses
-    orthogonality as soon as an end has converged, and finds that end again and again. Memory: a copy of the parameters
-    a step. Value and residual are those of the vectors put together from the basis, not the recurrence's estimates.
+    Every new vector is orthogonalised against all before it, twice: in float32 the three-term recurrence alone finds an
+    end that has converged again and again. Memory: a copy of the parameters a step.
     """
     basis, alphas, betas = [_unit(random_like(surface.params, key))], [], []
     while True:
@@ -91,7 +69,7 @@ def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) 
         vector = _unit(vector)
         product, samples = hessian_product(surface, vector)
         value = float(samples.mean())
-        residual = float(_residual(product, vector, value))
+        residual = float(_norm(add_scaled(product, -value, vector)))
         ends.append(Eigenpair(value, residual, residual <= tolerance * abs(value), products + 2, samples, vector))
     return ends[0], ends[1]
 
@@ -118,11 +96,6 @@ def _add_product(
     return optax.tree.add(total, product), dot(vector, product)
 
 
-@jax.jit
-def _residual(product: Params, vector: Params, value: Any) -> jax.Array:
-    return norm(optax.tree.add_scale(product, -value, vector))
-
-
-_orthogonal, _unit, _norm = jax.jit(orthogonal, donate_argnums=0), jax.jit(unit), jax.jit(norm)
+_orthogonal, _unit, _norm = jax.jit(orthogonal, donate_argnums=0), jax.jit(unit), jax.jit(optax.tree.norm)
 _times = jax.jit(optax.tree.scale)  # (factor, tree)
 add_scaled = jax.jit(optax.tree.add_scale, donate_argnums=0)  # (tree, factor, other): the memory of `tree` is given up

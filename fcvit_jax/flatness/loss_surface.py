@@ -1,11 +1,14 @@
-"""The loss as a function of the parameters, which all measures of flatness take."""
+"""The loss as a function of the parameters, and slices through it: along random lines and over random planes."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
-from fcvit_jax.trees import Params
+from fcvit_jax.trees import Params, random_like
 
 LossFn = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
 
@@ -21,3 +24,36 @@ class LossSurface(NamedTuple):
     loss_fn: LossFn
     params: Params
     batches: Iterable[Any]
+
+
+@jax.jit
+def filter_normalised(params: Params, key: jax.Array) -> Params:
+    """A random direction in which each filter is as long as that of the parameters (arXiv 1712.09913, section 4).
+
+    A filter makes one output: a kernel without its last axis. Leaves with another name do not move.
+    """
+
+    def rescale(path: Any, weights: jax.Array, direction: jax.Array) -> jax.Array:
+        if jax.tree_util.keystr(path[-1:], simple=True) != "kernel":
+            return jnp.zeros_like(direction)
+        axes = tuple(range(weights.ndim - 1))
+        wanted, length = (jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True)) for x in (weights, direction))
+        return direction * (wanted / length)
+
+    return jax.tree.map_with_path(rescale, params, random_like(params, key))
+
+
+def loss_slice(surface: LossSurface, first: Params, second: Params, points: Any) -> np.ndarray:
+    """The mean loss over the batches at w + a first + b second, for each (a, b) of `points`.
+
+    Returns float64 [points]. Memory: three copies of the parameters, and one for the point.
+    """
+    loss_fn, params, batches = surface
+    pairs = np.asarray(points, np.float32)
+    losses = [[float(_loss_at(loss_fn, params, batch, first, second, *pair)) for pair in pairs] for batch in batches]
+    return np.mean(losses, axis=0)
+
+
+@partial(jax.jit, static_argnums=0)
+def _loss_at(loss_fn: LossFn, params: Params, batch: Any, first: Params, second: Params, a: Any, b: Any) -> jax.Array:
+    return loss_fn(jax.tree.map(lambda w, x, y: w + a * x + b * y, params, first, second), batch)[0]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from tqdm import tqdm
 
+from fcvit_jax import parallel
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
 from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.labels import match_head
@@ -20,23 +21,13 @@ from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError
 from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport, RadiusCurve
-from fcvit_jax.flatness.hessian import add_scaled, lanczos, power_iteration, trace_samples
-from fcvit_jax.flatness.loss_surface import LossSurface
-from fcvit_jax.flatness.sharpness import (
-    ADAPTIVE,
-    BOX,
-    PLAIN,
-    average_case,
-    keskar_percent,
-    resolution,
-    uphill,
-    worst_case,
-)
-from fcvit_jax.flatness.slices import filter_normalised, loss_slice
+from fcvit_jax.flatness.hessian import add_scaled, lanczos, trace_samples
+from fcvit_jax.flatness.loss_surface import LossSurface, filter_normalised, loss_slice
+from fcvit_jax.flatness.sharpness import ADAPTIVE, BOX, PLAIN, average_case, resolution, uphill, worst_case
 from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
-from fcvit_jax.trees import Params, check_float32, norm
+from fcvit_jax.trees import Params, check_float32
 
 
 def measure(
@@ -83,52 +74,45 @@ def measure_surface(
     `limit`, `batch_size` and `loss` of the configuration are not used. conditions: facts to keep with the report.
     Raises InputError if a parameter is not float32, or a loss is not finite; it names the measure.
 
-    Memory: about six copies of the parameters, and with Lanczos one more for each of `eigen_steps`.
+    Memory: about six copies of the parameters, and one more for each of `eigen_steps`.
     """
     loss_fn, params, _ = surface
     check_float32(params, "flatness is measured on float32 parameters")
     eigen_key, trace_key, worst_key, average_key, slice_key = jax.random.split(jax.random.key(config.seed), 5)
-    watched = _Watched(list(surface.batches))
+    watched = _Watched(surface.batches)
     surface = surface._replace(batches=watched)
 
-    watched.begin("loss")
     losses, accuracies, gradient = [], [], optax.tree.zeros_like(params)
     for batch in watched:
         loss, accuracy, part = uphill(loss_fn, params, batch, PLAIN)
         losses.append(float(loss))
         accuracies.append(float(accuracy))
-        gradient = add_scaled(gradient, 1 / len(watched.batches), part)
-    gradient_norm = float(norm(gradient))
+        gradient = add_scaled(gradient, 1 / len(watched), part)
+    gradient_norm = float(optax.tree.norm(gradient))
     del gradient, part
     _check_finite("the loss at the parameters", losses)
     _check_finite("the gradient", gradient_norm)
 
-    watched.begin("eigenvalues", config.eigen_steps + 2 * (config.eigen == "lanczos"))
-    if config.eigen == "lanczos":
-        ends = lanczos(surface, eigen_key, config.eigen_steps, config.tolerance)
-        pairs = dict(zip(("largest", "smallest"), ends, strict=True))
-        del ends
-    else:
-        pairs = {"dominant": power_iteration(surface, eigen_key, config.eigen_steps, config.tolerance)}
-    eigenvalues = {name: pair._replace(vector=None) for name, pair in pairs.items()}
-    del pairs
-    watched.begin("trace", config.probes)
+    watched.what = "eigenvalues"
+    ends = lanczos(surface, eigen_key, config.eigen_steps, config.tolerance)
+    ends = [dataclasses.replace(pair, vector=None) for pair in ends]  # frees their memory
+    watched.what = "trace"
     trace = trace_samples(surface, trace_key, config.probes)
-    _check_finite("the Hessian", [*trace.ravel(), *(pair.value for pair in eigenvalues.values())])
+    _check_finite("the Hessian", [*trace.ravel(), *(pair.value for pair in ends)])
 
     curves = {}
-    balls = ("", PLAIN, config.rho), ("_adaptive", ADAPTIVE, config.adaptive_rho), ("keskar", BOX, config.epsilon)
-    for name, ball, radii in balls:
-        watched.begin("Keskar's sharpness" if ball is BOX else f"worst case{name}")
-        worst = worst_case(surface, ball, radii, worst_key, config.ascent_steps, config.restarts)
-        if ball is BOX:
-            curves["keskar"] = RadiusCurve(radii, keskar_percent(worst)[:, None])
-        else:
-            curves[f"worst{name}"] = RadiusCurve(radii, worst.found[:, None])
-            curves[f"one_step{name}"] = RadiusCurve(radii, worst.one_step[:, None])
-    for name, ball, sigmas in (("", PLAIN, config.sigma), ("_adaptive", ADAPTIVE, config.adaptive_sigma)):
-        watched.begin(f"average case{name}", config.draws)
+    ascent = worst_key, config.ascent_steps, config.restarts
+    plain = "", PLAIN, config.rho, config.sigma
+    for name, ball, radii, sigmas in (plain, ("_adaptive", ADAPTIVE, config.adaptive_rho, config.adaptive_sigma)):
+        watched.what = f"worst case{name}"
+        worst = worst_case(surface, ball, radii, *ascent)
+        curves[f"worst{name}"] = RadiusCurve(radii, worst.found[:, None])
+        curves[f"one_step{name}"] = RadiusCurve(radii, worst.one_step[:, None])
+        watched.what = f"average case{name}"
         curves[f"average{name}"] = RadiusCurve(sigmas, average_case(surface, ball, sigmas, average_key, config.draws))
+    watched.what = "Keskar's sharpness"
+    worst = worst_case(surface, BOX, config.epsilon, *ascent)
+    curves["keskar"] = RadiusCurve(config.epsilon, worst.keskar_percent[:, None])
     for name, curve in curves.items():
         for radius, samples in zip(curve.radii, curve.samples, strict=True):
             _check_finite(f"{name} at {radius:g}", samples)
@@ -136,27 +120,24 @@ def measure_surface(
     line = plane = None
     first, second = (filter_normalised(params, part) for part in jax.random.split(slice_key))
     if config.line_points:
-        watched.begin("loss along a line")
-        points = np.stack([np.linspace(-1, 1, config.line_points), np.zeros(config.line_points)], axis=1)
-        line = loss_slice(surface, first, second, points)
+        watched.what = "loss along a line"
+        line = loss_slice(surface, first, second, [(along, 0.0) for along in np.linspace(-1, 1, config.line_points)])
     if config.plane_points:
-        watched.begin("loss over a plane")
-        side = np.linspace(-1, 1, config.plane_points)
-        points = np.stack(np.meshgrid(side, side, indexing="ij"), axis=-1)
-        plane = loss_slice(surface, first, second, points.reshape(-1, 2)).reshape(points.shape[:2])
-    watched.begin("rounding")
+        watched.what = "loss over a plane"
+        points = list(itertools.product(np.linspace(-1, 1, config.plane_points), repeat=2))
+        plane = loss_slice(surface, first, second, points).reshape(config.plane_points, config.plane_points)
+    watched.what = "rounding"
     rounding = resolution(surface, average_key)
-    watched.bar.close()
     return FlatnessReport(
         conditions=conditions or {},
         config=config,
         num_params=sum(leaf.size for leaf in jax.tree.leaves(params)),
-        weight_norm=float(norm(params)),
+        weight_norm=float(optax.tree.norm(params)),
         gradient_norm=gradient_norm,
         resolution=rounding,
         losses=np.array(losses),
         accuracies=np.array(accuracies),
-        eigenvalues=eigenvalues,
+        eigenvalues={"largest": ends[0], "smallest": ends[1]},
         trace=trace,
         curves=curves,
         line=line,
@@ -168,7 +149,7 @@ def measure_surface(
 class ClassificationLoss:
     """Cross-entropy against the labels, and accuracy, of (images uint8 [b, height, width, 3], labels int32 [b]).
 
-    In evaluation mode and of the labels as they are, whatever the training dropped, smoothed or mixed.
+    In evaluation mode, without smoothing or mixing.
     """
 
     model: ViT
@@ -204,21 +185,14 @@ def draw_batches(source: Source, preprocess: Preprocess, config: FlatnessConfig)
     return batches, digest.hexdigest()
 
 
-class _Watched:
-    """Batches with a progress bar, which moves whenever they are iterated over."""
+class _Watched(list[Any]):
+    """Batches with a progress bar for each pass over them."""
 
-    def __init__(self, batches: list[Any]):
-        self.batches = batches
-        self.bar = tqdm(unit="batch", leave=False, disable=None)
-
-    def begin(self, what: str, passes: int = 1) -> None:
-        self.bar.set_description(what, refresh=False)
-        self.bar.reset(passes * len(self.batches))
+    what = "loss"
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self.batches:
-            yield batch
-            self.bar.update()
+        batches = super().__iter__()
+        return iter(parallel.progress(batches, total=len(self), desc=self.what, unit="batch"))
 
 
 def _check_finite(what: str, numbers: Any) -> None:

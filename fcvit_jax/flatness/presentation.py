@@ -1,12 +1,15 @@
 """Reports and comparisons as a picture and as text."""
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from fcvit_jax.files import write_whole
 from fcvit_jax.flatness.comparison import Comparison, interval
-from fcvit_jax.flatness.figure import plot_flatness
 from fcvit_jax.flatness.flatness_report import FlatnessReport
 from fcvit_jax.flatness.hessian import standard_error
 
@@ -21,6 +24,13 @@ _TITLES = {
     "average": "average case, plain",
     "average_adaptive": "average case, adaptive",
 }
+_AXES = {
+    "worst": r"radius $\|\delta\|$",
+    "worst_adaptive": r"radius $\|\delta / |w|\|$",
+    "average": r"noise $\sigma$",
+    "average_adaptive": r"noise $\sigma$ / |w|",
+}
+_STYLES = ({"color": "C0", "ls": "-"}, {"color": "C1", "ls": "--"})  # of the first report and the second
 
 
 def present(workdir: Path, reports: Sequence[FlatnessReport], comparison: Comparison | None = None) -> str:
@@ -62,21 +72,18 @@ def format_comparison(comparison: Comparison) -> str:
 
 def describe(report: FlatnessReport) -> str:
     """What was measured on what, and all that is not a measure at a radius; a few lines."""
-    config, conditions = report.config, report.conditions
-    batches = len(report.losses)
+    count, conditions = report.config.batch_size, report.conditions
     lines = [
         f"{conditions.get('checkpoint', 'parameters')} on {conditions.get('dataset', 'given batches')}: "
-        f"{batches * config.batch_size:,} images in batches of {config.batch_size}, "
+        f"{len(report.losses) * count:,} images in batches of {count}, "
         f"schedule {conditions.get('schedule', '-')}, float32",
         f"loss {report.loss:.4g}, accuracy {report.accuracies.mean():.2%}, norm of the gradient "
         f"{report.gradient_norm:.3g}, of the {report.num_params:,} weights {report.weight_norm:.4g}",
     ]
     for name, pair in report.eigenvalues.items():
+        found = f"residual {pair.residual:.2g}, {pair.products} products"
         state = "" if pair.converged else ", not converged: raise --eigen_steps"
-        lines.append(
-            f"{name} eigenvalue of the Hessian {pair.value:.4g} (residual {pair.residual:.2g}, {pair.products} "
-            f"products{state})"
-        )
+        lines.append(f"{name} eigenvalue of the Hessian {pair.value:.4g} ({found}{state})")
     error = standard_error(report.trace)
     lines.append(f"trace {report.trace.mean():.4g} (standard error {error:.2g}, {len(report.trace)} probes)")
     return "\n".join(lines)
@@ -84,9 +91,76 @@ def describe(report: FlatnessReport) -> str:
 
 def align(rows: Sequence[Sequence[str]]) -> str:
     """Rows of cells as a table: the first row is the head; the first column stands left, the others right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(f"{cell:<{width}}" if not i else f"{cell:>{width}}" for i, (cell, width) in enumerate(pairs)).rstrip()
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
+    first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    form = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
+    lines = [form.format(*row).rstrip() for row in rows]
     return "\n".join([lines[0], "-" * max(map(len, lines)), *lines[1:]])
+
+
+def plot_flatness(reports: Sequence[FlatnessReport]) -> bytes:
+    """PNG of one report or two: sharpness over the radius with 95% intervals, the loss along a line, over a plane."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    names = [report.conditions.get("checkpoint", "parameters") for report in reports]
+    styled = [(report, style | {"label": name}) for report, style, name in zip(reports, _STYLES, names, strict=False)]
+    figure = Figure(figsize=(13, 7.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(2, 3)
+    for place, (curve, label) in zip(axes[:, :2].flat, _AXES.items(), strict=True):
+        for report, style in styled:
+            _plot_curve(place, report, curve, style)
+        place.set(title=_TITLES[curve], xlabel=label, ylabel="rise of the loss", xscale="log", yscale="log")
+        radii = sorted({radius for report in reports for radius in report.curves[curve].radii})
+        place.set_xticks(radii, [f"{radius:g}" for radius in radii])
+        place.set_xticks([], minor=True)
+        place.legend(fontsize=8)
+        place.grid(alpha=0.3)
+    _plot_line(axes[0, 2], styled)
+    _plot_plane(axes[1, 2], reports)
+    first = reports[0]
+    figure.suptitle(
+        f"{' and '.join(names)} on {first.conditions.get('dataset', 'given batches')}: {len(first.losses)} batches of "
+        f"m = {first.config.batch_size}, loss {' and '.join(f'{report.loss:.3g}' for report in reports)}",
+        fontsize=10,
+    )
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=130)
+    return picture.getvalue()
+
+
+def _plot_curve(axes: Any, report: FlatnessReport, name: str, style: dict[str, Any]) -> None:
+    curve = report.curves[name]
+    values = curve.samples.mean(axis=(1, 2))
+    low, high = np.array([interval(samples) for samples in curve.samples]).T
+    shown = values > 0  # the rest has no logarithm
+    bars = np.maximum(np.stack([values - low, high - values]), 0.0)[:, shown]
+    axes.errorbar(np.array(curve.radii)[shown], values[shown], bars, marker="o", capsize=3, **style)
+    if name.startswith("worst"):
+        one_step = report.curves[name.replace("worst", "one_step")]
+        heights = one_step.samples.mean(axis=(1, 2))
+        thin = style | {"ls": ":", "lw": 1, "label": f"{style['label']}, one step"}
+        axes.plot(np.array(one_step.radii)[heights > 0], heights[heights > 0], **thin)
+
+
+def _plot_line(axes: Any, styled: Sequence[tuple[FlatnessReport, dict[str, Any]]]) -> None:
+    for report, style in styled:
+        if report.line is not None:
+            axes.plot(np.linspace(-1, 1, len(report.line)), report.line, **style)
+            axes.legend(fontsize=8)
+    axes.set(title="random line, filter-normalised", xlabel="filter norms", ylabel="loss")
+    axes.grid(alpha=0.3)
+
+
+def _plot_plane(axes: Any, reports: Sequence[FlatnessReport]) -> None:
+    planes = [report.plane for report in reports if report.plane is not None]
+    axes.set(title="random plane: lines of equal loss", xlabel="filter norms", ylabel="filter norms")
+    if not planes:
+        return
+    lowest, highest = min(plane.min() for plane in planes), max(plane.max() for plane in planes)
+    levels = lowest + (highest - lowest) * np.array([0.03, 0.1, 0.25, 0.5, 0.8])
+    for plane, style in zip(planes, _STYLES, strict=False):
+        side = np.linspace(-1, 1, len(plane))
+        lines = axes.contour(side, side, plane.T, levels=levels, colors=style["color"], linestyles=style["ls"])
+        axes.clabel(lines, fontsize=7, fmt="%.2g")
+    axes.plot(0, 0, color="black", marker="+")

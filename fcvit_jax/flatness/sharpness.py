@@ -7,8 +7,8 @@ The neighbourhood is a ball in u, and the parameters in it are w + T u, elementw
                                                (arXiv 2302.07011; ASAM, arXiv 2102.11600, with eta = 0)
     BOX       T = |w| + 1,  largest |u_i|      Keskar's (arXiv 1609.04836, metric 2.1)
 
-All of it is measured for every batch of m examples alone, and averaged afterwards (m-sharpness, arXiv 2010.01412,
-section 4.1): results have an axis of batches, from which a bootstrap draws.
+All of it is measured for every batch of m examples alone (m-sharpness, arXiv 2010.01412, section 4.1): results have an
+axis of batches.
 """
 
 from functools import partial
@@ -20,7 +20,7 @@ import numpy as np
 import optax
 
 from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
-from fcvit_jax.trees import Params, norm, random_like, unit
+from fcvit_jax.trees import Params, random_like, unit
 
 
 class Ball(NamedTuple):
@@ -42,15 +42,16 @@ def uphill(loss_fn: LossFn, params: Params, batch: Any, ball: Ball) -> tuple[jax
 
 
 class WorstCase(NamedTuple):
-    """float64 arrays. one_step, found: [radii, batches]. losses: [batches], at the parameters.
+    """Rises of the loss, float64 [radii, batches]."""
 
-    one_step: the loss one step up the gradient, at SAM's own perturbation, less that at the parameters.
-    found: the largest rise over all points of all ascents, the start counted: a lower bound of the maximum, >= 0.
-    """
+    one_step: np.ndarray  # at SAM's own perturbation
+    found: np.ndarray  # the largest over all points of all ascents, the start counted: a lower bound of the maximum
+    losses: np.ndarray  # [batches], at the parameters
 
-    one_step: np.ndarray
-    found: np.ndarray
-    losses: np.ndarray
+    @property
+    def keskar_percent(self) -> np.ndarray:
+        """100 (max - L) / (1 + L), metric 2.1 of arXiv 1609.04836, [radii, batches]; of a worst case in BOX."""
+        return 100.0 * self.found / (1.0 + self.losses[None])
 
 
 def worst_case(
@@ -65,16 +66,13 @@ def worst_case(
     loss_fn, params, batches = surface
     one_step, found, losses = [], [], []
     for index, batch in enumerate(batches):
-        loss, _, start = uphill(loss_fn, params, batch, ball)
-        starts = [start]
-        for restart in range(restarts):
-            starts.append(random_like(params, jax.random.fold_in(jax.random.fold_in(key, index), restart)))
-        rises = []
-        for radius in radii:
-            ascents = [_ascend(loss_fn, params, batch, start, ball, radius, steps) for start in starts]
-            rises.append([[float(point) - float(loss) for point in points] for points in ascents])
-        one_step.append([ascents[0][0] for ascents in rises])
-        found.append([max(0.0, *(best for _, best in ascents)) for ascents in rises])
+        loss, _, gradient = uphill(loss_fn, params, batch, ball)
+        keys = (jax.random.fold_in(jax.random.fold_in(key, index), restart) for restart in range(restarts))
+        starts = [gradient, *(random_like(params, each) for each in keys)]
+        points = [[_ascend(loss_fn, params, batch, start, ball, radius, steps) for start in starts] for radius in radii]
+        rises = np.array(jax.device_get(points), np.float64) - float(loss)  # [radii, starts, (first, largest)]
+        one_step.append(rises[:, 0, 0])
+        found.append(np.maximum(rises[:, :, 1].max(axis=1), 0.0))
         losses.append(float(loss))
     return WorstCase(np.array(one_step).T, np.array(found).T, np.array(losses))
 
@@ -82,9 +80,8 @@ def worst_case(
 def average_case(surface: LossSurface, ball: Ball, sigmas: tuple[float, ...], key: jax.Array, draws: int) -> np.ndarray:
     """The mean rise under noise, (L(w + T z) + L(w - T z)) / 2 - L(w) with z ~ N(0, sigma^2), for each draw and batch.
 
-    Returns float64 [sigmas, draws, batches]. The noise comes in pairs of opposite sign, in which the gradient cancels:
-    sigma^2 (T z)'H(T z) / 2 is left at second order. A draw is the same noise for all batches and, up to its size, all
-    sigmas. Memory: three copies of the parameters.
+    Returns float64 [sigmas, draws, batches]. In pairs of opposite noise the gradient cancels. A draw is the same noise
+    for all batches and, up to its size, all sigmas. Memory: three copies of the parameters.
     """
     loss_fn, params, batches = surface
     levels = []  # [sigma, batch], one for each draw
@@ -100,11 +97,6 @@ def average_case(surface: LossSurface, ball: Ball, sigmas: tuple[float, ...], ke
 def resolution(surface: LossSurface, key: jax.Array) -> float:
     """How much of a batch's rise is float32's rounding: rms over the batches, for noise of a unit in the last place."""
     return float(np.sqrt(np.mean(average_case(surface, ADAPTIVE, (2.0**-23,), key, 1) ** 2)))
-
-
-def keskar_percent(worst: WorstCase) -> np.ndarray:
-    """100 (max - L) / (1 + L), metric 2.1 of arXiv 1609.04836, [radii, batches]; of a worst case in BOX."""
-    return 100.0 * worst.found / (1.0 + worst.losses[None])
 
 
 @partial(jax.jit, static_argnums=(0, 6))
@@ -132,11 +124,11 @@ def _ascend(
 def _around(loss_fn: LossFn, params: Params, batch: Any, noise: Params, ball: Ball, sigma: Any) -> jax.Array:
     """The mean loss at w + sigma T z and w - sigma T z."""
     scale = _scale(params, ball)
-    losses = [
-        loss_fn(jax.tree.map(lambda w, t, z, s=sign: w + s * sigma * t * z, params, scale, noise), batch)[0]
-        for sign in (1.0, -1.0)
-    ]
-    return (losses[0] + losses[1]) / 2
+
+    def loss_at(size: Any) -> jax.Array:
+        return loss_fn(jax.tree.map(lambda w, t, z: w + size * t * z, params, scale, noise), batch)[0]
+
+    return (loss_at(sigma) + loss_at(-sigma)) / 2
 
 
 def _scale(params: Params, ball: Ball) -> Params:
@@ -150,6 +142,6 @@ def _steepest(tree: Params, box: Any) -> Params:
 
 def _project(tree: Params, box: Any, radius: Any) -> Params:
     """The nearest point of the ball."""
-    length = norm(tree)
+    length = optax.tree.norm(tree)
     shrink = jnp.where(length > radius, radius / length, 1.0)
     return jax.tree.map(lambda x: jnp.where(box, jnp.clip(x, -radius, radius), shrink * x), tree)

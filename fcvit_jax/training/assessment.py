@@ -15,10 +15,9 @@ from fcvit_jax.training.training_run import TrainingRun
 
 
 class Assessment:
-    """Accuracy on the test set by schedule; its programs are compiled at once, to fail before the first step.
+    """Accuracy on the test set by schedule, in batches as large as training's micro-batches; compiles at once.
 
-    Its batches are as large as the micro-batches that training has in memory. notes: of the run; "best", the best
-    accuracy so far, is updated. stopping: whether a signal came.
+    notes: of the run; "best", the best accuracy so far, is updated. stopping: whether a signal came.
     """
 
     def __init__(self, run: TrainingRun, params: Any, notes: dict[str, Any], stopping: Callable[[], bool]):
@@ -34,7 +33,7 @@ class Assessment:
     def __call__(self, state: TrainState, recent: RecentSteps, done: int) -> Accuracy | None:
         """Test, log, write best/ if it is the best, and checkpoint/ at the end. Returns the dense model's accuracy.
 
-        None if a signal came meanwhile: then nothing is written, and the test is repeated when the run is resumed.
+        None if a signal came meanwhile: then nothing is written.
         """
         run, config = self.run, self.run.config
         self.skipped = 0

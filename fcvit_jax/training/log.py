@@ -11,8 +11,7 @@ from fcvit_jax.files import told_in_one_line
 class Log:
     """Rows of numbers by step, appended to DIR/metrics.jsonl and DIR/events.
 
-    A run that resumes from a step drops the rows after it, and that step's tests: they will be written again. Earlier
-    rows stay where they are on the disk. Raises InputError if it is full.
+    A run that resumes from a step drops the rows after it, and that step's tests. InputError: the disk is full.
     """
 
     def __init__(self, directory: Path, from_step: int, tensorboard: bool):
@@ -47,13 +46,11 @@ class Log:
 def _kept(content: bytes, from_step: int) -> int:
     """The length in bytes of the rows that a run keeps when it resumes from that step."""
     length = 0
-    for line in content.splitlines(keepends=True):
-        try:
+    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # the run was killed in this row
+        for line in content.splitlines(keepends=True):
             row = json.loads(line)
             tested = any(name.startswith("test/") for name in row)
             if not line.endswith(b"\n") or row["step"] > from_step - tested:
                 break
-        except (ValueError, KeyError, TypeError, AttributeError):  # the run was killed while it wrote this row
-            break
-        length += len(line)
+            length += len(line)
     return length

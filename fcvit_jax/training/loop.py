@@ -21,20 +21,16 @@ from fcvit_jax.training.log import Log
 from fcvit_jax.training.recent_steps import RecentSteps
 from fcvit_jax.training.saved_states import SavedStates
 from fcvit_jax.training.step import StepInputs, TrainState, make_train_step
-from fcvit_jax.training.stop_signal import stop_signal
 from fcvit_jax.training.train_config import TrainConfig
 from fcvit_jax.training.training_run import WRITTEN, TrainingRun, check_same, open_run
 
 
 class TrainResult(NamedTuple):
-    """state: the last one. accuracy: of the dense model on the test set; None if a signal stopped the run before.
-
-    checkpoint: the directory with the last parameters, for `load_checkpoint`.
-    """
+    """The end of a run."""
 
     state: TrainState
-    accuracy: Accuracy | None
-    checkpoint: Path
+    accuracy: Accuracy | None  # of the dense model on the test set; None if a signal stopped the run before
+    checkpoint: Path  # the directory with the last parameters, for `load_checkpoint`
 
 
 def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
@@ -88,15 +84,17 @@ def loop(
 ) -> tuple[TrainState, Accuracy | None]:
     """Steps until the end or a signal; logs, saves and tests at their intervals.
 
-    A state is saved before it is tested, so that a long test puts no step at risk. A run that resumes from a state that
-    was due to be tested tests it first: it may have been stopped before.
+    A state is saved before it is tested. A run that resumes from a state that was due to be tested tests it first.
     """
     config, done, skips = run.config, int(state.step), run.config.on_bad == "skip"
     accuracy = None
+    rows, spread = config.batch_size, parallel.batched(run.mesh)
+    shapes = ((rows, *run.start.config.image_size, 3), np.uint8), ((rows,), np.int32), ((rows,), np.bool_)
+    inputs = StepInputs(*(jax.ShapeDtypeStruct(shape, dtype, sharding=spread) for shape, dtype in shapes))
     with contextlib.ExitStack() as stack:
-        stopping = stack.enter_context(stop_signal())
+        stopping = stack.enter_context(parallel.stop_signal())
         assess = Assessment(run, state.weights, notes, stopping)
-        compiled = step.lower(state, input_shapes(run)).compile()
+        compiled = step.lower(state, inputs).compile()
         log = Log(run.workdir, done, config.tensorboard) if jax.process_index() == 0 else None
         recent = RecentSteps(log, config.batch_size, run.steps, done, notes["skipped"] if skips else None)
         stack.enter_context(contextlib.closing(recent))
@@ -111,22 +109,20 @@ def loop(
                 run.write_checkpoint("checkpoint", state.weights, done)
                 return state, None
         batches = stack.enter_context(contextlib.closing(training_batches(run, done)))
-        for batch in recent.timed(batches):
-            inputs = StepInputs(batch.images, batch.labels, batch.mask)
-            state, metrics = parallel.settled(compiled(state, inputs))
+        for batch in recent.waiting.timed(batches):
+            state, metrics = parallel.settled(compiled(state, StepInputs(*batch[:3])))
             done += 1
             recent.add(batch, metrics)
             stop, tested = stopping(), due(config.eval_every)
-            saved = stop or tested or due(config.save_every)
-            if not saved and not due(config.log_every):
-                continue
-            if bad := recent.first_bad(done):
+            saved, logged = stop or tested or due(config.save_every), stop or due(config.log_every)
+            if (saved or logged) and (bad := recent.first_bad(done)):
                 raise give_up(run, state, *bad)
-            if stop or due(config.log_every):
+            if logged:
                 recent.log(done)
+            if not saved:
+                continue
             with recent.paused():
-                if saved:
-                    states.save(done, state, notes | {"skipped": recent.skipped()} if skips else notes)
+                states.save(done, state, notes | {"skipped": recent.skipped()} if skips else notes)
                 if tested:
                     accuracy = None if stop else assess(state, recent, done)
                     stop = accuracy is None
@@ -136,13 +132,6 @@ def loop(
                     return state, None
         states.wait()
     return state, accuracy
-
-
-def input_shapes(run: TrainingRun) -> StepInputs:
-    """What the step takes beside the state, as shapes."""
-    rows, spread = run.config.batch_size, parallel.batched(run.mesh)
-    shapes = ((rows, *run.start.config.image_size, 3), np.uint8), ((rows,), np.int32), ((rows,), np.bool_)
-    return StepInputs(*(jax.ShapeDtypeStruct(shape, dtype, sharding=spread) for shape, dtype in shapes))
 
 
 def training_batches(run: TrainingRun, done: int) -> Generator[Batch, None, None]:
@@ -184,7 +173,7 @@ def measure_flatness(config: TrainConfig, workdir: Path) -> None:
     """Write flatness.json and flatness.png beside the checkpoint: of the loss that was trained, on training images."""
     loss, schedule = config.targets.loss, config.schedule
     if jax.process_count() > 1:
-        words = ["--checkpoint", str(workdir), "--dataset", config.train, "--loss", loss, "--schedule", schedule]
+        words = ["--checkpoint", str(workdir), "--dataset", config.train, "--loss", loss, "--schedule", str(schedule)]
         tell(f"flatness is measured by one process: run python -m fcvit_jax.flatness {shlex.join(words)}")
         return
     report = flatness.measure(workdir, config.train, flatness.FlatnessConfig(loss=loss), schedule=schedule)

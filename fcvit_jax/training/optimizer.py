@@ -21,8 +21,7 @@ class OptimizerConfig:
     """How parameters follow a gradient. Raises InputError that names the field.
 
     After the warm-up, the learning rate falls to `final_learning_rate` along the schedule; "constant" stays. Weight
-    decay is decoupled for all three, SGD too (arXiv 1711.05101): each step takes learning rate x weight_decay x kernel
-    away, whatever the gradient, the momentum and the clipping.
+    decay is decoupled for all three, SGD too (arXiv 1711.05101).
     """
 
     # adamw (arXiv 1711.05101), sgd with (heavy-ball) momentum, or lion (arXiv 2302.06675).
@@ -54,10 +53,7 @@ class OptimizerConfig:
 def make_optimizer(
     config: OptimizerConfig, params: Any, total_steps: int, warmup_steps: int = 0
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The transformation for such parameters (arrays or their shapes), and the learning rate at each step.
-
-    Raises InputError if the warm-up is as long as the run, or if `freeze` matches no parameter or all of them.
-    """
+    """The transformation for such parameters (arrays or their shapes), and the learning rate at each step."""
     schedule = learning_rate_schedule(config, total_steps, warmup_steps)
     rule = {
         "adamw": optax.scale_by_adam(config.b1, config.b2),
@@ -68,7 +64,7 @@ def make_optimizer(
     if config.clip_norm is not None:
         chain.insert(0, optax.clip_by_global_norm(config.clip_norm))
     if config.layer_decay is not None:
-        scales = dict(zip(_names(params), jax.tree.leaves(layer_scales(params, config.layer_decay)), strict=True))
+        scales = layer_scales(params, config.layer_decay)
         chain.append(optax.stateless(lambda updates, _: _map_names(lambda path, u: u * scales[path], updates)))
     optimizer = optax.chain(*chain)
     if config.freeze is None:
@@ -110,22 +106,16 @@ def frozen_mask(params: Any, pattern: str) -> Any:
     return mask
 
 
-def layer_scales(params: Any, decay: float) -> Any:
-    """decay ** (layers above), what the learning rate of each parameter is multiplied by.
+def layer_scales(params: Any, decay: float) -> dict[str, float]:
+    """{path: decay ** (layers above)}, what the learning rate of each parameter is multiplied by.
 
     The embedding is layer 0, blocks_i layer i + 1, all that follows layer depth + 1, as in BEiT (arXiv 2106.08254) and
     MAE (arXiv 2111.06377); timm's `param_groups_layer_decay` counts the norm before the pooling to the last block.
     """
-    block = re.compile(r"blocks_(\d+)/")
-    blocks = {int(found[1]) for path in _names(params) if (found := block.match(path))}
-    top = max(blocks, default=-1) + 2
-
-    def scale(path: str, _: Any) -> float:
-        found = block.match(path)
-        layer = int(found[1]) + 1 if found else 0 if path.startswith("embed/") else top
-        return decay ** (top - layer)
-
-    return _map_names(scale, params)
+    names = _names(params)
+    layers = {path: int(found[1]) + 1 for path in names if (found := re.match(r"blocks_(\d+)/", path))}
+    top = max(layers.values(), default=0) + 1
+    return {path: decay ** (top - layers.get(path, 0 if path.startswith("embed/") else top)) for path in names}
 
 
 def _map_names(function: Callable[[str, Any], Any], tree: Any) -> Any:

@@ -1,8 +1,9 @@
-"""The steps since the last row of the log."""
+"""The steps since the last row of the log, and how long the devices wait for images."""
 
 import contextlib
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -12,7 +13,6 @@ from tqdm import tqdm
 from fcvit_jax import parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.training.log import Log
-from fcvit_jax.training.waiting_time import WaitingTime
 
 OF_TWO_PASSES = ("gap", "gap_over_rho", "rho")  # 0 in a step without SAM's second pass: the mean is over the others
 
@@ -20,31 +20,26 @@ OF_TWO_PASSES = ("gap", "gap_over_rho", "rho")  # 0 in a step without SAM's seco
 class RecentSteps:
     """The steps since the last row of the log: their means, the progress bar, and the images of each.
 
-    log: None in all processes but the first. steps, done: of the run. skipped: images that all processes skipped
-    before; None if none are skipped.
+    log: None in all processes but the first. steps, done: of the run. skipped: so far, by all processes; or None.
     """
 
     def __init__(self, log: Log | None, batch_size: int, steps: int, done: int, skipped: int | None = None):
         self._log, self._batch_size = log, batch_size
         self._bar = tqdm(total=steps, initial=done, desc="training", unit="step", disable=None if log else True)
         self._before, self._skipped = skipped, 0
-        self._waiting = WaitingTime()
+        self.waiting = WaitingTime()
         self._clear()
 
     def _clear(self) -> None:
         self._names: list[tuple[str, ...]] = []
         self._metrics: list[dict[str, Any]] = []
-        self._began, self._waiting.seconds = time.perf_counter(), 0.0
-
-    def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The batches; the time that the devices wait for them is counted."""
-        return self._waiting.timed(batches)
+        self._began, self.waiting.seconds = time.perf_counter(), 0.0
 
     def add(self, batch: Batch, metrics: dict[str, jax.Array]) -> None:
-        """A step was dispatched for this batch."""
+        """Count a step that was dispatched for this batch."""
         self._names.append(batch.names)
         self._metrics.append(metrics)
-        self._waiting.started(metrics)
+        self.waiting.started(metrics)
         self._skipped += len(batch.skipped)
         for why in batch.skipped:
             self.tell(f"skipped: {why}")
@@ -72,10 +67,10 @@ class RecentSteps:
         means = {}
         for name in (name for name in rows[-1] if name != "finite"):
             values = [float(row[name]) for row in rows if name not in OF_TWO_PASSES or row["rho"] > 0]
-            means[name] = float(np.mean(values)) if values else 0.0
+            means[name] = float(np.mean(values or 0.0))
         took = time.perf_counter() - self._began
         means["images_per_second"] = self._batch_size * len(rows) / took
-        means["waiting_for_data"] = self._waiting.seconds / took
+        means["waiting_for_data"] = self.waiting.seconds / took
         if (skipped := self.skipped()) is not None:
             means["skipped"] = float(skipped)
         self.write(done, means)
@@ -100,7 +95,42 @@ class RecentSteps:
         return None if self._before is None else self._before + parallel.sum_over_processes(self._skipped)
 
     def close(self) -> None:
-        self._waiting.close()
+        self.waiting.close()
         self._bar.close()
         if self._log:
             self._log.close()
+
+
+class WaitingTime:
+    """Counts the seconds in which the devices had nothing to do because the next batch was not ready.
+
+    The host is one step ahead of the devices and may wait for a batch during a step: only what it waits after that step
+    has ended counts, so a thread notes when each step ends.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="end of step")
+        self._end = self._thread.submit(lambda: 0.0)  # of the newest step
+
+    def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
+        """The batches; call `started` after each step."""
+        asked = time.perf_counter()
+        for batch in batches:
+            got = time.perf_counter()
+            self.seconds += got - max(asked, self._end.result() if self._end.done() else got)
+            yield batch
+            asked = time.perf_counter()
+
+    def started(self, results: Any) -> None:
+        """A step with these results was dispatched. Returns when the step before it has ended."""
+
+        def end() -> float:
+            jax.block_until_ready(results)
+            return time.perf_counter()
+
+        before, self._end = self._end, self._thread.submit(end)
+        before.result()
+
+    def close(self) -> None:
+        self._thread.shutdown()

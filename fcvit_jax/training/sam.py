@@ -22,7 +22,7 @@ import optax
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.settings import check_settings, setting
-from fcvit_jax.trees import Params, check_float32, dot, leaf_name, norm, orthogonal, unit
+from fcvit_jax.trees import Params, check_float32, dot, leaf_name, orthogonal, unit
 
 LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
 
@@ -32,9 +32,8 @@ class SAMConfig:
     """Which gradient to estimate, and where. Raises InputError that names the field.
 
     ASAM requires about ten times the radius of SAM. Its T is |w| + eta on leaves of two or more axes (kernels, tokens,
-    position embeddings), and 1 on the others (biases, norms, LayerScale); with eta = 0, rescaling weights so that the
-    function stays the same changes nothing. The authors' code goes by names instead: |w| + eta on every "weight" of
-    PyTorch, the scales of norms included, and 1 on biases, tokens and position embeddings.
+    position embeddings), and 1 on the others (biases, norms, LayerScale). The authors' code has |w| + eta on the scales
+    of norms too, and 1 on tokens and position embeddings.
     """
 
     rho: float = setting(0.05, low=0)  # radius; 0: the plain gradient in one pass, bit for bit
@@ -70,7 +69,6 @@ def warnings(cfg: SAMConfig) -> tuple[str, ...]:
 class SAMInfo(NamedTuple):
     """What the two passes saw; float32 scalars. With scope "microbatch", means over the micro-batches.
 
-    To first order gap = rho * grad_norm, where all parameters are perturbed and `adaptive` is off: worth watching.
     A step without a second pass (a rho of 0, LookSAM between refreshes) has gap 0, rho 0, cosine 1 and one norm twice.
     """
 
@@ -94,22 +92,17 @@ def init_sam(cfg: SAMConfig, params: Params) -> SAMState:
 
 
 def rho_schedule(cfg: SAMConfig, total_steps: int) -> optax.Schedule:
-    """The radius at a step, float32: 0 before start_step; then rho, or
-    rho_final + (rho - rho_final) (1 + cos(pi t)) / 2 with t from 0 at start_step to 1 at total_steps.
+    """The radius at a step: 0 before start_step; then rho, or a cosine from rho to rho_final at total_steps.
 
     Raises InputError if SAM would never start.
     """
     if cfg.rho and cfg.start_step >= total_steps:
         raise InputError(f"sam.start_step is {cfg.start_step}: the run ends after {total_steps} steps, without SAM")
-    final = cfg.rho if cfg.rho_final is None else cfg.rho_final
-
-    def schedule(step: Any) -> jax.Array:
-        steps = jnp.asarray(step).astype(jnp.float32) - cfg.start_step
-        t = jnp.clip(steps / max(total_steps - cfg.start_step, 1), 0.0, 1.0)
-        rho = final + (cfg.rho - final) * (1 + jnp.cos(jnp.pi * t)) / 2
-        return jnp.where(steps < 0, 0.0, jnp.maximum(rho, 0.0))
-
-    return schedule
+    if not cfg.rho:
+        return optax.constant_schedule(0.0)
+    share = 1.0 if cfg.rho_final is None else cfg.rho_final / cfg.rho
+    falling = optax.cosine_decay_schedule(cfg.rho, total_steps - cfg.start_step, share)
+    return optax.join_schedules([optax.constant_schedule(0.0), falling], [cfg.start_step])
 
 
 def perturb_mask(params: Params, perturb: str, frozen: Params | None = None) -> Params:
@@ -158,23 +151,22 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
     params: float32, otherwise InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches`
     (otherwise InputError), best of `microbatches` times the devices. Micro-batch i of c holds the rows i, i + c ... and
-    key i of `jax.random.split(key, c)`, in both passes; with c = 1 the key is passed on unchanged. rho: the radius
-    (float32[], `rho_schedule`); if it is 0, the second pass is skipped at run time. Loss and aux are those at the
-    parameters. With micro-batches, leaves of aux with a leading axis of B / c come back as B rows in the batch's order;
-    all others are averaged.
+    key i of `jax.random.split(key, c)`, in both passes. rho: of `rho_schedule`; if it is 0, the second pass is skipped
+    at run time. Loss and aux are those at the parameters. With micro-batches, leaves of aux with a leading axis of
+    B / c come back as B rows in the batch's order; all others are averaged.
     """
-    # jit: both passes and the scans' shape inference share one trace; XLA inlines it.
+    # jit: both passes and the scans' shape inference share one trace.
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     parts = {"batch": 1, "microbatch": 1} | {cfg.scope: cfg.microbatches}
     looks = cfg.rho > 0 and cfg.refresh_every > 1
     # Where the radius is never 0, a conditional would only hinder the compiler.
     always = cfg.start_step == 0 and not looks and cfg.rho_final != 0
 
-    def gradient(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Any]:
+    def of_part(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Any]:
         (loss, aux), grads = value_and_grad(params, batch, key)
         return (loss.astype(jnp.float32), grads), aux
 
-    gradient = _averaged(gradient, parts["batch"])
+    gradient = _averaged(of_part, parts["batch"])
 
     def function(params: Params, batch: Any, key: jax.Array, rho: Any, step: Any, state: SAMState) -> Any:
         rho = jnp.asarray(rho, jnp.float32)
@@ -182,14 +174,17 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
         def estimate(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[Params, Params, SAMInfo], Any]:
             (loss, clean), aux = gradient(params, batch, key)
-            length, zero = norm(clean), jnp.float32(0)
+            length, zero = optax.tree.norm(clean), jnp.float32(0)
 
             def plain() -> tuple[Params, SAMInfo]:
                 return clean, SAMInfo(loss, zero, length, zero, length, jnp.float32(1))
 
             def adversarial() -> tuple[Params, SAMInfo]:
-                (adv_loss, adv), _ = gradient(_climb(cfg, mask, params, clean, rho), batch, key)
-                info = SAMInfo(loss, adv_loss - loss, length, rho, norm(adv), dot(unit(clean), unit(adv)))
+                check_float32(params, "stored parameters must be float32, otherwise rounding undoes SAM")
+                perturbed = perturb_mask(params, cfg.perturb) if mask is None else mask
+                ascent = perturbation(params, clean, rho, mask=perturbed, adaptive=cfg.adaptive, eta=cfg.eta)
+                (adv_loss, adv), _ = gradient(optax.tree.add(params, ascent), batch, key)
+                info = SAMInfo(loss, adv_loss - loss, length, rho, optax.tree.norm(adv), dot(unit(clean), unit(adv)))
                 if cfg.gap_weight:
                     adv = optax.tree.add_scale(adv, -cfg.gap_weight, orthogonal(clean, adv))
                 return adv, info
@@ -210,53 +205,17 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
     return function
 
 
-def sam_transformation(
-    optimizer: optax.GradientTransformation, cfg: SAMConfig, mask: Params | None = None
-) -> optax.GradientTransformationExtraArgs:
-    """SAM or ASAM for a training loop that holds an optax chain of its own: a thin shell, with traps.
-
-    update(grads, state, params, grad_fn=...): grads at params; grad_fn(params) gives those of the *same* batch and key.
-    Clipping, decay and schedules belong inside `optimizer`: in a chain before this they only turn the perturbation,
-    and `optax.MultiSteps` around it lets grad_fn see the last micro-batch alone. The losses are lost.
-    """
-    for name in ("rho_final", "start_step", "gap_weight", "refresh_every", "microbatches"):
-        if getattr(cfg, name) != getattr(SAMConfig(), name):
-            raise InputError(f"sam.{name} is {getattr(cfg, name)}: only sam_value_and_grad knows it")
-    inner = optax.with_extra_args_support(optimizer)
-
-    def update(updates: Params, state: Any, params: Params = None, **extra: Any) -> Any:
-        grad_fn = extra.pop("grad_fn", None)
-        if grad_fn is None or params is None:
-            raise InputError(
-                "sam_transformation: update(grads, state, params, grad_fn=...) needs the parameters, and a function of "
-                "them that gives the gradients of the same batch"
-            )
-        if cfg.rho:
-            updates = grad_fn(_climb(cfg, mask, params, updates, cfg.rho))
-        return inner.update(updates, state, params, **extra)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
-
-
-def _climb(cfg: SAMConfig, mask: Params | None, params: Params, grads: Params, rho: Any) -> Params:
-    """The perturbed parameters, w + e."""
-    check_float32(params, "stored parameters must be float32, otherwise rounding undoes SAM")
-    mask = perturb_mask(params, cfg.perturb) if mask is None else mask
-    ascent = perturbation(params, grads, rho, mask=mask, adaptive=cfg.adaptive, eta=cfg.eta)
-    return optax.tree.add(params, ascent)
-
-
 def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:
     """A step of LookSAM with a second pass: its direction comes from all leaves together."""
     across = orthogonal(grads, clean)
     # Without curvature only rounding is left here: it must not become a vector of length 1.
-    real = norm(across) > 1e-5 * norm(grads)
+    real = optax.tree.norm(across) > 1e-5 * optax.tree.norm(grads)
     return grads, SAMState(jax.tree.map(lambda u: jnp.where(real, u, 0.0), unit(across)))
 
 
 def _reuse(cfg: SAMConfig, clean: Params, rho: jax.Array, state: SAMState) -> tuple[Params, SAMState]:
     """A step of LookSAM without one; the plain gradient if the schedule has rho at 0."""
-    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * norm(clean)
+    length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * optax.tree.norm(clean)
     return optax.tree.add_scale(clean, length, state.direction), state
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fcvit_jax.checkpoint import flat_params, load_checkpoint
+from fcvit_jax.checkpoint import abstract_params, flat_params, load_checkpoint
 from fcvit_jax.convert.geometry import infer_config
 from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.data.labels import match_head
@@ -19,17 +19,14 @@ from fcvit_jax.models.config import ViTConfig
 
 @dataclass(frozen=True)
 class StartingPoint:
-    """The model, and the data sets with labels that index its outputs.
-
-    provenance: of the checkpoint. remarks: what was changed in it, lines to print.
-    """
+    """The model, and the data sets with labels that index its outputs."""
 
     config: ViTConfig
     preprocess: Preprocess
     train_set: Source
     test_set: Source
-    provenance: dict[str, Any] | None = None
-    remarks: tuple[str, ...] = ()
+    provenance: dict[str, Any] | None = None  # of the checkpoint
+    remarks: tuple[str, ...] = ()  # what was changed in it, lines to print
 
 
 def from_scratch(model: ViTConfig, preprocess: str, train_set: Source, test_set: Source) -> StartingPoint:
@@ -48,8 +45,8 @@ def from_checkpoint(
     """A checkpoint's model, and its parameters (float32 NumPy arrays, on no device yet).
 
     The head stays if the training set has all of its classes, under any names that `match_head` knows; otherwise it is
-    replaced by zeros for the classes of the training set. preprocess: a preset instead of the checkpoint's own. Raises
-    InputError if the checkpoint cannot be read, or the test set has other classes.
+    replaced by zeros for those of the training set. preprocess: a preset instead of the checkpoint's own. Raises
+    InputError if the test set has other classes.
     """
     checkpoint = load_checkpoint(path)
     config, pixels, remarks = checkpoint.config, checkpoint.preprocess, []
@@ -63,9 +60,9 @@ def from_checkpoint(
     if preprocess:
         pixels = preset(preprocess, config.image_size)
     params = jax.tree.map(np.asarray, params)
-    names = checkpoint.meta.get("class_names")
-    if kept := _covering(train_set, config.num_classes, names, str(path)):
-        train_set, test_set = kept, match_head(test_set, config.num_classes, names, str(path))
+    head = config.num_classes, checkpoint.meta.get("class_names"), str(path)
+    if kept := _covering(train_set, *head):
+        train_set, test_set = kept, match_head(test_set, *head)
     else:
         there, wanted = config.num_classes, len(train_set.class_names)
         why = f"{there} classes, the data set {wanted}" if there != wanted else "other classes"
@@ -91,10 +88,7 @@ def _like(train_set: Source, test_set: Source) -> Source:
 
 
 def _new_head(params: Any, config: ViTConfig, num_classes: int) -> tuple[Any, ViTConfig]:
-    params = {name: leaf for name, leaf in params.items() if name not in ("head", "head_dist", "pre_logits")}
     config = replace(config, num_classes=num_classes, representation_size=0)
-    width = config.embed_dim * (2 if config.pool == "token_avg" else 1)
-    for name in ("head", "head_dist") if config.pool == "dist_avg" else ("head",):
-        kernel, bias = np.zeros((width, num_classes), np.float32), np.zeros(num_classes, np.float32)
-        params[name] = {"kernel": kernel, "bias": bias}
-    return params, config
+    heads = {name: leaf for name, leaf in abstract_params(config).items() if name in ("head", "head_dist")}
+    body = {name: leaf for name, leaf in params.items() if name not in ("head", "head_dist", "pre_logits")}
+    return body | jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), heads), config

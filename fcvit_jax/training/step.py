@@ -1,7 +1,6 @@
 """The state of a training run and the one pure step.
 
-Parameters are float32 whatever the model computes in: bfloat16 would round most of SAM's perturbation away, and small
-updates with it. Remat, the merge schedule and dropout come with the model.
+Parameters are float32 whatever the model computes in: bfloat16 would round most of SAM's perturbation away.
 """
 
 import dataclasses
@@ -13,10 +12,8 @@ import jax.numpy as jnp
 import optax
 
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.errors import InputError
 from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.vit import ViT
-from fcvit_jax.settings import check_settings, setting
 from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, sam_value_and_grad
 from fcvit_jax.training.targets import TargetConfig, mix, row_weights, soft_targets
 
@@ -34,18 +31,16 @@ class StepInputs(NamedTuple):
 class TrainState(NamedTuple):
     """All that a run needs to resume, bit for bit.
 
-    step: int32, the steps taken. params: float32 tree. opt_state: of the optax chain. ema: the average of the params,
-    () if off. sam: of `sam_value_and_grad`. key: the run's random key, the same in every step. finite: bool, False
-    from the first step that was not finite; no later step changes the state.
+    finite: False from the first step that was not finite; no later step changes the state.
     """
 
-    step: jax.Array
-    params: Any
+    step: jax.Array  # int32, the steps taken
+    params: Any  # float32
     opt_state: Any
-    ema: Any
+    ema: Any  # the average of the parameters, () if off
     sam: SAMState
-    key: jax.Array
-    finite: jax.Array
+    key: jax.Array  # the same in every step
+    finite: jax.Array  # bool
 
     @property
     def weights(self) -> Any:
@@ -55,29 +50,21 @@ class TrainState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a step does beside the model.
+    """What a step does beside the model."""
 
-    optimizer, learning_rate: of `make_optimizer`. rho: of `rho_schedule`. frozen: of `frozen_mask`, for the pattern
-    that the optimizer has; None: nothing. ema_decay: of the average of the parameters; 0: there is none.
-    """
-
-    optimizer: optax.GradientTransformation
+    optimizer: optax.GradientTransformation  # and the next: of `make_optimizer`
     learning_rate: optax.Schedule
     sam: SAMConfig
-    rho: optax.Schedule
+    rho: optax.Schedule  # of `rho_schedule`
     targets: TargetConfig
-    frozen: Any = None
-    ema_decay: float = setting(0.0, low=0, below=1)
-
-    def __post_init__(self) -> None:
-        check_settings(self)
+    frozen: Any = None  # of `frozen_mask`, for the optimizer's pattern
+    ema_decay: float = 0.0  # of the average of the parameters; 0: there is none
 
 
 def init_state(model: ViT, recipe: Recipe, seed: int, params: Any = None) -> TrainState:
     """The state before the first step; with fresh parameters if none are given.
 
-    Given parameters are copied, as float32, and so is the average: the step is donated the state's memory, which must
-    neither hold a leaf twice nor be the caller's.
+    Given parameters are copied, as float32, and so is the average: the step is donated the state's memory.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -100,16 +87,11 @@ def make_train_step(
 ) -> Callable[[TrainState, StepInputs], tuple[TrainState, Metrics]]:
     """The pure function (state, inputs) -> (state, metrics), to be compiled with the state donated.
 
-    The keys of a step come from the run's key and the step's number, so that a resumed run draws the same. Images are
-    mixed once, and both passes of SAM see the same images and the same dropout.
+    The keys of a step come from the run's key and the step's number, so that a resumed run draws the same.
 
     If the loss or the gradient is not finite, the state comes back unchanged, its step number included, and "finite" is
-    0 in this and all later steps: the loop may look late, and still has the state before that step.
-
-    Metrics, float32 scalars, are explained in docs/training.md; "finite" is 1 if this step and all before it were.
+    0 in this and all later steps. The other metrics, float32 scalars, are explained in docs/training.md.
     """
-    if not model.config.num_classes:
-        raise InputError("num_classes is 0: a model without a head has nothing to train towards")
     targets_config, frozen = recipe.targets, recipe.frozen
     perturbed = None if frozen is None else perturb_mask(frozen, recipe.sam.perturb, frozen)
 
@@ -135,7 +117,9 @@ def make_train_step(
         )
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = average(state.ema, params, recipe.ema_decay, state.step) if recipe.ema_decay else state.ema
+        # The start is forgotten quickly.
+        decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1.0 - decay) if recipe.ema_decay else state.ema
         # Computed before the update, which can then happen in place.
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
 
@@ -145,7 +129,7 @@ def make_train_step(
             "gap": info.gap,
             "grad_norm": info.grad_norm,
             "rho": info.rho,
-            "gap_over_rho": jnp.where(info.rho > 0, info.gap / jnp.where(info.rho > 0, info.rho, 1.0), 0.0),
+            "gap_over_rho": info.gap / jnp.where(info.rho > 0, info.rho, 1.0),
             "learning_rate": recipe.learning_rate(state.step),
             "update_norm": optax.tree.norm(updates),
             "finite": finite,
@@ -157,12 +141,6 @@ def make_train_step(
         }
 
     return train_step
-
-
-def average(ema: Any, params: Any, decay: float, step: jax.Array) -> Any:
-    """d ema + (1 - d) params, d = min(decay, (1 + step) / (10 + step)): the start is forgotten quickly."""
-    d = jnp.minimum(decay, (1.0 + step) / (10.0 + step))
-    return jax.tree.map(lambda a, w: d * a + (1.0 - d) * w, ema, params)
 
 
 def _copy(params: Any) -> Any:

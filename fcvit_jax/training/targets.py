@@ -37,8 +37,7 @@ def soft_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.A
 def row_weights(mask: jax.Array) -> jax.Array:
     """Weights, bool [b] -> float32 [b], with which mean(weight * loss) is the mean loss of the unmasked rows.
 
-    They are 0 for padding, equal for the other rows, and average to 1: equally large parts of the batch may be averaged
-    separately, however the padding is spread over them.
+    They average to 1, so that equally large parts of the batch may be averaged separately.
     """
     return mask * (mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0))
 
@@ -54,8 +53,7 @@ def mix(
     images: normalised float32 [b, height, width, 3]. targets: float32 [b, c], weighted by the mean share over the
     pixels. mask: bool [b]; padding is not mixed.
 
-    The partner is the previous row. Rows are in random order, so any fixed pairing is random, and this one moves a
-    single row between neighbouring devices; the usual flip moves all.
+    The partner is the previous row: that moves a single row between neighbouring devices, timm's flip moves all.
     """
     if not config.mixup and not config.cutmix:
         return images, targets

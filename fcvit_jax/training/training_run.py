@@ -34,46 +34,36 @@ WRITTEN = ("best", "checkpoint", "last_good")  # checkpoint directories in the w
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What stays the same from step to step.
-
-    schedules: those that are evaluated, by name; dense is always among them. remarks: lines to print.
-    """
+    """What stays the same from step to step."""
 
     config: TrainConfig
     workdir: Path
     mesh: jax.sharding.Mesh
     start: StartingPoint
     model: ViT
-    schedules: dict[str, MergeSchedule]
+    schedules: dict[str, MergeSchedule]  # those that are evaluated, by name; dense is always among them
     recipe: Recipe
     steps: int
-    remarks: tuple[str, ...]
+    remarks: tuple[str, ...]  # lines to print
 
     def init(self, params: Any) -> TrainState:
         return init_state(self.model, self.recipe, self.config.seed, params)
 
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged; another number of images would come in another order."""
+        """What a resumed run must find unchanged."""
         train, test = self.start.train_set, self.start.test_set
         labels = {str(label): name for label, name in enumerate(train.class_names)}
         data = {"images": {"train": len(train), "test": len(test)}, "labels": labels}
         return {"config": self.config.to_dict(), "data": data}
 
     def write_checkpoint(self, name: str, params: Any, step: int, accuracy: Accuracy | None = None) -> Path:
-        """Write a checkpoint directory that evaluate.py reads; all processes call it, the first one writes.
-
-        accuracy: of the dense model on the test set, if it was tested.
-        """
-        test = accuracy and {
-            "dataset": self.config.test,
-            "correct": accuracy.correct,
-            "num_images": accuracy.num_images,
-        }
+        """Write a checkpoint directory that evaluate.py reads; all processes call it, the first one writes."""
+        counts = accuracy and {"correct": accuracy.correct, "num_images": accuracy.num_images}
         provenance = {
             "trained_by": "train_sam.py",
             "train_config": self.config.to_dict(),
             "steps": step,
-            "test": test,
+            "test": counts and {"dataset": self.config.test, **counts},
             "from": self.start.provenance,
         }
         whole = jax.jit(lambda tree: tree, out_shardings=parallel.replicated(self.mesh))(params)
@@ -94,10 +84,7 @@ class TrainingRun:
 
 
 def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
-    """Open what the configuration names and check that it fits together, before any long work.
-
-    Returns also the parameters to start from, None for fresh ones. Raises InputError that names the field.
-    """
+    """Open what the configuration names, check that it fits together; also the first parameters, None: fresh ones."""
     if config.checkpoint:
         place, here = Path(config.checkpoint).expanduser().resolve(), workdir.resolve()
         if place == here or place in (here / name for name in WRITTEN):
@@ -122,8 +109,7 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
     schedule = schedule if isinstance(schedule, MergeSchedule) else MergeSchedule.parse(schedule, depth)
     for each in (schedule, *schedules.values()):
         each.plan(start.config)
-    regularised: dict[str, Any] = dict(dropout=config.dropout, drop_path=config.drop_path, remat=config.remat)
-    model = ViT(start.config, schedule, dtype=PRECISIONS[config.dtype][0], **regularised)
+    model = ViT(start.config, schedule, PRECISIONS[config.dtype][0], config.dropout, config.drop_path, config.remat)
     params = abstract_params(start.config)
     sam_config = replace(config.sam, start_step=max(config.sam.start_step, warmup * config.sam_after_warmup))
     optimizer, learning_rate = make_optimizer(config.optimizer, params, steps, warmup)
@@ -160,10 +146,7 @@ def begin(config: TrainConfig, workdir: Path, train_set: Source, test_set: Sourc
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """Raise InputError unless a run has the configuration and the data that it began with: see `TrainingRun.facts`.
-
-    What was stored by an earlier version may lack fields: these had their defaults.
-    """
+    """Raise InputError unless a run has the configuration and the data that it began with: see `TrainingRun.facts`."""
     with naming(f"{workdir}, a run of another version"):
         stored = TrainConfig.from_dict(before["config"]).to_dict()
     old: Any = traverse_util.flatten_dict(stored | before.get("data", {}), sep=".")

@@ -14,7 +14,6 @@ from fcvit_jax.flatness import hessian
 from fcvit_jax.flatness.hessian import (
     hessian_product,
     lanczos,
-    power_iteration,
     standard_error,
     trace_samples,
 )
@@ -96,16 +95,6 @@ class TestAgainstTheDenseHessian:
             np.testing.assert_allclose(pair.residual, residual, rtol=0.02, atol=5e-6 * values[-1])
             np.testing.assert_allclose(pair.samples.mean(), pair.value, rtol=1e-6)
 
-    def test_the_largest_by_power_iteration(self, name):
-        loss_fn, params, batches, dense = problem(name)
-        values = np.linalg.eigvalsh(dense.mean(0))
-        dominant = values[np.abs(values).argmax()]
-        pair = power_iteration(LossSurface(loss_fn, params, batches), KEY, 300, 3e-3)
-        assert pair.converged
-        assert pair.products < 300
-        assert pair.residual <= 3e-3 * abs(pair.value)
-        assert abs(pair.value - dominant) < 1e-4 * abs(dominant)
-
     def test_the_trace_within_three_standard_errors(self, name):
         loss_fn, params, batches, dense = problem(name)
         samples = trace_samples(LossSurface(loss_fn, params, batches), KEY, 100)
@@ -123,17 +112,12 @@ def spectrum(*values):
 
 def test_negative_curvature_keeps_its_sign():
     params, batches = spectrum(-5.0, 2.0, 1.0, -0.5)
-    pair = power_iteration(LossSurface(quadratic, params, batches), KEY, 60, 1e-4)
-    assert pair.converged
-    assert abs(pair.value + 5) < 1e-5
     largest, smallest = lanczos(LossSurface(quadratic, params, batches), KEY, 10, 1e-6)
     assert abs(largest.value - 2) < 1e-5
     assert abs(smallest.value + 5) < 1e-5
 
 
 def test_an_eigenvalue_that_was_not_found_is_flagged():
-    params, batches = spectrum(3.0, -3.0, 1.0)
-    assert not power_iteration(LossSurface(quadratic, params, batches), KEY, 50, 1e-2).converged
     params, batches = spectrum(*np.linspace(0.9, 1.0, 100))
     largest, smallest = lanczos(LossSurface(quadratic, params, batches), KEY, 3, 1e-3)
     assert not largest.converged
@@ -173,10 +157,7 @@ def test_no_curvature_at_all():
         return jnp.sum(batch * params["w"]), jnp.float32(0)
 
     params, batches = spectrum(1.0, 2.0)
-    for pair in (
-        *lanczos(LossSurface(linear, params, batches), KEY, 5, 1e-2),
-        power_iteration(LossSurface(linear, params, batches), KEY, 5, 1e-2),
-    ):
+    for pair in lanczos(LossSurface(linear, params, batches), KEY, 5, 1e-2):
         assert pair.converged
         assert (pair.value, pair.residual) == (0, 0)
 

@@ -105,15 +105,6 @@ def test_the_line_lies_in_the_plane():
     assert none.plane is None
 
 
-def test_power_iteration_gives_one_eigenvalue():
-    params = {"a": jnp.float32([0.0]), "b": jnp.float32([2.0])}
-    report = measure_surface(
-        LossSurface(quadratic, params, [jnp.float32(1)]), dataclasses.replace(QUICK, eigen="power", eigen_steps=30)
-    )
-    assert report.eigenvalues.keys() == {"dominant"}
-    assert report.eigenvalues["dominant"].value == pytest.approx(4, rel=1e-3)
-
-
 def test_the_loss_is_plain_cross_entropy(params):
     rng = np.random.default_rng(0)
     images, labels = jnp.uint8(rng.integers(0, 256, (6, 8, 8, 3))), jnp.int32(rng.integers(0, 10, 6))

@@ -8,7 +8,7 @@ import pytest
 
 from fcvit_jax.flatness import sharpness
 from fcvit_jax.flatness.loss_surface import LossSurface
-from fcvit_jax.flatness.sharpness import ADAPTIVE, BOX, PLAIN, average_case, keskar_percent, resolution, worst_case
+from fcvit_jax.flatness.sharpness import ADAPTIVE, BOX, PLAIN, average_case, resolution, worst_case
 from fcvit_jax.training.sam import perturbation
 from fcvit_jax.trees import random_like
 
@@ -130,7 +130,7 @@ def test_keskar_by_hand():
     np.testing.assert_allclose(worst.found, [[1.2]], rtol=1e-5)
     loss = slope @ W
     np.testing.assert_allclose(worst.losses, [loss], rtol=1e-6)
-    np.testing.assert_allclose(keskar_percent(worst), [[100 * 1.2 / (1 + loss)]], rtol=1e-5)
+    np.testing.assert_allclose(worst.keskar_percent, [[100 * 1.2 / (1 + loss)]], rtol=1e-5)
 
 
 # ----------------------------------------------------------------------------------------- average case

@@ -188,7 +188,7 @@ def test_layer_decay_and_weight_decay_are_those_of_timm(config, arguments):
     groups = timm_optim.param_groups_layer_decay(model, 0.05, model.no_weight_decay(), layer_decay=0.7)
 
     params = abstract_params(config)
-    scales, decays, seen = flat(layer_scales(params, 0.7)), flat(decay_mask(params)), set()
+    scales, decays, seen = layer_scales(params, 0.7), flat(decay_mask(params)), set()
     for group in groups:
         for parameter in group["params"]:
             name = named[id(parameter)]

@@ -21,10 +21,9 @@ from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training import recent_steps
 from fcvit_jax.training.log import Log
-from fcvit_jax.training.recent_steps import RecentSteps
+from fcvit_jax.training.recent_steps import RecentSteps, WaitingTime
 from fcvit_jax.training.sam import SAMConfig
 from fcvit_jax.training.step import StepInputs
-from fcvit_jax.training.waiting_time import WaitingTime
 
 
 class Clock:

@@ -125,7 +125,7 @@ def test_closed_form_on_leaves_of_different_scale():
 
 
 def test_five_adamw_steps_equal_optax():
-    """optax.contrib.sam in its opaque mode is an independent implementation; our shell for a chain agrees too."""
+    """optax.contrib.sam in its opaque mode is an independent implementation."""
     batch, start, optimizer = mlp_batch(), mlp_params(), optax.adamw(1e-2)
 
     params: Any = start
@@ -136,17 +136,14 @@ def test_five_adamw_steps_equal_optax():
         params = optax.apply_updates(params, updates)
 
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.1))
-    for oracle in (
-        optax.contrib.sam(optimizer, ascent, opaque_mode=True),
-        sam.sam_transformation(optimizer, SAMConfig(rho=0.1)),
-    ):
-        expected: Any = start
-        state = oracle.init(start)
-        apply = jax.jit(partial(oracle.update, grad_fn=lambda params, _=0: mlp_gradient(params, batch, KEY)[0]))
-        for _ in range(5):
-            updates, state = apply(mlp_gradient(expected, batch, KEY)[0], state, expected)
-            expected = optax.apply_updates(expected, updates)
-        assert error(params, expected) < 5e-7
+    oracle = optax.contrib.sam(optimizer, ascent, opaque_mode=True)
+    expected: Any = start
+    state = oracle.init(start)
+    apply = jax.jit(partial(oracle.update, grad_fn=lambda params, _=0: mlp_gradient(params, batch, KEY)[0]))
+    for _ in range(5):
+        updates, state = apply(mlp_gradient(expected, batch, KEY)[0], state, expected)
+        expected = optax.apply_updates(expected, updates)
+    assert error(params, expected) < 5e-7
     assert error(params, start) > 0.02
 
 
@@ -565,67 +562,6 @@ def test_the_second_pass_costs_one_more_and_micro_batches_save_memory():
     assert ratios["chunks"][1] < 0.5
 
 
-# ------------------------------------------------------------------------------------ the shell for optax
-
-
-def test_the_optax_shell_clips_and_decays_inside():
-    params, batch, seen = mlp_params(), mlp_batch(), []
-
-    def grad_fn(moved):
-        seen.append(jax.tree.map(jnp.subtract, moved, params))
-        return mlp_gradient(moved, batch, KEY)[0]
-
-    def update(transformation, grad_fn=grad_fn):
-        grads, _ = mlp_gradient(params, batch, KEY)
-        return transformation.update(grads, transformation.init(params), params, grad_fn=grad_fn)[0]
-
-    cfg, clip = SAMConfig(rho=0.3), optax.clip_by_global_norm(1e-3)
-    inside = update(sam.sam_transformation(optax.chain(clip, optax.sgd(0.1)), cfg))
-    outside = update(optax.chain(clip, sam.sam_transformation(optax.sgd(0.1), cfg)))
-    assert norm(inside) == pytest.approx(1e-4, rel=1e-5)
-    assert norm(outside) > 1e-2  # the trap that its docstring tells of
-    for e in seen:  # the perturbation is that of the gradient, clipped or not
-        assert norm(e) == pytest.approx(0.3, rel=1e-5)
-
-    # Decay pulls on the parameters, not on the perturbed ones, and at rate 0 nothing moves.
-    decay = optax.chain(optax.set_to_zero(), optax.add_decayed_weights(0.5), optax.sgd(0.1))
-    decayed = update(sam.sam_transformation(decay, cfg))
-    np.testing.assert_allclose(flat(decayed), -0.05 * flat(params), rtol=1e-6)
-    assert not flat(update(sam.sam_transformation(optax.adamw(0.0), cfg))).any()
-
-
-def test_the_optax_shell_knows_rho_adaptive_and_masks():
-    params, batch, seen = mlp_params(), mlp_batch(), []
-    grads, _ = mlp_gradient(params, batch, KEY)
-
-    def grad_fn(moved):
-        seen.append(jax.tree.map(jnp.subtract, moved, params))
-        return grads
-
-    for cfg in (SAMConfig(rho=0.3, adaptive=True, eta=0.02), SAMConfig(rho=0.3, perturb="norms"), SAMConfig(rho=0.0)):
-        shell = sam.sam_transformation(optax.sgd(0.1), cfg)
-        updates, _ = shell.update(grads, shell.init(params), params, grad_fn=grad_fn)
-        np.testing.assert_allclose(flat(updates), -0.1 * flat(grads), rtol=1e-6)
-    asam, norms = seen  # with rho at 0 the second gradient is not asked for
-    assert error(asam, perturbation(params, grads, 0.3, adaptive=True, eta=0.02)) < 1e-5
-    assert error(norms, perturbation(params, grads, 0.3, mask=perturb_mask(params, "norms"))) < 1e-5
-    for field, value in {"rho_final": 0.1, "start_step": 1, "gap_weight": 0.1, "refresh_every": 2}.items():
-        with pytest.raises(InputError, match=f"sam.{field} is {value}: only sam_value_and_grad knows it"):
-            sam.sam_transformation(optax.sgd(0.1), SAMConfig(**{field: value}))
-
-
-@pytest.mark.parametrize("rho", [0.1, 0.0])
-def test_the_optax_shell_asks_for_its_function(rho):
-    params, shell = mlp_params(), sam.sam_transformation(optax.sgd(0.1), SAMConfig(rho=rho))
-    state = shell.init(params)
-    incomplete: list[dict[str, Any]] = [{}, {"params": params}, {"grad_fn": lambda params: params}]
-    for given in incomplete:
-        with pytest.raises(
-            InputError, match=r"sam_transformation: update\(grads, state, params, grad_fn=\.\.\.\) needs"
-        ):
-            shell.update(params, state, **given)
-
-
 def test_what_a_loop_of_ones_own_needs_is_at_the_top():
-    for name in ("SAMConfig", "sam_transformation", "sam_value_and_grad"):
+    for name in ("SAMConfig", "sam_value_and_grad"):
         assert getattr(fcvit_jax, name) is getattr(sam, name)

@@ -12,7 +12,6 @@ import pytest
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.preprocess import preset
-from fcvit_jax.errors import InputError
 from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
@@ -315,13 +314,3 @@ def test_a_step_that_is_not_finite_leaves_the_state_as_it_was():
     assert not jnp.isfinite(metrics["loss"])
     assert metrics["finite"] == 0
     assert_equal(kept, far._replace(finite=kept.finite))
-
-
-def test_what_makes_no_sense_is_told():
-    optimizer, rate = make_optimizer(SGD, PARAMS, STEPS)
-    recipe = Recipe(optimizer, rate, SAMConfig(), rate, TargetConfig())
-    with pytest.raises(InputError, match="num_classes is 0"):
-        make_train_step(ViT(dataclasses.replace(CONFIG, num_classes=0)), PREPROCESS, recipe)
-    for decay in (1.0, -0.1, True, "0.9"):
-        with pytest.raises(InputError, match="ema_decay is"):
-            dataclasses.replace(recipe, ema_decay=decay)

@@ -141,7 +141,7 @@ def stop_at(monkeypatch):
             asked = []
             yield lambda: asked.append(None) or len(asked) >= number
 
-        monkeypatch.setattr(loop, "stop_signal", stop_signal)
+        monkeypatch.setattr(parallel, "stop_signal", stop_signal)
 
     return at
 
@@ -267,7 +267,7 @@ def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_
 ):
     config = tiny(epochs=0.25, warmup_epochs=0.0, eval_every=4, save_every=1000)
     with pytest.MonkeyPatch.context() as undisturbed:
-        undisturbed.setattr(loop, "stop_signal", lambda: contextlib.nullcontext(lambda: False))
+        undisturbed.setattr(parallel, "stop_signal", lambda: contextlib.nullcontext(lambda: False))
         accuracy = train(config, tmp_path / "whole")
     # Each step asks once; an evaluation, of 12 batches, asks after each of them and at its end.
     for question, state, tested in ((4 + 3, 4, []), (5, 4, []), (13 + 4 + 3, 8, [4]), (13 + 3, 11, [4, 8])):
@@ -465,9 +465,7 @@ def several_labels(spec):
 def test_several_labels_an_image_are_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, "open_source", several_labels)
     monkeypatch.setattr(assessment, "compile_steps", None)
-    with pytest.raises(
-        fc.InputError, match="digits:train has several labels per image: it can be evaluated on, not tr"
-    ):
+    with pytest.raises(fc.InputError, match="digits:train has several labels per image: it can be evaluated on, not tr"):
         train(tiny(), tmp_path)
 
 

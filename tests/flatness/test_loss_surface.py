@@ -2,8 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.flatness.loss_surface import LossSurface
-from fcvit_jax.flatness.slices import filter_normalised, loss_slice
+from fcvit_jax.flatness.loss_surface import LossSurface, filter_normalised, loss_slice
 from fcvit_jax.trees import random_like
 
 KEY = jax.random.key(2)

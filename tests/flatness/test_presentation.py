@@ -6,10 +6,10 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from fcvit_jax.flatness.figure import plot_flatness
 from fcvit_jax.flatness.flatness_report import FlatnessConfig, RadiusCurve
 from fcvit_jax.flatness.loss_surface import LossSurface
 from fcvit_jax.flatness.measurement import measure_surface
+from fcvit_jax.flatness.presentation import plot_flatness
 
 BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
 
