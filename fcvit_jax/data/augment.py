@@ -3,7 +3,6 @@
 All randomness comes from the generator passed in, so results do not depend on the order of threads.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -18,7 +17,6 @@ from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.settings import check_settings, setting
 
-CROPS = ("random_resized", "resize_crop", "eval")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
@@ -78,10 +76,9 @@ class Augment:
       policy: `none`, or RandAugment as timm writes it: `rand-m9-n2-mstd0.5-inc1` (see `RandAugment.parse`).
       erase: probability that a rectangle, 2 to 33 % of the area, of aspect 0.3 to 3.3, becomes noise (random erasing,
         arXiv 1708.04896): timm's `pixel` mode, but on bytes, so that values outside 0..255 are clipped.
-      affine: a `RandomAffine`, or a mapping of its fields.
     """
 
-    crop: str = setting("random_resized", choices=CROPS)
+    crop: str = setting("random_resized", choices=("random_resized", "resize_crop", "eval"))
     scale: tuple[float, float] = setting((0.08, 1.0), low=1e-4, high=1)
     ratio: tuple[float, float] = setting((3 / 4, 4 / 3), low=0.01, high=100)
     flip: float = setting(0.5, low=0, high=1)
@@ -90,13 +87,6 @@ class Augment:
     affine: RandomAffine | None = None
 
     def __post_init__(self):
-        affine: Any = self.affine
-        if affine is not None and not isinstance(affine, RandomAffine):
-            try:
-                object.__setattr__(self, "affine", RandomAffine(**affine))
-            except TypeError:
-                fields = ", ".join(field.name for field in dataclasses.fields(RandomAffine))
-                raise InputError(f"augment.affine is {affine!r}: its fields are {fields}") from None
         check_settings(self, "augment.")
         _check_order("augment.scale", self.scale)
         _check_order("augment.ratio", self.ratio)
@@ -162,10 +152,7 @@ def _center_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int,
 
 
 def _covering_box(size: tuple[int, int], preprocess: Preprocess, rng: np.random.Generator) -> Box:
-    """A random crop of the image resized to cover `preprocess.resize_size`, in pixels of the image before resizing.
-
-    So the whole resized image, which can be huge for a strip, is never built.
-    """
+    """A random crop of the image resized to cover `preprocess.resize_size`, in pixels of the image before resizing."""
     (width, height), (to_height, to_width) = size, preprocess.image_size
     # A crop_pct above 1 means a border: training has none.
     covered_height, covered_width = map(max, preprocess.resize_size, preprocess.image_size)

@@ -78,8 +78,9 @@ class Preprocess:
             raise InputError(f"{sizes}: crop it first")
         resized = image.resize((width, height), INTERPOLATIONS[self.interpolation])
         fill = tuple(round(255 * value) for value in self.mean) if self.crop_mode == "border" else (0, 0, 0)
-        cropped = Image.new("RGB", self.image_size[::-1], fill)
-        cropped.paste(resized, (_offset(width, cropped.width), _offset(height, cropped.height)))
+        to_height, to_width = self.image_size
+        cropped = Image.new("RGB", (to_width, to_height), fill)
+        cropped.paste(resized, (_offset(width, to_width), _offset(height, to_height)))
         return np.asarray(cropped)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
@@ -156,7 +157,7 @@ def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
             raise InputError(f"preprocess: {override!r} is no override; {fix}")
         values[field] = value
         with contextlib.suppress(ValueError):  # text stays text
-            channels = tuple(map(float, value.split("/")))
+            channels = [float(part) for part in value.split("/")]
             values[field] = channels if len(channels) > 1 else channels[0]
     return dataclasses.replace(PRESETS[name], **values)
 
