@@ -69,13 +69,12 @@ class Augment:
 
     Args:
       crop: `random_resized`: a box of random area and aspect ratio, resized (the Inception crop, arXiv 1409.4842);
-        `resize_crop`: the shorter side to `floor(image_size / crop_pct)` of the preprocessing, then a random crop,
-        keeping the aspect ratio; `eval`: that of the preprocessing.
+        `resize_crop`: a random crop of the image resized as in the preprocessing; `eval`: that of the preprocessing.
       scale, ratio: of the Inception crop: share of the image's area, and width over height.
       flip: probability of mirroring left to right.
       policy: `none`, or RandAugment as timm writes it: `rand-m9-n2-mstd0.5-inc1` (see `RandAugment.parse`).
-      erase: probability that a rectangle, 2 to 33 % of the area, of aspect 0.3 to 3.3, becomes noise (random erasing,
-        arXiv 1708.04896): timm's `pixel` mode, but on bytes, so that values outside 0..255 are clipped.
+      erase: probability that a rectangle, 2 to 33 % of the area, of aspect 0.3 to 3.3, becomes noise clipped to 0..255
+        (random erasing, arXiv 1708.04896; timm's `pixel` mode).
     """
 
     crop: str = setting("random_resized", choices=("random_resized", "resize_crop", "eval"))
@@ -167,10 +166,8 @@ class RandAugment:
     """Apply `layers` operations, drawn with replacement, each with `probability` (arXiv 1909.13719), as in timm.
 
     An operation's strength is the magnitude plus normal noise of deviation `std` (above 100: uniform from 0 to the
-    magnitude), clipped to 0..`limit`; 10 is full strength. Operations with a direction draw a sign.
-
-    increasing: all operations get stronger with the magnitude. Otherwise posterise and solarise get weaker, and
-    colour, contrast, brightness and sharpness go from 0.1 to 1.9 with "no change" at magnitude 5.
+    magnitude), clipped to 0..`limit`; 10 is full strength, and directions are random. increasing: all operations get
+    stronger with the magnitude. Otherwise posterise and solarise get weaker, and enhancements go from 0.1 to 1.9.
     """
 
     magnitude: float = 10

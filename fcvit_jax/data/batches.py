@@ -57,8 +57,8 @@ def eval_batches(
 ) -> Generator[Batch, None, None]:
     """Yield every record once and in order, in batches of one shape: the last is padded, its padding masked.
 
-    Batch k holds the records `k * batch_size` to `(k + 1) * batch_size`. Every process yields its share of the rows of
-    each batch; concatenated in the order of the processes they are the batch.
+    Every process yields its share of the rows of each batch; concatenated in the order of the processes they are the
+    batch.
 
     Args:
       batch_size: rows over all processes.
@@ -103,7 +103,6 @@ def train_batches(
     Args:
       transform: maps an RGB image and a generator to pixels; called by threads.
       image_size: (height, width) of those pixels.
-      batch_size, workers, on_bad: as in `eval_batches`.
 
     Raises InputError as `eval_batches` does, and if the data set is smaller than a batch.
     """
@@ -214,8 +213,7 @@ def device_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the batches with images, labels and mask as sharded global arrays, transferred `depth` batches ahead.
 
-    Each process passes its own rows; names and skipped images stay with their process. An error that `batches` raises
-    is raised `depth` batches early.
+    Each process passes its own rows. An error that `batches` raises is raised `depth` batches early.
     """
     pending: deque[Batch] = deque()
     try:

@@ -96,10 +96,7 @@ class Preprocess:
         return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def normalize(self, images: jax.typing.ArrayLike) -> jax.Array:
-        """Compute `(images / 255 - mean) / std` in float32, inside jit; images: uint8 `[..., height, width, 3]`.
-
-        Done on the device, which is sent a quarter of the bytes that way.
-        """
+        """Compute `(images / 255 - mean) / std` in float32, inside jit; images: uint8 `[..., height, width, 3]`."""
         images = jnp.asarray(images)
         channels = (1,) * (images.ndim - 1) + (3,)
         # XLA replaces division by a constant by a product: one division is within 2.5e-7 of exact, two within 7e-7.
