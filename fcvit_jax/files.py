@@ -52,7 +52,7 @@ def told_in_one_line(path: Path) -> Iterator[None]:
     """A disk that is full after all, or fails, while `path` is written."""
     try:
         yield
-    except (OSError, ValueError) as error:  # TensorStore raises ValueError
+    except (OSError, ValueError, RuntimeError) as error:  # TensorStore raises ValueError, ArrayRecord RuntimeError
         full = any(words in str(error) for words in ("No space left", "Disk quota exceeded"))
         if isinstance(error, InputError) or not (full or isinstance(error, OSError)):
             raise

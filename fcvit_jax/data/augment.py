@@ -3,7 +3,6 @@
 All randomness comes from the generator passed in, so results do not depend on the order of threads.
 """
 
-import dataclasses
 import functools
 import math
 import re
@@ -18,7 +17,6 @@ from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.settings import check_settings, setting
 
-CROPS = ("random_resized", "resize_crop", "eval")
 Box = tuple[float, float, float, float]  # left, top, right, bottom, in pixels
 
 
@@ -71,17 +69,15 @@ class Augment:
 
     Args:
       crop: `random_resized`: a box of random area and aspect ratio, resized (the Inception crop, arXiv 1409.4842);
-        `resize_crop`: the shorter side to `floor(image_size / crop_pct)` of the preprocessing, then a random crop,
-        keeping the aspect ratio; `eval`: that of the preprocessing.
+        `resize_crop`: a random crop of the image resized as in the preprocessing; `eval`: that of the preprocessing.
       scale, ratio: of the Inception crop: share of the image's area, and width over height.
       flip: probability of mirroring left to right.
       policy: `none`, or RandAugment as timm writes it: `rand-m9-n2-mstd0.5-inc1` (see `RandAugment.parse`).
-      erase: probability that a rectangle, 2 to 33 % of the area, of aspect 0.3 to 3.3, becomes noise (random erasing,
-        arXiv 1708.04896): timm's `pixel` mode, but on bytes, so that values outside 0..255 are clipped.
-      affine: a `RandomAffine`, or a mapping of its fields.
+      erase: probability that a rectangle, 2 to 33 % of the area, of aspect 0.3 to 3.3, becomes noise clipped to 0..255
+        (random erasing, arXiv 1708.04896; timm's `pixel` mode).
     """
 
-    crop: str = setting("random_resized", choices=CROPS)
+    crop: str = setting("random_resized", choices=("random_resized", "resize_crop", "eval"))
     scale: tuple[float, float] = setting((0.08, 1.0), low=1e-4, high=1)
     ratio: tuple[float, float] = setting((3 / 4, 4 / 3), low=0.01, high=100)
     flip: float = setting(0.5, low=0, high=1)
@@ -90,13 +86,6 @@ class Augment:
     affine: RandomAffine | None = None
 
     def __post_init__(self):
-        affine: Any = self.affine
-        if affine is not None and not isinstance(affine, RandomAffine):
-            try:
-                object.__setattr__(self, "affine", RandomAffine(**affine))
-            except TypeError:
-                fields = ", ".join(field.name for field in dataclasses.fields(RandomAffine))
-                raise InputError(f"augment.affine is {affine!r}: its fields are {fields}") from None
         check_settings(self, "augment.")
         _check_order("augment.scale", self.scale)
         _check_order("augment.ratio", self.ratio)
@@ -162,10 +151,7 @@ def _center_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int,
 
 
 def _covering_box(size: tuple[int, int], preprocess: Preprocess, rng: np.random.Generator) -> Box:
-    """A random crop of the image resized to cover `preprocess.resize_size`, in pixels of the image before resizing.
-
-    So the whole resized image, which can be huge for a strip, is never built.
-    """
+    """A random crop of the image resized to cover `preprocess.resize_size`, in pixels of the image before resizing."""
     (width, height), (to_height, to_width) = size, preprocess.image_size
     # A crop_pct above 1 means a border: training has none.
     covered_height, covered_width = map(max, preprocess.resize_size, preprocess.image_size)
@@ -180,10 +166,8 @@ class RandAugment:
     """Apply `layers` operations, drawn with replacement, each with `probability` (arXiv 1909.13719), as in timm.
 
     An operation's strength is the magnitude plus normal noise of deviation `std` (above 100: uniform from 0 to the
-    magnitude), clipped to 0..`limit`; 10 is full strength. Operations with a direction draw a sign.
-
-    increasing: all operations get stronger with the magnitude. Otherwise posterise and solarise get weaker, and
-    colour, contrast, brightness and sharpness go from 0.1 to 1.9 with "no change" at magnitude 5.
+    magnitude), clipped to 0..`limit`; 10 is full strength, and directions are random. increasing: all operations get
+    stronger with the magnitude. Otherwise posterise and solarise get weaker, and enhancements go from 0.1 to 1.9.
     """
 
     magnitude: float = 10

@@ -7,9 +7,9 @@ import functools
 import math
 import os
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -19,8 +19,7 @@ from fcvit_jax.data.preprocess import Preprocess, decode
 from fcvit_jax.data.records import Source
 from fcvit_jax.errors import InputError, naming
 
-Decoded = tuple[np.ndarray, int | tuple[int, ...], str]  # uint8 [height, width, 3], label or labels, name
-Transform = Callable[[Image.Image, np.random.Generator], np.ndarray]  # -> uint8 [height, width, 3]
+Key = tuple[int, ...]  # of an image to be loaded: its record's index, after the seed and the epoch in training
 
 LOOKAHEAD = 2  # batches that are being decoded while another one is in use
 MOST_A_TASK = 16  # images per task of a thread: one task per image costs a tenth of the speed
@@ -33,9 +32,8 @@ class BadImage(InputError):
 class Batch(NamedTuple):
     """`b` rows of this process; where `mask` is False the row is padding: zeros, and an empty name.
 
-    An image without any label is masked too, but keeps its pixels and name. If images may have several labels
-    (`Source.labels_per_image`), each row is filled up with -1.
-    `skipped`: one message per bad image, whose row is padding.
+    An image without any label is masked too, but keeps its pixels and name. Rows of several labels are filled up with
+    -1. `skipped`: one message per bad image, whose row is padding.
     """
 
     images: np.ndarray | jax.Array  # uint8 [b, height, width, 3]
@@ -59,16 +57,16 @@ def eval_batches(
 ) -> Generator[Batch, None, None]:
     """Yield every record once and in order, in batches of one shape: the last is padded, its padding masked.
 
-    Batch k holds the records `k * batch_size` to `(k + 1) * batch_size`. Every process yields its share of the rows of
-    each batch; concatenated in the order of the processes they are the batch.
+    Every process yields its share of the rows of each batch; concatenated in the order of the processes they are the
+    batch.
 
     Args:
       batch_size: rows over all processes.
-      start: the first batch to yield, to resume an interrupted run; past the last one, nothing is yielded.
+      start: the first batch to yield; past the last one, nothing is yielded.
       limit: use only the first so many records.
       workers: decoding threads, by default one per core; use more if images arrive slowly over a network.
-      on_bad: what to do about an image that cannot be read or decoded: `stop` raises BadImage in place of the batch;
-        `skip` leaves its row as padding and reports it in `Batch.skipped`.
+      on_bad: for an image that cannot be read or decoded, `stop` raises BadImage in place of the batch; `skip` leaves
+        its row as padding and reports it in `Batch.skipped`.
 
     Raises InputError at once if there is nothing to yield or the numbers do not fit.
     """
@@ -78,19 +76,15 @@ def eval_batches(
         raise InputError(f"limit: {limit} is not positive")
     if count < 1:
         raise InputError(f"{source.spec}: no records")
-    first = [k * batch_size + process_index * rows for k in range(start, math.ceil(count / batch_size))]
-    shares = [range(index, max(index, min(index + rows, count))) for index in first]
-
-    def load(index: int) -> Decoded:
-        return _load(source, index, preprocess)
-
-    padding = functools.partial(_padding, rows, preprocess.image_size, source.labels_per_image)
-    return _decode_ahead(load, shares, padding, workers, skip=on_bad == "skip")
+    first = (k * batch_size + process_index * rows for k in range(start, math.ceil(count / batch_size)))
+    shares = ([(index,) for index in range(row, min(row + rows, count))] for row in first)
+    shape = (rows, *preprocess.image_size, 3)
+    return _decode_ahead(source, lambda image, key: preprocess(image), shares, shape, workers, on_bad)
 
 
 def train_batches(
     source: Source,
-    transform: Transform,
+    transform: Callable[[Image.Image, np.random.Generator], np.ndarray],
     image_size: tuple[int, int],
     batch_size: int,
     steps: range,
@@ -103,14 +97,12 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the batches of the given steps: a new permutation each epoch, whose incomplete last batch is dropped.
 
-    Batch k depends on k and the seed alone: not on where `steps` starts, so that a run can be resumed, and not on the
-    number of processes, each of which yields its share of the rows. The augmentation of an image depends on the seed,
-    its epoch and its index, not on the order of the threads.
+    Batch k depends on k and the seed alone, so that a run can be resumed on another number of processes, each of which
+    yields its share of the rows. An image's augmentation depends on the seed, its epoch and its index.
 
     Args:
       transform: maps an RGB image and a generator to pixels; called by threads.
       image_size: (height, width) of those pixels.
-      batch_size, workers, on_bad: as in `eval_batches`.
 
     Raises InputError as `eval_batches` does, and if the data set is smaller than a batch.
     """
@@ -125,17 +117,15 @@ def train_batches(
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(len(source))
 
-    def share(step: int) -> list[tuple[int, int]]:
+    def share(step: int) -> list[Key]:
         epoch, place = divmod(step, an_epoch)
         first = place * batch_size + process_index * rows
-        return [(epoch, int(index)) for index in order(epoch)[first : first + rows]]
+        return [(seed, epoch, int(index)) for index in order(epoch)[first : first + rows]]
 
-    def load(item: tuple[int, int]) -> Decoded:
-        epoch, index = item
-        return _load(source, index, lambda image: transform(image, np.random.default_rng((seed, epoch, index))))
+    def augment(image: Image.Image, key: Key) -> np.ndarray:
+        return transform(image, np.random.default_rng(key))
 
-    padding = functools.partial(_padding, rows, image_size)
-    return _decode_ahead(load, map(share, steps), padding, workers, skip=on_bad == "skip")
+    return _decode_ahead(source, augment, map(share, steps), (rows, *image_size, 3), workers, on_bad)
 
 
 def batches_an_epoch(source: Source, batch_size: int) -> int:
@@ -156,62 +146,53 @@ def _rows(batch_size: int, process_count: int, workers: int | None, on_bad: str)
     return batch_size // process_count
 
 
-def _padding(rows: int, image_size: tuple[int, int], labels_per_image: int = 1) -> Batch:
-    several = labels_per_image > 1
-    labels = np.full((rows, labels_per_image), -1, np.int32) if several else np.zeros(rows, np.int32)
-    return Batch(np.zeros((rows, *image_size, 3), np.uint8), labels, np.zeros(rows, np.bool_), ("",) * rows)
-
-
-def _load(source: Source, index: int, transform: Callable[[Image.Image], np.ndarray]) -> Decoded:
-    record = source[index]
-    image = decode(record.image, record.name)
-    with naming(f"image {record.name}"):
-        return transform(image), record.label, record.name
-
-
 def _decode_ahead(
-    load: Callable[[Any], Decoded],
-    shares: Iterable[Sequence[Any]],
-    padding: Callable[[], Batch],
+    source: Source,
+    transform: Callable[[Image.Image, Key], np.ndarray],
+    shares: Iterable[list[Key]],
+    shape: tuple[int, ...],
     workers: int | None,
-    skip: bool,
+    on_bad: str,
 ) -> Generator[Batch, None, None]:
-    """Yield one batch per share: threads load its items into a batch of padding."""
+    """Yield one batch per share, loaded by threads; shape: of its pixels, [b, height, width, 3]."""
 
-    def load_some(items: Sequence[Any], images: Any) -> list[Any]:
-        """Write the pixels to their rows; return label and name, or the error, of each item."""
-        found: list[Any] = []
-        for item, row in zip(items, images, strict=True):
+    def load(arrays: tuple[np.ndarray, ...], first: int, keys: list[Key]) -> list[str | InputError]:
+        """Write images, labels and mask to the rows from the first on; return the name, or the error, of each."""
+        (images, labels, mask), found = arrays, []
+        for row, key in enumerate(keys, first):
             try:
-                row[:], *described = load(item)
-                found.append(described)
+                record = source[key[-1]]
+                image = decode(record.image, record.name)
+                with naming(f"image {record.name}"):
+                    images[row] = transform(image, key)
             except InputError as error:
                 found.append(error)
+                continue
+            labels[(row, slice(len(record.label))) if isinstance(record.label, tuple) else row] = record.label
+            mask[row] = record.label != ()
+            found.append(record.name)
         return found
 
-    def submit(share: Sequence[Any]) -> tuple[Batch, list[Future]]:
-        batch, size = padding(), max(1, min(MOST_A_TASK, len(share) // threads))
-        parts = [slice(first, min(first + size, len(share))) for first in range(0, len(share), size)]
-        return batch, [pool.submit(load_some, share[part], batch.images[part]) for part in parts]
+    def submit(keys: list[Key]) -> tuple[tuple[np.ndarray, ...], list[Future]]:
+        most = source.labels_per_image
+        labels = np.full((shape[0], most), -1, np.int32) if most > 1 else np.zeros(shape[0], np.int32)
+        arrays = np.zeros(shape, np.uint8), labels, np.zeros(shape[0], np.bool_)
+        size = max(1, min(MOST_A_TASK, len(keys) // threads))
+        starts = range(0, len(keys), size)
+        return arrays, [pool.submit(load, arrays, first, keys[first : first + size]) for first in starts]
 
-    def assemble(batch: Batch, tasks: list[Future]) -> Batch:
-        labels, mask, names, skipped = np.asarray(batch.labels), np.asarray(batch.mask), list(batch.names), []
-        for row, found in enumerate(found for task in tasks for found in task.result()):
-            if not isinstance(found, InputError):
-                label, names[row] = found
-                place = (row, slice(len(label))) if isinstance(label, tuple) else row
-                labels[place] = label
-                mask[row] = label != ()
-            elif skip:
-                skipped.append(str(found))
-            else:
-                raise BadImage(str(found)) from found
-        return batch._replace(names=tuple(names), skipped=tuple(skipped))
+    def assemble(arrays: tuple[np.ndarray, ...], tasks: list[Future]) -> Batch:
+        found = [each for task in tasks for each in task.result()]
+        errors = [each for each in found if isinstance(each, InputError)]
+        if errors and on_bad == "stop":
+            raise BadImage(str(errors[0])) from errors[0]
+        names = ["" if isinstance(each, InputError) else each for each in found]
+        return Batch(*arrays, names=(*names, *[""] * (shape[0] - len(names))), skipped=tuple(map(str, errors)))
 
     threads = workers or max(2, usable_cores())
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
+    pending: deque[tuple[tuple[np.ndarray, ...], list[Future]]] = deque()
     try:
-        pending: deque[tuple[Batch, list[Future]]] = deque()
         for share in shares:
             pending.append(submit(share))
             if len(pending) > LOOKAHEAD:
@@ -232,8 +213,7 @@ def device_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the batches with images, labels and mask as sharded global arrays, transferred `depth` batches ahead.
 
-    Each process passes its own rows; names and skipped images stay with their process. An error that `batches` raises
-    is raised `depth` batches early.
+    Each process passes its own rows. An error that `batches` raises is raised `depth` batches early.
     """
     pending: deque[Batch] = deque()
     try:

@@ -24,6 +24,7 @@ from tqdm import tqdm
 from fcvit_jax.data.records import Source
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
+from fcvit_jax.files import told_in_one_line, writable_directory
 
 VERSION, FEATURES = "1.0.0", {"image", "label", "file_name"}
 IMAGES_PER_FILE, MOST_FILES = 1000, 256  # readers keep all files open: beyond that, files grow
@@ -51,28 +52,22 @@ def main(argv: list[str] | None = None) -> None:
 def prepare(source: Source, out: Path, name: str, split: str, progress: bool = False) -> str:
     """Write the records of a source as split `split` of data set `name` in the folder `out`; return their spec.
 
-    The split appears when it is complete. It is added to an existing data set if the classes are the same.
-
-    Raises:
-      InputError: the split exists, the classes differ, a name is invalid, an image cannot be read, or `out` written.
+    The split appears when it is complete; it is added to an existing data set of the same classes. Raises InputError if
+    the split exists, the classes differ, a name is invalid, an image cannot be read, or `out` written.
     """
     for option, value in (("--name", name), ("--split", split)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value) or value == "all":
             raise InputError(f"{option} {value!r} is no name: write lower-case letters, digits and underscores")
     target = out / name / VERSION
     _check_target(target, source, split)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as staging:
-            _write(Path(staging) / name / VERSION, source, name, split, progress)
-            spec = f"tfds:{name}/{split}@"
-            written = open_source(f"{spec}{staging}")
-            if (len(written), written.class_names) != (len(source), source.class_names):
-                raise InputError(f"{source.spec}: a class name has a line break or ends in a space: rename its folder")
-            _publish(Path(staging) / name / VERSION, target)
-    except (OSError, RuntimeError) as error:  # ArrayRecord's writer raises the latter
-        why = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise InputError(f"{out} cannot be written: {why}") from None
+    writable_directory(out)
+    with told_in_one_line(out), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as staging:
+        _write(Path(staging) / name / VERSION, source, name, split, progress)
+        spec = f"tfds:{name}/{split}@"
+        written = open_source(f"{spec}{staging}")
+        if (len(written), written.class_names) != (len(source), source.class_names):
+            raise InputError(f"{source.spec}: a class name has a line break or ends in a space: rename its folder")
+        _publish(Path(staging) / name / VERSION, target)
     return f"{spec}{out}"
 
 
@@ -81,9 +76,7 @@ def _check_target(target: Path, source: Source, split: str) -> None:
     if not target.exists():
         return
     try:
-        info, features = (
-            json.loads((target / f"{file}.json").read_text("utf-8")) for file in ("dataset_info", "features")
-        )
+        info, features = (_read_json(target / f"{file}.json") for file in ("dataset_info", "features"))
         present = [known["name"] for known in info["splits"]]
         ours = info["fileFormat"] == "array_record" and set(features["featuresDict"]["features"]) == FEATURES
     except (OSError, ValueError, LookupError, TypeError):
@@ -126,8 +119,7 @@ def _write(directory: Path, source: Source, name: str, split: str, progress: boo
         file_format="array_record",
     )
     writer.initialize_splits([split])
-    many: Any = examples()  # annotated as a list, but iterated over
-    writer.add_examples({split: many})
+    writer.add_examples({split: examples()})  # pyright: ignore[reportArgumentType]
     writer.close_all()
 
 

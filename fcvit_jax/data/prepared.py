@@ -47,11 +47,8 @@ def open_prepared(spec: str, rest: str) -> Source:
         except InputError:
             raise
         except Exception as error:  # from the reader (C++), protobuf or TFDS
-            why = _first_line(error)
-            raise InputError(
-                f"{spec}: record {index} in {directory} cannot be read ({why}); if a file is damaged, copy or prepare "
-                "it again"
-            ) from None
+            what = f"{spec}: record {index} in {directory} cannot be read ({_first_line(error)})"
+            raise InputError(f"{what}; if a file is damaged, copy or prepare it again") from None
         file_name = example.get("file_name", f"{split}/{index:08d}")
         file_name = file_name.decode() if isinstance(file_name, bytes) else str(file_name)
         if labels.size and labels.min() < 0:
@@ -78,11 +75,9 @@ def _records(spec: str, builder: Any, split: str, directory: Path) -> TFRecords 
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     kind = next((kind for kind in ("array_record", "tfrecord") if kind in formats), None)
     if not kind:
-        raise InputError(
-            f"{spec}: {directory} is prepared as {' and '.join(sorted(formats))}; array_record and tfrecord can be "
-            "read. Where TensorFlow is installed, run once: tfds convert_format "
-            f"--dataset_version_dir={directory} --out_file_format=array_record"
-        )
+        fix = f"tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record"
+        what = f"{directory} is prepared as {' and '.join(sorted(formats))}; array_record and tfrecord can be read"
+        raise InputError(f"{spec}: {what}. Where TensorFlow is installed, run once: {fix}")
     builder.info.set_file_format(kind, override=True, override_if_initialized=True)
     try:
         files = builder.info.splits[split].file_instructions
@@ -99,10 +94,11 @@ def _records(spec: str, builder: Any, split: str, directory: Path) -> TFRecords 
 
 def _allow_open_files(count: int) -> None:
     """Raise the limit if need be: ArrayRecord keeps every file open, and ImageNet's training split has 1,024."""
-    wanted, (soft, hard) = count + 512, resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft not in (resource.RLIM_INFINITY, hard) and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    wanted = count + 512 if hard == unlimited else min(count + 512, hard)
+    if soft != unlimited and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _prepared_directory(spec: str, name: str, data_dir: Path) -> Path:
@@ -122,10 +118,8 @@ def _prepared_directory(spec: str, name: str, data_dir: Path) -> Path:
     if configs:
         hint = f"give one of its configs, such as tfds:{path}/{configs[0]}/SPLIT (there are {', '.join(configs)})"
     elif data_set in known or (data_dir / data_set).exists():
-        hint = (
-            "prepare it once, where TensorFlow is installed: "
-            f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
-        )
+        command = f"tfds build {name} --file_format=array_record --data_dir={data_dir}"
+        hint = f"prepare it once, where TensorFlow is installed: {command}"
     else:
         near = difflib.get_close_matches(data_set, known)
         hint = "TFDS knows no such data set" + (f"; did you mean {' or '.join(near)}?" if near else "")
@@ -138,8 +132,6 @@ def _feature(spec: str, features: Mapping[str, Any], kind: type, name: str) -> s
     if name in candidates:
         return name
     if len(candidates) != 1:
-        count = "several" if candidates else "no"
-        raise InputError(
-            f"{spec}: {count} features of kind {kind.__name__} and none called {name!r} ({', '.join(features)})"
-        )
+        count = f"{'several' if candidates else 'no'} features of kind {kind.__name__}"
+        raise InputError(f"{spec}: {count} and none called {name!r} ({', '.join(features)})")
     return candidates[0]

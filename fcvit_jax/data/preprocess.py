@@ -11,7 +11,6 @@ import io
 import math
 import threading
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 HALF = (0.5, 0.5, 0.5)
 _BYTES = "divide 0..255 values by 255"
+_WARNING_FILTERS = threading.Lock()
 
 MAX_RESIZED_PIXELS = 2**26  # a strip one pixel wide would otherwise take all memory
 CROP_MODES = ("center", "squash", "border")
@@ -50,8 +50,7 @@ class Preprocess:
     image_size: (height, width) in pixels. crop_pct: share of the resized image that is kept; above 1 the image gets a
     border. mean, std: per channel, in units of the pixel range: 0.5 is mid-grey.
 
-    Raises InputError if a field is out of range; when called, if the image is so long and narrow that it would have
-    more than `MAX_RESIZED_PIXELS` after resizing.
+    Raises InputError if a field is out of range; when called, if the resized image exceeds `MAX_RESIZED_PIXELS`.
     """
 
     image_size: tuple[int, int] = setting((224, 224), low=1)
@@ -72,23 +71,17 @@ class Preprocess:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Resize and crop on the host: uint8 `[height, width, 3]`, which `normalize` takes."""
-        if image.mode != "RGB":
-            image = image.convert("RGB")
+        image = image if image.mode == "RGB" else image.convert("RGB")
         width, height = self._resized(*image.size)
         if width * height > MAX_RESIZED_PIXELS:
-            raise InputError(
-                f"it is {image.width}x{image.height} and would be resized to {width}x{height}: crop it first"
-            )
+            sizes = f"it is {image.width}x{image.height} and would be resized to {width}x{height}"
+            raise InputError(f"{sizes}: crop it first")
         resized = image.resize((width, height), INTERPOLATIONS[self.interpolation])
-        (down, to_down), (across, to_across) = map(_center, (height, width), self.image_size)
-        cut = resized.crop((across.start, down.start, across.stop, down.stop))
-        if cut.size == self.image_size[::-1]:
-            return np.asarray(cut)
-        fill = [round(255 * value) for value in self.mean] if self.crop_mode == "border" else [0, 0, 0]
-        cropped = np.empty((*self.image_size, 3), np.uint8)
-        cropped[:] = fill
-        cropped[to_down, to_across] = np.asarray(cut)
-        return cropped
+        fill = tuple(round(255 * value) for value in self.mean) if self.crop_mode == "border" else (0, 0, 0)
+        to_height, to_width = self.image_size
+        cropped = Image.new("RGB", (to_width, to_height), fill)
+        cropped.paste(resized, (_offset(width, to_width), _offset(height, to_height)))
+        return np.asarray(cropped)
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) of the resized image. The long side is floored or rounded exactly as in timm."""
@@ -103,10 +96,7 @@ class Preprocess:
         return max(1, round(width / ratio)), max(1, round(height / ratio))
 
     def normalize(self, images: jax.typing.ArrayLike) -> jax.Array:
-        """Compute `(images / 255 - mean) / std` in float32, inside jit; images: uint8 `[..., height, width, 3]`.
-
-        Done on the device, which is sent a quarter of the bytes that way.
-        """
+        """Compute `(images / 255 - mean) / std` in float32, inside jit; images: uint8 `[..., height, width, 3]`."""
         images = jnp.asarray(images)
         channels = (1,) * (images.ndim - 1) + (3,)
         # XLA replaces division by a constant by a product: one division is within 2.5e-7 of exact, two within 7e-7.
@@ -120,15 +110,13 @@ class Preprocess:
         return f"{self.interpolation} {'->'.join(sizes)} {self.crop_mode}, mean {mean} std {std}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON has them (tuples are lists); `from_dict` reads them."""
+        """Return all fields as JSON has them: tuples are lists."""
         fields = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preprocess":
         """Inverse of `to_dict`. Raises InputError naming the fields that are unknown, missing or out of range."""
-        if not isinstance(fields, dict):
-            raise InputError(f"preprocess: expected fields by name, got {fields!r}")
         if odd := sorted({field.name for field in dataclasses.fields(cls)} ^ fields.keys()):
             raise InputError(f"preprocess: unknown or missing fields {', '.join(odd)}")
         return cls(**fields)
@@ -158,19 +146,17 @@ def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
         near = difflib.get_close_matches(name, PRESETS)
         hint = f" (did you mean {' or '.join(near)}?)" if near else ""
         raise InputError(f"preprocess: no preset {name!r}{hint}; there are {', '.join(PRESETS)}")
-    return dataclasses.replace(PRESETS[name], image_size=image_size, **dict(map(_override, overrides)))
-
-
-def _override(text: str) -> tuple[str, Any]:
-    """`"crop_pct=1.0"` -> `("crop_pct", 1.0)`; numbers per channel are separated by slashes."""
-    field, equals, value = (part.strip() for part in text.partition("="))
-    if not equals or field not in OVERRIDES:
-        raise InputError(f"preprocess: {text!r} is no override; write FIELD=VALUE, FIELD one of {', '.join(OVERRIDES)}")
-    try:
-        values = [float(part) for part in value.split("/")]
-    except ValueError:
-        return field, value
-    return field, tuple(values) if len(values) > 1 else values[0]
+    values: dict[str, Any] = {"image_size": image_size}
+    for override in overrides:
+        field, equals, value = (part.strip() for part in override.partition("="))
+        if not equals or field not in OVERRIDES:
+            fix = f"write FIELD=VALUE, FIELD one of {', '.join(OVERRIDES)}"
+            raise InputError(f"preprocess: {override!r} is no override; {fix}")
+        values[field] = value
+        with contextlib.suppress(ValueError):  # text stays text
+            channels = [float(part) for part in value.split("/")]
+            values[field] = channels if len(channels) > 1 else channels[0]
+    return dataclasses.replace(PRESETS[name], **values)
 
 
 def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
@@ -181,7 +167,9 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
     if isinstance(data, np.ndarray):
         return Image.fromarray(data).convert("RGB")
     try:
-        with _quiet_pil():
+        # PIL warns of odd metadata. Filters are global to the process: one thread at a time, and briefly.
+        with _WARNING_FILTERS, warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"PIL\b")
             image = Image.open(io.BytesIO(data))
             if image.format == "TIFF":  # parses tags, and warns of them, on loading too
                 image.load()
@@ -196,24 +184,9 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
     raise InputError(f"image {name} cannot be decoded: {why}")
 
 
-_WARNING_FILTERS = threading.Lock()
-
-
-@contextlib.contextmanager
-def _quiet_pil() -> Iterator[None]:
-    """Silence PIL's warnings of odd metadata. Filters are global to the process: one thread at a time, and briefly."""
-    with _WARNING_FILTERS, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"PIL\b")
-        yield
-
-
-def _center(length: int, to: int) -> tuple[slice, slice]:
-    """The pixels along one axis that the centre crop takes, and where they go (inside a border if too few)."""
-    if length < to:
-        start = (to - length) // 2
-        return slice(0, length), slice(start, start + length)
-    start = round((length - to) / 2)  # half to even, as torchvision: not a floor
-    return slice(start, start + to), slice(0, to)
+def _offset(length: int, to: int) -> int:
+    """Where a centred image of that length starts along one axis of the crop, rounded as in torchvision."""
+    return (to - length) // 2 if length < to else -round((length - to) / 2)
 
 
 def _short(values: tuple[float, ...]) -> str:

@@ -23,24 +23,16 @@ class Record(NamedTuple):
 class Source:
     """`size` records in a fixed order. Several threads may call `source[i]` at once.
 
-    Args:
-      spec: the text it was opened with.
-      class_names: the name of each label.
-      size: number of records.
-      read: returns record i.
-      scored: the classes among which a prediction is made; None: all. ImageNet-A's images show 200 of ImageNet's
-        1,000 classes, and predictions are made among those 200.
-      labels_per_image: 1, or the most that any image has; above 1, labels are tuples.
-      ordered: the records are sorted by class, so the first of them are no random sample.
+    scored: the classes among which a prediction is made, such as the 200 of ImageNet-A; None: all.
     """
 
-    spec: str
-    class_names: tuple[str, ...]
+    spec: str  # the text it was opened with
+    class_names: tuple[str, ...]  # of each label
     size: int
     read: Callable[[int], Record] = dataclasses.field(repr=False)
     scored: tuple[int, ...] | None = None
-    labels_per_image: int = 1
-    ordered: bool = False
+    labels_per_image: int = 1  # the most that any image has; above 1, labels are tuples
+    ordered: bool = False  # by class: the first records are no random sample
 
     def __len__(self) -> int:
         return self.size

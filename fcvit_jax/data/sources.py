@@ -20,13 +20,11 @@ def open_source(spec: str) -> Source:
 
     * `folder:PATH`: one folder per class, images inside it at any depth. Classes are sorted by name, or numerically if
       all are integers; a class without images keeps its label; hidden files are ignored.
-    * `digits:train`, `digits:test`: scikit-learn's 1,797 hand-written digits, 8x8 pixels. Test is 36 of each class,
-      360 in all; train is the other 1,437.
+    * `digits:train`, `digits:test`: scikit-learn's hand-written digits, 8x8 pixels: 1,437, and 360, 36 of each class.
     * `tfds:NAME/SPLIT[@DATA_DIR]`: a data set that TensorFlow Datasets has prepared, as ArrayRecord or TFRecord. NAME
-      may be `name/config` and end in `:version`; SPLIT may be a slice such as `test[:50%]`. Nothing is downloaded, and
-      TensorFlow is not needed.
+      may be `name/config` and end in `:version`; SPLIT may be a slice such as `test[:50%]`. Nothing is downloaded.
 
-    Raises InputError if the spec has another form, or the data do not exist; the message says what to do.
+    Raises InputError if the spec has another form, or the data do not exist.
     """
     scheme, _, rest = spec.partition(":")
     openers = {"folder": _open_folder, "digits": _open_digits, "tfds": open_prepared}

@@ -21,12 +21,13 @@ _HEADER, _FOOTER = 12, 4  # bytes around a record's own
 class TFRecords:
     """The records of several files, or of parts of them, as one sequence; several threads may read it at once.
 
-    A file is indexed when its first record is read, from the records' lengths alone; the index takes 8 bytes per
-    record. Raises InputError, naming the file, if it is damaged or holds an unexpected number of records.
+    A file is indexed when its first record is read, by 8 bytes per record. Raises InputError, naming the file, if it is
+    damaged or holds an unexpected number of records.
+
+    parts: TFDS's file instructions: `filename`, `skip`, `take` and `examples_in_shard`.
     """
 
     def __init__(self, parts: Sequence[Any]):
-        """parts: TFDS's file instructions: `filename`, `skip`, `take` and `examples_in_shard`."""
         self._parts = list(parts)
         self._ends = list(itertools.accumulate(part.take for part in parts))
         self._starts = functools.cache(record_starts)
@@ -61,8 +62,6 @@ def record_starts(path: str | os.PathLike, count: int) -> np.ndarray:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     found = len(starts) - 1
     if (found, starts[-1]) != (count, size):
-        raise InputError(
-            f"{path} is damaged, or no TFRecord file of {count} records: record {found} ends at byte {starts[-1]} of "
-            f"{size}; copy or prepare it again"
-        )
+        what = f"{path} is damaged, or no TFRecord file of {count} records"
+        raise InputError(f"{what}: record {found} ends at byte {starts[-1]} of {size}; copy or prepare it again")
     return np.asarray(starts, np.int64)

@@ -1,12 +1,11 @@
 """The transformer blocks by fused programs for NVIDIA GPUs, and the one choice between them and the plain blocks.
 
-The same function and parameters as `vit.Block`, for inference in bfloat16: what each residual branch adds is summed up
-together with the norm that comes next. Shape letters: b batch, n tokens, d width.
+They compute what `vit.Block` does, for inference in bfloat16; a residual branch is added together with the next norm.
+Shape letters: b batch, n tokens, d width.
 """
 
 import re
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.attention import attend
+from fcvit_jax.models.attention import Attention
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.layers import MLP, Linear, norm_params, scale_branch
 from fcvit_jax.models.merging import Matching
@@ -28,8 +27,8 @@ KERNELS = ("xla", "triton", "interpreted")
 def choose_kernels(dtype: Any, devices: Iterable[Any], schedule: MergeSchedule) -> str:
     """Choose the fastest of `KERNELS` for inference: "triton" on NVIDIA GPUs in bfloat16, if it has the rules.
 
-    XLA cannot split these programs: each of several devices has to compute images of its own
-    (`compiling.on_each_device`). That has not been run on several GPUs yet.
+    XLA cannot split these programs: each of several devices computes images of its own (`compiling.on_each_device`),
+    which has not been run on several GPUs yet.
     """
 
     def runs_triton(device: Any) -> bool:
@@ -98,10 +97,13 @@ class FusedBlock(nn.Module):
         config, matching = self.config, None
         norm1, norm2 = (NormParams(config, name=name)() for name in ("norm1", "norm2"))
         x, normed = add_and_norm(*stream, norm1, self.interpret)
-        sizes = size if layer.tokens_in < config.num_tokens else None
-        y, qkv = FusedAttention(config, self.interpret, name="attn")(normed, sizes, only)
+        sizes, qkv = size if layer.tokens_in < config.num_tokens else None, None
+        if only:
+            y = Attention(config, jnp.bfloat16, name="attn")(normed, sizes, only).y
+        else:
+            y, qkv = FusedAttention(config, self.interpret, name="attn")(normed, sizes)
         stream = Stream(x[:, : only or None], scale_branch(self, "ls1", y, config))
-        if layer.removed and not only:
+        if layer.removed and qkv is not None:
             matching = match(qkv, layer, config.num_prefix_tokens, self.interpret)
             x, normed, size = merge_and_norm(*stream, size, matching, norm2, self.interpret)
         else:
@@ -129,20 +131,11 @@ class FusedAttention(nn.Module):
     interpret: bool
 
     @nn.compact
-    def __call__(self, x: jax.Array, size: jax.Array | None, queries: int) -> tuple[jax.Array, Any]:
-        from fcvit_jax.models import fused_kernels
+    def __call__(self, x: jax.Array, size: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        from fcvit_jax.models.fused_kernels import attend
 
         config, (batch, tokens, width) = self.config, x.shape
-        size = size if config.proportional_attention else None
-        linear = partial(Linear, dtype=jnp.bfloat16)
-        project, qkv = linear(3 * width, use_bias=config.qkv_bias, name="qkv"), None
-        if queries:
-            split = (batch, -1, 1, config.num_heads, width // config.num_heads)
-            q = project(x[:, :queries], slice(width)).reshape(split)
-            k, v = jnp.split(project(x, slice(width, None)).reshape(batch, tokens, 2, *split[3:]), 2, axis=2)
-            q, k, v = (part[:, :, 0].transpose(0, 2, 1, 3) for part in (q, k, v))
-            y = attend(q, k, v, size).transpose(0, 2, 1, 3)
-        else:
-            qkv = project(x).reshape(batch, tokens, 3, config.num_heads, width // config.num_heads)
-            y = fused_kernels.attend(qkv, size, self.interpret)
-        return linear(width, name="proj")(y.reshape(batch, -1, width)), qkv
+        qkv = Linear(3 * width, jnp.bfloat16, config.qkv_bias, name="qkv")(x)
+        qkv = qkv.reshape(batch, tokens, 3, config.num_heads, width // config.num_heads)
+        y = attend(qkv, size if config.proportional_attention else None, self.interpret)
+        return Linear(width, jnp.bfloat16, name="proj")(y.reshape(x.shape)), qkv

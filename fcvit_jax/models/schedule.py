@@ -1,16 +1,15 @@
 """Merge schedules: which layers stay dense, merge inside windows, or merge globally, and by which rule.
 
-Hashable, so that a schedule is a static argument of a jitted function: every token count is known before anything is
-traced. DFE (dense first layers) and LGTM (local, then global merging) follow arXiv 2303.02331; a global stage alone is
-Token Merging, arXiv 2210.09461.
+DFE (dense first layers) and LGTM (local, then global merging) follow arXiv 2303.02331; a global stage alone is Token
+Merging, arXiv 2210.09461. Schedules are hashable, as static arguments of jitted functions must be.
 """
 
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.rules import DEFAULT, Layer, Rule, parse_rule
@@ -83,9 +82,10 @@ class MergeSchedule:
     def __post_init__(self) -> None:
         merged_globally = False
         for stage in self.stages:
-            if stage.layers < 0 or (not isinstance(stage, Dense) and stage.r < 0):
+            dense = isinstance(stage, Dense)
+            if stage.layers < 0 or (not dense and stage.r < 0):
                 raise InputError(f"stage {stage}: the number of layers and r must not be negative")
-            if not isinstance(stage, Dense) and not isinstance(stage.rule, Rule):
+            if not dense and not isinstance(stage.rule, Rule):
                 raise InputError(f"stage {stage}: its rule must be an instance of a class derived from rules.Rule")
             if isinstance(stage, Local):
                 if min(stage.windows) < 1:
@@ -112,11 +112,11 @@ class MergeSchedule:
         """Read a name (`dense`, `tome_r13`, `s2dfe_r18`, `s2winc7_r16`) or an explicit form, for `depth` layers.
 
         The explicit form is what `str` gives: `dense:2,local:5:r16:w2x2,global:5:r16`. `@RULE` after a name or a stage
-        chooses a merge rule of `rules.RULES`. Raises InputError for other text, for unknown rules, and if the stages do
-        not add up to the depth.
+        chooses a merge rule of `rules.RULES`. Raises InputError for other text, unknown rules, and stages that do not
+        add up to the depth.
         """
         text = text.strip()
-        schedule = cls(tuple(map(_parse_stage, _split(text))) if ":" in text else _named_stages(text, depth))
+        schedule = cls(tuple(map(_parse_stage, re.split(_COMMA, text))) if ":" in text else _named_stages(text, depth))
         if schedule.depth != depth:
             raise InputError(f"schedule {text!r} covers {schedule.depth} layers, the model has {depth}")
         return schedule
@@ -141,10 +141,8 @@ class MergeSchedule:
         patches = math.prod(cells)
         for stage in self.stages:
             if isinstance(stage, Local) and (cells[0] % stage.windows[0] or cells[1] % stage.windows[1]):
-                raise InputError(
-                    f"schedule {self}: a {cells[0]}x{cells[1]} grid does not divide into "
-                    f"{stage.windows[0]}x{stage.windows[1]} windows"
-                )
+                grid, windows = (f"{rows}x{columns}" for rows, columns in (cells, stage.windows))
+                raise InputError(f"schedule {self}: a {grid} grid does not divide into {windows} windows")
             for _ in range(stage.layers):
                 before = prefix + patches
                 match stage:
@@ -154,8 +152,7 @@ class MergeSchedule:
                         count = math.prod(windows)
                         removed = min(-(-r // count), patches // count // 2)
                         regroup = (cells, windows) if removed and cells != windows else None
-                        if removed:
-                            cells = windows
+                        cells = windows if removed else cells
                         patches -= removed * count
                         yield Layer(before, prefix + patches, removed, count, regroup, rule)
                     case Global(r=r, rule=rule):
@@ -176,13 +173,11 @@ def name_schedules(schedules: Schedules, depth: int) -> dict[str, MergeSchedule]
     if isinstance(schedules, Mapping):
         return {str(name): schedule for name, schedule in schedules.items()}
     named: dict[str, MergeSchedule] = {}
-    for each in [schedules] if isinstance(schedules, str | MergeSchedule) else schedules:
+    for each in [schedules] if isinstance(schedules, str | MergeSchedule) else list(schedules) or [""]:
         if isinstance(each, str):
             named |= parse_schedules(each, depth)
         else:
             named["dense" if each == MergeSchedule.dense(depth) else str(each)] = each
-    if not named:
-        raise InputError("no schedule given: name at least one, such as dense,tome_r13")
     return named
 
 
@@ -195,14 +190,13 @@ def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
     """
     schedules: dict[str, MergeSchedule] = {}
     pending: list[str] = []
-    parts = filter(None, (part.strip() for part in _split(text)))
+    parts = filter(None, map(str.strip, re.split(_COMMA, text)))
     for part in itertools.chain.from_iterable(map(_expand, parts)):
         pending.append(part)
-        if ":" in part and sum(_parse_stage(stage).layers for stage in pending) < depth:
-            continue
-        name = ",".join(pending)
-        schedules[name] = MergeSchedule.parse(name, depth)
-        pending = []
+        if ":" not in part or sum(_parse_stage(stage).layers for stage in pending) >= depth:
+            name = ",".join(pending)
+            schedules[name] = MergeSchedule.parse(name, depth)
+            pending = []
     if pending:
         MergeSchedule.parse(",".join(pending), depth)  # raises: its layers do not reach the depth
     if not schedules:
@@ -210,65 +204,68 @@ def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
     return schedules
 
 
+_COMMA = r",(?![^(]*\))"  # not one between a rule's options
 _LONGEST_RANGE = 1000
-_FORMS = "dense, tome_r13, s2dfe_r18, s2winc7_r16 or dense:2,local:5:r16:w2x2,global:5:r16"
-_RULE = r"(?:@(.+))?"
-_STAGES = {
-    re.compile(r"dense:(\d{1,9})()"): Dense,
-    re.compile(r"local:(\d{1,9}):r(\d{1,9}):w(\d{1,9})x(\d{1,9})" + _RULE): (
-        lambda layers, r, rows, columns, **rule: Local(layers, r, (rows, columns), **rule)
-    ),
-    re.compile(r"global:(\d{1,9}):r(\d{1,9})" + _RULE): Global,
+# The text of stages and of names, and what their numbers N and their rule, which is optional, make.
+_STAGES: dict[str, Callable[..., Stage]] = {
+    "dense:N": Dense,
+    "local:N:rN:wNxN@RULE": lambda layers, r, rows, columns, rule: Local(layers, r, (rows, columns), rule),
+    "global:N:rN@RULE": Global,
 }
 # The paper's legend counts differently in its two families: s2dfe leaves two layers dense, s2winc7 merges from the
 # second layer on. The multiply-accumulates of its figure admit no other reading.
-_NAMES = {
-    re.compile(r"dense()"): lambda depth: (Dense(depth),),
-    re.compile(r"tome_r(\d{1,9})" + _RULE): lambda depth, r, **rule: (Global(depth, r, **rule),),
-    re.compile(r"s(\d{1,9})dfe_r(\d{1,9})" + _RULE): (
-        lambda depth, s, r, **rule: (Dense(s), Global(depth - s, r, **rule))
+_NAMES: dict[str, Callable[..., tuple[Stage, ...]]] = {
+    "dense": lambda depth: (Dense(depth),),
+    "tome_rN@RULE": lambda depth, r, rule: (Global(depth, r, rule),),
+    "sNdfe_rN@RULE": lambda depth, s, r, rule: (Dense(s), Global(depth - s, r, rule)),
+    "sNwincN_rN@RULE": lambda depth, s, c, r, rule: (
+        Dense(s - 1), Local(c - s + 1, r, rule=rule), Global(depth - c, r, rule)
     ),
-    re.compile(r"s(\d{1,9})winc(\d{1,9})_r(\d{1,9})" + _RULE): (
-        lambda depth, s, c, r, **rule: (Dense(s - 1), Local(c - s + 1, r, **rule), Global(depth - c, r, **rule))
-    ),
-}
-
-
-def _split(text: str) -> list[str]:
-    """Split at commas, but not at those between a rule's options."""
-    return re.split(r",(?![^(]*\))", text)
+}  # fmt: skip
 
 
 def _expand(text: str) -> list[str]:
     """The names that a range of rates stands for; any other text is its own."""
-    found = re.fullmatch(r"(tome|s\d+dfe|s\d+winc\d+)(@[^:]+)?:(\d{1,9})-(\d{1,9})(?::(\d{1,9}))?", text)
-    if not found:
-        if re.match(r"(tome|s\d+dfe|s\d+winc\d+)(@[^:]+)?:", text):
-            raise InputError(f"{text!r} is not a range of schedules: write tome:0-16, or s2dfe:2-20:2 with a step")
+    family = re.match(r"(tome|s\d+dfe|s\d+winc\d+)(@[^:]+)?:", text)
+    if not family:
         return [text]
-    low, high, step = int(found[3]), int(found[4]), int(found[5] or 1)
+    found = re.fullmatch(r"(\d{1,9})-(\d{1,9})(?::(\d{1,9}))?", text[family.end() :])
+    if not found:
+        raise InputError(f"{text!r} is not a range of schedules: write tome:0-16, or s2dfe:2-20:2 with a step")
+    low, high, step = int(found[1]), int(found[2]), int(found[3] or 1)
     rates = range(low, high + 1, step) if step else ()
     if not 0 < len(rates) <= _LONGEST_RANGE:
         why = f"has {len(rates):,} schedules; at most {_LONGEST_RANGE:,} will do" if rates else "is empty"
         raise InputError(f"the range {text!r} {why}: write LOW-HIGH or LOW-HIGH:STEP, such as tome:0-16")
-    return [f"{found[1]}_r{r}{found[2] or ''}" for r in rates]
+    return [f"{family[1]}_r{r}{family[2] or ''}" for r in rates]
 
 
 def _parse_stage(text: str) -> Stage:
-    for pattern, stage in _STAGES.items():
-        if found := pattern.fullmatch(text.strip()):
-            *numbers, rule = found.groups()
-            return stage(*map(int, numbers), **({"rule": parse_rule(rule)} if rule else {}))
+    if stage := _made_by(_STAGES, text.strip()):
+        return stage
     raise InputError(f"{text!r} is not a stage of a schedule: write dense:2, local:5:r16:w2x2 or global:5:r16")
 
 
 def _named_stages(text: str, depth: int) -> tuple[Stage, ...]:
-    for pattern, make in _NAMES.items():
-        if found := pattern.fullmatch(text):
-            *numbers, rule = found.groups()
-            stages = make(depth, *map(int, numbers), **({"rule": parse_rule(rule)} if rule else {}))
-            if min(stage.layers for stage in stages) < 0:
-                needed = ", ".join(f"{stage.layers} {type(stage).__name__.lower()}" for stage in stages)
-                raise InputError(f"schedule {text!r} does not fit a model of {depth} layers: it needs {needed} layers")
-            return tuple(stage for stage in stages if stage.layers)
-    raise InputError(f"{text!r} is not a schedule: write {_FORMS}")
+    stages = _made_by(_NAMES, text, depth)
+    if not stages:
+        forms = "dense, tome_r13, s2dfe_r18, s2winc7_r16 or dense:2,local:5:r16:w2x2,global:5:r16"
+        raise InputError(f"{text!r} is not a schedule: write {forms}")
+    if min(stage.layers for stage in stages) < 0:
+        needed = ", ".join(f"{stage.layers} {type(stage).__name__.lower()}" for stage in stages)
+        raise InputError(f"schedule {text!r} does not fit a model of {depth} layers: it needs {needed} layers")
+    return tuple(stage for stage in stages if stage.layers)
+
+
+def _made_by(table: Mapping[str, Callable[..., Any]], text: str, *first: int) -> Any:
+    """What the form that fits makes of `first`, the numbers in the text and its rule; None if none fits."""
+    for form, make in table.items():
+        if found := re.fullmatch(form.replace("N", r"(\d{1,9})").replace("@RULE", "(@.+)?"), text):
+            return make(*first, *map(_argument, found.groups()))
+    return None
+
+
+def _argument(text: str | None) -> int | Rule:
+    if text is None:
+        return DEFAULT
+    return parse_rule(text[1:]) if text.startswith("@") else int(text)

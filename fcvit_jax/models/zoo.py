@@ -1,12 +1,12 @@
 """The one table of named models, under timm's names: configuration, preprocessing, source of the weights, top-1.
 
-A name is an architecture (`vit_small_patch16_224`) or one set of weights of it
-(`vit_small_patch16_224.augreg_in21k_ft_in1k`); sizes that timm does not have are named in the same way. An architecture
-alone has no preprocessing: timm's ViT and DeiT weights share every shape and key, and differ in the pixels they expect.
+A name is an architecture (`vit_small_patch16_224`) or one set of its weights
+(`vit_small_patch16_224.augreg_in21k_ft_in1k`). An architecture alone has no preprocessing: timm's ViT and DeiT weights
+share every shape and key, and differ in the pixels they expect.
 """
 
 import difflib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from fcvit_jax.data.preprocess import Preprocess, preset
 from fcvit_jax.errors import InputError
@@ -17,9 +17,8 @@ from fcvit_jax.models.config import ViTConfig
 class Model:
     """A named model. `preprocess` and what follows are None for an architecture without weights.
 
-    source: `hf-hub:timm/NAME`, or, for the tags tv_*, the address of torchvision's file. top1: fraction of the 50,000
-    ImageNet-1k validation images, as timm (results-imagenet.csv) or torchvision reports it with this preprocessing;
-    None if it is not known here.
+    source: `hf-hub:timm/NAME`, or the address of torchvision's file. top1: fraction of ImageNet-1k's validation images,
+    as timm (results-imagenet.csv) or torchvision reports it with this preprocessing; None if it is not known here.
     """
 
     name: str
@@ -29,7 +28,7 @@ class Model:
     top1: float | None = None
 
 
-# size -> (embed_dim, depth, num_heads); the MLP is four times as wide.
+# size -> (embed_dim, depth, num_heads)
 _SIZES = {
     "tiny": (192, 12, 3),
     "small": (384, 12, 6),
@@ -42,8 +41,7 @@ _SIZES = {
 
 def _config(size: str, patch_size: int, pixels: int, **fields) -> ViTConfig:
     width, depth, heads = _SIZES[size]
-    shape = dict(embed_dim=width, depth=depth, num_heads=heads, mlp_dim=4 * width)
-    return ViTConfig(image_size=(pixels, pixels), patch_size=patch_size, **shape, **fields)
+    return ViTConfig((pixels, pixels), patch_size, width, depth, heads, mlp_dim=4 * width, **fields)
 
 
 def _architectures() -> dict[str, ViTConfig]:
@@ -67,19 +65,19 @@ def _architectures() -> dict[str, ViTConfig]:
         registers = dict(num_registers=4, no_embed_class=True)
         table[f"vit_{size}_patch14_reg4_dinov2"] = _config(size, 14, 518, **dinov2, **registers)
     distilled = dict(dist_token=True, pool="dist_avg")
-    for size in ("tiny", "small", "base"):
-        for pixels in (224, 384) if size == "base" else (224,):
-            table[f"deit_{size}_patch16_{pixels}"] = _config(size, 16, pixels)
-            table[f"deit_{size}_distilled_patch16_{pixels}"] = _config(size, 16, pixels, **distilled)
+    for size, pixels in (("tiny", 224), ("small", 224), ("base", 224), ("base", 384)):
+        table[f"deit_{size}_patch16_{pixels}"] = _config(size, 16, pixels)
+        table[f"deit_{size}_distilled_patch16_{pixels}"] = _config(size, 16, pixels, **distilled)
+    deit3 = dict(layer_scale=1e-6, no_embed_class=True)
     for size in ("small", "medium", "base", "large"):
         for pixels in (224, 384) if size != "medium" else (224,):
-            table[f"deit3_{size}_patch16_{pixels}"] = _config(size, 16, pixels, layer_scale=1e-6, no_embed_class=True)
-    table["deit3_huge_patch14_224"] = _config("huge", 14, 224, layer_scale=1e-6, no_embed_class=True)
+            table[f"deit3_{size}_patch16_{pixels}"] = _config(size, 16, pixels, **deit3)
+    table["deit3_huge_patch14_224"] = _config("huge", 14, 224, **deit3)
     return table
 
 
-# Preset -> name -> top-1 in percent, None if it is not known here. At 384 pixels the presets' crop_pct is 1.
-_WEIGHTS: dict[str, dict[str, float | None]] = {
+# Preset -> name -> top-1 in percent, None if it is not known here; with torchvision's file where timm has none.
+_WEIGHTS: dict[str, dict[str, float | tuple[float, str] | None]] = {
     "timm/augreg": {
         "vit_tiny_patch16_224.augreg_in21k_ft_in1k": 75.452,
         "vit_tiny_patch16_384.augreg_in21k_ft_in1k": None,
@@ -112,20 +110,20 @@ _WEIGHTS: dict[str, dict[str, float | None]] = {
         "vit_base_patch16_224_miil.in21k_ft_in1k": 84.278,
     },
     "torchvision/v1": {
-        "vit_base_patch16_224.tv_in1k": 81.072,
-        "vit_base_patch32_224.tv_in1k": 75.912,
-        "vit_large_patch32_224.tv_in1k": 76.972,
+        "vit_base_patch16_224.tv_in1k": (81.072, "vit_b_16-c867db91.pth"),
+        "vit_base_patch32_224.tv_in1k": (75.912, "vit_b_32-d86f8d99.pth"),
+        "vit_large_patch32_224.tv_in1k": (76.972, "vit_l_32-c7638314.pth"),
     },
     f"torchvision/v1,crop_pct={224 / 242}": {  # resized to 242
-        "vit_large_patch16_224.tv_in1k": 79.662,
+        "vit_large_patch16_224.tv_in1k": (79.662, "vit_l_16-852ce7e3.pth"),
     },
     "torchvision/swag": {
-        "vit_base_patch16_384.tv_swag_in1k": 85.304,
-        "vit_large_patch16_512.tv_swag_in1k": 88.064,
-        "vit_huge_patch14_518.tv_swag_in1k": 88.552,
-        "vit_base_patch16_224.tv_swag_lc_in1k": 81.886,
-        "vit_large_patch16_224.tv_swag_lc_in1k": 85.146,
-        "vit_huge_patch14_224.tv_swag_lc_in1k": 85.708,
+        "vit_base_patch16_384.tv_swag_in1k": (85.304, "vit_b_16_swag-9ac1b537.pth"),
+        "vit_large_patch16_512.tv_swag_in1k": (88.064, "vit_l_16_swag-4f3808c9.pth"),
+        "vit_huge_patch14_518.tv_swag_in1k": (88.552, "vit_h_14_swag-80465313.pth"),
+        "vit_base_patch16_224.tv_swag_lc_in1k": (81.886, "vit_b_16_lc_swag-4e70ced5.pth"),
+        "vit_large_patch16_224.tv_swag_lc_in1k": (85.146, "vit_l_16_lc_swag-4d563306.pth"),
+        "vit_huge_patch14_224.tv_swag_lc_in1k": (85.708, "vit_h_14_lc_swag-c1eb923e.pth"),
     },
     "timm/clip,crop_pct=0.95": {
         "vit_base_patch16_clip_224.laion2b_ft_in12k_in1k": 86.204,
@@ -163,28 +161,11 @@ _WEIGHTS: dict[str, dict[str, float | None]] = {
         "deit3_huge_patch14_224.fb_in22k_ft_in1k": None,
     },
     "timm/dinov2": {
-        "vit_small_patch14_dinov2.lvd142m": None,
-        "vit_base_patch14_dinov2.lvd142m": None,
-        "vit_large_patch14_dinov2.lvd142m": None,
-        "vit_small_patch14_reg4_dinov2.lvd142m": None,
-        "vit_base_patch14_reg4_dinov2.lvd142m": None,
-        "vit_large_patch14_reg4_dinov2.lvd142m": None,
+        f"vit_{size}_patch14_{registers}dinov2.lvd142m": None
+        for registers in ("", "reg4_")
+        for size in ("small", "base", "large")
     },
 }
-# Weights that timm does not publish.
-_TORCHVISION = {
-    "vit_base_patch16_224.tv_in1k": "vit_b_16-c867db91.pth",
-    "vit_base_patch32_224.tv_in1k": "vit_b_32-d86f8d99.pth",
-    "vit_large_patch16_224.tv_in1k": "vit_l_16-852ce7e3.pth",
-    "vit_large_patch32_224.tv_in1k": "vit_l_32-c7638314.pth",
-    "vit_base_patch16_384.tv_swag_in1k": "vit_b_16_swag-9ac1b537.pth",
-    "vit_large_patch16_512.tv_swag_in1k": "vit_l_16_swag-4f3808c9.pth",
-    "vit_huge_patch14_518.tv_swag_in1k": "vit_h_14_swag-80465313.pth",
-    "vit_base_patch16_224.tv_swag_lc_in1k": "vit_b_16_lc_swag-4e70ced5.pth",
-    "vit_large_patch16_224.tv_swag_lc_in1k": "vit_l_16_lc_swag-4d563306.pth",
-    "vit_huge_patch14_224.tv_swag_lc_in1k": "vit_h_14_lc_swag-c1eb923e.pth",
-}
-
 ARCHITECTURES: dict[str, ViTConfig] = _architectures()
 
 
@@ -199,12 +180,11 @@ def get(name: str) -> Model:
         return Model(name, ARCHITECTURES[name])
     for text, group in _WEIGHTS.items():
         if name in group:
-            config = ARCHITECTURES[name.split(".")[0]]
-            preprocess = preset(text, config.image_size)
-            if config.image_size == (384, 384):
-                preprocess = replace(preprocess, crop_pct=1.0)
-            file, percent = _TORCHVISION.get(name), group[name]
+            config, row = ARCHITECTURES[name.split(".")[0]], group[name]
+            percent, file = row if isinstance(row, tuple) else (row, None)
             source = f"https://download.pytorch.org/models/{file}" if file else f"hf-hub:timm/{name}"
-            return Model(name, config, preprocess, source, None if percent is None else round(percent / 100, 5))
+            crop = ",crop_pct=1" * (config.image_size == (384, 384))
+            top1 = None if percent is None else round(percent / 100, 5)
+            return Model(name, config, preset(text + crop, config.image_size), source, top1)
     near = difflib.get_close_matches(name, names(), n=3, cutoff=0.5)
     raise InputError(f"unknown model {name!r}" + (f"; the nearest names are {', '.join(near)}" if near else ""))
