@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, TypedDict, Unpack, cast, overload
@@ -10,6 +10,8 @@ from typing import Any, Literal, TypedDict, Unpack, cast, overload
 from fcvit_jax.checkpoint import ENTRIES, Checkpoint, save_checkpoint
 from fcvit_jax.convert import pytorch
 from fcvit_jax.convert.inspection import Inspection, describe, remark_lines
+from fcvit_jax.convert.readers import WeightFile
+from fcvit_jax.convert.sidecar import Sidecar
 from fcvit_jax.convert.translation import assemble
 from fcvit_jax.convert.weight_source import WeightSource, named_model, open_weights
 from fcvit_jax.data.preprocess import Preprocess
@@ -20,7 +22,7 @@ from fcvit_jax.settings import check_settings, setting
 
 
 class ConversionOptions(TypedDict, total=False):
-    """The options of `convert` for type checkers, and of `inspect`, which ignores the first three."""
+    """The options of `convert`, and of `inspect`, which ignores the first three. None is the same as absence."""
 
     overwrite: bool
     class_names: str | Path | Sequence[str] | None
@@ -40,35 +42,15 @@ class ConversionOptions(TypedDict, total=False):
     proportional_attention: bool | None
 
 
+Source = str | Path
+
+
 @overload
-def convert(
-    src: str | Path, out: str | Path, *, to: Literal["timm", "hf"], **options: Unpack[ConversionOptions]
-) -> Path: ...
+def convert(src: Source, out: Source, *, to: Literal["timm", "hf"], **options: Unpack[ConversionOptions]) -> Path: ...
 @overload
+def convert(src: Source, out: Source, *, to: None = None, **options: Unpack[ConversionOptions]) -> Checkpoint: ...
 def convert(
-    src: str | Path, out: str | Path, *, to: None = None, **options: Unpack[ConversionOptions]
-) -> Checkpoint: ...
-def convert(
-    src: str | Path,
-    out: str | Path,
-    *,
-    model: str | None = None,
-    preprocess: str | None = None,
-    num_classes: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    overwrite: bool = False,
-    to: Literal["timm", "hf"] | None = None,
-    ema: bool = False,
-    sha256: str | None = None,
-    class_names: str | Path | Sequence[str] | None = None,
-    num_heads: int | None = None,
-    gelu: str | None = None,
-    norm_eps: float | None = None,
-    pool: str | None = None,
-    proportional_attention: bool | None = None,
-    patch_size: int | None = None,
-    pos_embed: str | None = None,
-    report: Callable[[str], object] | None = None,
+    src: Source, out: Source, *, to: Literal["timm", "hf"] | None = None, **options: Unpack[ConversionOptions]
 ) -> Checkpoint | Path:
     """Convert pretrained ViT weights into a checkpoint directory, and return the checkpoint.
 
@@ -97,13 +79,10 @@ def convert(
     Raises InputError if the weights cannot be found, read or understood, if something has to be stated, or if `out`
     exists or cannot be written.
     """
-    asked = _asked(
-        dict(num_classes=num_classes, image_size=image_size, patch_size=patch_size, num_heads=num_heads, gelu=gelu)
-        | dict(norm_eps=norm_eps, pool=pool, proportional_attention=proportional_attention)
-    )
-    named = named_model(str(src), model)
+    asked, named = _asked(options), named_model(str(src), options.get("model"))
+    overwrite, preprocess = options.get("overwrite", False), options.get("preprocess")
     path = pytorch.check_output(out, to, overwrite) if to else check_target(out, overwrite, ENTRIES)
-    source = WeightSource.understand(*open_weights(str(src), ema, _digits(sha256)), named, pixels=not preprocess)
+    source = WeightSource.understand(*_open(src, options), named, pixels=not preprocess)
     config, grid = source.infer(asked)
     try:
         pixels = source.preprocess(preprocess, config)
@@ -111,10 +90,10 @@ def convert(
         if preprocess or not to:
             raise
         pixels = None  # PyTorch's file does without
-    names = source.class_names(class_names, config.num_classes)
+    names = source.class_names(options.get("class_names"), config.num_classes)
     with naming(source.weights.path):
-        converted = assemble(source.translation, config, grid, pos_embed)
-    converted = replace(converted, remarks=(*source.assumptions(config, num_heads), *converted.remarks))
+        converted = assemble(source.translation, config, grid, options.get("pos_embed"))
+    converted = replace(converted, remarks=(*source.assumptions(config, asked.get("num_heads")), *converted.remarks))
     provenance = source.provenance(converted)
     del source  # and with it the file's pages, before as many are needed to write
     if to == "timm":
@@ -125,7 +104,7 @@ def convert(
         usage, pixels = f"pixels: {pixels}", cast(Preprocess, pixels)
         facts: Any = dict(class_names=names, provenance=provenance, overwrite=overwrite)
         save_checkpoint(path, config, converted.params, pixels, **facts)
-    if report:
+    if report := options.get("report"):
         for line in (*remark_lines(converted), f"{path}: {describe(config)}", usage):
             report(line)
     if to:
@@ -134,17 +113,14 @@ def convert(
     return Checkpoint(path, config, converted.params, cast(Preprocess, pixels), meta)
 
 
-def inspect(src: str | Path, **options: Unpack[ConversionOptions]) -> Inspection:
+def inspect(src: Source, **options: Unpack[ConversionOptions]) -> Inspection:
     """Read weights, and return how each key is mapped and which model results; write nothing.
 
     The options are those of `convert`. Raises InputError if the weights cannot be found or read. If they are not
     understood, or something has to be stated, `Inspection.problem` is the reason.
     """
-    if unknown := options.keys() - ConversionOptions.__annotations__.keys():
-        raise TypeError(f"inspect() got an unexpected keyword argument {min(unknown)!r}")
-    named = named_model(str(src), options.get("model"))
-    asked = _asked(options)
-    weights, sidecar = open_weights(str(src), options.get("ema", False), _digits(options.get("sha256")))
+    asked, named = _asked(options), named_model(str(src), options.get("model"))
+    weights, sidecar = _open(src, options)
     source = None
     try:
         source = WeightSource.understand(weights, sidecar, named, pixels=not options.get("preprocess"))
@@ -173,15 +149,18 @@ class _AskedFields:
         check_settings(self)
 
 
-def _asked(stated: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(options: ConversionOptions) -> dict[str, Any]:
     """The fields of `ViTConfig` among the options that are stated, as `infer_config` takes them."""
-    asked = {field.name: stated.get(field.name) for field in fields(_AskedFields)}
+    if unknown := options.keys() - ConversionOptions.__annotations__.keys():
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    asked = {field.name: options.get(field.name) for field in fields(_AskedFields)}
     if type(size := asked["image_size"]) is int:
         asked["image_size"] = (size, size)
     return {name: value for name, value in vars(_AskedFields(**asked)).items() if value is not None}
 
 
-def _digits(sha256: str | None) -> str | None:
+def _open(src: Source, options: ConversionOptions) -> tuple[WeightFile, Sidecar | None]:
+    sha256 = options.get("sha256") or None
     if sha256 and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
         raise InputError(f"{sha256!r} is no sha256: pass its 64 hex digits, or the first of them, at least 8")
-    return sha256.lower() if sha256 else None
+    return open_weights(str(src), options.get("ema", False), sha256 and sha256.lower())

@@ -114,8 +114,9 @@ def download(url: str, check: Check, sha256: str | None = None) -> Path:
             downloader: Any = fetch
             return Path(pooch.retrieve(url, None, cached.name, folder, downloader=downloader))
         except requests.HTTPError as error:
-            error.response.close()
-            raise InputError(_refusal(error.response)) from error
+            response: Any = error.response
+            response.close()
+            raise InputError(_refusal(response)) from error
         except requests.RequestException as error:
             cause = getattr(error.args[0] if error.args else None, "reason", error)  # urllib3's, without its wrapping
             reason = "".join(filter(str.isprintable, str(cause)))[:200]

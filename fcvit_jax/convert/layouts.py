@@ -29,7 +29,7 @@ Table = Mapping[str, Target]
 _NUMBERED = re.compile(r"(.*?\b(?:blocks|layers?|encoder_layer|encoderblock)[._])(\d{1,4})(\D.*)")
 _BLOCK = ("norm1", "attn/qkv", "attn/proj", "norm2", "mlp/fc1", "mlp/fc2")
 # Single arrays by the last part of their path; other paths are modules.
-_ARRAYS = dict.fromkeys(("cls_token", "dist_token", "reg_token"), "token")
+_ARRAYS: dict[str, str] = dict.fromkeys(("cls_token", "dist_token", "reg_token"), "token")
 _ARRAYS |= {"pos_embed": "grid", "ls1": "copy", "ls2": "copy"}
 
 
