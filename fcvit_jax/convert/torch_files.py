@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fcvit_jax.convert.dtypes import NUMPY_DTYPES, STORAGE_DTYPES, are_sizes, check_total, is_shape
+from fcvit_jax.convert.dtypes import NUMPY_DTYPES, STORAGE_DTYPES, are_sizes, check_total, damaged, is_shape
 from fcvit_jax.convert.npz_files import map_member
 from fcvit_jax.errors import InputError
 
@@ -179,7 +179,7 @@ def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, ema: bool) -> Cont
         raise InputError("has compressed members, which torch.save does not write: save it again")
     order = map_member(archive, f"{root}byteorder", data).tobytes() if f"{root}byteorder" in names else b"little"
     if order not in (b"little", b"big"):
-        raise InputError("is damaged (its byte order is unknown): download it again")
+        raise damaged("its byte order is unknown")
 
     @functools.cache
     def load(key: str | int) -> np.ndarray:
@@ -209,7 +209,7 @@ def read_torch_legacy(data: mmap.mmap, ema: bool) -> Contents:
         numel, begin = int.from_bytes(data.read(8), "little"), data.tell()
         end = begin + numel * NUMPY_DTYPES[storage.dtype].itemsize
         if end - begin != storage.length or end > len(data):
-            raise InputError("is damaged (it ends inside its tensors): download it again")
+            raise damaged("it ends inside its tensors")
         places[key] = slice(begin, end)
         data.seek(end)
 
@@ -280,13 +280,13 @@ def _build_array(name: str, tensor: _Tensor, content: np.ndarray) -> np.ndarray:
     dtype, length, size, stride = NUMPY_DTYPES[tensor.dtype], tensor.storage.length, tensor.size, tensor.stride
     given = len(size) == len(stride) and is_shape(size) and are_sizes(tensor.offset, *stride)
     if not given or length > len(content):
-        raise InputError(f"is damaged ({name!r} does not fit its storage): download it again")
+        raise damaged(f"{name!r} does not fit its storage")
     count, held = math.prod(size), length // dtype.itemsize
     if count == 0:
         return np.empty(size, dtype)
     last = tensor.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if last >= held:
-        raise InputError(f"is damaged ({name!r} reaches past the end of its storage): download it again")
+        raise damaged(f"{name!r} reaches past the end of its storage")
     if count > held:
         raise InputError(f"has {name!r} expanded to {count} values of {held} that are stored: save it .contiguous()")
     # A step along an axis of length one is never taken, and may be any number.
