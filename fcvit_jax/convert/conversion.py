@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from fcvit_jax.checkpoint import ENTRIES, Checkpoint, save_checkpoint
 from fcvit_jax.convert import pytorch
@@ -14,7 +14,6 @@ from fcvit_jax.convert.readers import WeightFile
 from fcvit_jax.convert.sidecar import Sidecar
 from fcvit_jax.convert.translation import assemble
 from fcvit_jax.convert.weight_source import WeightSource, named_model, open_weights
-from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.files import check_target
 from fcvit_jax.models.config import GELUS, POOLS
@@ -59,22 +58,20 @@ def convert(
     Args:
       src: a file, a directory of transformers, a checkpoint of this library, `https://...`, `hf-hub:OWNER/NAME`, or a
         full name of the zoo.
-      out: the directory to write, new or empty.
-      model: timm's name, such as "vit_small_patch16_224.augreg_in21k_ft_in1k".
-      preprocess: a preset, such as "timm/augreg" or "timm/deit,crop_pct=1.0".
-      num_classes: classes that the head must have; 0 leaves the head out.
-      image_size: pixels, N or (height, width); position embeddings are resampled.
-      overwrite: replace an existing checkpoint.
+      out: the directory to write, new or empty; with `overwrite`, also a checkpoint.
       to: write for PyTorch instead, and return the path: "timm" writes OUT.safetensors in timm's keys, "hf" a directory
         for transformers' from_pretrained.
+      model: timm's name, such as "vit_small_patch16_224.augreg_in21k_ft_in1k".
+      preprocess: a preset, such as "timm/augreg" or "timm/deit,crop_pct=1.0".
+      image_size, patch_size: pixels, N or (height, width); position embeddings and the patch kernel are resampled.
+      pos_embed: how positions are resampled, a key of `posembed.RESAMPLINGS`; by default as the weights' authors do.
+      num_classes: classes that the head must have; 0 leaves the head out.
+      num_heads, gelu, norm_eps, pool, proportional_attention: fields of `ViTConfig`.
+      class_names: the names in the head's order, or a text file with one a line.
       ema: take the averaged weights of a training checkpoint.
       sha256: hex digits that the file's sha256 must begin with, at least 8.
-      class_names: the names in the head's order, or a text file with one a line.
-      num_heads, gelu, norm_eps, pool, proportional_attention: fields of `ViTConfig`.
-      patch_size: pixels; the kernel is resampled as FlexiViT does.
-      pos_embed: how positions are resampled, a key of `posembed.RESAMPLINGS`; by default as the weights' authors do.
-      report: called with each line that describes the conversion, such as `print`. The checkpoint's
-        `meta["provenance"]` keeps its "remarks" (the warnings), "dropped" and "keys".
+      report: called with each line that describes the conversion, such as `print`; the checkpoint's
+        `meta["provenance"]` keeps the same.
 
     Raises InputError if the weights cannot be found, read or understood, if something has to be stated, or if `out`
     exists or cannot be written.
@@ -85,7 +82,7 @@ def convert(
     source = WeightSource.understand(*_open(src, options), named, pixels=not preprocess)
     config, grid = source.infer(asked)
     try:
-        pixels = source.preprocess(preprocess, config)
+        pixels: Any = source.preprocess(preprocess, config)
     except InputError:
         if preprocess or not to:
             raise
@@ -101,7 +98,7 @@ def convert(
     elif to == "hf":
         usage = pytorch.write_huggingface(path, config, converted.params, pixels, names)
     else:
-        usage, pixels = f"pixels: {pixels}", cast(Preprocess, pixels)
+        usage = f"pixels: {pixels}"
         facts: Any = dict(class_names=names, provenance=provenance, overwrite=overwrite)
         save_checkpoint(path, config, converted.params, pixels, **facts)
     if report := options.get("report"):
@@ -110,7 +107,7 @@ def convert(
     if to:
         return path
     meta = json.loads((path / "meta.json").read_text())
-    return Checkpoint(path, config, converted.params, cast(Preprocess, pixels), meta)
+    return Checkpoint(path, config, converted.params, pixels, meta)
 
 
 def inspect(src: Source, **options: Unpack[ConversionOptions]) -> Inspection:
