@@ -2,17 +2,18 @@
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Unpack, cast, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 from fcvit_jax.checkpoint import ENTRIES, Checkpoint, save_checkpoint
 from fcvit_jax.convert import pytorch
 from fcvit_jax.convert.inspection import Inspection, describe, remark_lines
+from fcvit_jax.convert.readers import WeightFile
+from fcvit_jax.convert.sidecar import Sidecar
 from fcvit_jax.convert.translation import assemble
 from fcvit_jax.convert.weight_source import WeightSource, named_model, open_weights
-from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.files import check_target
 from fcvit_jax.models.config import GELUS, POOLS
@@ -20,7 +21,7 @@ from fcvit_jax.settings import check_settings, setting
 
 
 class ConversionOptions(TypedDict, total=False):
-    """The options of `convert` for type checkers, and of `inspect`, which ignores the first three."""
+    """The options of `convert`, and of `inspect`, which ignores the first three. None is the same as absence."""
 
     overwrite: bool
     class_names: str | Path | Sequence[str] | None
@@ -40,35 +41,15 @@ class ConversionOptions(TypedDict, total=False):
     proportional_attention: bool | None
 
 
+Source = str | Path
+
+
 @overload
-def convert(
-    src: str | Path, out: str | Path, *, to: Literal["timm", "hf"], **options: Unpack[ConversionOptions]
-) -> Path: ...
+def convert(src: Source, out: Source, *, to: Literal["timm", "hf"], **options: Unpack[ConversionOptions]) -> Path: ...
 @overload
+def convert(src: Source, out: Source, *, to: None = None, **options: Unpack[ConversionOptions]) -> Checkpoint: ...
 def convert(
-    src: str | Path, out: str | Path, *, to: None = None, **options: Unpack[ConversionOptions]
-) -> Checkpoint: ...
-def convert(
-    src: str | Path,
-    out: str | Path,
-    *,
-    model: str | None = None,
-    preprocess: str | None = None,
-    num_classes: int | None = None,
-    image_size: int | tuple[int, int] | None = None,
-    overwrite: bool = False,
-    to: Literal["timm", "hf"] | None = None,
-    ema: bool = False,
-    sha256: str | None = None,
-    class_names: str | Path | Sequence[str] | None = None,
-    num_heads: int | None = None,
-    gelu: str | None = None,
-    norm_eps: float | None = None,
-    pool: str | None = None,
-    proportional_attention: bool | None = None,
-    patch_size: int | None = None,
-    pos_embed: str | None = None,
-    report: Callable[[str], object] | None = None,
+    src: Source, out: Source, *, to: Literal["timm", "hf"] | None = None, **options: Unpack[ConversionOptions]
 ) -> Checkpoint | Path:
     """Convert pretrained ViT weights into a checkpoint directory, and return the checkpoint.
 
@@ -77,44 +58,39 @@ def convert(
     Args:
       src: a file, a directory of transformers, a checkpoint of this library, `https://...`, `hf-hub:OWNER/NAME`, or a
         full name of the zoo.
-      out: the directory to write, new or empty.
-      model: timm's name, such as "vit_small_patch16_224.augreg_in21k_ft_in1k".
-      preprocess: a preset, such as "timm/augreg" or "timm/deit,crop_pct=1.0".
-      num_classes: classes that the head must have; 0 leaves the head out.
-      image_size: pixels, N or (height, width); position embeddings are resampled.
-      overwrite: replace an existing checkpoint.
+      out: the directory to write, new or empty; with `overwrite`, also a checkpoint.
       to: write for PyTorch instead, and return the path: "timm" writes OUT.safetensors in timm's keys, "hf" a directory
         for transformers' from_pretrained.
+      model: timm's name, such as "vit_small_patch16_224.augreg_in21k_ft_in1k".
+      preprocess: a preset, such as "timm/augreg" or "timm/deit,crop_pct=1.0".
+      image_size, patch_size: pixels, N or (height, width); position embeddings and the patch kernel are resampled.
+      pos_embed: how positions are resampled, a key of `posembed.RESAMPLINGS`; by default as the weights' authors do.
+      num_classes: classes that the head must have; 0 leaves the head out.
+      num_heads, gelu, norm_eps, pool, proportional_attention: fields of `ViTConfig`.
+      class_names: the names in the head's order, or a text file with one a line.
       ema: take the averaged weights of a training checkpoint.
       sha256: hex digits that the file's sha256 must begin with, at least 8.
-      class_names: the names in the head's order, or a text file with one a line.
-      num_heads, gelu, norm_eps, pool, proportional_attention: fields of `ViTConfig`.
-      patch_size: pixels; the kernel is resampled as FlexiViT does.
-      pos_embed: how positions are resampled, a key of `posembed.RESAMPLINGS`; by default as the weights' authors do.
-      report: called with each line that describes the conversion, such as `print`. The checkpoint's
-        `meta["provenance"]` keeps its "remarks" (the warnings), "dropped" and "keys".
+      report: called with each line that describes the conversion, such as `print`; the checkpoint's
+        `meta["provenance"]` keeps the same.
 
     Raises InputError if the weights cannot be found, read or understood, if something has to be stated, or if `out`
     exists or cannot be written.
     """
-    asked = _asked(
-        dict(num_classes=num_classes, image_size=image_size, patch_size=patch_size, num_heads=num_heads, gelu=gelu)
-        | dict(norm_eps=norm_eps, pool=pool, proportional_attention=proportional_attention)
-    )
-    named = named_model(str(src), model)
+    asked, named = _asked(options), named_model(str(src), options.get("model"))
+    overwrite, preprocess = options.get("overwrite", False), options.get("preprocess")
     path = pytorch.check_output(out, to, overwrite) if to else check_target(out, overwrite, ENTRIES)
-    source = WeightSource.understand(*open_weights(str(src), ema, _digits(sha256)), named, pixels=not preprocess)
+    source = WeightSource.understand(*_open(src, options), named, pixels=not preprocess)
     config, grid = source.infer(asked)
     try:
-        pixels = source.preprocess(preprocess, config)
+        pixels: Any = source.preprocess(preprocess, config)
     except InputError:
         if preprocess or not to:
             raise
         pixels = None  # PyTorch's file does without
-    names = source.class_names(class_names, config.num_classes)
+    names = source.class_names(options.get("class_names"), config.num_classes)
     with naming(source.weights.path):
-        converted = assemble(source.translation, config, grid, pos_embed)
-    converted = replace(converted, remarks=(*source.assumptions(config, num_heads), *converted.remarks))
+        converted = assemble(source.translation, config, grid, options.get("pos_embed"))
+    converted = replace(converted, remarks=(*source.assumptions(config, asked.get("num_heads")), *converted.remarks))
     provenance = source.provenance(converted)
     del source  # and with it the file's pages, before as many are needed to write
     if to == "timm":
@@ -122,29 +98,26 @@ def convert(
     elif to == "hf":
         usage = pytorch.write_huggingface(path, config, converted.params, pixels, names)
     else:
-        usage, pixels = f"pixels: {pixels}", cast(Preprocess, pixels)
+        usage = f"pixels: {pixels}"
         facts: Any = dict(class_names=names, provenance=provenance, overwrite=overwrite)
         save_checkpoint(path, config, converted.params, pixels, **facts)
-    if report:
+    if report := options.get("report"):
         for line in (*remark_lines(converted), f"{path}: {describe(config)}", usage):
             report(line)
     if to:
         return path
     meta = json.loads((path / "meta.json").read_text())
-    return Checkpoint(path, config, converted.params, cast(Preprocess, pixels), meta)
+    return Checkpoint(path, config, converted.params, pixels, meta)
 
 
-def inspect(src: str | Path, **options: Unpack[ConversionOptions]) -> Inspection:
+def inspect(src: Source, **options: Unpack[ConversionOptions]) -> Inspection:
     """Read weights, and return how each key is mapped and which model results; write nothing.
 
     The options are those of `convert`. Raises InputError if the weights cannot be found or read. If they are not
     understood, or something has to be stated, `Inspection.problem` is the reason.
     """
-    if unknown := options.keys() - ConversionOptions.__annotations__.keys():
-        raise TypeError(f"inspect() got an unexpected keyword argument {min(unknown)!r}")
-    named = named_model(str(src), options.get("model"))
-    asked = _asked(options)
-    weights, sidecar = open_weights(str(src), options.get("ema", False), _digits(options.get("sha256")))
+    asked, named = _asked(options), named_model(str(src), options.get("model"))
+    weights, sidecar = _open(src, options)
     source = None
     try:
         source = WeightSource.understand(weights, sidecar, named, pixels=not options.get("preprocess"))
@@ -173,15 +146,18 @@ class _AskedFields:
         check_settings(self)
 
 
-def _asked(stated: Mapping[str, Any]) -> dict[str, Any]:
+def _asked(options: ConversionOptions) -> dict[str, Any]:
     """The fields of `ViTConfig` among the options that are stated, as `infer_config` takes them."""
-    asked = {field.name: stated.get(field.name) for field in fields(_AskedFields)}
+    if unknown := options.keys() - ConversionOptions.__annotations__.keys():
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+    asked = {field.name: options.get(field.name) for field in fields(_AskedFields)}
     if type(size := asked["image_size"]) is int:
         asked["image_size"] = (size, size)
     return {name: value for name, value in vars(_AskedFields(**asked)).items() if value is not None}
 
 
-def _digits(sha256: str | None) -> str | None:
+def _open(src: Source, options: ConversionOptions) -> tuple[WeightFile, Sidecar | None]:
+    sha256 = options.get("sha256") or None
     if sha256 and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
         raise InputError(f"{sha256!r} is no sha256: pass its 64 hex digits, or the first of them, at least 8")
-    return sha256.lower() if sha256 else None
+    return open_weights(str(src), options.get("ema", False), sha256 and sha256.lower())

@@ -11,16 +11,18 @@ from urllib.parse import urljoin, urlsplit
 
 from tqdm import tqdm
 
-from fcvit_jax.convert.hub import WEIGHTS, fetch_from_hub
+from fcvit_jax.convert.readers import parse_index
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.models import zoo
 
+# The names under which transformers saves weights; the first found is taken.
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 # Files that trainers leave beside the weights, under the same suffixes.
 _BESIDE = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state)[^/]*\.(bin|pt|pth)")
 _SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".npz")
 _TIMEOUT = 30  # seconds without a byte
 _BY_HAND = "download it in a browser, and name the file"
-
+_LOGIN = "run `hf auth login` or set HF_TOKEN"
 
 Check = Callable[[Path, str], object]
 
@@ -36,12 +38,11 @@ def locate(source: str, check: Check, sha256: str | None = None) -> Path:
         return Path(source)
     if source.startswith("hf-hub:"):
         with naming(source):
-            return fetch_from_hub(source)
+            return _fetch_from_hub(source)
     if "://" in source:
         return download(source, check, sha256)
     if source in zoo.names() and (address := zoo.get(source).source):
-        # timm publishes each of its tags on the hub; torchvision's weights are at an address.
-        return locate(address if ".tv_" in source else f"hf-hub:timm/{source}", check, sha256)
+        return locate(address, check, sha256)
     near = [name for name in zoo.names() if name.startswith(f"{source}.")]
     near = near or difflib.get_close_matches(source, zoo.names(), n=3, cutoff=0.6)
     fix = f", nor a full name of the zoo; the nearest are {', '.join(near)}" if near else ": check the path"
@@ -58,7 +59,7 @@ def weight_file(directory: Path) -> Path:
     except OSError as error:
         raise InputError(f"{directory} cannot be read ({error.strerror}): check the path") from error
     names = [name for name in names if not _BESIDE.fullmatch(name)]
-    found = [name for name in WEIGHTS if name in names][:1] or [name for name in names if name.endswith(_SUFFIXES)]
+    found = [name for name in _WEIGHTS if name in names][:1] or [name for name in names if name.endswith(_SUFFIXES)]
     if len(found) == 1:
         return directory / found[0]
     listed = ", ".join(map(repr, (found or names)[:8])) + ", ..." * (len(found) > 8)
@@ -113,8 +114,9 @@ def download(url: str, check: Check, sha256: str | None = None) -> Path:
             downloader: Any = fetch
             return Path(pooch.retrieve(url, None, cached.name, folder, downloader=downloader))
         except requests.HTTPError as error:
-            error.response.close()
-            raise InputError(_refusal(error.response)) from error
+            response: Any = error.response
+            response.close()
+            raise InputError(_refusal(response)) from error
         except requests.RequestException as error:
             cause = getattr(error.args[0] if error.args else None, "reason", error)  # urllib3's, without its wrapping
             reason = "".join(filter(str.isprintable, str(cause)))[:200]
@@ -159,3 +161,58 @@ def _refusal(response: Any) -> str:
     elif response.status_code == 429 or response.status_code >= 500:
         fix = "try again later"
     return f"the server answers {response.status_code} ({response.reason or 'no reason'}): {fix}"
+
+
+def _fetch_from_hub(source: str) -> Path:
+    """Return the weights of a repository, or their index, in a snapshot that has its shards and JSON files too.
+
+    Raises InputError, without the source's name, if the repository or the hub is at fault.
+    """
+    from huggingface_hub import errors, hf_hub_download
+
+    if not (found := re.fullmatch(r"hf-hub:([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", source)):
+        raise InputError("not of the form hf-hub:OWNER/NAME or hf-hub:OWNER/NAME@REVISION")
+    repository, revision = found.groups()
+    refusals = {
+        errors.RevisionNotFoundError: f"the repository has no revision {revision}: check it",
+        errors.GatedRepoError: f"is gated: request access on its page of the hub, then {_LOGIN}",
+        errors.RepositoryNotFoundError: f"no such repository, or a private one: check the name, or {_LOGIN}",
+        errors.HFValidationError: "is no name of a repository: check it",
+    }
+    unreachable = None
+
+    def fetch(name: str) -> Path | None:
+        nonlocal revision, unreachable
+        try:
+            # If the hub could not be reached once, only the cache is searched: no waiting for every file.
+            path = Path(hf_hub_download(repository, name, revision=revision, local_files_only=unreachable is not None))
+        except errors.LocalEntryNotFoundError as error:
+            unreachable = unreachable or error
+            return None
+        except errors.EntryNotFoundError:
+            return None
+        except Exception as error:  # of the HTTP library that huggingface_hub uses, or of the disk
+            what = "".join(filter(str.isprintable, f"{type(error).__name__}: {error}"))[:300]
+            unknown = f"the hub cannot be used ({what}): check the network, the token and the disk"
+            raise InputError(next((refusals[kind] for kind in refusals if isinstance(error, kind)), unknown)) from error
+        revision = path.parent.name  # all files come from one commit
+        return path
+
+    # JSON files first: they are optional, so if the connection breaks after them, the missing weights show it.
+    for name in ("config.json", "preprocessor_config.json"):
+        fetch(name)
+    path = next(filter(None, map(fetch, _WEIGHTS)), None)
+    shards = []
+    if path and path.suffix == ".json":
+        with naming(f"its {path.name}"):
+            shards = sorted(parse_index(path.read_bytes()))
+    missing = next((name for name in shards if not fetch(name)), None)
+    if path and not missing:
+        return path
+    if unreachable:
+        offline = isinstance(unreachable.__cause__, errors.OfflineModeIsEnabled)
+        fix = "HF_HUB_OFFLINE is set: unset it" if offline else "the hub cannot be reached: check the network"
+        raise InputError(f"the cache lacks {repr(missing) if missing else 'its weights'}, and {fix}")
+    if path:
+        raise InputError(f"its {path.name} names {missing!r}, which is not there: name another repository or revision")
+    raise InputError(f"the repository has none of {', '.join(_WEIGHTS)}: name another, or the file's https:// address")

@@ -1,5 +1,6 @@
-"""Element types: NumPy's names, the tags of safetensors and the storage classes of torch; sizes that can be true."""
+"""Element types of weight files, and checks of the sizes and shapes that a file gives."""
 
+import math
 from collections.abc import Sequence
 
 import ml_dtypes
@@ -48,7 +49,18 @@ def is_shape(shape: Sequence[object]) -> bool:
     return len(shape) <= 64 and are_sizes(*shape)
 
 
+def damaged(what: str) -> InputError:
+    return InputError(f"is damaged ({what}): download it again")
+
+
 def check_total(unpacked: int, packed: int) -> None:
     """Raise InputError where a file of `packed` bytes unpacks to more than four times as many."""
     if unpacked > 4 * packed:
         raise InputError(f"unpacks to {unpacked} bytes from {packed}: it is damaged, or a zip bomb: download it again")
+
+
+def shaped(name: str, content: np.ndarray, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
+    """View bytes (uint8) as an array of the dtype and shape that a file gives; InputError where they do not fit."""
+    if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(content):
+        raise damaged(f"{name!r} has {len(content)} bytes for shape {str(shape)[:100]}")
+    return content.view(dtype).reshape(shape)

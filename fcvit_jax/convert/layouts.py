@@ -1,6 +1,6 @@
 """The key layouts of published ViT weights, a declarative table each, and the detection of a file's layout.
 
-An entry is `source key -> (path in the parameter tree, transform)`. "#" in a key stands for a block's number; a path
+A table maps a source key to (path in the parameter tree, transform). "#" in a key stands for a block's number; a path
 with "#" under a key without one is that of an array stacked over the blocks. A path that ends in ":q", ":k" or ":v" is
 a part of the packed projection. Transforms are those of `translation.py`:
 
@@ -16,7 +16,6 @@ a part of the packed projection. Transforms are those of `translation.py`:
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import numpy as np
 
@@ -24,136 +23,133 @@ from fcvit_jax.errors import InputError
 
 Arrays = Mapping[str, np.ndarray]
 Target = tuple[str, str]
+Table = Mapping[str, Target]
+
+# A key with the number of its block.
+_NUMBERED = re.compile(r"(.*?\b(?:blocks|layers?|encoder_layer|encoderblock)[._])(\d{1,4})(\D.*)")
+_BLOCK = ("norm1", "attn/qkv", "attn/proj", "norm2", "mlp/fc1", "mlp/fc2")
+# Single arrays by the last part of their path; other paths are modules.
+_ARRAYS: dict[str, str] = dict.fromkeys(("cls_token", "dist_token", "reg_token"), "token")
+_ARRAYS |= {"pos_embed": "grid", "ls1": "copy", "ls2": "copy"}
 
 
-def _torch(source: str, path: str, transform: str) -> dict[str, Target]:
-    """A module of torch: weight and bias of a norm ("copy") or of a dense or convolutional layer."""
-    weight = "scale" if transform == "copy" else "kernel"
-    return {f"{source}.weight": (f"{path}/{weight}", transform), f"{source}.bias": (f"{path}/bias", "copy")}
+def _block(block: str, *names: str | tuple[str, ...]) -> dict[str, str]:
+    """A block's modules, named in the order of `_BLOCK`; three names stand for the queries', keys' and values'."""
+    paths = {}
+    for path, name in zip(_BLOCK, names, strict=True):
+        parts = {name: ""} if isinstance(name, str) else dict(zip(name, (":q", ":k", ":v"), strict=True))
+        paths |= {f"{block}{source}": f"blocks_#/{path}{part}" for source, part in parts.items()}
+    return paths
 
 
-def _flax(source: str, path: str, weight: str) -> dict[str, Target]:
-    """A module of Flax: a norm ("scale") or a dense layer ("kernel")."""
-    return {f"{source}/{name}": (f"{path}/{name}", "copy") for name in (weight, "bias")}
-
-
-def _torch_block(block: str, norm1: str, proj: str, norm2: str, fc1: str, fc2: str) -> dict[str, Target]:
-    """A block's modules of torch by their names, but for the projections to queries, keys and values."""
-    names = {"norm1": norm1, "attn/proj": proj, "norm2": norm2, "mlp/fc1": fc1, "mlp/fc2": fc2}
-    entries = {}
-    for path, name in names.items():
-        entries |= _torch(f"{block}.{name}", f"blocks_#/{path}", "copy" if "norm" in path else "linear")
-    return entries
+def _table(paths: Mapping[str, str], flax: bool = False) -> Table:
+    """The table of a layout of torch or Flax, from the path of each array or module, which has a weight and a bias."""
+    table = {}
+    for source, path in paths.items():
+        if transform := _ARRAYS.get(path.rpartition("/")[2]):
+            table[source] = (path, transform)
+            continue
+        module, colon, part = path.partition(":")
+        weight = "scale" if "norm" in module else "kernel"
+        if flax:
+            names = (f"{source}/{weight}", f"{source}/bias")
+            bias = "heads" if part else "copy"
+            transforms = ("merge" if module.endswith("attn/proj") else bias, bias)
+        else:
+            dot = "" if source.endswith("_") else "."
+            names = (f"{source}{dot}weight", f"{source}{dot}bias")
+            transforms = ("conv" if module == "embed" else "copy" if weight == "scale" else "linear", "copy")
+        for name, leaf, transform in zip(names, (weight, "bias"), transforms, strict=True):
+            table[name] = (f"{module}/{leaf}{colon}{part}", transform)
+    return table
 
 
 # timm's ViT, and with it DeiT, DeiT-III, DINO, MAE and timm's CLIP towers.
-TIMM: dict[str, Target] = {
-    "cls_token": ("embed/cls_token", "token"),
-    "dist_token": ("embed/dist_token", "token"),
-    "reg_token": ("embed/reg_token", "token"),
-    "register_tokens": ("embed/reg_token", "token"),  # DINOv2
-    "pos_embed": ("embed/pos_embed", "grid"),
-    **_torch("patch_embed.proj", "embed", "conv"),
-    **_torch("norm_pre", "embed/norm_pre", "copy"),
-    **_torch_block("blocks.#", "norm1", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"),
-    **_torch("blocks.#.attn.qkv", "blocks_#/attn/qkv", "linear"),
-    "blocks.#.ls1.gamma": ("blocks_#/ls1", "copy"),
-    "blocks.#.gamma_1": ("blocks_#/ls1", "copy"),  # DeiT-III
-    "blocks.#.ls2.gamma": ("blocks_#/ls2", "copy"),
-    "blocks.#.gamma_2": ("blocks_#/ls2", "copy"),
-    **_torch("norm", "norm", "copy"),
-    **_torch("fc_norm", "norm", "copy"),  # after the pooling
-    **_torch("pre_logits.fc", "pre_logits", "linear"),  # timm before 0.8
-    **_torch("head", "head", "linear"),
-    **_torch("head_dist", "head_dist", "linear"),
-}
-
-_HF_EMBEDDINGS: dict[str, Target] = {
-    "embeddings.cls_token": ("embed/cls_token", "token"),
-    "embeddings.distillation_token": ("embed/dist_token", "token"),
-    "embeddings.register_tokens": ("embed/reg_token", "token"),
-    "embeddings.position_embeddings": ("embed/pos_embed", "grid"),
-    **_torch("embeddings.patch_embeddings.projection", "embed", "conv"),
-    **_torch("layernorm", "norm", "copy"),
-    **_torch("classifier", "head", "linear"),
-    **_torch("cls_classifier", "head", "linear"),  # DeiT with both heads
-    **_torch("distillation_classifier", "head_dist", "linear"),
-}
-
-
-def _hf_qkv(attention: str, names: tuple[str, str, str]) -> dict[str, Target]:
-    entries = {}
-    for part, name in zip("qkv", names, strict=True):
-        entries[f"{attention}.{name}.weight"] = (f"blocks_#/attn/qkv/kernel:{part}", "linear")
-        entries[f"{attention}.{name}.bias"] = (f"blocks_#/attn/qkv/bias:{part}", "copy")
-    return entries
-
-
-# In files, and in the memory of transformers 5, which renamed its modules but not yet its files.
-_HF_SAVED = _hf_qkv("encoder.layer.#.attention", ("attention.query", "attention.key", "attention.value"))
-_HF_QKV = ("q_proj", "k_proj", "v_proj")
-_SAVED_PROJ, _BEFORE, _AFTER = "attention.output.dense", "layernorm_before", "layernorm_after"
-HF_VIT: dict[str, Target] = {
-    **_HF_EMBEDDINGS,
-    **_HF_SAVED,
-    **_torch_block("encoder.layer.#", _BEFORE, _SAVED_PROJ, _AFTER, "intermediate.dense", "output.dense"),
-    **_hf_qkv("layers.#.attention", _HF_QKV),
-    **_torch_block("layers.#", _BEFORE, "attention.o_proj", _AFTER, "mlp.fc1", "mlp.fc2"),
-}
-HF_DINOV2: dict[str, Target] = {
-    **_HF_EMBEDDINGS,
-    **_HF_SAVED,
-    **_torch_block("encoder.layer.#", "norm1", _SAVED_PROJ, "norm2", "mlp.fc1", "mlp.fc2"),
-    **_hf_qkv("encoder.layer.#.attention", _HF_QKV),
-    **_torch("encoder.layer.#.attention.o_proj", "blocks_#/attn/proj", "linear"),
-    "encoder.layer.#.layer_scale1.lambda1": ("blocks_#/ls1", "copy"),
-    "encoder.layer.#.layer_scale2.lambda1": ("blocks_#/ls2", "copy"),
-}
-
-_TV_BLOCK = "encoder.layers.encoder_layer_#"
-TORCHVISION: dict[str, Target] = {
-    "class_token": ("embed/cls_token", "token"),
-    "encoder.pos_embedding": ("embed/pos_embed", "grid"),
-    **_torch("conv_proj", "embed", "conv"),
-    **_torch_block(_TV_BLOCK, "ln_1", "self_attention.out_proj", "ln_2", "mlp.0", "mlp.3"),
-    f"{_TV_BLOCK}.self_attention.in_proj_weight": ("blocks_#/attn/qkv/kernel", "linear"),
-    f"{_TV_BLOCK}.self_attention.in_proj_bias": ("blocks_#/attn/qkv/bias", "copy"),
-    **_torch(f"{_TV_BLOCK}.mlp.linear_1", "blocks_#/mlp/fc1", "linear"),  # torchvision 0.12
-    **_torch(f"{_TV_BLOCK}.mlp.linear_2", "blocks_#/mlp/fc2", "linear"),
-    **_torch("encoder.ln", "norm", "copy"),
-    **_torch("heads.pre_logits", "pre_logits", "linear"),
-    **_torch("heads.head", "head", "linear"),
-}
-
-
-def _google(positions: str, block: str, attention: int, norm2: int, mlp: int) -> dict[str, Target]:
-    """Google's two code bases number the modules of a block differently: one counts every module, one each kind."""
-    heads = f"{block}/MultiHeadDotProductAttention_{attention}"
-    rows = {
-        "cls": ("embed/cls_token", "token"),
-        positions: ("embed/pos_embed", "grid"),
-        **_flax("embedding", "embed", "kernel"),
-        **_flax(f"{block}/LayerNorm_0", "blocks_#/norm1", "scale"),
-        f"{heads}/out/kernel": ("blocks_#/attn/proj/kernel", "merge"),
-        f"{heads}/out/bias": ("blocks_#/attn/proj/bias", "copy"),
-        **_flax(f"{block}/LayerNorm_{norm2}", "blocks_#/norm2", "scale"),
-        **_flax(f"{block}/MlpBlock_{mlp}/Dense_0", "blocks_#/mlp/fc1", "kernel"),
-        **_flax(f"{block}/MlpBlock_{mlp}/Dense_1", "blocks_#/mlp/fc2", "kernel"),
-        **_flax("Transformer/encoder_norm", "norm", "scale"),
-        **_flax("pre_logits", "pre_logits", "kernel"),
-        **_flax("head", "head", "kernel"),
+TIMM = _table(
+    {
+        "cls_token": "embed/cls_token",
+        "dist_token": "embed/dist_token",
+        "reg_token": "embed/reg_token",
+        "register_tokens": "embed/reg_token",  # DINOv2
+        "pos_embed": "embed/pos_embed",
+        "patch_embed.proj": "embed",
+        "norm_pre": "embed/norm_pre",
+        **_block("blocks.#.", "norm1", "attn.qkv", "attn.proj", "norm2", "mlp.fc1", "mlp.fc2"),
+        "blocks.#.ls1.gamma": "blocks_#/ls1",
+        "blocks.#.gamma_1": "blocks_#/ls1",  # DeiT-III
+        "blocks.#.ls2.gamma": "blocks_#/ls2",
+        "blocks.#.gamma_2": "blocks_#/ls2",
+        "norm": "norm",
+        "fc_norm": "norm",  # after the pooling
+        "pre_logits.fc": "pre_logits",  # timm before 0.8
+        "head": "head",
+        "head_dist": "head_dist",
     }
-    for part, source in zip("qkv", ("query", "key", "value"), strict=True):
-        for name in ("kernel", "bias"):
-            rows[f"{heads}/{source}/{name}"] = (f"blocks_#/attn/qkv/{name}:{part}", "heads")
-    return rows
+)
+
+_HF_OUTSIDE = {
+    "embeddings.cls_token": "embed/cls_token",
+    "embeddings.distillation_token": "embed/dist_token",
+    "embeddings.register_tokens": "embed/reg_token",
+    "embeddings.position_embeddings": "embed/pos_embed",
+    "embeddings.patch_embeddings.projection": "embed",
+    "layernorm": "norm",
+    "classifier": "head",
+    "cls_classifier": "head",  # DeiT with both heads
+    "distillation_classifier": "head_dist",
+}
+# In files, and in the memory of transformers 5, which renamed its modules but not yet its files.
+_SAVED = (tuple(f"attention.attention.{name}" for name in ("query", "key", "value")), "attention.output.dense")
+_HELD = (tuple(f"attention.{name}_proj" for name in "qkv"), "attention.o_proj")
+HF_VIT = _table(
+    _HF_OUTSIDE
+    | _block("encoder.layer.#.", "layernorm_before", *_SAVED, "layernorm_after", "intermediate.dense", "output.dense")
+    | _block("layers.#.", "layernorm_before", *_HELD, "layernorm_after", "mlp.fc1", "mlp.fc2")
+)
+HF_DINOV2 = _table(
+    _HF_OUTSIDE
+    | _block("encoder.layer.#.", "norm1", *_SAVED, "norm2", "mlp.fc1", "mlp.fc2")
+    | _block("encoder.layer.#.", "norm1", *_HELD, "norm2", "mlp.fc1", "mlp.fc2")
+    | {f"encoder.layer.#.layer_scale{index}.lambda1": f"blocks_#/ls{index}" for index in (1, 2)}
+)
+
+_TV = "encoder.layers.encoder_layer_#."
+_TV_ATTENTION = ("self_attention.in_proj_", "self_attention.out_proj")
+TORCHVISION = _table(
+    {
+        "class_token": "embed/cls_token",
+        "encoder.pos_embedding": "embed/pos_embed",
+        "conv_proj": "embed",
+        **_block(_TV, "ln_1", *_TV_ATTENTION, "ln_2", "mlp.0", "mlp.3"),
+        **_block(_TV, "ln_1", *_TV_ATTENTION, "ln_2", "mlp.linear_1", "mlp.linear_2"),  # torchvision 0.12
+        "encoder.ln": "norm",
+        "heads.pre_logits": "pre_logits",
+        "heads.head": "head",
+    }
+)
 
 
-GOOGLE: dict[str, Target] = _google("Transformer/posembed_input/pos_embedding", "Transformer/encoderblock_#", 1, 2, 3)
-BIG_VISION: dict[str, Target] = _google("pos_embedding", "Transformer/encoderblock_#", 0, 1, 0)
-BIG_VISION_SCAN: dict[str, Target] = _google("pos_embedding", "Transformer/encoderblock", 0, 1, 0)
+def _google(positions: str, block: str, attention: int, norm2: int, mlp: int) -> Table:
+    """Google's two code bases number the modules of a block differently: one counts every module, one each kind."""
+    heads, dense = f"MultiHeadDotProductAttention_{attention}/", f"MlpBlock_{mlp}/Dense_"
+    qkv = (f"{heads}query", f"{heads}key", f"{heads}value")
+    paths = {
+        "cls": "embed/cls_token",
+        positions: "embed/pos_embed",
+        "embedding": "embed",
+        **_block(f"{block}/", "LayerNorm_0", qkv, f"{heads}out", f"LayerNorm_{norm2}", f"{dense}0", f"{dense}1"),
+        "Transformer/encoder_norm": "norm",
+        "pre_logits": "pre_logits",
+        "head": "head",
+    }
+    return _table(paths, flax=True)
+
+
+GOOGLE = _google("Transformer/posembed_input/pos_embedding", "Transformer/encoderblock_#", 1, 2, 3)
+BIG_VISION = _google("pos_embedding", "Transformer/encoderblock_#", 0, 1, 0)
+BIG_VISION_SCAN = _google("pos_embedding", "Transformer/encoderblock", 0, 1, 0)
 # A checkpoint of this library: the leaves under their own names.
-OWN: dict[str, Target] = {path: (path, "copy") for path, _ in TIMM.values()}
+OWN: Table = {path: (path, "copy") for path, _ in TIMM.values()}
 
 
 @dataclass(frozen=True)
@@ -168,7 +164,7 @@ class Layout:
     """
 
     name: str
-    table: Mapping[str, Target]
+    table: Table
     prefix: str = ""
     dropped: Mapping[str, str] = field(default_factory=dict)
     resampling: str = "timm"
@@ -180,10 +176,9 @@ class Layout:
     def find(self, key: str) -> tuple[Target | None, str]:
         """The target of a key, and the number of its block ("" if it has none)."""
         key = re.sub(f"^({self.prefix})", "", key)
-        for head in self._numbered:
-            if found := re.match(rf"{re.escape(head)}(\d{{1,4}})(\D.*)", key):
-                return self.table.get(f"{head}#{found[2]}"), found[1]
-        return self.table.get(key), ""
+        if not (found := _NUMBERED.match(key)):
+            return self.table.get(key), ""
+        return self.table.get(f"{found[1]}#{found[3]}"), found[2]
 
     def knows(self, key: str) -> bool:
         return self.find(key)[0] is not None or self.reason(key) is not None
@@ -192,11 +187,6 @@ class Layout:
         """Why a key is dropped, if it is."""
         key = re.sub(f"^({self.prefix})", "", key)
         return next((reason for pattern, reason in self.dropped.items() if re.match(pattern, key)), None)
-
-    @cached_property
-    def _numbered(self) -> list[str]:
-        """What precedes the number of a block."""
-        return sorted({key.split("#")[0] for key in self.table if "#" in key})
 
     def missing(self, arrays: Iterable[str]) -> list[str]:
         """For each leaf that every ViT has and nothing in the file fills: its first key."""

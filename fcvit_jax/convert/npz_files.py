@@ -1,17 +1,17 @@
 """Zip archives of weights: what is common to them, and NumPy's `.npz` without its pickles."""
 
 import io
-import math
 import mmap
 import struct
 import warnings
 import zipfile
 import zlib
+from collections import Counter
 
 import numpy as np
 from numpy.lib import format as npy
 
-from fcvit_jax.convert.dtypes import NUMPY_DTYPES, check_total, is_shape
+from fcvit_jax.convert.dtypes import NUMPY_DTYPES, check_total, damaged, shaped
 from fcvit_jax.errors import InputError
 
 _CHUNK = 2**16
@@ -22,11 +22,8 @@ _RAW = np.dtype("V2")  # what bfloat16 is to a NumPy that does not know it
 
 def check_members(archive: zipfile.ZipFile, size: int) -> None:
     """Raise InputError where an archive of `size` bytes names a member twice, or unpacks to over four times that."""
-    seen = set()
-    for name in archive.namelist():
-        if name in seen:
-            raise InputError(f"is damaged (it has two members {name!r}): download it again")
-        seen.add(name)
+    if twice := [name for name, count in Counter(archive.namelist()).items() if count > 1]:
+        raise damaged(f"it has two members {twice[0]!r}")
     check_total(sum(member.file_size for member in archive.infolist()), size)
 
 
@@ -42,10 +39,10 @@ def map_member(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarr
     begin = member.header_offset + 30 + sum(lengths)
     content = np.frombuffer(data, np.uint8)[begin : begin + member.file_size]
     if len(content) < member.file_size:
-        raise InputError(f"is damaged ({name!r} reaches past its end): download it again")
+        raise damaged(f"{name!r} reaches past its end")
     # torch writes zero if it computes none: set_crc32_options(False).
     if member.CRC not in (0, zlib.crc32(content.data)):
-        raise InputError(f"is damaged (the checksum of {name!r} is wrong): download it again")
+        raise damaged(f"the checksum of {name!r} is wrong")
     return content
 
 
@@ -74,16 +71,10 @@ def _read_npy(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarra
     target = NUMPY_DTYPES["bfloat16"] if dtype == _RAW else dtype.newbyteorder("=")
     if target not in NUMPY_DTYPES.values():
         raise InputError(f"has {name!r} in dtype {str(dtype)[:50]}, which is not read: save it as float32")
-    content = content[head.tell() :]
-    if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(content):
-        raise InputError(
-            f"is damaged ({name!r} has {len(content)} bytes for shape {str(shape)[:100]}): download it again"
-        )
-    array = content.view(dtype)
+    array = shaped(name, content[head.tell() :], dtype, shape[::-1] if fortran_order else shape)
     if not dtype.isnative:
         array = array.byteswap(inplace=array.flags.writeable)  # mapped bytes are not
-    array = array.view(target)
-    return array.reshape(shape[::-1]).T if fortran_order else array.reshape(shape)
+    return array.view(target).T if fortran_order else array.view(target)
 
 
 def _inflate_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:

@@ -1,8 +1,7 @@
 """Position embeddings and patch kernels of other sizes, after the conventions of those who published the weights.
 
-Every convention of resizing a grid is linear and separable: one matrix [new, old] per axis, built here in float64. They
-differ in the kernel, in where the samples lie and in what happens at the edge, and applied to the same weights they
-give different models.
+Every convention is linear and separable: one matrix [new, old] per axis, in float64. They differ in the kernel, the
+places of the samples and the edge.
 """
 
 import numpy as np
@@ -20,18 +19,10 @@ RESAMPLINGS: dict[str, str] = {
 
 
 def resample(grid: np.ndarray, size: tuple[int, int], convention: str) -> np.ndarray:
-    """A grid of position embeddings on another grid of patches.
+    """Resample a grid of position embeddings, [rows, columns, d] of any float dtype, to float32 [*size, d].
 
-    grid: [rows, columns, d], any float dtype. size: (rows, columns) of the result, each at least 1.
-    convention: a key of `RESAMPLINGS`.
-
-    Returns: float32 [*size, d]; of the same size, the same values.
-
-    `zoom` departs from scipy in one thing: for some pairs of sizes (24 to 22, 32 to 16) rounding takes scipy's last
-    sample just outside the grid, and its last row and column are 0. Here they are those of the grid.
-
-    Raises:
-      InputError: no such convention.
+    convention: a key of `RESAMPLINGS`; InputError for others. `zoom` departs from scipy where rounding takes scipy's
+    last sample just outside the grid (24 to 22, 32 to 16), so that its last row and column are 0.
     """
     if convention not in RESAMPLINGS:
         raise InputError(f"unknown resampling {convention!r}: expected one of {', '.join(RESAMPLINGS)}")
@@ -43,14 +34,11 @@ def resample(grid: np.ndarray, size: tuple[int, int], convention: str) -> np.nda
 
 
 def resample_patch(kernel: np.ndarray, patch_size: int) -> np.ndarray:
-    """A patch kernel for patches of another size, FlexiViT's PI-resize, arXiv 2212.08013, section 3.4.
+    """Resample a patch kernel, [p, p, 3, d], to float32 [patch_size, patch_size, 3, d]: FlexiViT's PI-resize.
 
-    With B the matrix that resizes a patch x, the new kernel is w' = pinv(B^T) w: if patches grow, <B x, w'> = <x, w>
-    for every x, and if they shrink, w' is nearest to that on average. Both axes at once would need B = R (x) C; its
-    pseudo-inverse is pinv(R) (x) pinv(C). B is bicubic and antialiased, as in timm's `resample_patch_embed`.
-
-    kernel: [p, p, 3, d], any float dtype. Returns: float32 [patch_size, patch_size, 3, d]; of the same size, the same
-    values.
+    arXiv 2212.08013, section 3.4. With B the matrix that resizes a patch x, the new kernel is w' = pinv(B^T) w: if
+    patches grow, <B x, w'> = <x, w> for every x, and if they shrink, w' is nearest to that on average. B is bicubic and
+    antialiased, as in timm's `resample_patch_embed`; it and its pseudo-inverse are separable.
     """
     old = kernel.shape[0]
     if old == patch_size:
@@ -63,12 +51,7 @@ def sincos_2d(size: tuple[int, int], width: int) -> np.ndarray:
     """The fixed embedding of big_vision's ViTs with posemb="sincos2d", after MoCo v3, arXiv 2104.02057.
 
     With omega_k = 10000^(-k / (width/4 - 1)), the patch in row y and column x has the quarters sin(x omega),
-    cos(x omega), sin(y omega), cos(y omega).
-
-    size: (rows, columns). Returns: float32 [1, rows * columns, width], patches row by row.
-
-    Raises:
-      InputError: the width is no multiple of 4, or below 8, where omega is 0 / 0.
+    cos(x omega), sin(y omega), cos(y omega). Returns float32 [1, rows * columns, width], patches row by row.
     """
     if width % 4 or width < 8:
         raise InputError(f"a sincos2d position embedding needs a width of 8, 12, 16, ...: got {width}")

@@ -88,9 +88,8 @@ def timm_call(config: ViTConfig) -> str:
         "patch embedding with this bias but without this norm after it": config.patch_bias == config.pre_norm,
         "distilled model that pools otherwise": config.dist_token and config.pool != "dist_avg",
     }
-    for what, there in lacking.items():
-        if there:
-            raise InputError(f"--to timm: timm's ViT has no {what}: it cannot hold this model")
+    if what := next((what for what, there in lacking.items() if there), None):
+        raise InputError(f"--to timm: timm's ViT has no {what}: it cannot hold this model")
     usual, height, width = ViTConfig(), *config.image_size
     arguments: dict[str, Any] = dict(
         img_size=height if height == width else config.image_size,
@@ -118,18 +117,15 @@ def to_huggingface(
     A model with LayerScale, registers or `token_avg` pooling becomes a DINOv2, whose head sees the class token and the
     patches' mean: a head on the class token gets zeros for the other half. Raises InputError if none can hold it.
     """
-    problem = _not_in_huggingface(config)
-    if problem:
+    if problem := _not_in_huggingface(config):
         raise InputError(f"--to hf: transformers' ViT, DeiT and DINOv2 have no {problem}: they cannot hold this model")
     dinov2 = config.layer_scale is not None
-    kind = "deit" if config.dist_token else "vit"
-    table, name = HF_VIT, {"deit": "DeiT", "vit": "ViT"}[kind]
     if dinov2:
-        kind, table, name = "dinov2", HF_DINOV2, "Dinov2"
-        if config.num_registers:
-            kind, name = "dinov2_with_registers", "Dinov2WithRegisters"
+        kind, name = ("dinov2_with_registers", "Dinov2WithRegisters") if config.num_registers else ("dinov2", "Dinov2")
+    else:
+        kind, name = ("deit", "DeiT") if config.dist_token else ("vit", "ViT")
     both_heads = config.pool == "dist_avg" and config.num_classes > 0
-    arrays = _invert(table, params, skip="classifier." if both_heads else "cls_classifier.")
+    arrays = _invert(HF_DINOV2 if dinov2 else HF_VIT, params, skip="classifier." if both_heads else "cls_classifier.")
     positions, width = arrays["embeddings.position_embeddings"], config.embed_dim
     if config.no_embed_class:
         nothing = np.zeros((1, config.class_token + config.dist_token, width), np.float32)
@@ -168,19 +164,25 @@ def to_huggingface(
 def to_image_processor(preprocess: Preprocess) -> dict[str, Any] | None:
     """The preprocessor_config.json of the same preprocessing, or None if no processor of transformers can do it."""
     (resize_height, resize_width), (height, width) = preprocess.resize_size, preprocess.image_size
-    cropped = (resize_height, resize_width) != (height, width)
-    if preprocess.crop_mode == "border" or (preprocess.crop_mode == "center" and height != width):
+    mode, cropped = preprocess.crop_mode, preprocess.resize_size != preprocess.image_size
+    if mode == "border" or (mode == "center" and height != width):
         return None
-    fields: dict[str, Any] = {"do_resize": True, "resample": int(INTERPOLATIONS[preprocess.interpolation])}
-    if preprocess.crop_mode == "center":
-        fields |= {"image_processor_type": "BitImageProcessor", "size": {"shortest_edge": resize_height}}
-    else:
-        kind = "DeiTImageProcessor" if cropped else "ViTImageProcessor"
-        fields |= {"image_processor_type": kind, "size": {"height": resize_height, "width": resize_width}}
-    if cropped or preprocess.crop_mode == "center":
-        fields |= {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
-    statistics = {"image_mean": list(preprocess.mean), "image_std": list(preprocess.std)}
-    return fields | {"do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True} | statistics
+    kind, size = "BitImageProcessor", {"shortest_edge": resize_height}
+    if mode == "squash":
+        kind, size = f"{'DeiT' if cropped else 'ViT'}ImageProcessor", {"height": resize_height, "width": resize_width}
+    crop = {"do_center_crop": True, "crop_size": {"height": height, "width": width}}
+    return {
+        "do_resize": True,
+        "resample": int(INTERPOLATIONS[preprocess.interpolation]),
+        "image_processor_type": kind,
+        "size": size,
+        **(crop if cropped or mode == "center" else {}),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocess.mean),
+        "image_std": list(preprocess.std),
+    }
 
 
 def write_safetensors(path: Path, arrays: Arrays) -> None:

@@ -7,7 +7,6 @@ before version 1.6, and NumPy's `.npz`; also the index of a checkpoint in severa
 import contextlib
 import hashlib
 import json
-import math
 import mmap
 import re
 import zipfile
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fcvit_jax.convert.dtypes import NUMPY_DTYPES, SAFETENSORS_DTYPES, are_sizes, check_total, is_shape
+from fcvit_jax.convert.dtypes import NUMPY_DTYPES, SAFETENSORS_DTYPES, are_sizes, check_total, damaged, shaped
 from fcvit_jax.convert.npz_files import check_members, read_npz
 from fcvit_jax.convert.torch_files import Contents, no_averaged, read_torch_legacy, read_torch_zip
 from fcvit_jax.errors import InputError
@@ -63,16 +62,12 @@ def read_weights(path: str | Path, ema: bool = False) -> WeightFile:
     """
     path = Path(path)
     with _told_of(path):
-        kind, data = _open(path)
-        files = {path.name: hashlib.sha256(data).hexdigest()}
-        if kind == "index":
-            kind, (arrays, wrapper, skipped) = _read_shards(path, data, ema, files)
-        else:
-            kind, (arrays, wrapper, skipped) = _read(path, kind, data, ema)
+        files: dict[str, str] = {}
+        kind, (arrays, wrapper, skipped) = _read(path, ema, files)
         if not arrays:
             raise InputError("holds no tensors: save the model's state_dict")
         if odd := next((name for name in arrays if not name.isprintable()), None):
-            raise InputError(f"is damaged (a tensor is called {odd!r}): download it again")
+            raise damaged(f"a tensor is called {odd!r}")
         arrays, prefixes, beside = _strip_prefixes(arrays)
     unwrapped = ", ".join(filter(None, (wrapper, prefixes)))
     return WeightFile(path, kind, arrays, files, unwrapped or None, tuple(map(_one_line, skipped + beside)))
@@ -89,8 +84,8 @@ def _told_of(subject: object) -> Iterator[None]:
         if isinstance(error, OSError) and error.filename is not None:
             raise InputError(_one_line(f"{subject} cannot be read ({error.strerror}): check the path")) from error
         # A damaged file can fail anywhere in json, zipfile, pickle or numpy: for the user it is one and the same thing.
-        what = f"{type(error).__name__}: {str(error)[:200]}"
-        raise InputError(_one_line(f"{subject} is damaged ({what}): download it again")) from error
+        what = damaged(f"{type(error).__name__}: {str(error)[:200]}")
+        raise InputError(_one_line(f"{subject} {what}")) from error
 
 
 def _one_line(text: str) -> str:
@@ -98,8 +93,8 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _open(path: Path) -> tuple[str, mmap.mmap]:
-    """The kind of a file, and its bytes."""
+def _read(path: Path, ema: bool, files: dict[str, str]) -> tuple[str, Contents]:
+    """The format of a file, and what it holds; enters its sha256 in `files`, which is empty but for shards."""
     if path.is_dir():
         raise InputError("is a directory: name the weight file inside it")
     if not path.exists():
@@ -110,11 +105,12 @@ def _open(path: Path) -> tuple[str, mmap.mmap]:
         raise InputError("is empty: download it again")
     with path.open("rb") as file:
         data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    return _identify(data, path), data
-
-
-def _read(path: Path, kind: str, data: mmap.mmap, ema: bool) -> tuple[str, Contents]:
-    """The format of a single file, and what it holds."""
+    kind = _identify(data, path)
+    if kind == "index" and files:
+        raise InputError("is an index itself: name the files that hold the tensors")
+    files[path.name] = hashlib.sha256(data).hexdigest()
+    if kind == "index":
+        return _read_shards(path.parent, data, ema, files)
     if kind == "torch legacy":
         return kind, read_torch_legacy(data, ema)
     if kind == "safetensors":
@@ -130,21 +126,17 @@ def _read(path: Path, kind: str, data: mmap.mmap, ema: bool) -> tuple[str, Conte
     return kind, (arrays, None, skipped)
 
 
-def _read_shards(path: Path, data: mmap.mmap, ema: bool, files: dict[str, str]) -> tuple[str, Contents]:
+def _read_shards(folder: Path, data: mmap.mmap, ema: bool, files: dict[str, str]) -> tuple[str, Contents]:
     """Join the files that an index names, and enter them in `files`."""
     shards = parse_index(data[:_MAX_HEADER])
-    if missing := [name for name in shards if not (path.parent / name).exists()]:
+    if missing := [name for name in shards if not (folder / name).exists()]:
         raise InputError(
             f"needs the shard {missing[0]!r} beside it ({len(missing)} of {len(shards)} are missing): download it too"
         )
     arrays, formats, wrappers, skipped = {}, {}, {}, {}
     for name, listed in shards.items():
         with _told_of(f"needs the shard {name!r}, which"):
-            kind, content = _open(path.parent / name)
-            if kind == "index":
-                raise InputError("is an index itself: name the files that hold the tensors")
-            files[name] = hashlib.sha256(content).hexdigest()
-            kind, (found, wrapper, rest) = _read(path.parent / name, kind, content, ema)
+            kind, (found, wrapper, rest) = _read(folder / name, ema, files)
             for odd, does in ((listed - found.keys(), "lacks"), (found.keys() - listed, "also holds")):
                 if odd:
                     raise InputError(
@@ -165,10 +157,10 @@ def parse_index(data: bytes) -> dict[str, set[str]]:
     try:
         index = json.loads(data)
     except ValueError as error:
-        raise InputError(f"is damaged ({error}): download it again") from error
+        raise damaged(str(error)) from error
     places = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(places, dict) or not places:
-        raise InputError("is damaged (its weight_map names no tensors): download it again")
+        raise damaged("its weight_map names no tensors")
     shards: dict[str, set[str]] = {}
     for tensor, name in places.items():
         # A name that means another directory on any system: a file may not choose what is read.
@@ -216,10 +208,10 @@ def _identify(data: mmap.mmap, path: Path) -> str:
 def _read_safetensors(data: mmap.mmap) -> dict[str, np.ndarray]:
     length = int.from_bytes(data[:8], "little")
     if length > min(_MAX_HEADER, len(data) - 8):
-        raise InputError(f"is damaged (a header of {length} bytes in a file of {len(data)}): download it again")
+        raise damaged(f"a header of {length} bytes in a file of {len(data)}")
     header = json.loads(data[8 : 8 + length].decode())
     if not isinstance(header, dict):
-        raise InputError("is damaged (its header is not an object): download it again")
+        raise damaged("its header is not an object")
     header.pop("__metadata__", None)
     content = np.frombuffer(data, np.uint8)[8 + length :]
     arrays = {name: _safetensor(name, entry, content) for name, entry in header.items()}
@@ -231,12 +223,9 @@ def _safetensor(name: str, entry: dict[str, Any], content: np.ndarray) -> np.nda
     shape, (begin, end) = entry["shape"], entry["data_offsets"]
     if entry["dtype"] not in SAFETENSORS_DTYPES:
         raise InputError(f"has {name!r} in dtype {entry['dtype']!r}, which is not read: save it as F32, F16 or BF16")
-    dtype = NUMPY_DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]]
-    if not is_shape(shape) or not are_sizes(begin, end) or not begin <= end <= len(content):
-        raise InputError(f"is damaged ({name!r} lies outside the file): download it again")
-    if math.prod(shape) * dtype.itemsize != end - begin:
-        raise InputError(f"is damaged ({name!r} has {end - begin} bytes for shape {shape}): download it again")
-    return content[begin:end].view(dtype).reshape(shape)
+    if not are_sizes(begin, end) or not begin <= end <= len(content):
+        raise damaged(f"{name!r} lies outside the file")
+    return shaped(name, content[begin:end], NUMPY_DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]], shape)
 
 
 def _strip_prefixes(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from fcvit_jax.data.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 
@@ -66,9 +66,8 @@ Stated = Mapping[str, Any]
 class Sidecar:
     """kind: "huggingface" or "timm", by config.json; "fcvit_jax" for a checkpoint of ours; else None.
 
-    files: the names of those read.
-    fields: those of `ViTConfig` that config.json states. preprocess, class_names: None where they are not stated.
-    architecture: timm's name, whether or not the zoo knows it. provenance: that of a checkpoint of ours.
+    files: names of those read. fields: of `ViTConfig`, stated in config.json. architecture: timm's name, whether or not
+    the zoo knows it. provenance: that of a checkpoint of ours. None where something is not stated.
     """
 
     kind: str | None = None
@@ -96,20 +95,15 @@ def read_sidecar(weights: Path, kinds: tuple[str, ...] = ("timm", "huggingface")
             sidecar = _read_timm(config)
         elif "huggingface" in kinds and "model_type" in config:
             sidecar = _read_huggingface(config)
-    files = (path.name,) if sidecar.kind else ()
-    preprocess = None
     if pixels and sidecar.kind == "timm":
         with _naming(path, fix=": pass --preprocess"):
-            preprocess = _read_timm_pixels(config)
-    elif (
-        pixels
-        and "huggingface" in kinds
-        and (stated := _load(path := path.with_name("preprocessor_config.json"))) is not None
-    ):
-        files += (path.name,)
+            return replace(sidecar, preprocess=_read_timm_pixels(_pretrained_cfg(config)))
+    path = path.with_name("preprocessor_config.json")
+    if pixels and "huggingface" in kinds and (stated := _load(path)) is not None:
         with _naming(path, fix=": pass --preprocess"):
             preprocess = _read_huggingface_pixels(stated, config.get("model_type"))
-    return replace(sidecar, files=files, preprocess=preprocess)
+        return replace(sidecar, files=(*sidecar.files, path.name), preprocess=preprocess)
+    return sidecar
 
 
 def _read_huggingface(config: Stated) -> Sidecar:
@@ -118,21 +112,20 @@ def _read_huggingface(config: Stated) -> Sidecar:
         raise InputError(f"model_type {reprlib.repr(kind)}, supported are {', '.join(_MODEL_TYPES)}")
     if config.get("use_swiglu_ffn"):
         raise InputError("use_swiglu_ffn: SwiGLU models (DINOv2 giant) are not supported")
-    found = _fields(
-        {"layer_norm_eps": _MODEL_TYPES[kind][0], "hidden_act": "gelu", **_known(config)}, HUGGINGFACE_FIELDS
-    )
-    if "embed_dim" in found and (ratio := _take(config, "mlp_ratio", int, default=None)):
-        found.setdefault("mlp_dim", found["embed_dim"] * ratio)
+    stated = {"layer_norm_eps": _MODEL_TYPES[kind][0], "hidden_act": "gelu", **_known(config)}
+    found = _fields(stated, HUGGINGFACE_FIELDS)
+    if "embed_dim" in found and "mlp_ratio" in stated:
+        found.setdefault("mlp_dim", found["embed_dim"] * _take(stated, "mlp_ratio", int))
     names = _names("id2label", config.get("id2label"))
     if names and all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         names = None  # placeholders
-    return Sidecar("huggingface", fields=found, class_names=names)
+    return Sidecar("huggingface", ("config.json",), found, class_names=names)
 
 
 def _read_timm(config: Stated) -> Sidecar:
     name, pixels = _take(config, "architecture", str), _pretrained_cfg(config)
     stated = {"img_size": pixels.get("input_size"), "global_pool": config.get("global_pool")}
-    stated = _known({**stated, **_take(config, "model_args", dict, default={})})
+    stated = _known(stated | _take({"model_args": {}} | _known(config), "model_args", dict))
     found = _fields(stated, TIMM_FIELDS)
     for pattern, (implied, problem) in _TIMM_NAMES.items():
         if re.search(pattern, name):
@@ -146,7 +139,7 @@ def _read_timm(config: Stated) -> Sidecar:
     if pool in ("token", "avg") and "distilled" not in name:
         found["pool"] = pool
     labels = config.get("label_names") or pixels.get("label_names") or pixels.get("labels")
-    return Sidecar("timm", fields=found, class_names=_names("label_names", labels), architecture=name)
+    return Sidecar("timm", ("config.json",), found, class_names=_names("label_names", labels), architecture=name)
 
 
 def _fields(stated: Stated, table: Mapping[str, str]) -> dict[str, Any]:
@@ -163,32 +156,23 @@ def _fields(stated: Stated, table: Mapping[str, str]) -> dict[str, Any]:
             if width != found[name]:
                 raise InputError(f"{key} {reprlib.repr(stated[key])}, supported are squares")
         else:
-            found[name] = _take(stated, key, *([types[name]] if types[name] in (int, bool) else [int, float]))
+            found[name] = _take(stated, key, *((types[name],) if types[name] in (int, bool) else (int, float)))
     return found
 
 
 def _pretrained_cfg(config: Stated) -> Stated:
-    return _take(config, "pretrained_cfg", dict, default=config)  # old files have all on one level
+    return _take({"pretrained_cfg": config} | _known(config), "pretrained_cfg", dict)  # old files have one level
 
 
-def _read_timm_pixels(config: Stated) -> Preprocess:
-    """As timm's `resolve_data_config`, at the size of training: what is absent, null or 0 takes its default."""
-    stated = {key: value for key, value in _pretrained_cfg(config).items() if value}
-    return Preprocess(
-        image_size=_size("input_size", stated.get("input_size", 224)),
-        crop_pct=stated.get("crop_pct", 0.875),
-        crop_mode=stated.get("crop_mode", "center"),
-        interpolation=stated.get("interpolation", "bicubic"),
-        mean=stated.get("mean", IMAGENET_MEAN),
-        std=stated.get("std", IMAGENET_STD),
-    )
+def _read_timm_pixels(pixels: Stated) -> Preprocess:
+    """As timm's `resolve_data_config`, at the size of training: absence, null and 0 mean the default, ours too."""
+    names = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+    stated = {name: pixels[name] for name in names if pixels.get(name)}
+    return Preprocess(_size("input_size", pixels.get("input_size") or 224), **stated)
 
 
 def _read_huggingface_pixels(stated: Stated, model_type: str | None) -> Preprocess:
-    """As the image processor that the file names, or else that of the model type.
-
-    Where the margin of a centre crop is odd, transformers may take it one pixel further up or to the left.
-    """
+    """As the image processor that the file names, or else that of the model type."""
     stated = _known(stated)
     name = stated.get("image_processor_type", stated.get("feature_extractor_type"))
     family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(name))
@@ -197,30 +181,32 @@ def _read_huggingface_pixels(stated: Stated, model_type: str | None) -> Preproce
     if family not in _PROCESSORS:
         raise InputError(f"image_processor_type {reprlib.repr(name)}, supported are {', '.join(_PROCESSORS)}")
     resample, crops, square = _PROCESSORS[family]
-    for key, only in (("do_resize", True), ("do_rescale", True), ("do_pad", False)):
-        if stated.get(key, only) is not only:
-            raise InputError(f"{key} {reprlib.repr(stated[key])}, supported is {only}")
-    if not math.isclose(_take(stated, "rescale_factor", float, int, default=1 / 255), 1 / 255, rel_tol=1e-6):
+    only = {"do_resize": True, "do_rescale": True, "do_pad": False}
+    defaults = {"resample": resample, "do_center_crop": crops, "do_normalize": True, "rescale_factor": 1 / 255}
+    stated = only | defaults | stated
+    for key, value in only.items():
+        if stated[key] is not value:
+            raise InputError(f"{key} {reprlib.repr(stated[key])}, supported is {value}")
+    if not math.isclose(_take(stated, "rescale_factor", float, int), 1 / 255, rel_tol=1e-6):
         raise InputError(f"rescale_factor {stated['rescale_factor']}, supported is 1/255")
 
     size = stated.get("size")
     if isinstance(size, dict):
         square = "shortest_edge" not in size
         size = size["shortest_edge"] if size.keys() == {"shortest_edge"} else size
-    resized = _size("size", size)
-    image = resized
-    if _take(stated, "do_center_crop", bool, default=crops):
+    image = resized = _size("size", size)
+    if _take(stated, "do_center_crop", bool):
         image = _size("crop_size", stated.get("crop_size"))
     elif not square:
         raise InputError("shortest_edge without do_center_crop, which leaves images of any size")
     if not square and image[0] != image[1]:
         raise InputError(f"shortest_edge with crop_size {image}, supported are squares")
-    normalize = _take(stated, "do_normalize", bool, default=True)
+    normalize = _take(stated, "do_normalize", bool)
     return Preprocess(
         image_size=image,
         crop_pct=_crop_pct(image, resized),
         crop_mode="squash" if square else "center",
-        interpolation=_choose({"resample": resample, **stated}, "resample", _RESAMPLE),
+        interpolation=_choose(stated, "resample", _RESAMPLE),
         mean=_take(stated, "image_mean", list) if normalize else (0, 0, 0),
         std=_take(stated, "image_std", list) if normalize else (1, 1, 1),
     )
@@ -261,14 +247,9 @@ def _known(stated: Stated) -> dict[str, Any]:
     return {key: value for key, value in stated.items() if value is not None}
 
 
-_REQUIRED = object()
-
-
-def _take(stated: Stated, key: str, *kinds: Any, default: Any = _REQUIRED) -> Any:
-    """The value of a key; InputError where it is of the wrong kind, or absent without a default."""
+def _take(stated: Stated, key: str, *kinds: Any) -> Any:
+    """The value of a key; InputError where it is absent or of another kind."""
     value = stated.get(key)
-    if value is None and default is not _REQUIRED:
-        return default
     if type(value) not in kinds:
         raise InputError(f"{key} {reprlib.repr(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}")
     return value
@@ -292,7 +273,7 @@ def _size(key: str, value: Any) -> tuple[int, int]:
 
 
 def _names(key: str, value: Any) -> tuple[str, ...] | None:
-    """Of a list or of {"0": name}, in the order of the index; None where there are none, or not one for each index."""
+    """The names in a list or in {"0": name}; None where there are none, or not one for each index."""
     if isinstance(value, dict):
         order = [str(index) for index in range(len(value))]
         value = [value[index] for index in order] if value.keys() == {*order} else None

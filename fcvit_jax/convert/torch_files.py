@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fcvit_jax.convert.dtypes import NUMPY_DTYPES, STORAGE_DTYPES, are_sizes, check_total, is_shape
+from fcvit_jax.convert.dtypes import NUMPY_DTYPES, STORAGE_DTYPES, are_sizes, check_total, damaged, is_shape
 from fcvit_jax.convert.npz_files import map_member
 from fcvit_jax.errors import InputError
 
@@ -84,17 +84,13 @@ def _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtyp
     return replace(_rebuild_tensor(storage, offset, size, stride, metadata=metadata), dtype=dtype)
 
 
-def _rebuild_parameter(data: object, *ignored: object) -> object:
-    return data
-
-
 _REBUILDERS = {
     "collections.OrderedDict": dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": _rebuild_parameter,
-    "torch._utils._rebuild_parameter_with_state": _rebuild_parameter,
+    "torch._utils._rebuild_parameter": lambda data, *ignored: data,
+    "torch._utils._rebuild_parameter_with_state": lambda data, *ignored: data,
 }
 # What training scripts leave beside the weights: arguments, scores, paths.
 _HARMLESS = re.compile(
@@ -103,11 +99,6 @@ _HARMLESS = re.compile(
     r"|(builtins|__builtin__)\.(set|frozenset|list|tuple|dict|bytes|bytearray|str|bool|int|float|complex|range|slice)"
     r"|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path"
 )
-
-
-def _ignore_state(unpickler: Any) -> None:
-    # The opcode BUILD sets attributes of any object, our functions included; nothing wanted here has such a state.
-    unpickler.stack.pop()
 
 
 def _seal_tuple(run: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -157,10 +148,16 @@ class _Unpickler(pickle._Unpickler):
         return storage
 
     dispatch = {  # noqa: RUF012
-        code: _ignore_state if code in pickle.BUILD else _seal_tuple(run) if code in _TUPLES else run
+        code: _seal_tuple(run) if code in _TUPLES else run
         for code, run in pickle._Unpickler.dispatch.items()
         if code not in _ABSENT
     }
+
+    # The opcode sets attributes of any object, our functions included: nothing wanted here has such a state.
+    def load_build(self: Any) -> None:
+        self.stack.pop()
+
+    dispatch[pickle.BUILD[0]] = load_build
 
 
 # The tensors by name; the keys they stood under, if any; the entries that are no tensors.
@@ -179,7 +176,7 @@ def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, ema: bool) -> Cont
         raise InputError("has compressed members, which torch.save does not write: save it again")
     order = map_member(archive, f"{root}byteorder", data).tobytes() if f"{root}byteorder" in names else b"little"
     if order not in (b"little", b"big"):
-        raise InputError("is damaged (its byte order is unknown): download it again")
+        raise damaged("its byte order is unknown")
 
     @functools.cache
     def load(key: str | int) -> np.ndarray:
@@ -209,7 +206,7 @@ def read_torch_legacy(data: mmap.mmap, ema: bool) -> Contents:
         numel, begin = int.from_bytes(data.read(8), "little"), data.tell()
         end = begin + numel * NUMPY_DTYPES[storage.dtype].itemsize
         if end - begin != storage.length or end > len(data):
-            raise InputError("is damaged (it ends inside its tensors): download it again")
+            raise damaged("it ends inside its tensors")
         places[key] = slice(begin, end)
         data.seek(end)
 
@@ -278,15 +275,14 @@ def _tensors(tree: dict[Any, object]) -> dict[str, _Tensor]:
 
 def _build_array(name: str, tensor: _Tensor, content: np.ndarray) -> np.ndarray:
     dtype, length, size, stride = NUMPY_DTYPES[tensor.dtype], tensor.storage.length, tensor.size, tensor.stride
-    given = len(size) == len(stride) and is_shape(size) and are_sizes(tensor.offset, *stride)
-    if not given or length > len(content):
-        raise InputError(f"is damaged ({name!r} does not fit its storage): download it again")
+    if len(size) != len(stride) or not is_shape(size) or not are_sizes(tensor.offset, *stride) or length > len(content):
+        raise damaged(f"{name!r} does not fit its storage")
     count, held = math.prod(size), length // dtype.itemsize
     if count == 0:
         return np.empty(size, dtype)
     last = tensor.offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     if last >= held:
-        raise InputError(f"is damaged ({name!r} reaches past the end of its storage): download it again")
+        raise damaged(f"{name!r} reaches past the end of its storage")
     if count > held:
         raise InputError(f"has {name!r} expanded to {count} values of {held} that are stored: save it .contiguous()")
     # A step along an axis of length one is never taken, and may be any number.

@@ -29,7 +29,6 @@ _TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "heads": lambda x: x.reshape(*x.shape[:-2], -1) if x.ndim > 1 and x.size else x,
     "merge": lambda x: x.reshape(-1, x.shape[-1]) if x.ndim == 3 and x.size else x,
 }
-_PI_RESIZED = "resampled by pseudo-inverse (FlexiViT)"
 _HEADS = re.compile(r"head(_dist)?/|pre_logits/")
 
 
@@ -71,13 +70,11 @@ class Translation:
 
     @property
     def keys(self) -> tuple[MappedKey, ...]:
-        return tuple(
-            MappedKey(
-                piece.key, piece.source_shape, f"{path}:{part}" if part else path, piece.array.shape, piece.transform
-            )
-            for path, pieces in self.leaves.items()
-            for part, piece in pieces.items()
-        )
+        keys = []
+        for path, pieces in self.leaves.items():
+            for part, (key, shape, array, transform) in pieces.items():
+                keys.append(MappedKey(key, shape, f"{path}:{part}".rstrip(":"), array.shape, transform))
+        return tuple(keys)
 
     @property
     def num_blocks(self) -> int:
@@ -161,7 +158,8 @@ def assemble(
         if path == "embed/pos_embed" and grid is not None:
             value, class_position, remark = _positions(value, grid, config, resampling or translation.layout.resampling)
         elif path == "embed/kernel" and value.ndim == 4 and value.shape[0] != config.patch_size:
-            remark = f"patches of {value.shape[0]} pixels, the model's of {config.patch_size}: kernel {_PI_RESIZED}"
+            sizes = f"patches of {value.shape[0]} pixels, the model's of {config.patch_size}"
+            remark = f"{sizes}: kernel resampled by pseudo-inverse (FlexiViT)"
             value = resample_patch(value, config.patch_size)
         if value.shape != wanted[path]:
             raise InputError(f"{first.key!r} is {first.source_shape} in the file; the model's {path} is {wanted[path]}")
@@ -182,14 +180,11 @@ def assemble(
         )
     if missing := [path for path in wanted if path not in filled]:
         raise InputError(f"nothing in the file fills {', '.join(missing[:3])}: it is incomplete, or not this model's")
-    keys = tuple(
-        mapped._replace(leaf_shape=resampled[mapped.path], transform=f"{mapped.transform}, resampled")
-        if mapped.path in resampled
-        else mapped
-        for mapped in translation.keys
-        if mapped.key not in dropped
-    )
-    return Converted(traverse_util.unflatten_dict(filled, sep="/"), keys, dropped, tuple(remarks))
+    keys = [mapped for mapped in translation.keys if mapped.key not in dropped]
+    for index, mapped in enumerate(keys):
+        if shape := resampled.get(mapped.path):
+            keys[index] = mapped._replace(leaf_shape=shape, transform=f"{mapped.transform}, resampled")
+    return Converted(traverse_util.unflatten_dict(filled, sep="/"), tuple(keys), dropped, tuple(remarks))
 
 
 def _numbers(pieces: list[Piece]) -> np.ndarray:

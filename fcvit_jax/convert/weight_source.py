@@ -160,18 +160,15 @@ class WeightSource:
 
     def assumptions(self, config: ViTConfig, num_heads: int | None) -> tuple[str, ...]:
         """Warnings of what the conversion assumes, as neither the file nor a name nor JSON states it."""
-        remarks = []
-        pixels = self.sidecar.preprocess
-        if self.sidecar.kind == "huggingface" and pixels and pixels.crop_mode == "center":
-            remarks.append(
-                "transformers cuts the centre one pixel further up or left where a margin is odd; here as timm"
-            )
-        if not (self.model or self.sidecar.kind or self.translation.num_heads or num_heads):
-            remarks.append(
-                f"{config.num_heads} heads, GELU {config.gelu} and epsilon {config.norm_eps:g} are assumed, as is "
-                "usual: pass --model, or --num_heads, --gelu and --norm_eps, if they are others"
-            )
-        return tuple(remarks)
+        kind, pixels = self.sidecar.kind, self.sidecar.preprocess
+        cropped = kind == "huggingface" and pixels is not None and pixels.crop_mode == "center"
+        assumed = not (self.model or kind or self.translation.num_heads or num_heads)
+        remarks = {
+            "transformers cuts the centre one pixel further up or left where a margin is odd; here as timm": cropped,
+            f"{config.num_heads} heads, GELU {config.gelu} and epsilon {config.norm_eps:g} are assumed, as is usual: "
+            "pass --model, or --num_heads, --gelu and --norm_eps, if they are others": assumed,
+        }
+        return tuple(remark for remark, holds in remarks.items() if holds)
 
     def provenance(self, converted: Converted) -> dict[str, Any]:
         """What meta.json keeps of where the parameters come from."""
