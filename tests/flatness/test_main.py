@@ -179,3 +179,10 @@ def test_help_has_every_field():
     for field in dataclasses.fields(FlatnessConfig):
         assert f"--{field.name} " in told
     assert "not flatter" in told
+
+
+def test_the_earlier_command_names_this_one():
+    command = [sys.executable, "-m", "fcvit_jax.training.flatness", "--checkpoint", "packaged:digits"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    assert done.returncode == 2
+    assert done.stderr == "error: this command has moved: run python -m fcvit_jax.flatness, with the same arguments\n"

@@ -465,9 +465,7 @@ def several_labels(spec):
 def test_several_labels_an_image_are_refused_at_once(tmp_path, monkeypatch):
     monkeypatch.setattr(training_run, "open_source", several_labels)
     monkeypatch.setattr(assessment, "compile_steps", None)
-    with pytest.raises(
-        fc.InputError, match="digits:train has several labels per image: it can be evaluated on, not tr"
-    ):
+    with pytest.raises(fc.InputError, match="digits:train has several labels per image: it can be evaluated on, not"):
         train(tiny(), tmp_path)
 
 
@@ -519,8 +517,8 @@ def test_folders_of_different_classes_are_told(tmp_path, devices):
 def test_evaluation_is_compiled_before_the_first_step_and_as_large_as_a_micro_batch(tmp_path, devices, monkeypatch):
     sizes = []
 
-    def out_of_memory(config, schedules, params, step_config):
-        sizes.append(step_config.batch_size)
+    def out_of_memory(model, schedules, params, config):
+        sizes.append(config.batch_size)
         raise MemoryError
 
     monkeypatch.setattr(assessment, "compile_steps", out_of_memory)
