@@ -1,6 +1,4 @@
-"""Token Merging's matching for NVIDIA GPUs: a Pallas kernel that Triton compiles, forward only.
-
-XLA compiles it to a dozen programs, which pass over the similarities again and again.
+"""Token Merging's matching for NVIDIA GPUs: one Pallas kernel that Triton compiles, where XLA makes a dozen programs.
 
 Shape letters: b batch, n tokens, h heads, k head width.
 """
@@ -45,10 +43,7 @@ def match(qkv: jax.Array, layer: Layer, prefix: int, interpret: bool = False) ->
     target, order = pl.pallas_call(
         functools.partial(_match, counts=counts, width=k, removed=layer.removed, prefix=prefix, exact=interpret),
         grid=(windows, b),
-        in_specs=[
-            *[side] * 2,
-            pl.BlockSpec((None, n, None, h, wide), lambda window, image: (image, 0, 1, 0, 0)),
-        ],
+        in_specs=[side, side, pl.BlockSpec((None, n, None, h, wide), lambda window, image: (image, 0, 1, 0, 0))],
         out_specs=[tokens] * 2,
         out_shape=[jax.ShapeDtypeStruct((b, n), jnp.int32)] * 2,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
