@@ -10,8 +10,6 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 from fcvit_jax.checkpoint import ENTRIES, Checkpoint, save_checkpoint
 from fcvit_jax.convert import pytorch
 from fcvit_jax.convert.inspection import Inspection, describe, remark_lines
-from fcvit_jax.convert.readers import WeightFile
-from fcvit_jax.convert.sidecar import Sidecar
 from fcvit_jax.convert.translation import assemble
 from fcvit_jax.convert.weight_source import WeightSource, named_model, open_weights
 from fcvit_jax.errors import InputError, naming
@@ -76,11 +74,13 @@ def convert(
     Raises InputError if the weights cannot be found, read or understood, if something has to be stated, or if `out`
     exists or cannot be written.
     """
-    asked, named = _asked(options), named_model(str(src), options.get("model"))
     overwrite, preprocess = options.get("overwrite", False), options.get("preprocess")
     path = pytorch.check_output(out, to, overwrite) if to else check_target(out, overwrite, ENTRIES)
-    source = WeightSource.understand(*_open(src, options), named, pixels=not preprocess)
-    config, grid = source.infer(asked)
+    found: Any = inspect(src, **options)
+    if found.problem:
+        raise found.problem
+    source: WeightSource = found.source
+    config, converted = found.config, found.converted
     try:
         pixels: Any = source.preprocess(preprocess, config)
     except InputError:
@@ -88,11 +88,10 @@ def convert(
             raise
         pixels = None  # PyTorch's file does without
     names = source.class_names(options.get("class_names"), config.num_classes)
-    with naming(source.weights.path):
-        converted = assemble(source.translation, config, grid, options.get("pos_embed"))
-    converted = replace(converted, remarks=(*source.assumptions(config, asked.get("num_heads")), *converted.remarks))
+    remarks = (*source.assumptions(config, options.get("num_heads")), *converted.remarks)
+    converted = replace(converted, remarks=remarks)
     provenance = source.provenance(converted)
-    del source  # and with it the file's pages, before as many are needed to write
+    del found, source  # and with them the file's pages, before as many are needed to write
     if to == "timm":
         usage = pytorch.write_timm(path, config, converted.params)
     elif to == "hf":
@@ -116,8 +115,13 @@ def inspect(src: Source, **options: Unpack[ConversionOptions]) -> Inspection:
     The options are those of `convert`. Raises InputError if the weights cannot be found or read. If they are not
     understood, or something has to be stated, `Inspection.problem` is the reason.
     """
+    if unknown := options.keys() - ConversionOptions.__annotations__.keys():
+        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
     asked, named = _asked(options), named_model(str(src), options.get("model"))
-    weights, sidecar = _open(src, options)
+    sha256 = (options.get("sha256") or "").lower()
+    if sha256 and not re.fullmatch(r"[0-9a-f]{8,64}", sha256):
+        raise InputError(f"{sha256!r} is no sha256: pass its 64 hex digits, or the first of them, at least 8")
+    weights, sidecar = open_weights(str(src), options.get("ema", False), sha256 or None)
     source = None
     try:
         source = WeightSource.understand(weights, sidecar, named, pixels=not options.get("preprocess"))
@@ -148,16 +152,7 @@ class _AskedFields:
 
 def _asked(options: ConversionOptions) -> dict[str, Any]:
     """The fields of `ViTConfig` among the options that are stated, as `infer_config` takes them."""
-    if unknown := options.keys() - ConversionOptions.__annotations__.keys():
-        raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
     asked = {field.name: options.get(field.name) for field in fields(_AskedFields)}
     if type(size := asked["image_size"]) is int:
         asked["image_size"] = (size, size)
     return {name: value for name, value in vars(_AskedFields(**asked)).items() if value is not None}
-
-
-def _open(src: Source, options: ConversionOptions) -> tuple[WeightFile, Sidecar | None]:
-    sha256 = options.get("sha256") or None
-    if sha256 and not re.fullmatch(r"[0-9a-fA-F]{8,64}", sha256):
-        raise InputError(f"{sha256!r} is no sha256: pass its 64 hex digits, or the first of them, at least 8")
-    return open_weights(str(src), options.get("ema", False), sha256 and sha256.lower())

@@ -30,10 +30,8 @@ def infer_config(
         )
     leaves = translation.leaves
     patch, _, _, width = translation.shape("embed/kernel", 4)
-    cls, dist, registers = (
-        translation.shape(f"embed/{name}_token", 3)[1] if f"embed/{name}_token" in leaves else 0
-        for name in ("cls", "dist", "reg")
-    )
+    tokens = [f"embed/{name}_token" for name in ("cls", "dist", "reg")]
+    cls, dist, registers = (translation.shape(path, 3)[1] if path in leaves else 0 for path in tokens)
     grid, no_embed_class = _grid(translation, (cls, dist, registers), patch, known, asked)
     found = {
         "patch_size": patch,
@@ -66,9 +64,8 @@ def infer_config(
         )
 
     num_classes = _num_classes(translation, asked.get("num_classes"))
-    fc_norm = known.get("fc_norm", False) or any(
-        key.key.startswith("fc_norm.") for key in leaves.get("norm/scale", {}).values()
-    )
+    norms = [piece.key for piece in leaves.get("norm/scale", {}).values()]
+    fc_norm = known.get("fc_norm", False) or any(key.startswith("fc_norm.") for key in norms)
     inferred = {
         "num_heads": heads or asked.get("num_heads") or _usual_heads(width),
         "image_size": (grid[0] * patch, grid[1] * patch) if grid else known.get("image_size", (224, 224)),
@@ -78,20 +75,15 @@ def infer_config(
         "pool": known.get("pool") or _pool(translation, cls, dist, fc_norm),
         "fc_norm": fc_norm,
     }
-    if asked.get("num_heads", inferred["num_heads"]) != inferred["num_heads"]:
-        heads, wanted = inferred["num_heads"], asked["num_heads"]
+    if asked.get("num_heads", heads) != heads and heads:
         origin = next((origin for origin, fields in sources.items() if "num_heads" in fields), "the file")
-        raise InputError(f"{origin} has {heads} heads, you asked for {wanted}: leave --num_heads out")
+        raise InputError(f"{origin} has {heads} heads, you asked for {asked['num_heads']}: leave --num_heads out")
     settings = {name: known[name] for name in ("gelu", "norm_eps", "proportional_attention") if name in known}
     return ViTConfig(**{**settings, **found, **inferred, **asked, "num_classes": num_classes}), grid
 
 
 def _grid(
-    translation: Translation,
-    prefix: tuple[int, int, int],
-    patch: int,
-    known: Mapping[str, Any],
-    asked: Mapping[str, Any],
+    translation: Translation, prefix: tuple[int, ...], patch: int, known: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> tuple[Grid | None, bool]:
     """(rows, columns) of the position embedding, and whether prefix tokens have no entries in it."""
     if "embed/pos_embed" not in translation.leaves:
@@ -125,9 +117,9 @@ def _pool(translation: Translation, cls: int, dist: int, fc_norm: bool) -> str:
     if fc_norm or not cls:
         return "avg"
     width = translation.shape("embed/kernel", 4)[3]
-    first = "pre_logits/kernel" if "pre_logits/kernel" in leaves else "head/kernel"
+    first = next((path for path in ("pre_logits/kernel", "head/kernel") if path in leaves), None)
     # Hugging Face's DINOv2 classifies the class token beside the patches' mean.
-    return "token_avg" if first in leaves and translation.shape(first, 2)[0] == 2 * width else "token"
+    return "token_avg" if first and translation.shape(first, 2)[0] == 2 * width else "token"
 
 
 def _num_classes(translation: Translation, asked: int | None) -> int:
@@ -135,7 +127,7 @@ def _num_classes(translation: Translation, asked: int | None) -> int:
     there = _columns(translation, "head/kernel")
     if not there and asked != 0 and "head/bias" in translation.leaves:
         raise InputError("the head has a bias, but no weight: the file is incomplete; pass --num_classes 0 without it")
-    if asked is None or asked in (there, 0):
+    if asked in (None, there, 0):
         return there if asked is None else asked
     if not there:
         raise InputError(f"the file has no head, you asked for {asked} classes: pass --num_classes 0 for the backbone")

@@ -154,24 +154,17 @@ OWN: Table = {path: (path, "copy") for path, _ in TIMM.values()}
 
 @dataclass(frozen=True)
 class Layout:
-    """One published layout.
-
-    prefix: pattern of what may precede the keys. dropped: patterns of keys that inference does not need, with the
-    reason. resampling: the convention of `posembed.py` by which its authors resize position embeddings. sign: pattern
-    of a key that every file of this layout has. config_json: whose config.json may be beside the file, "timm" or
-    "huggingface"; the latter is required unless a model is named. sincos2d: a file without a position embedding means
-    the fixed one. note: a warning for the user.
-    """
+    """One published layout."""
 
     name: str
     table: Table
-    prefix: str = ""
-    dropped: Mapping[str, str] = field(default_factory=dict)
-    resampling: str = "timm"
-    sign: str | None = None
-    config_json: str | None = None
-    sincos2d: bool = False
-    note: str | None = None
+    prefix: str = ""  # pattern of what may precede the keys
+    dropped: Mapping[str, str] = field(default_factory=dict)  # pattern of keys that are not needed -> why
+    resampling: str = "timm"  # how its authors resize position embeddings, a key of `RESAMPLINGS`
+    sign: str | None = None  # pattern of a key that every file has
+    config_json: str | None = None  # whose config.json may be beside the file: "timm", "huggingface" (or a named model)
+    sincos2d: bool = False  # a file without a position embedding means the fixed one
+    note: str | None = None  # a warning for the user
 
     def find(self, key: str) -> tuple[Target | None, str]:
         """The target of a key, and the number of its block ("" if it has none)."""
@@ -207,7 +200,8 @@ _HF_DROPPED = {
     r"decoder\.": "the decoder of masked pre-training",
     r"embeddings\.position_ids$": "a constant",
 }
-_HF_PREFIX = r"(vit|deit|dinov2|dinov2_with_registers)\."
+_HF = (r"(vit|deit|dinov2|dinov2_with_registers)\.", _HF_DROPPED)
+_HF_REGISTERS = r"embeddings\.register_tokens$"
 _TANH = "GELU is taken as exact, as timm runs these weights; Google's own code approximates it: --gelu tanh"
 
 # The one that knows most of a file's keys is taken; where two know as many, the first.
@@ -215,16 +209,9 @@ LAYOUTS = (
     Layout("DINOv2 with registers", TIMM, dropped=_PRETRAINING, sign=r"^register_tokens$", config_json="timm"),
     Layout("DINOv2", TIMM, "", _PRETRAINING, "dino", sign=r"^mask_token$", config_json="timm"),
     Layout("timm", TIMM, dropped=_PRETRAINING | _MAE, config_json="timm"),
-    Layout(
-        "Hugging Face DINOv2 with registers",
-        HF_DINOV2,
-        _HF_PREFIX,
-        _HF_DROPPED,
-        sign=r"embeddings\.register_tokens$",
-        config_json="huggingface",
-    ),
-    Layout("Hugging Face DINOv2", HF_DINOV2, _HF_PREFIX, _HF_DROPPED, "torch-bicubic", config_json="huggingface"),
-    Layout("Hugging Face ViT", HF_VIT, _HF_PREFIX, _HF_DROPPED, "torch-bicubic", config_json="huggingface"),
+    Layout("Hugging Face DINOv2 with registers", HF_DINOV2, *_HF, sign=_HF_REGISTERS, config_json="huggingface"),
+    Layout("Hugging Face DINOv2", HF_DINOV2, *_HF, "torch-bicubic", config_json="huggingface"),
+    Layout("Hugging Face ViT", HF_VIT, *_HF, "torch-bicubic", config_json="huggingface"),
     Layout("torchvision", TORCHVISION, resampling="align-corners"),
     Layout("Google vision_transformer", GOOGLE, r"opt/target/|params/", resampling="zoom", note=_TANH),
     Layout("big_vision", BIG_VISION, _BV, _TRAINING, "zoom", sincos2d=True, note=_TANH),

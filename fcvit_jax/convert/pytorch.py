@@ -117,9 +117,22 @@ def to_huggingface(
     A model with LayerScale, registers or `token_avg` pooling becomes a DINOv2, whose head sees the class token and the
     patches' mean: a head on the class token gets zeros for the other half. Raises InputError if none can hold it.
     """
-    if problem := _not_in_huggingface(config):
-        raise InputError(f"--to hf: transformers' ViT, DeiT and DINOv2 have no {problem}: they cannot hold this model")
     dinov2 = config.layer_scale is not None
+    problems = {
+        "average pooling without the class token": config.pool == "avg",
+        "norm after the pooling": config.fc_norm,
+        "norm in front of the blocks": config.pre_norm,
+        "patch embedding without a bias": not config.patch_bias,
+        "layer in front of the head": config.representation_size > 0,
+        "distillation token beside LayerScale": dinov2 and config.dist_token,
+        "positions for registers": config.num_registers > 0 and not config.no_embed_class,
+        "registers without LayerScale": not dinov2 and config.num_registers > 0,
+        "head on the class token and the patches' mean without LayerScale": not dinov2 and config.pool == "token_avg",
+        f"MLP {config.mlp_dim / config.embed_dim} times as wide": dinov2 and config.mlp_dim % config.embed_dim > 0,
+        "image that is not square": config.image_size[0] != config.image_size[1],
+    }
+    if problem := next((problem for problem, there in problems.items() if there), None):
+        raise InputError(f"--to hf: transformers' ViT, DeiT and DINOv2 have no {problem}: they cannot hold this model")
     if dinov2:
         kind, name = ("dinov2_with_registers", "Dinov2WithRegisters") if config.num_registers else ("dinov2", "Dinov2")
     else:
@@ -204,24 +217,6 @@ def write_safetensors(path: Path, arrays: Arrays) -> None:
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{path} cannot be written ({why}): make room, and run it again") from None
-
-
-def _not_in_huggingface(config: ViTConfig) -> str | None:
-    dinov2 = config.layer_scale is not None
-    problems = {
-        "average pooling without the class token": config.pool == "avg",
-        "norm after the pooling": config.fc_norm,
-        "norm in front of the blocks": config.pre_norm,
-        "patch embedding without a bias": not config.patch_bias,
-        "layer in front of the head": config.representation_size > 0,
-        "distillation token beside LayerScale": dinov2 and config.dist_token,
-        "positions for registers": config.num_registers > 0 and not config.no_embed_class,
-        "registers without LayerScale": not dinov2 and config.num_registers > 0,
-        "head on the class token and the patches' mean without LayerScale": not dinov2 and config.pool == "token_avg",
-        f"MLP {config.mlp_dim / config.embed_dim} times as wide": dinov2 and config.mlp_dim % config.embed_dim > 0,
-        "image that is not square": config.image_size[0] != config.image_size[1],
-    }
-    return next((problem for problem, there in problems.items() if there), None)
 
 
 def _invert(table: Mapping[str, Target], params: Mapping[str, Any], skip: str) -> dict[str, np.ndarray]:

@@ -51,14 +51,12 @@ class WeightFile:
 def read_weights(path: str | Path, ema: bool = False) -> WeightFile:
     """Read `.safetensors`, `.npz`, a state dict saved by `torch.save`, or the `.index.json` of several such files.
 
-    Dtypes are float64/32/16, bfloat16 and float8 (of `ml_dtypes`), complex, signed and unsigned integers, and bool. A
-    state dict under a usual key such as "model" is unwrapped. If a torch file holds live and averaged weights, the live
-    ones are read, or with `ema` the averaged ones. A prefix such as "module." that all names share is removed; the
-    heads of self-supervised training, which lack it, are among `skipped`.
+    A state dict under a usual key such as "model" is unwrapped: the live weights, or with `ema` the averaged ones. A
+    prefix such as "module." that all names share is removed; the heads of self-supervised training, which lack it, are
+    among `skipped`. Nothing that a file names is imported or called.
 
     Raises InputError if a file is missing, damaged, of a kind that is not read, holds no tensors, unpacks to more than
-    four times its size, has no averaged weights for `ema`, disagrees with its index, or refers to a function or class
-    that is not tensor data. Nothing that a file names is imported or called.
+    four times its size, has no averaged weights for `ema`, disagrees with its index, or holds code.
     """
     path = Path(path)
     with _told_of(path):
@@ -188,9 +186,8 @@ def _identify(data: mmap.mmap, path: Path) -> str:
         raise InputError(f"is a Git LFS pointer{size_text}, not the weights: run `git lfs pull`")
     if text.startswith(b"{") and (path.name.endswith(".index.json") or data.find(b'"weight_map"') >= 0):
         return "index"
-    for magic, packer in _PACKED.items():
-        if head.startswith(magic):
-            raise InputError(f"is packed by {packer}, which is not read: unpack it first")
+    if packer := next((packer for magic, packer in _PACKED.items() if head.startswith(magic)), None):
+        raise InputError(f"is packed by {packer}, which is not read: unpack it first")
     if head[257:262] == b"ustar":
         raise InputError("is a tar archive, which is not read: unpack it first")
     # What has no magic number is known by its suffix alone.

@@ -2,6 +2,7 @@ import json
 import os
 import re
 import zipfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,35 +10,10 @@ from ml_dtypes import bfloat16
 
 import fcvit_jax as fc
 from fcvit_jax.convert.__main__ import main
+from states import CONFIG, state_dict
 
 NUMBERS = np.random.default_rng(0)
-SHAPES = {
-    "cls_token": (1, 1, 128),
-    "pos_embed": (1, 17, 128),
-    "patch_embed.proj.weight": (128, 3, 8, 8),
-    "patch_embed.proj.bias": (128,),
-    **{
-        f"blocks.0.{name}": shape
-        for name, shape in {
-            "norm1.weight": (128,),
-            "norm1.bias": (128,),
-            "attn.qkv.weight": (384, 128),
-            "attn.qkv.bias": (384,),
-            "attn.proj.weight": (128, 128),
-            "attn.proj.bias": (128,),
-            "norm2.weight": (128,),
-            "norm2.bias": (128,),
-            "mlp.fc1.weight": (256, 128),
-            "mlp.fc1.bias": (256,),
-            "mlp.fc2.weight": (128, 256),
-            "mlp.fc2.bias": (128,),
-        }.items()
-    },
-    "norm.weight": (128,),
-    "norm.bias": (128,),
-    "head.weight": (5, 128),
-    "head.bias": (5,),
-}
+SHAPES = {name: array.shape for name, array in state_dict(replace(CONFIG, depth=1)).items()}
 
 
 def safetensors_bytes(arrays):
