@@ -8,7 +8,6 @@ folder:photos/val. TensorFlow is not needed. Run it again with another --split t
 class folders must be the same.
 """
 
-import argparse
 import io
 import json
 import math
@@ -32,8 +31,7 @@ IMAGES_PER_FILE, MOST_FILES = 1000, 256  # readers keep all files open: beyond t
 
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
-    raw = argparse.RawDescriptionHelpFormatter
-    parser = OneLineParser("python -m fcvit_jax.data.prepare", description=__doc__, formatter_class=raw)
+    parser = OneLineParser(prog="python -m fcvit_jax.data.prepare", description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="holds one folder per class, images inside it at any depth")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for data sets; created if it does not exist")
     parser.add_argument("--name", help="of the data set; default: the folder's name")
