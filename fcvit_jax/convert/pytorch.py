@@ -3,27 +3,22 @@
 import json
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fcvit_jax.checkpoint import flat_params
-from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Arrays, Target
+from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Arrays, Table
 from fcvit_jax.convert.sidecar import HUGGINGFACE_FIELDS, TIMM_FIELDS
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import check_target, staged
 from fcvit_jax.models.config import ViTConfig
 
-_INVERSE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
-    "copy": lambda x: x,
-    "linear": lambda x: x.T,
-    "conv": lambda x: x.transpose(3, 2, 0, 1),
-    "token": lambda x: x,
-    "grid": lambda x: x,
-}
+# Transform of a layout -> the order of the leaf's axes in the file; other transforms leave the leaf unchanged.
+_AXES = {"linear": (1, 0), "conv": (3, 2, 0, 1)}
 _TIMM_GELU = {"tanh": "gelu_tanh", "quick": "quick_gelu"}
 _HF_GELU = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 
@@ -149,8 +144,7 @@ def to_huggingface(
         weight = arrays["classifier.weight"]
         arrays["classifier.weight"] = np.concatenate([weight, np.zeros_like(weight)], axis=1)
     suffix = "Model" if not config.num_classes else "ForImageClassification"
-    if config.num_classes:
-        # The base model is an attribute of that name; the heads are beside it.
+    if config.num_classes:  # the base model is an attribute of that name; the heads are beside it
         arrays = {key if "classifier." in key else f"{kind}.{key}": array for key, array in arrays.items()}
     labels = class_names or [f"LABEL_{index}" for index in range(config.num_classes)]
     description = {key: getattr(config, field) for key, field in HUGGINGFACE_FIELDS.items()} | {
@@ -219,10 +213,10 @@ def write_safetensors(path: Path, arrays: Arrays) -> None:
         raise InputError(f"{path} cannot be written ({why}): make room, and run it again") from None
 
 
-def _invert(table: Mapping[str, Target], params: Mapping[str, Any], skip: str) -> dict[str, np.ndarray]:
+def _invert(table: Table, params: Mapping[str, Any], skip: str) -> dict[str, np.ndarray]:
     """The leaves under the keys of a table; of two keys for a leaf the first, but for those that start with `skip`."""
     leaves = flat_params(params)
-    blocks = 1 + max(int(path.split("/")[0].removeprefix("blocks_")) for path in leaves if path.startswith("blocks_"))
+    blocks = sum(path.endswith("/norm1/scale") for path in leaves)
     arrays, filled = {}, set()
     for pattern, (target, transform) in table.items():
         for number in range(blocks) if "#" in pattern else [0]:
@@ -232,6 +226,8 @@ def _invert(table: Mapping[str, Target], params: Mapping[str, Any], skip: str) -
             value = leaves[path]
             if part:
                 value = np.split(value, 3, axis=-1)["qkv".index(part)]
-            arrays[pattern.replace("#", str(number))] = _INVERSE[transform](value)
+            arrays[pattern.replace("#", str(number))] = (
+                value.transpose(_AXES[transform]) if transform in _AXES else value
+            )
             filled.add((path, part))
     return arrays

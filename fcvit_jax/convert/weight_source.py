@@ -56,10 +56,7 @@ def open_weights(src: str, ema: bool, sha256: str | None) -> tuple[WeightFile, S
 
 
 def expected_sha256(name: str) -> str | None:
-    """The start of a file's sha256, if its name ends in it as torch.hub's names do: `deit-cd65a155.pth`.
-
-    None if the name does not end in eight hex digits, or if they are a date such as 20240131.
-    """
+    """The start of a file's sha256, if its name ends in it and not in a date, as torch.hub's do: `x-cd65a155.pth`."""
     found = re.search(r"-([0-9a-f]{8})(?:\.[A-Za-z]\w*)*$", name)
     return found[1] if found and not re.match(r"20\d\d(0[1-9]|1[0-2])[0-3]\d", found[1]) else None
 
@@ -68,9 +65,9 @@ def _open_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:
     checkpoint = load_checkpoint(path)
     arrays, meta = flat_params(checkpoint.params), checkpoint.meta
     names = tuple(meta["class_names"]) if meta["class_names"] else None
-    return WeightFile(checkpoint.path, "checkpoint", arrays, meta["files"], None, ()), Sidecar(
-        "fcvit_jax", (), asdict(checkpoint.config), checkpoint.preprocess, names, provenance=meta["provenance"]
-    )
+    known: Any = dict(class_names=names, provenance=meta["provenance"])
+    sidecar = Sidecar("fcvit_jax", (), asdict(checkpoint.config), checkpoint.preprocess, **known)
+    return WeightFile(checkpoint.path, "checkpoint", arrays, meta["files"], None, ()), sidecar
 
 
 @dataclass(frozen=True)
