@@ -9,7 +9,7 @@ from typing import Any, Literal, TypedDict, Unpack, overload
 
 from fcvit_jax.checkpoint import ENTRIES, Checkpoint, save_checkpoint
 from fcvit_jax.convert import pytorch
-from fcvit_jax.convert.inspection import Inspection, describe, remark_lines
+from fcvit_jax.convert.inspection import Inspection, describe_model, remark_lines
 from fcvit_jax.convert.translation import assemble
 from fcvit_jax.convert.weight_source import WeightSource, named_model, open_weights
 from fcvit_jax.errors import InputError, naming
@@ -39,15 +39,17 @@ class ConversionOptions(TypedDict, total=False):
     proportional_attention: bool | None
 
 
-Source = str | Path
+PathLike = str | Path
 
 
 @overload
-def convert(src: Source, out: Source, *, to: Literal["timm", "hf"], **options: Unpack[ConversionOptions]) -> Path: ...
-@overload
-def convert(src: Source, out: Source, *, to: None = None, **options: Unpack[ConversionOptions]) -> Checkpoint: ...
 def convert(
-    src: Source, out: Source, *, to: Literal["timm", "hf"] | None = None, **options: Unpack[ConversionOptions]
+    src: PathLike, out: PathLike, *, to: Literal["timm", "hf"], **options: Unpack[ConversionOptions]
+) -> Path: ...
+@overload
+def convert(src: PathLike, out: PathLike, *, to: None = None, **options: Unpack[ConversionOptions]) -> Checkpoint: ...
+def convert(
+    src: PathLike, out: PathLike, *, to: Literal["timm", "hf"] | None = None, **options: Unpack[ConversionOptions]
 ) -> Checkpoint | Path:
     """Convert pretrained ViT weights into a checkpoint directory, and return the checkpoint.
 
@@ -101,7 +103,7 @@ def convert(
         facts: Any = dict(class_names=names, provenance=provenance, overwrite=overwrite)
         save_checkpoint(path, config, converted.params, pixels, **facts)
     if report := options.get("report"):
-        for line in (*remark_lines(converted), f"{path}: {describe(config)}", usage):
+        for line in (*remark_lines(converted), f"{path}: {describe_model(config)}", usage):
             report(line)
     if to:
         return path
@@ -109,7 +111,7 @@ def convert(
     return Checkpoint(path, config, converted.params, pixels, meta)
 
 
-def inspect(src: Source, **options: Unpack[ConversionOptions]) -> Inspection:
+def inspect(src: PathLike, **options: Unpack[ConversionOptions]) -> Inspection:
     """Read weights, and return how each key is mapped and which model results; write nothing.
 
     The options are those of `convert`. Raises InputError if the weights cannot be found or read. If they are not

@@ -47,14 +47,14 @@ class Inspection:
         lines.append(f"layout: {self.source.translation.layout.name}")
         if self.converted and self.config:
             lines += [*_key_table(self.converted.keys), *remark_lines(self.converted)]
-            model = describe(self.config)
+            model = describe_model(self.config)
         else:  # the keys show why
             lines += _key_table(self.source.translation.keys)
             model = str(self.problem).removeprefix(f"{weights.path}: ")
         return "\n".join([*lines, f"model: {model}"])
 
 
-def describe(config: ViTConfig) -> str:
+def describe_model(config: ViTConfig) -> str:
     """A model in one line."""
     height, width = config.image_size
     return (

@@ -49,7 +49,7 @@ def render_page(runs: Sequence[Run]) -> str:
     }
     warnings, introduction = differences(runs), []
     for run in runs:
-        found, (what, where) = table.findings(run), plot.describe(run)
+        found, (what, where) = table.findings(run), plot.model_and_conditions(run)
         warnings += [text.removeprefix("warning: ") for text in found if text.startswith("warning: ")]
         where = f"{run.name}: {what}, {where}" if len(runs) > 1 else where
         introduction.append((where, [text for text in found if not text.startswith("warning: ")]))
@@ -61,7 +61,7 @@ def render_page(runs: Sequence[Run]) -> str:
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False}
     return environment.from_string(Path(__file__).with_name("page.html").read_text()).render(
         several=len(runs) > 1,
-        title=f"{len(runs)} evaluations compared" if len(runs) > 1 else plot.describe(runs[0])[0],
+        title=f"{len(runs)} evaluations compared" if len(runs) > 1 else plot.model_and_conditions(runs[0])[0],
         warnings=warnings,
         introduction=introduction,
         titles=[column.title for column in columns[0][1]],

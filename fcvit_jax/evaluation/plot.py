@@ -113,7 +113,7 @@ def draw_pareto(runs: Sequence[Run]) -> "Figure":
         labels.append(label)
     columns = min(4 * len(panels), len(labels))
     legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
-    titles = [titled(run, ", ".join(describe(run)), runs) for run in runs]
+    titles = [titled(run, ", ".join(model_and_conditions(run)), runs) for run in runs]
     for text in (figure.suptitle("\n".join(titles), fontsize=9), *legend.get_texts()):
         text.set_parse_math(False)  # a path may hold a dollar sign
     figure.draw_without_rendering()  # places the axes, which the labels need to know, and must not move again
@@ -123,7 +123,7 @@ def draw_pareto(runs: Sequence[Run]) -> "Figure":
     return figure
 
 
-def describe(run: Run) -> tuple[str, str]:
+def model_and_conditions(run: Run) -> tuple[str, str]:
     """Which weights on which data; on how many images, in which precision and where."""
     row = run.rows[0]
     parts = [f"{row['num_images']:,} images"] if row.get("num_images") else []

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 import optax
 
-from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
+from fcvit_jax.flatness.loss_surface import BatchLoss, LossSurface
 from fcvit_jax.trees import Params, dot, orthogonal, random_like, unit
 
 
@@ -89,7 +89,7 @@ def standard_error(samples: np.ndarray) -> float:
 
 @partial(jax.jit, static_argnums=0, donate_argnums=4)
 def _add_product(
-    loss_fn: LossFn, params: Params, batch: Any, vector: Params, total: Params
+    loss_fn: BatchLoss, params: Params, batch: Any, vector: Params, total: Params
 ) -> tuple[Params, jax.Array]:
     gradient = jax.grad(lambda w: loss_fn(w, batch)[0])
     _, product = jax.jvp(gradient, (params,), (vector,))

@@ -10,7 +10,7 @@ import numpy as np
 
 from fcvit_jax.trees import Params, random_like
 
-LossFn = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
+BatchLoss = Callable[[Params, Any], tuple[jax.Array, jax.Array]]
 
 
 class LossSurface(NamedTuple):
@@ -21,7 +21,7 @@ class LossSurface(NamedTuple):
     params: a float32 tree. batches: what loss_fn takes, all of one shape; they are iterated over many times.
     """
 
-    loss_fn: LossFn
+    loss_fn: BatchLoss
     params: Params
     batches: Iterable[Any]
 
@@ -55,5 +55,7 @@ def loss_slice(surface: LossSurface, first: Params, second: Params, points: Any)
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_at(loss_fn: LossFn, params: Params, batch: Any, first: Params, second: Params, a: Any, b: Any) -> jax.Array:
+def _loss_at(
+    loss_fn: BatchLoss, params: Params, batch: Any, first: Params, second: Params, a: Any, b: Any
+) -> jax.Array:
     return loss_fn(jax.tree.map(lambda w, x, y: w + a * x + b * y, params, first, second), batch)[0]

@@ -42,7 +42,7 @@ def present(workdir: Path, reports: Sequence[FlatnessReport], comparison: Compar
         lines = [format_comparison(comparison), f"verdict: {comparison.verdict} ({comparison.reason})"]
     write_whole(workdir / "flatness.png", plot_flatness(reports))
     there = ", ".join(name for name in FILES if (workdir / name).exists())
-    return "\n\n".join([*map(describe, reports), *lines, f"written into {workdir}: {there}"])
+    return "\n\n".join([*map(describe_report, reports), *lines, f"written into {workdir}: {there}"])
 
 
 def format_curves(report: FlatnessReport) -> str:
@@ -70,7 +70,7 @@ def format_comparison(comparison: Comparison) -> str:
     return f"{align(rows)}\n({pairing})"
 
 
-def describe(report: FlatnessReport) -> str:
+def describe_report(report: FlatnessReport) -> str:
     """What was measured on what, and all that is not a measure at a radius; a few lines."""
     count, conditions = report.config.batch_size, report.conditions
     lines = [

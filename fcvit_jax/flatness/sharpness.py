@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcvit_jax.flatness.loss_surface import LossFn, LossSurface
+from fcvit_jax.flatness.loss_surface import BatchLoss, LossSurface
 from fcvit_jax.trees import Params, random_like, unit
 
 
@@ -35,7 +35,7 @@ PLAIN, ADAPTIVE, BOX = Ball(0.0, 1.0, False), Ball(1.0, 0.0, False), Ball(1.0, 1
 
 
 @partial(jax.jit, static_argnums=0)
-def uphill(loss_fn: LossFn, params: Params, batch: Any, ball: Ball) -> tuple[jax.Array, jax.Array, Params]:
+def uphill(loss_fn: BatchLoss, params: Params, batch: Any, ball: Ball) -> tuple[jax.Array, jax.Array, Params]:
     """Loss and accuracy of a batch at the parameters, and the gradient of the loss in u (in PLAIN: the gradient)."""
     (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
     return loss, accuracy, optax.tree.mul(_scale(params, ball), gradient)
@@ -101,7 +101,7 @@ def resolution(surface: LossSurface, key: jax.Array) -> float:
 
 @partial(jax.jit, static_argnums=(0, 6))
 def _ascend(
-    loss_fn: LossFn, params: Params, batch: Any, start: Params, ball: Ball, radius: Any, steps: int
+    loss_fn: BatchLoss, params: Params, batch: Any, start: Params, ball: Ball, radius: Any, steps: int
 ) -> tuple[jax.Array, jax.Array]:
     """The loss at the first point, in the direction of `start`, and the largest of all points."""
     scale = _scale(params, ball)
@@ -121,7 +121,7 @@ def _ascend(
 
 
 @partial(jax.jit, static_argnums=0)
-def _around(loss_fn: LossFn, params: Params, batch: Any, noise: Params, ball: Ball, sigma: Any) -> jax.Array:
+def _around(loss_fn: BatchLoss, params: Params, batch: Any, noise: Params, ball: Ball, sigma: Any) -> jax.Array:
     """The mean loss at w + sigma T z and w - sigma T z."""
     scale = _scale(params, ball)
 

@@ -8,7 +8,7 @@ import pytest
 from fcvit_jax.errors import InputError
 from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport, RadiusCurve
 from fcvit_jax.flatness.hessian import Eigenpair
-from fcvit_jax.flatness.presentation import align, describe
+from fcvit_jax.flatness.presentation import align, describe_report
 
 
 def report(**changes):
@@ -59,7 +59,7 @@ def test_nothing_is_written_of_numbers_that_json_has_not(tmp_path):
 
 
 def test_description():
-    text = describe(report())
+    text = describe_report(report())
     assert "run on digits:train: 32 images in batches of 8, schedule dense, float32" in text
     assert "accuracy 75.00%, norm of the gradient 0.25, of the 1,234 weights 3" in text
     assert "largest eigenvalue of the Hessian 12.5 (residual 0.01, 9 products)" in text
