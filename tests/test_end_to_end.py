@@ -149,7 +149,7 @@ def test_training_ends_in_a_checkpoint_that_evaluates(tmp_path):
         ({"checkpoint": "nowhere"}, "nowhere: there is no such checkpoint directory"),
         ({"checkpoint": "tests"}, "tests has no meta.json"),
         ({"dataset": "folder:nowhere"}, "there is no folder 'nowhere'"),
-        ({"dataset": "imagenet"}, "is of no known form"),
+        ({"dataset": "imagenet"}, "has no known form"),
         ({"dataset": "folder:{tmp}/two"}, "has 2 classes, the head of"),
         ({"dataset": "folder:{tmp}/ten"}, "has class 'a' where"),
         ({"dataset": "folder:{tmp}/broken"}, "image 0/broken.jpg cannot be decoded"),
