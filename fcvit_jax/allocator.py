@@ -16,7 +16,7 @@ def keep_freed_memory() -> bool:
     a dense ViT-S/16's time at batch 32 on two cores. For programs, not libraries, before JAX creates its devices.
     Nothing is changed if the environment sets MALLOC_... or GLIBC_TUNABLES, or without glibc.
 
-    Only the heap of the main thread grows beyond 64 MiB, so a single CPU device is told to compute in the calling
+    Only the heap of the main thread grows beyond 64 MiB, so a single CPU device is made to compute in the calling
     thread, not asynchronously; several compute in threads of their own, and keep smaller buffers only. With one heap
     for all threads, those of a program and of XLA's compiler wait for each other.
     """

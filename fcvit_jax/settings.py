@@ -43,7 +43,7 @@ def setting(
 def check_settings(config: Any, where: str = "") -> None:
     """Check every field of a frozen dataclass, in its `__post_init__`.
 
-    Lists become tuples and whole numbers floats where the annotation says so. where: put before the field's name, such
+    Lists become tuples and whole numbers floats if the annotation requires it. where: put before the field's name, such
     as "sam.". Raises InputError that names the first field of a wrong type or out of bounds.
     """
     kinds = typing.get_type_hints(type(config))

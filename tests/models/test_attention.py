@@ -7,30 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from attention_oracle import by_numpy, draw, float64
 from fcvit_jax.models import attention
 from fcvit_jax.models.attention import attend
 from fcvit_jax.models.rules import mean_over_heads
 from fcvit_jax.parallel import batched, data_mesh
-
-
-def draw(tokens, queries, dtype, heads=3, width=16):
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (2, heads, tokens, width)
-    q, k, v = (2 * jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
-    size = jax.random.randint(keys[3], (2, tokens), 1, 150).astype(jnp.float32)
-    return q[:, :, :queries], k, v, size
-
-
-def float64(x):
-    return np.asarray(x.astype(jnp.float32), np.float64)
-
-
-def by_numpy(q, k, v, size):
-    q, k, v = map(float64, (q, k, v))
-    logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights *= 1.0 if size is None else np.asarray(size, np.float64)[:, None, None]
-    return weights / weights.sum(-1, keepdims=True) @ v
 
 
 @pytest.mark.parametrize(("tokens", "queries"), [(11, 11), (11, 1), (261, 1), (405, 1)])

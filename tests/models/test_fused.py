@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import fcvit_jax as fc
+from attention_oracle import by_numpy, draw, float64
 from fcvit_jax.compiling import on_each_device
 from fcvit_jax.models import fused_kernels
 from fcvit_jax.models.fused import choose_kernels
@@ -22,29 +23,9 @@ from fcvit_jax.parallel import batched, data_mesh, replicated
 INTERPRET = jax.default_backend() != "gpu"
 
 
-def draw(tokens, queries, dtype, heads=3, width=16):
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (2, heads, tokens, width)
-    q, k, v = (2 * jax.random.normal(key, shape).astype(dtype) for key in keys[:3])
-    size = jax.random.randint(keys[3], (2, tokens), 1, 150).astype(jnp.float32)
-    return q[:, :, :queries], k, v, size
-
-
 def in_one(*parts):
     """[b, h, n, k] each -> [b, n, parts, h, k]."""
     return jnp.stack(parts, axis=2).transpose(0, 3, 2, 1, 4)
-
-
-def float64(x):
-    return np.asarray(x.astype(jnp.float32), np.float64)
-
-
-def by_numpy(q, k, v, size):
-    q, k, v = map(float64, (q, k, v))
-    logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
-    weights = np.exp(logits - logits.max(-1, keepdims=True))
-    weights *= 1.0 if size is None else np.asarray(size, np.float64)[:, None, None]
-    return (weights / weights.sum(-1, keepdims=True) @ v).transpose(0, 2, 1, 3)
 
 
 def norm_by_numpy(x, scale, bias):
@@ -59,7 +40,7 @@ def test_triton_attention_equals_float64(tokens, width, proportional):
     q, k, v, size = draw(tokens, tokens, jnp.bfloat16, width=width)
     size = size if proportional else None
     found = fused_kernels.attend(in_one(q, k, v), size, INTERPRET)
-    np.testing.assert_allclose(float64(found), by_numpy(q, k, v, size), atol=0.03)
+    np.testing.assert_allclose(float64(found), by_numpy(q, k, v, size).transpose(0, 2, 1, 3), atol=0.03)
 
 
 @pytest.mark.parametrize(

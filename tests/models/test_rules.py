@@ -8,27 +8,13 @@ import pytest
 import fcvit_jax as fc
 from fcvit_jax.models.rules import RULES, Attended, Layer, Rule, ToMe, match_tokens, parse_rule, window_order
 from fcvit_jax.settings import setting
+from matchings import lists, random_matching
 
 
 def angles(degrees):
     """Unit vectors in the plane: the similarity of two tokens is the cosine of the angle between them."""
     radians = np.deg2rad(np.asarray(degrees, np.float32))
     return jnp.asarray(np.stack([np.cos(radians), np.sin(radians)], -1))[None]
-
-
-def random_matching(key, layer, prefix, batch=3, width=8):
-    metric = jax.random.normal(key, (batch, layer.tokens_in, width))
-    return match_tokens(metric, layer, prefix)
-
-
-def lists(matching, image=0):
-    """Of one image: the tokens that stay, in the order of the output; those that are merged away; where these go."""
-    target, order = np.asarray(matching.target)[image], np.asarray(matching.order)[image]
-    assert sorted(order) == list(range(len(order)))
-    kept = target.max() + 1
-    assert target[order[:kept]].tolist() == list(range(kept))
-    gone = np.sort(order[kept:])
-    return order[:kept].tolist(), gone.tolist(), target[gone].tolist()
 
 
 def test_global_matching_by_hand():
