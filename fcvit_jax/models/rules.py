@@ -85,6 +85,9 @@ class Layer(NamedTuple):
     regroup: (cells, windows), both (rows, columns), if this layer has to reorder the patch tokens first, from row-major
         cells to window by window; None if they are in order already.
     rule: how they are matched.
+    grid: (rows, columns) of the grid on which the matched tokens lie in row-major order, in each window or in the
+        sequence; None once tokens have merged, or if none do here.
+    index, depth: of this layer, from 0, and of the model.
     """
 
     tokens_in: int
@@ -93,6 +96,9 @@ class Layer(NamedTuple):
     windows: int | None = None
     regroup: tuple[tuple[int, int], tuple[int, int]] | None = None
     rule: Rule = DEFAULT
+    grid: tuple[int, int] | None = None
+    index: int = 0
+    depth: int = 1
 
 
 RULES: dict[str, type[Rule]] = {"tome": ToMe}

@@ -128,7 +128,7 @@ class MergeSchedule:
         """
         if self.depth != config.depth:
             raise InputError(f"schedule {self} covers {self.depth} layers, the model has {config.depth}")
-        return tuple(self._layers(config))
+        return tuple(layer._replace(index=index, depth=self.depth) for index, layer in enumerate(self._layers(config)))
 
     def tokens(self, config: Geometry) -> tuple[int, ...]:
         """The number of tokens, prefix tokens included, that leave each layer."""
@@ -144,7 +144,7 @@ class MergeSchedule:
                 grid, windows = (f"{rows}x{columns}" for rows, columns in (cells, stage.windows))
                 raise InputError(f"schedule {self}: a {grid} grid does not divide into {windows} windows")
             for _ in range(stage.layers):
-                before = prefix + patches
+                before, intact = prefix + patches, patches == math.prod(config.grid)
                 match stage:
                     case Dense():
                         yield Layer(before, before)
@@ -152,13 +152,16 @@ class MergeSchedule:
                         count = math.prod(windows)
                         removed = min(-(-r // count), patches // count // 2)
                         regroup = (cells, windows) if removed and cells != windows else None
+                        grid = (cells[0] // windows[0], cells[1] // windows[1]) if removed and intact else None
                         cells = windows if removed else cells
                         patches -= removed * count
-                        yield Layer(before, prefix + patches, removed, count, regroup, rule)
+                        yield Layer(before, prefix + patches, removed, count, regroup, rule, grid)
                     case Global(r=r, rule=rule):
                         removed = min(r, patches // 2)
                         patches -= removed
-                        yield Layer(before, prefix + patches, removed, rule=rule)
+                        yield Layer(
+                            before, prefix + patches, removed, rule=rule, grid=cells if removed and intact else None
+                        )
 
 
 Schedules = str | MergeSchedule | Iterable[str | MergeSchedule] | Mapping[str, MergeSchedule]

@@ -44,10 +44,10 @@ def test_tokens_leaving_each_layer_of_vit_s():
 def test_windows_regroup_once_and_finer_windows_become_coarser():
     plan = MergeSchedule((Local(1, 8, (4, 4)), Dense(1), Local(2, 8, (2, 2)))).plan(SMALL)
     assert plan == (
-        Layer(97, 81, 1, 16, ((8, 12), (4, 4))),
-        Layer(81, 81),
-        Layer(81, 73, 2, 4, ((4, 4), (2, 2))),
-        Layer(73, 65, 2, 4, None),
+        Layer(97, 81, 1, 16, ((8, 12), (4, 4)), grid=(2, 3), index=0, depth=4),
+        Layer(81, 81, index=1, depth=4),
+        Layer(81, 73, 2, 4, ((4, 4), (2, 2)), index=2, depth=4),
+        Layer(73, 65, 2, 4, None, index=3, depth=4),
     )
 
 
