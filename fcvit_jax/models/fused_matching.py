@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fcvit_jax.models.merging import Matching
-from fcvit_jax.models.rules import Layer, first_positions, match_tokens, window_order
+from fcvit_jax.models.rules import Layer, match_tokens, split_tokens
 
 _MOST = 128  # tokens that propose, and that are proposed to
 
@@ -24,14 +24,8 @@ def match(qkv: jax.Array, layer: Layer, prefix: int, interpret: bool = False) ->
     or are proposed to: all similarities of a window are in registers at once.
     """
     b, n, _, h, k = qkv.shape
-    if layer.windows is None:
-        windows, rows = 1, np.arange(n, dtype=np.int32)[None]
-        first_a, first_b = first_positions(prefix)
-    else:
-        windows, patches = layer.windows, n - prefix
-        order = window_order(*layer.regroup, patches) if layer.regroup else np.arange(patches, dtype=np.int32)
-        rows, (first_a, first_b) = prefix + order.reshape(windows, -1), first_positions(0)
-    sides = rows[:, first_a::2], rows[:, first_b::2]
+    sides = split_tokens(layer, prefix)
+    windows = len(sides[0])
     counts = sides[0].shape[1], sides[1].shape[1]
     wide, tall = max(16, pl.next_power_of_2(k)), max(16, pl.next_power_of_2(max(counts)))
     if tall > _MOST:

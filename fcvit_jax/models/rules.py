@@ -24,7 +24,7 @@ from fcvit_jax.compiling import in_one_axis
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.merging import Matching
-from fcvit_jax.settings import check_settings
+from fcvit_jax.settings import check_settings, setting
 
 
 class Attended(NamedTuple):
@@ -73,6 +73,53 @@ class ToMe(Rule):
         return match_tokens(mean_over_heads(attended.k), layer, prefix)
 
 
+@dataclasses.dataclass(frozen=True)
+class Nearest(Rule):
+    """Merge the pairs that cost least: the rule that we recommend.
+
+    It has Token Merging's shapes and one matching a layer. Each option is one change from Token Merging; docs/rules.md
+    has what each is worth.
+
+    heads: compare the keys of all heads side by side ("all"), or their mean ("mean").
+    checkerboard: split the grid of the first merging layer by row + column, so that all neighbours can merge.
+    balance, importance: a pair of tokens i, j of sizes s, of which i moves, is ranked by its cost
+        (1 - cosine) * (s_i s_j / (s_i + s_j))^balance * c_i^importance: Ward's factor, which keeps clusters small, and
+        the attention c_i of the class token to i.
+    keep_norm: the merged token has the mean of its members' norms (in the spirit of MLERP, arXiv 2312.01026).
+    scale: a token brings its size times the cosine (as in the code of DiffRate, arXiv 2305.17997).
+    """
+
+    heads: str = setting("all", choices=("all", "mean"))
+    checkerboard: bool = True
+    balance: float = setting(0.5, low=0)
+    importance: float = setting(0.25, low=0)
+    keep_norm: bool = True
+    scale: bool = True
+
+    def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
+        metric = all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
+        pairs = propose_pairs(metric, layer, prefix, self.checkerboard)
+        score = pairs.cosine
+        if self.balance or self.importance:
+            own, other = pairs.take(size)
+            attention, _ = pairs.take(class_attention(attended, size, prefix))
+            factor = (own * other / (own + other)) ** self.balance * attention**self.importance
+            score = (score - 1.0) * jax.lax.stop_gradient(factor)
+        rank = rank_pairs(score)
+        matching, gain = merge_ranked(pairs, rank, layer), None
+        if self.scale:
+            share = jnp.where(rank < layer.removed, jnp.maximum(pairs.cosine, 0.0), 1.0)
+            gain = size * pairs.place(share, 1.0, 1.0)
+        return dataclasses.replace(matching, gain=gain, keep_norm=self.keep_norm)
+
+    def macs(self, layer: "Layer", config: ViTConfig) -> int:
+        """Count those of the other heads' similarities, and of the class token's attention."""
+        a, b = split_tokens(layer, config.num_prefix_tokens, self.checkerboard)
+        heads = config.num_heads - 1 if self.heads == "all" else 0
+        similarity = heads * (config.embed_dim // config.num_heads) * a.size * b.shape[1]
+        return similarity + (layer.tokens_in * config.embed_dim if self.importance else 0)
+
+
 DEFAULT = ToMe()  # the rule of names and stages that mention none
 
 
@@ -101,7 +148,7 @@ class Layer(NamedTuple):
     depth: int = 1
 
 
-RULES: dict[str, type[Rule]] = {"tome": ToMe}
+RULES: dict[str, type[Rule]] = {"tome": ToMe, "nearest": Nearest}
 
 
 def parse_rule(text: str) -> Rule:
@@ -146,6 +193,22 @@ def mean_over_heads(x: jax.Array) -> jax.Array:
     return functools.reduce(operator.add, (x[:, head] for head in range(x.shape[1]))) / x.shape[1]
 
 
+def all_heads(x: jax.Array) -> jax.Array:
+    """[b, h, n, w] -> [b, n, h w]: the heads side by side."""
+    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
+
+
+def class_attention(attended: Attended, size: jax.Array, prefix: int) -> jax.Array:
+    """Return the class token's attention, mean over heads, proportional to size: float32 [b, n], each row adds up to 1.
+
+    The class token is the first; without prefix tokens, the mean query takes its place.
+    """
+    q, k = (part.astype(jnp.float32) for part in (attended.q, attended.k))
+    query = q[:, :, 0] if prefix else q.mean(axis=2)
+    logits = jnp.einsum("bhw,bhnw->bhn", query, k) * q.shape[-1] ** -0.5 + jnp.log(size)[:, None]
+    return jax.nn.softmax(logits).mean(axis=1)
+
+
 def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     """Match tokens by bipartite soft matching, arXiv 2210.09461, section 3.
 
@@ -153,77 +216,108 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     `removed` above 0; its windows are matched separately. prefix: how many leading tokens never merge; they count in
     the alternation of global matching, and not in that of windows.
     """
-    metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-    windows = layer.windows
-    if windows is None:
-        return Matching(*_match_alternating(metric, layer.removed, prefix))
-    batch, tokens, width = metric.shape
-    patches = tokens - prefix
-    length, metric = patches // windows, metric[:, prefix:]
-    grouped = window_order(*layer.regroup, patches) if layer.regroup else None
-    if grouped is not None:
-        metric = metric[:, grouped]
-    target, _, order = _match_alternating(metric.reshape(batch * windows, length, width), layer.removed, 0)
+    pairs = propose_pairs(metric, layer, prefix)
+    return merge_ranked(pairs, rank_pairs(pairs.cosine), layer)
 
-    kept = length - layer.removed
-    target, order = (part.reshape(batch, windows, length) for part in (target, order))
-    window = np.arange(windows, dtype=np.int32)[None, :, None]
-    target, order = target + kept * window, order + length * window
-    target, stay, go = (part.reshape(batch, -1) for part in (target, order[:, :, :kept], order[:, :, kept:]))
-    order = jnp.concatenate([stay, go], axis=1)
-    if grouped is not None:
-        target, order = target[:, np.argsort(grouped)], jnp.asarray(grouped)[order]
-    leading = jnp.broadcast_to(jnp.arange(prefix, dtype=jnp.int32), (batch, prefix))
-    target, order = (jnp.concatenate([leading, prefix + part], axis=1) for part in (target, order))
+
+class Pairs(NamedTuple):
+    """Proposals: each token of a set A proposes to move into the most similar token of a set B of its window.
+
+    a, b: int32 NumPy arrays [v, i] and [v, j], the positions of the tokens in the sequence; v is 1 for global matching.
+    best: int32 [b, v, i], the index in `b` of the token proposed to; of equal ones the first. cosine: float32
+    [b, v, i], their similarity. prefix: how many tokens lead the sequence, in neither set.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    best: jax.Array
+    cosine: jax.Array
+    prefix: int
+
+    def take(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return the values of x, [b, n], of both tokens of each pair: [b, v, i] twice."""
+        return x[:, self.a], jnp.take_along_axis(x[:, self.b], self.best, axis=2)
+
+    def place(self, in_a: jax.Array, in_b: jax.typing.ArrayLike, leading: jax.typing.ArrayLike) -> jax.Array:
+        """Bring values of A, [b, v, i], and, broadcast, of B and of the prefix, into sequence: [b, n]."""
+        images, sequence = len(in_a), [np.arange(self.prefix), self.a.ravel(), self.b.ravel()]
+        shapes = (self.prefix,), self.a.shape, self.b.shape
+        parts = (
+            jnp.broadcast_to(jnp.asarray(part, in_a.dtype), (images, *shape)).reshape(images, -1)
+            for part, shape in zip((leading, in_a, in_b), shapes, strict=True)
+        )
+        return jnp.concatenate(list(parts), axis=1)[:, np.argsort(np.concatenate(sequence))]
+
+
+def propose_pairs(metric: jax.Array, layer: Layer, prefix: int, checkerboard: bool = False) -> Pairs:
+    """Split the tokens of every window into A and B, and propose pairs by the cosine of the metric, [b, n, k].
+
+    Even positions are A, odd ones B. With `checkerboard`, if the tokens still lie on their grid, A are the cells whose
+    row and column add up to an even number: all four neighbours of a token are then in the other set.
+    """
+    a, b = split_tokens(layer, prefix, checkerboard)
+    metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
+    squares = jnp.sum(metric * metric, axis=-1)
+    metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
+    similarity = jnp.einsum("bvik,bvjk->bvij", metric[:, a], metric[:, b], precision=jax.lax.Precision.HIGHEST)
+    return Pairs(a, b, jnp.argmax(similarity, axis=-1).astype(jnp.int32), jnp.max(similarity, axis=-1), prefix)
+
+
+def split_tokens(layer: Layer, prefix: int, checkerboard: bool = False) -> tuple[np.ndarray, np.ndarray]:
+    """Split the tokens of a layer, see `propose_pairs`: the positions of A and B, int32 [v, i] and [v, j]."""
+    tokens = np.arange(prefix, layer.tokens_in, dtype=np.int32)
+    if layer.regroup:
+        tokens = prefix + window_order(*layer.regroup, len(tokens))
+    tokens = tokens.reshape(layer.windows or 1, -1)
+    if checkerboard and layer.grid:
+        in_a = (np.add.outer(*map(np.arange, layer.grid)) % 2 == 0).reshape(-1)
+    else:
+        in_a = np.arange(tokens.shape[1]) % 2 == (0 if layer.windows else prefix % 2)
+    return tokens[:, in_a], tokens[:, ~in_a]
+
+
+def rank_pairs(score: jax.Array) -> jax.Array:
+    """Rank the pairs of every window by score, float32 [b, v, i]: int32, 0 for the highest.
+
+    Of equal scores the first ranks higher. Nothing is sorted: a rank is a count of comparisons.
+    """
+    mine, other = score[..., :, None], score[..., None, :]
+    return _total((other > mine) | ((other == mine) & _before(score.shape[-1])))
+
+
+def merge_ranked(pairs: Pairs, rank: jax.Array, layer: Layer) -> Matching:
+    """Merge the first `layer.removed` pairs of every window by rank, int32 [b, v, i].
+
+    The output is [prefix], then window by window [A kept, in order][B].
+    """
+    a, b, prefix, images = pairs.a, pairs.b, pairs.prefix, len(rank)
+    keep = a.shape[1] - layer.removed
+    length = keep + b.shape[1]
+    first = prefix + length * np.arange(len(a), dtype=np.int32)[None, :, None]  # of each window in the output
+    in_b = first + keep + np.arange(b.shape[1], dtype=np.int32)
+    leading = np.arange(prefix, dtype=np.int32)
+
+    stays = rank >= layer.removed
+    position = _total(stays[..., None, :] & _before(a.shape[1]))  # of A, where it stays
+    target = pairs.place(first + jnp.where(stays, position, keep + pairs.best), in_b, leading)
+
+    ordered = jnp.take_along_axis(jnp.asarray(a)[None], _inverse(jnp.where(stays, position, keep + rank)), axis=2)
+    kept, gone = ordered[..., :keep], ordered[..., keep:].reshape(images, -1)
+    kept = jnp.concatenate([kept, jnp.broadcast_to(b, (images, *b.shape))], axis=2).reshape(images, -1)
+    order = jnp.concatenate([jnp.broadcast_to(leading, (images, prefix)), kept, gone], axis=1)
     return Matching(target, layer.tokens_out, order)
 
 
-def _match_alternating(metric: jax.Array, r: int, prefix: int) -> tuple[jax.Array, int, jax.Array]:
-    """The target, tokens_out and order of `Matching`, for [b, n, k] float32 of which the first `prefix` tokens stay.
-
-    Even positions are A, odd ones B; each A proposes the B of the highest cosine, the r best proposals are merged, and
-    the output is [prefix][A kept, in order][B]. Equal cosines go to the lower position. Nothing is sorted: a rank is a
-    count of comparisons.
-    """
-    batch, tokens, _ = metric.shape
-    first_a, first_b = first_positions(prefix)
-    squares = jnp.sum(metric * metric, axis=-1)
-    metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
-    a, b = metric[:, first_a::2], metric[:, first_b::2]
-    similarity = jnp.einsum("bik,bjk->bij", a, b, precision=jax.lax.Precision.HIGHEST)
-
-    best, proposal = jnp.argmax(similarity, axis=-1).astype(jnp.int32), jnp.max(similarity, axis=-1)
-    mine, other = proposal[:, :, None], proposal[:, None, :]
-    before = np.tri(a.shape[1], k=-1, dtype=bool)[None]  # [_, i, j]: j stands before i
-    rank = _total((other > mine) | ((other == mine) & before))
-    stays, keep = rank >= r, a.shape[1] - r
-    position = _total(stays[:, None, :] & before)  # of A, where it stays
-    into = prefix + jnp.where(stays, position, keep + best)
-    order = first_a + 2 * _inverse(jnp.where(stays, position, keep + rank))
-
-    fixed = np.zeros(tokens, np.int32)  # the targets of all but A
-    fixed[:prefix] = np.arange(prefix)
-    fixed[first_b::2] = prefix + keep + np.arange(b.shape[1])
-    last = first_a + 2 * (a.shape[1] - 1)
-    spread = jax.lax.pad(into, jnp.zeros((), into.dtype), ((0, 0, 0), (first_a, tokens - 1 - last, 1)))
-    leading, behind_a = (
-        jnp.broadcast_to(part.astype(np.int32), (batch, len(part)))
-        for part in (np.arange(prefix), np.arange(first_b, tokens, 2))
-    )
-    order = jnp.concatenate([leading, order[:, :keep], behind_a, order[:, keep:]], axis=1)
-    return spread + fixed[None], tokens - r, order
-
-
-def first_positions(prefix: int) -> tuple[int, int]:
-    """Where A and B begin, each of which has every second position from there on; the prefix is in neither."""
-    return prefix + prefix % 2, prefix + 1 - prefix % 2
+def _before(count: int) -> np.ndarray:
+    """[_, _, i, j]: j stands before i."""
+    return np.tri(count, k=-1, dtype=bool)[None, None]
 
 
 def _inverse(place: jax.Array) -> jax.Array:
-    """Which of so many tokens has each place, both int32 [b, tokens]; 0 to tokens - 1 whatever the places are."""
-    index = np.arange(place.shape[1])
-    found = place[:, None, :] == index[None, :, None]
-    return jnp.minimum(_total(jnp.where(found, index[None, None], 0)), len(index) - 1)
+    """Which of so many tokens has each place, both int32 [b, v, tokens]; 0 to tokens - 1 whatever the places are."""
+    index = np.arange(place.shape[-1])[None, None, None]
+    found = place[..., None, :] == index.swapaxes(2, 3)
+    return jnp.minimum(_total(jnp.where(found, index, 0)), place.shape[-1] - 1)
 
 
 def _total(x: jax.Array) -> jax.Array:
