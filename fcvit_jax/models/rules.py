@@ -82,30 +82,27 @@ class Nearest(Rule):
 
     heads: compare the keys of all heads side by side ("all"), or their mean ("mean").
     checkerboard: split the grid of the first merging layer by row + column, so that all neighbours can merge.
-    balance, importance: a pair of tokens i, j of sizes s, of which i moves, is ranked by its cost
-        (1 - cosine) * (s_i s_j / (s_i + s_j))^balance * c_i^importance: Ward's factor, which keeps clusters small, and
-        the attention c_i of the class token to i.
+    balance, importance: pairs of tokens i and j are ranked by their cost,
+        (1 - cosine) (s_i s_j / (s_i + s_j))^balance (c_i c_j)^importance: by their sizes s, as in Ward's clustering, and
+        by the class token's attention c to them.
     keep_norm: the merged token has the mean of its members' norms (in the spirit of MLERP, arXiv 2312.01026).
-    scale: a token brings its size times the cosine (as in the code of DiffRate, arXiv 2305.17997).
+    scale: a token that moves brings its size times the cosine (as in the code of DiffRate, arXiv 2305.17997).
     """
 
     heads: str = setting("all", choices=("all", "mean"))
     checkerboard: bool = True
     balance: float = setting(0.5, low=0)
-    importance: float = setting(0.25, low=0)
+    importance: float = setting(0.15, low=0)
     keep_norm: bool = True
     scale: bool = True
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
         metric = all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
         pairs = propose_pairs(metric, layer, prefix, self.checkerboard)
-        score = pairs.cosine
-        if self.balance or self.importance:
-            own, other = pairs.take(size)
-            attention, _ = pairs.take(class_attention(attended, size, prefix))
-            factor = (own * other / (own + other)) ** self.balance * attention**self.importance
-            score = (score - 1.0) * jax.lax.stop_gradient(factor)
-        rank = rank_pairs(score)
+        own, other = pairs.take(size)
+        mine, theirs = pairs.take(class_attention(attended, size, prefix))
+        cost = (1.0 - pairs.cosine) * (own * other / (own + other)) ** self.balance * (mine * theirs) ** self.importance
+        rank = rank_pairs(-jax.lax.stop_gradient(cost))
         matching, gain = merge_ranked(pairs, rank, layer), None
         if self.scale:
             share = jnp.where(rank < layer.removed, jnp.maximum(pairs.cosine, 0.0), 1.0)
