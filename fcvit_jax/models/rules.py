@@ -83,7 +83,7 @@ class Nearest(Rule):
     heads: compare the keys of all heads side by side ("all"), or their mean ("mean").
     checkerboard: split the grid of the first merging layer by row + column, so that all neighbours can merge.
     balance, importance: pairs of tokens i and j are ranked by their cost,
-        (1 - cosine) (s_i s_j / (s_i + s_j))^balance (c_i c_j)^importance: by their sizes s, as in Ward's clustering, and
+        (1 - cosine) (s_i s_j / (s_i + s_j))^balance (c_i c_j)^importance: by their sizes s (as Ward's), and
         by the class token's attention c to them.
     keep_norm: the merged token has the mean of its members' norms (in the spirit of MLERP, arXiv 2312.01026).
     scale: a token that moves brings its size times the cosine (as in the code of DiffRate, arXiv 2305.17997).
