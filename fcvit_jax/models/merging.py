@@ -45,61 +45,66 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     [b, t]. Sums run in float32. A token that nothing is merged into keeps its value to the last bit.
     """
     weight = size if matching.weight is None else matching.weight
+    gain = matching.gain
+    if gain is None and matching.weight is not None:
+        gain = jnp.where(weight > 0, size, 0.0)
     by_order = x.dtype == jnp.float32 and matching.order is not None
-    merge = _merge_by_order if by_order else _merge_by_product
-    merged, total = merge(x, weight, matching)
+    sums = _SumsByOrder(matching) if by_order else _SumsByProduct(matching)
+    merged, total, alone = sums.mean(x, weight)
     if matching.keep_norm:
-        wanted, found = merge(_norms(x), weight, matching)[0], _norms(merged)
-        scale = wanted / jnp.where(found > 0, found, 1.0)
-        alone = _members(matching)[..., None] == 1
-        merged = jnp.where(alone, merged, (merged.astype(jnp.float32) * scale).astype(x.dtype))
-    if matching.gain is not None:
-        return merged, _sum_by_target(matching.gain, matching)
-    if matching.weight is not None:
-        return merged, _sum_by_target(jnp.where(matching.weight > 0, size, 0.0), matching)
-    return merged, total
+        scale = sums.add(weight * _norms(x)) / (total * _norms(merged))
+        merged = (merged.astype(jnp.float32) * jnp.where(alone, 1.0, scale)[..., None]).astype(x.dtype)
+    return merged, total if gain is None else sums.add(gain)
 
 
-def _merge_by_order(x: jax.Array, weight: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array]:
-    """Gather the tokens that stay; one product adds those that are merged away."""
-    order, count = matching.order, matching.tokens_out
-    assert order is not None
-    staying, leaving = order[:, :count], order[:, count:]
-    kept, gone = _take_rows(x, staying), _take_rows(x, leaving)
-    weights, goals = _take_rows(weight, order), _take_rows(matching.target, leaving)
-    into = jnp.where(goals[:, None] == np.arange(count)[None, :, None], weights[:, None, count:], 0.0)
-    added = into.sum(axis=-1)
-    sums = jnp.einsum("btr,brd->btd", into, gone, precision=jax.lax.Precision.HIGHEST)
-    total = weights[:, :count] + added
-    return kept + (sums - kept * added[..., None]) / total[..., None], total
+class _SumsByOrder:
+    """Sums over the tokens of each target: those that stay are gathered, and those that are merged away added."""
+
+    def __init__(self, matching: Matching):
+        order, self.count = matching.order, matching.tokens_out
+        assert order is not None
+        self.staying, self.leaving = order[:, : self.count], order[:, self.count :]
+        goals = _take_rows(matching.target, self.leaving)
+        self.joins = goals[:, None] == np.arange(self.count)[None, :, None]
+
+    def _split(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[b, n] -> [b, t] of those that stay, and [b, t, n - t] of those that each gets."""
+        return _take_rows(values, self.staying), jnp.where(self.joins, _take_rows(values, self.leaving)[:, None], 0.0)
+
+    def add(self, values: jax.Array) -> jax.Array:
+        """Float32 [b, n] -> [b, t]."""
+        own, joining = self._split(values)
+        return own + joining.sum(axis=-1)
+
+    def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The weighted means, [b, t, d], the sums of the weights, and which tokens have one member: [b, t] each."""
+        kept, gone = _take_rows(x, self.staying), _take_rows(x, self.leaving)
+        own, joining = self._split(weight)
+        added = joining.sum(axis=-1)
+        sums = jnp.einsum("btr,brd->btd", joining, gone, precision=jax.lax.Precision.HIGHEST)
+        total = own + added
+        return kept + (sums - kept * added[..., None]) / total[..., None], total, added == 0
 
 
-def _merge_by_product(x: jax.Array, weight: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array]:
-    """One product with the weights of the means, in the dtype of x: matrix units are faster than a gather."""
-    slots = np.arange(matching.tokens_out)[None, :, None]
-    into = jnp.where(matching.target[:, None, :] == slots, weight[:, None, :], 0.0)
-    total = into.sum(axis=-1)
-    return einsum("btn,bnd->btd", (into / total[..., None]).astype(x.dtype), x), total
+class _SumsByProduct:
+    """The same by one product with the weights, in the dtype of x: matrix units are faster than a gather."""
 
+    def __init__(self, matching: Matching):
+        self.here = matching.target[:, None, :] == np.arange(matching.tokens_out)[None, :, None]
 
-def _sum_by_target(values: jax.Array, matching: Matching) -> jax.Array:
-    """Float32 [b, n] -> [b, t]: the sum over the tokens of each target."""
-    slots = np.arange(matching.tokens_out)[None, :, None]
-    return jnp.where(matching.target[:, None, :] == slots, values[:, None, :], 0.0).sum(axis=-1)
+    def add(self, values: jax.Array) -> jax.Array:
+        return jnp.where(self.here, values[:, None, :], 0.0).sum(axis=-1)
+
+    def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        into = jnp.where(self.here, weight[:, None, :], 0.0)
+        total = into.sum(axis=-1)
+        merged = einsum("btn,bnd->btd", (into / total[..., None]).astype(x.dtype), x)
+        return merged, total, into.max(axis=-1) == total
 
 
 def _norms(x: jax.Array) -> jax.Array:
-    """Euclidean norms, float32 [b, n, 1]; the gradient of a zero is zero."""
-    squares = jnp.square(x.astype(jnp.float32)).sum(axis=-1, keepdims=True)
-    return jnp.where(squares > 0, jnp.sqrt(jnp.where(squares > 0, squares, 1.0)), 0.0)
-
-
-def _members(matching: Matching) -> jax.Array:
-    """How many tokens enter the mean of each target: float32 [b, t]."""
-    counted = jnp.ones(matching.target.shape, jnp.float32)
-    if matching.weight is not None:
-        counted = jnp.where(matching.weight > 0, counted, 0.0)
-    return _sum_by_target(counted, matching)
+    """Euclidean norms, float32 [b, n]; the gradient of a zero is zero."""
+    return jnp.sqrt(jnp.maximum(jnp.square(x.astype(jnp.float32)).sum(axis=-1), 1e-30))
 
 
 def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:

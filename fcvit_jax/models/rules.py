@@ -99,9 +99,9 @@ class Nearest(Rule):
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
         metric = all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
         pairs = propose_pairs(metric, layer, prefix, self.checkerboard)
-        own, other = pairs.take(size)
-        mine, theirs = pairs.take(class_attention(attended, size, prefix))
-        cost = (1.0 - pairs.cosine) * (own * other / (own + other)) ** self.balance * (mine * theirs) ** self.importance
+        shares, others = pairs.take(1.0 / size)
+        mine, theirs = pairs.take(class_attention(attended, size, prefix) ** self.importance)
+        cost = (1.0 - pairs.cosine) * mine * theirs / (shares + others) ** self.balance
         rank = rank_pairs(-jax.lax.stop_gradient(cost))
         matching, gain = merge_ranked(pairs, rank, layer), None
         if self.scale:
