@@ -1,0 +1,129 @@
+"""Merge rules side by side: what each does to a model's predictions at equal token counts, as a table and a plot.
+
+    python benchmarks/rules.py vit_s folder:photos --rules tome,nearest --schedules tome:4-20:4,s2dfe_r16 --out rules
+
+Writes rules.md, rules.csv and rules.png into --out, beside what evaluate.py writes. Rerun the same command to resume.
+
+    GMACs     of the schedule, the rule's own included
+    KL        mean over images of KL(dense || merged) of the predicted classes
+    ratio     KL over that of the first rule at the same schedule
+    95 %      bootstrap interval of the ratio over images
+    agree     share of images whose first guess is the dense model's
+    speed     images/s over those of the first rule, in alternating blocks of one run (--throughput_blocks)
+"""
+
+import argparse
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from scipy.special import log_softmax, softmax
+
+import fcvit_jax as fc
+from fcvit_jax.allocator import keep_freed_memory
+from fcvit_jax.errors import OneLineParser, one_line_errors
+from fcvit_jax.files import file_name
+from fcvit_jax.models.schedule import parse_schedules
+
+COLUMNS = ("schedule", "rule", "GMACs", "KL", "ratio", "95 %", "agree", "top-1", "speed")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse(argv)
+    keep_freed_memory()
+    rules, depth = args.rules.split(","), fc.load_checkpoint(args.checkpoint).config.depth
+    pairs = [(base, rule) for base in parse_schedules(args.schedules, depth) for rule in rules]
+    rows = fc.evaluate(
+        args.checkpoint,
+        args.dataset,
+        ["dense", *(name_of(*pair) for pair in pairs)],
+        workdir=args.out,
+        batch_size=args.batch_size,
+        limit=args.limit,
+        save_logits=True,
+        throughput_blocks=args.throughput_blocks,
+    )
+    named = {row["schedule"]: row for row in rows}
+    dense = logits(args.out, "dense")
+    kl = {pair: divergence(dense, logits(args.out, name_of(*pair))) for pair in pairs}
+    table = []
+    for base, rule in pairs:
+        row, first = named[name_of(base, rule)], named[name_of(base, rules[0])]
+        ratio, low, high = ratio_of_means(kl[base, rule], kl[base, rules[0]])
+        speed = row["images_per_second"] / first["images_per_second"] if args.throughput_blocks else None
+        values = base, rule, row["gmacs"], row["kl"], ratio, (low, high), row["agreement"], row["top1"], speed
+        table.append(dict(zip(COLUMNS, values, strict=True)))
+    write(table, args.out)
+    draw(table, args.out / "rules.png")
+    print((args.out / "rules.md").read_text())
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    about, _, details = __doc__.partition("\n")
+    parser = OneLineParser(description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", help="a checkpoint directory or packaged:NAME")
+    parser.add_argument("dataset", help="labelled images: folder:PATH, digits:test or tfds:NAME/SPLIT")
+    parser.add_argument("--rules", default="tome,nearest", help="merge rules; the first is the reference")
+    parser.add_argument("--schedules", default="tome:4-20:4", help="schedules without rules, or ranges")
+    parser.add_argument("--out", type=Path, required=True, help="directory for the results")
+    parser.add_argument("--batch_size", type=int, default=16)
+    parser.add_argument("--limit", type=int, help="the first images only")
+    parser.add_argument("--throughput_blocks", type=int, default=0, help="timed blocks a schedule; 0: none")
+    return parser.parse_args(argv)
+
+
+def name_of(base: str, rule: str) -> str:
+    """The name of a schedule under a rule; Token Merging's own is not written."""
+    return base if rule == "tome" else f"{base}@{rule}"
+
+
+def logits(workdir: Path, name: str) -> np.ndarray:
+    return np.load(workdir / f"logits_{file_name(name)}.npz")["logits"]
+
+
+def divergence(dense: np.ndarray, merged: np.ndarray) -> np.ndarray:
+    """KL(dense || merged) of each image."""
+    p, q = (log_softmax(each.astype(np.float64), axis=-1) for each in (dense, merged))
+    return (softmax(dense.astype(np.float64), axis=-1) * (p - q)).sum(axis=-1)
+
+
+def ratio_of_means(values: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
+    """mean(values) / mean(reference), and its 95 % interval by bootstrap over images, both drawn together."""
+    draws = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
+    low, high = np.percentile(values[draws].mean(axis=1) / reference[draws].mean(axis=1), [2.5, 97.5])
+    return values.mean() / reference.mean(), low, high
+
+
+def write(table: list[dict[str, Any]], directory: Path) -> None:
+    with (directory / "rules.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(row.values() for row in table)
+    formats = ("", "", ".2f", ".4f", ".2f", "", ".1%", ".1%", ".2f")
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    for row in table:
+        shown = row | {"95 %": "{:.2f} to {:.2f}".format(*row["95 %"])}
+        cells = ("" if each is None else format(each, form) for each, form in zip(shown.values(), formats, strict=True))
+        lines.append("| " + " | ".join(cells) + " |")
+    (directory / "rules.md").write_text("\n".join(lines) + "\n")
+
+
+def draw(table: list[dict[str, Any]], path: Path) -> None:
+    """Plot KL against GMACs, a line a rule."""
+    figure, axes = plt.subplots(figsize=(7, 4.5))
+    for rule in dict.fromkeys(row["rule"] for row in table):
+        points = sorted((row["GMACs"], row["KL"]) for row in table if row["rule"] == rule)
+        axes.plot(*zip(*points, strict=True), marker="o", label=rule)
+    axes.set(xlabel="GMACs an image", ylabel="KL(dense || merged)", yscale="log")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150, bbox_inches="tight")
+    plt.close(figure)
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
