@@ -48,43 +48,58 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     gain = matching.gain
     if gain is None and matching.weight is not None:
         gain = jnp.where(weight > 0, size, 0.0)
-    values = [weight, *([weight * _norms(x)] if matching.keep_norm else []), *([] if gain is None else [gain])]
     by_order = x.dtype == jnp.float32 and matching.order is not None
-    merge = _merge_by_order if by_order else _merge_by_product
-    merged, sums, alone = merge(x, jnp.stack(values, axis=-1), matching)
+    sums = _SumsByOrder(matching) if by_order else _SumsByProduct(matching)
+    merged, total, alone = sums.mean(x, weight)
     if matching.keep_norm:
-        scale = sums[..., 1] / (sums[..., 0] * _norms(merged))
+        scale = sums.add(weight * _norms(x)) / (total * _norms(merged))
         merged = (merged.astype(jnp.float32) * jnp.where(alone, 1.0, scale)[..., None]).astype(x.dtype)
-    return merged, sums[..., 0 if gain is None else -1]
+    return merged, total if gain is None else sums.add(gain)
 
 
-def _merge_by_order(x: jax.Array, values: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gather the tokens that stay; one product adds those that are merged away.
+class _SumsByOrder:
+    """Sums over the tokens of each target: those that stay are gathered, and those that are merged away added."""
 
-    values: [b, n, v], of which the first is the weight. Returns the means [b, t, d], the sums of the values [b, t, v],
-    and which tokens have one member, [b, t].
-    """
-    order, count = matching.order, matching.tokens_out
-    assert order is not None
-    staying, leaving = order[:, :count], order[:, count:]
-    goals = _take_rows(matching.target, leaving)
-    joins = goals[:, None] == np.arange(count)[None, :, None]
-    kept, gone = _take_rows(x, staying), _take_rows(x, leaving)
-    own, joining = _take_rows(values, staying), _take_rows(values, leaving)
-    into = jnp.where(joins, joining[:, None, :, 0], 0.0)
-    rest = jnp.where(joins[..., None], joining[:, None], 0.0).sum(axis=2)
-    added, total = rest[..., :1], own[..., :1] + rest[..., :1]
-    sums = jnp.einsum("btr,brd->btd", into, gone, precision=jax.lax.Precision.HIGHEST)
-    return kept + (sums - kept * added) / total, own + rest, added[..., 0] == 0
+    def __init__(self, matching: Matching):
+        order, self.count = matching.order, matching.tokens_out
+        assert order is not None
+        self.staying, self.leaving = order[:, : self.count], order[:, self.count :]
+        goals = _take_rows(matching.target, self.leaving)
+        self.joins = goals[:, None] == np.arange(self.count)[None, :, None]
+
+    def _split(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[b, n] -> [b, t] of those that stay, and [b, t, n - t] of those that each gets."""
+        return _take_rows(values, self.staying), jnp.where(self.joins, _take_rows(values, self.leaving)[:, None], 0.0)
+
+    def add(self, values: jax.Array) -> jax.Array:
+        """Float32 [b, n] -> [b, t]."""
+        own, joining = self._split(values)
+        return own + joining.sum(axis=-1)
+
+    def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """The weighted means, [b, t, d], the sums of the weights, and which tokens have one member: [b, t] each."""
+        kept, gone = _take_rows(x, self.staying), _take_rows(x, self.leaving)
+        own, joining = self._split(weight)
+        added = joining.sum(axis=-1)
+        sums = jnp.einsum("btr,brd->btd", joining, gone, precision=jax.lax.Precision.HIGHEST)
+        total = own + added
+        return kept + (sums - kept * added[..., None]) / total[..., None], total, added == 0
 
 
-def _merge_by_product(x: jax.Array, values: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array, jax.Array]:
+class _SumsByProduct:
     """The same by one product with the weights, in the dtype of x: matrix units are faster than a gather."""
-    here = matching.target[:, None, :] == np.arange(matching.tokens_out)[None, :, None]
-    into = jnp.where(here, values[:, None, :, 0], 0.0)
-    sums = jnp.where(here[..., None], values[:, None], 0.0).sum(axis=2)
-    merged = einsum("btn,bnd->btd", (into / sums[..., :1]).astype(x.dtype), x)
-    return merged, sums, into.max(axis=-1) == sums[..., 0]
+
+    def __init__(self, matching: Matching):
+        self.here = matching.target[:, None, :] == np.arange(matching.tokens_out)[None, :, None]
+
+    def add(self, values: jax.Array) -> jax.Array:
+        return jnp.where(self.here, values[:, None, :], 0.0).sum(axis=-1)
+
+    def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        into = jnp.where(self.here, weight[:, None, :], 0.0)
+        total = into.sum(axis=-1)
+        merged = einsum("btn,bnd->btd", (into / total[..., None]).astype(x.dtype), x)
+        return merged, total, into.max(axis=-1) == total
 
 
 def _norms(x: jax.Array) -> jax.Array:
