@@ -233,7 +233,7 @@ class Pairs(NamedTuple):
 
     def take(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the values of x, [b, n], of both tokens of each pair: [b, v, i] twice."""
-        return x[:, self.a], jnp.take_along_axis(x[:, self.b], self.best, axis=2)
+        return x[:, self.a], jnp.take_along_axis(x[:, self.b], self.best, axis=2, mode="clip")
 
     def place(self, in_a: jax.Array, in_b: jax.typing.ArrayLike, leading: jax.typing.ArrayLike) -> jax.Array:
         """Bring values of A, [b, v, i], and, broadcast, of B and of the prefix, into sequence: [b, n]."""
@@ -298,7 +298,7 @@ def merge_ranked(pairs: Pairs, rank: jax.Array, layer: Layer) -> Matching:
     position = _total(stays[..., None, :] & _before(a.shape[1]))  # of A, where it stays
     target = pairs.place(first + jnp.where(stays, position, keep + pairs.best), in_b, leading)
 
-    ordered = jnp.take_along_axis(jnp.asarray(a)[None], _inverse(jnp.where(stays, position, keep + rank)), axis=2)
+    ordered = _inverse(jnp.where(stays, position, keep + rank), a)
     kept, gone = ordered[..., :keep], ordered[..., keep:].reshape(images, -1)
     kept = jnp.concatenate([kept, jnp.broadcast_to(b, (images, *b.shape))], axis=2).reshape(images, -1)
     order = jnp.concatenate([jnp.broadcast_to(leading, (images, prefix)), kept, gone], axis=1)
@@ -310,11 +310,10 @@ def _before(count: int) -> np.ndarray:
     return np.tri(count, k=-1, dtype=bool)[None, None]
 
 
-def _inverse(place: jax.Array) -> jax.Array:
-    """Which of so many tokens has each place, both int32 [b, v, tokens]; 0 to tokens - 1 whatever the places are."""
-    index = np.arange(place.shape[-1])[None, None, None]
-    found = place[..., None, :] == index.swapaxes(2, 3)
-    return jnp.minimum(_total(jnp.where(found, index, 0)), place.shape[-1] - 1)
+def _inverse(place: jax.Array, tokens: np.ndarray) -> jax.Array:
+    """Which of the tokens [v, i] has each place, int32 [b, v, i]; one of the sequence whatever the places are."""
+    found = place[..., None, :] == np.arange(tokens.shape[1])[None, None, :, None]
+    return jnp.minimum(_total(jnp.where(found, tokens[None, :, None], 0)), tokens.max())
 
 
 def _total(x: jax.Array) -> jax.Array:
