@@ -7,6 +7,7 @@ Shape letters: b batch, n tokens in, t tokens out, d width, p patches.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ class Matching:
         that are merged away. Optional: float32 merging is faster with it.
     weight: float32 [b, n], with what weight a token enters the mean; 0 prunes it. None: its size.
     gain: float32 [b, n], how much size it brings to its target. None: its size, and nothing if it is pruned.
-    keep_norm: scale each merged token to the weighted mean of its members' norms (as MLERP, arXiv 2312.01026).
+    keep_norm: scale each merged token to the weighted mean of its members' norms; "max": to the largest of them (MLERP,
+        arXiv 2312.01026).
+    summed: merged tokens are the weighted sums of their members instead of the means.
     """
 
     target: jax.Array
@@ -35,7 +38,8 @@ class Matching:
     order: jax.Array | None = None
     weight: jax.Array | None = None
     gain: jax.Array | None = None
-    keep_norm: bool = dataclasses.field(default=False, metadata={"static": True})
+    keep_norm: bool | Literal["max"] = dataclasses.field(default=False, metadata={"static": True})
+    summed: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array]:
@@ -48,12 +52,16 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     gain = matching.gain
     if gain is None and matching.weight is not None:
         gain = jnp.where(weight > 0, size, 0.0)
-    values = [weight, *([weight * _norms(x)] if matching.keep_norm else []), *([] if gain is None else [gain])]
+    values = [weight, *([weight * _norms(x)] if matching.keep_norm is True else []), *([] if gain is None else [gain])]
     by_order = x.dtype == jnp.float32 and matching.order is not None
     merge = _merge_by_order if by_order else _merge_by_product
     merged, sums, alone = merge(x, jnp.stack(values, axis=-1), matching)
-    if matching.keep_norm:
+    scale = sums[..., 0] if matching.summed else None
+    if matching.keep_norm == "max":
+        scale = _largest_by_target(jnp.where(weight > 0, _norms(x), 0.0), matching) / _norms(merged)
+    elif matching.keep_norm:
         scale = sums[..., 1] / (sums[..., 0] * _norms(merged))
+    if scale is not None:
         merged = (merged.astype(jnp.float32) * jnp.where(alone, 1.0, scale)[..., None]).astype(x.dtype)
     return merged, sums[..., 0 if gain is None else -1]
 
@@ -85,6 +93,12 @@ def _merge_by_product(x: jax.Array, values: jax.Array, matching: Matching) -> tu
     sums = jnp.where(here[..., None], values[:, None], 0.0).sum(axis=2)
     merged = einsum("btn,bnd->btd", (into / sums[..., :1]).astype(x.dtype), x)
     return merged, sums, into.max(axis=-1) == sums[..., 0]
+
+
+def _largest_by_target(values: jax.Array, matching: Matching) -> jax.Array:
+    """Float32 [b, n], none below 0, -> [b, t]."""
+    here = matching.target[:, None, :] == np.arange(matching.tokens_out)[None, :, None]
+    return jnp.where(here, values[:, None, :], 0.0).max(axis=-1)
 
 
 def _norms(x: jax.Array) -> jax.Array:

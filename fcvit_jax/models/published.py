@@ -9,6 +9,7 @@ Shape letters: b batch, n tokens, h heads, w head width, d width, p patch tokens
 
 import dataclasses
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,10 +23,10 @@ from fcvit_jax.models.rules import (
     Attended,
     Layer,
     Rule,
-    match_alternating,
+    class_attention,
     match_tokens,
-    match_windows,
     mean_over_heads,
+    window_order,
 )
 from fcvit_jax.settings import setting
 
@@ -58,7 +59,7 @@ class EViT(Rule):
                 gain = gain.at[:, kept - 1].set(1.0)
             return dataclasses.replace(_arrange(order, into, weight, gain), summed=self.fuse)
 
-        return match_windows(find, (class_attention(attended, layer, prefix), size[:, prefix:]), layer, prefix)
+        return match_windows(find, (attention_to_patches(attended, layer, prefix), size[:, prefix:]), layer, prefix)
 
     def macs(self, layer: Layer, config: ViTConfig) -> int:
         return _class_attention_macs(layer, config)
@@ -109,9 +110,10 @@ class PiToMe(Rule):
             cosine = _cosine(metric, metric)
             order = _by_score(jax.nn.elu(cosine - margin, self.alpha).mean(axis=-1))
             if layer.index < self.open * layer.depth:
-                target, kept, inner = match_alternating(_take(metric, order), r, 0)
-                order, into = _take(order, inner), _take(target, inner)[:, kept:]
-                return _arrange(order, into)
+                length = order.shape[1]
+                inner = match_tokens(_take(metric, order), Layer(length, length - r, r), 0)
+                assert inner.order is not None
+                return _arrange(_take(order, inner.order), _take(inner.target, inner.order)[:, length - r :])
             a, b, protected = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
             among = jnp.take_along_axis(_take(cosine, a), b[:, None, :], axis=2)
             into = protected.shape[1] + jnp.argmax(among, axis=-1).astype(jnp.int32)
@@ -160,7 +162,7 @@ class DiffRate(Rule):
             return _arrange(order, into, weight, gain)
 
         features = jax.lax.stop_gradient(x).astype(jnp.float32)
-        inputs = class_attention(attended, layer, prefix), features[:, prefix:], size[:, prefix:]
+        inputs = attention_to_patches(attended, layer, prefix), features[:, prefix:], size[:, prefix:]
         return match_windows(find, inputs, layer, prefix)
 
     def pruned(self, layer: Layer) -> int:
@@ -194,7 +196,7 @@ class PPT(Rule):
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: Layer, prefix: int) -> Matching:
         v = jax.lax.stop_gradient(attended.v).astype(jnp.float32)
-        score = class_attention(attended, layer, prefix) * jnp.sqrt(jnp.square(v).sum(axis=(1, 3)))[:, prefix:]
+        score = attention_to_patches(attended, layer, prefix) * jnp.sqrt(jnp.square(v).sum(axis=(1, 3)))[:, prefix:]
         score /= score.sum(axis=-1, keepdims=True)
         spread = jnp.var(score, axis=-1, ddof=1)[:, None] >= self.threshold
 
@@ -267,18 +269,60 @@ def diffrate_layers(name: str) -> list[tuple[int, DiffRate]]:
     return layers
 
 
-def class_attention(attended: Attended, layer: Layer, prefix: int) -> jax.Array:
+def attention_to_patches(attended: Attended, layer: Layer, prefix: int) -> jax.Array:
     """The class token's attention to each patch token, float32 [b, p], the mean over heads.
 
     Without a class token, the mean attention that a patch token receives from all tokens.
     """
-    q, k = jax.lax.stop_gradient((attended.q, attended.k))
-    q = q[:, :, :1] if prefix and layer.class_token else q
-    q *= jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
+    _, q, k, _, size = jax.lax.stop_gradient(attended)
+    size = jnp.ones((len(q), q.shape[2]), jnp.float32) if size is None else size
+    if prefix and layer.class_token:
+        return jax.lax.stop_gradient(class_attention(attended, size, prefix))[:, prefix:]
+    q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     logits = jnp.einsum("bhqw,bhnw->bhqn", q, k, preferred_element_type=jnp.float32)
-    if attended.size is not None:
-        logits += jnp.log(jax.lax.stop_gradient(attended.size))[:, None, None]
-    return jax.nn.softmax(logits).mean(axis=(1, 2))[:, prefix:]
+    return jax.nn.softmax(logits + jnp.log(size)[:, None, None]).mean(axis=(1, 2))[:, prefix:]
+
+
+def match_windows(find: Callable[[Any], Matching], inputs: Any, layer: Layer, prefix: int) -> Matching:
+    """Match the patch tokens of every window by themselves; those of the whole sequence if the layer has no windows.
+
+    inputs: of the patch tokens, a pytree of [b, n - prefix, ...]. find: gets the same of all windows, as if these were
+    images, and returns their matching, with its order.
+    """
+    batch, patches = jax.tree.leaves(inputs)[0].shape[:2]
+    windows = layer.windows or 1
+    length = patches // windows
+    grouped = window_order(*layer.regroup, patches) if layer.regroup else None
+
+    def split(x: jax.Array) -> jax.Array:
+        x = x if grouped is None else x[:, grouped]
+        return x.reshape(batch * windows, length, *x.shape[2:])
+
+    def join(x: jax.Array | None, leading: np.ndarray) -> jax.Array | None:
+        """[b * windows, length] -> [b, n], with what stands for the prefix in front."""
+        if x is None:
+            return None
+        x = x.reshape(batch, -1)
+        x = x if grouped is None else x[:, np.argsort(grouped)]
+        return jnp.concatenate([jnp.broadcast_to(leading.astype(x.dtype), (batch, prefix)), x], axis=1)
+
+    found = find(jax.tree.map(split, inputs))
+    kept, leading, ones = found.tokens_out, np.arange(prefix), np.ones(prefix)
+    window = np.arange(windows, dtype=np.int32)[None, :, None]
+    target, order = (part.reshape(batch, windows, length) for part in (found.target, found.order))
+    target, order = prefix + target + kept * window, order + length * window
+    stay, go = (part.reshape(batch, -1) for part in (order[:, :, :kept], order[:, :, kept:]))
+    order = jnp.concatenate([stay, go], axis=1)
+    order = prefix + (order if grouped is None else jnp.asarray(grouped)[order])
+    order = jnp.concatenate([jnp.broadcast_to(leading.astype(np.int32), (batch, prefix)), order], axis=1)
+    return dataclasses.replace(
+        found,
+        target=join(target, leading),
+        tokens_out=layer.tokens_out,
+        order=order,
+        weight=join(found.weight, ones),
+        gain=join(found.gain, ones),
+    )
 
 
 def _class_attention_macs(layer: Layer, config: ViTConfig) -> int:

@@ -28,12 +28,16 @@ from fcvit_jax.settings import check_settings, setting
 
 
 class Attended(NamedTuple):
-    """What attention hands on: its output y [b, n, d], and queries, keys and values, [b, h, n, w] each."""
+    """What attention hands on: its output y [b, n, d], and queries, keys and values, [b, h, n, w] each.
+
+    size: float32 [b, n], what attention was proportional to; None if it was not.
+    """
 
     y: jax.Array
     q: jax.Array
     k: jax.Array
     v: jax.Array
+    size: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Rule:
         layer: of the schedule, with `removed` above 0. prefix: how many leading tokens must stay as they are.
         """
         raise NotImplementedError
+
+    def limit(self, patches: int) -> int:
+        """How many of the patch tokens of a window, or of the whole sequence, one layer can remove at most."""
+        return patches // 2
 
     def macs(self, layer: "Layer", config: ViTConfig) -> int:
         """Count multiply-accumulates of one layer and image beyond Token Merging's, which the papers leave out."""
@@ -132,6 +140,7 @@ class Layer(NamedTuple):
     grid: (rows, columns) of the grid on which the matched tokens lie in row-major order, in each window or in the
         sequence; None once tokens have merged, or if none do here.
     index, depth: of this layer, from 0, and of the model.
+    class_token: whether the first prefix token, if there is any, is a class token.
     """
 
     tokens_in: int
@@ -143,6 +152,7 @@ class Layer(NamedTuple):
     grid: tuple[int, int] | None = None
     index: int = 0
     depth: int = 1
+    class_token: bool = True
 
 
 RULES: dict[str, type[Rule]] = {"tome": ToMe, "nearest": Nearest}

@@ -14,7 +14,7 @@ import fcvit_jax as fc
 from fcvit_jax import parallel
 from fcvit_jax.convert.__main__ import main
 from fcvit_jax.models.merging import merge_tokens
-from fcvit_jax.models.published import DIFFRATE_KEPT, PPT, DiffRate, EViT, PiToMe, Random, ToFu, class_attention
+from fcvit_jax.models.published import DIFFRATE_KEPT, PPT, DiffRate, EViT, PiToMe, Random, ToFu, attention_to_patches
 from fcvit_jax.models.rules import Attended, Layer, Rule, window_order
 
 RULES = {
@@ -244,7 +244,9 @@ def scripted(attention, x, keys=None):
 def test_by_hand():
     x = [[0.0, 1.0], [3.0, 4.0], [10.0, 0.0], [0.0, 2.0], [0.0, -5.0], [6.0, 8.0]]
     tokens, layer = scripted([0.1, 0.3, 0.05, 0.25, 0.1, 0.2], x), Layer(6, 4, 2)
-    np.testing.assert_allclose(class_attention(tokens.attended, layer, 1), [[0.3, 0.05, 0.25, 0.1, 0.2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        attention_to_patches(tokens.attended, layer, 1), [[0.3, 0.05, 0.25, 0.1, 0.2]], rtol=1e-6
+    )
     # By attention: tokens 1, 3, 5, 4, 2.
     _, found, size = merged(EViT(), tokens, layer, 1)
     np.testing.assert_allclose(found[0], [x[0], x[1], x[3], x[5]])
