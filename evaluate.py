@@ -4,6 +4,7 @@
     python evaluate.py --config=configs/eval_folder.py --config.checkpoint=DIR --config.dataset=folder:PATH --workdir=W
     python evaluate.py --config=configs/eval_imagenet.py --config.checkpoint=DIR \\
         --config.sweep=tome:0-16,s2dfe:2-20:2,s2winc7:1-20 --workdir=W
+    python evaluate.py --config.rules="tome,evit(fuse=true),tofu"
     python evaluate.py --config.gmacs_only=true --config.checkpoint=vit_small_patch16_224 --config.sweep=tome:0-16
 
 Override any field of the configuration with --config.FIELD=VALUE; configs/eval_digits.py, the default, lists them.
@@ -41,17 +42,17 @@ def main(config: Any, workdir: Path) -> None:
             raise InputError(f"config.{name} is empty: pass --config.{name}=...")
     schedules = f"dense,{config.schedules},{config.sweep}" if config.sweep else config.schedules
     if config.gmacs_only:
-        report_costs(config.checkpoint, schedules, workdir)
+        report_costs(config.checkpoint, schedules, config.rules, workdir)
     elif rows := evaluate(config.checkpoint, config.dataset, schedules, workdir=workdir, **options):
         print(f"{format_table(rows)}\n{format_times(rows[0]['seconds'])}")
         print(f"written: {', '.join(reports_in(workdir))} in {workdir}")
 
 
-def report_costs(checkpoint: str, schedules: str, workdir: Path) -> None:
+def report_costs(checkpoint: str, schedules: str, rules: str, workdir: Path) -> None:
     """Print and write what schedules cost, unless an evaluation has left results in the working directory."""
     if jax.process_index():
         return
-    rows = cost_rows(checkpoint, schedules)
+    rows = cost_rows(checkpoint, schedules, rules)
     print(format_table(rows))
     if holds_accuracies(workdir):
         print(f"nothing is written: {workdir} has the results of an evaluation, which are kept")

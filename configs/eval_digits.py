@@ -15,6 +15,7 @@ def get_config() -> ConfigDict:
     config.real_labels = ""  # ReaL's real.json: its labels replace those of ImageNet's validation images
     config.schedules = "dense,tome_r12,s2dfe_r15,s2winc5_r16"  # names or explicit forms, separated by commas
     config.sweep = ""  # dense and ranges of rates beside them: tome:0-16,s2dfe:2-20:2 (LOW-HIGH or LOW-HIGH:STEP)
+    config.rules = ""  # run the schedules that merge under each of these merge rules: tome,evit(fuse=true),tofu
     config.gmacs_only = False  # print what the schedules cost and evaluate nothing; the name of a model is enough
     config.batch_size = 32  # images, over all devices
     config.dtype = "float32"  # float32, tf32 or bfloat16, which is faster on GPUs and on CPUs with AMX

@@ -98,6 +98,11 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_comparison_can_fail",
         "test_proportional_attention_can_be_left_out",
     ),
+    "models/test_published.py": (
+        "test_nothing_removed_is_the_identity_and_gradients_are_finite",
+        "test_one_device_equals_eight",
+        "test_trained_weights_of_evit_convert_and_give_what_its_model_gives",
+    ),
     "models/test_vit.py": (
         "test_parameters_cast_beforehand_give_the_same_to_the_last_bit",
         "test_remat_gives_the_same_gradient",

@@ -190,6 +190,13 @@ def test_a_sweep_begins_with_dense_and_nothing_merged_is_dense(tmp_path):
     assert none["kl"] == pytest.approx(0, abs=1e-6)
 
 
+def test_rules_cross_the_schedules_of_an_evaluation(run, tmp_path):
+    rows = run(tmp_path, schedules="dense,tome_r3", rules="tome,random(seed=3)", limit=5, throughput_blocks=0)
+    assert [row["schedule"] for row in rows] == ["dense", "tome_r3", "tome_r3@random(seed=3)"]
+    assert rows[1]["gmacs"] == rows[2]["gmacs"]
+    assert rows[1]["kl"] != rows[2]["kl"] > 0
+
+
 class Stop(Exception):
     """What ends a run in the middle of a test."""
 
@@ -293,6 +300,8 @@ def test_gmacs_need_neither_data_nor_weights():
     assert rows[0]["gmacs"] == pytest.approx(4.60, abs=0.01)
     assert rows[2]["gmacs"] == pytest.approx(2.70, abs=0.01)
     assert (rows[2]["tokens_out"], rows[2]["stages"]) == (197 - 12 * 13, "global:12:r13")
+    rows = evaluation.cost_rows("vit_small_patch16_224", "dense,tome_r13", "tome,evit(fuse=true)")
+    assert [row["schedule"] for row in rows] == ["dense", "tome_r13", "tome_r13@evit(fuse=true)"]
     (row,) = evaluation.cost_rows("deit_small_patch16_224.fb_in1k", "dense")
     assert row["model"] == "deit_small_patch16_224.fb_in1k"
 

@@ -44,6 +44,7 @@ def evaluate(
     gallery: int = EvaluationConfig.gallery,
     throughput_blocks: int = EvaluationConfig.throughput_blocks,
     workers: int | None = EvaluationConfig.workers,
+    rules: str = EvaluationConfig.rules,
 ) -> list[ResultRow]:
     """Evaluate a checkpoint under merge schedules, in one pass over the data; returns one row a schedule.
 
@@ -67,11 +68,14 @@ def evaluate(
       gallery: draw what the first images are merged to, under each schedule.
       throughput_blocks: timed blocks a schedule; 0 leaves images/s out.
       workers: decoding threads; by default as many as cores.
+      rules: merge rules, `tome,evit(fuse=true)`: every schedule that merges and names no rule runs under each of them.
 
     Raises:
       InputError: in one line, if an argument does not fit or an image cannot be read.
     """
-    config = EvaluationConfig(batch_size, dtype, limit, real_labels, save_logits, gallery, throughput_blocks, workers)
+    config = EvaluationConfig(
+        batch_size, dtype, limit, real_labels, save_logits, gallery, throughput_blocks, workers, rules
+    )
     if workdir is None and (save_logits or gallery):
         raise InputError("save_logits and gallery write files: pass a workdir")
     if save_logits and jax.process_count() > 1:

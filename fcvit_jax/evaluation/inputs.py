@@ -23,7 +23,7 @@ from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.evaluation.accuracy import StepConfig
 from fcvit_jax.models import zoo
 from fcvit_jax.models.fused import choose_kernels
-from fcvit_jax.models.schedule import MergeSchedule, Schedules, name_schedules
+from fcvit_jax.models.schedule import MergeSchedule, Schedules, cross_rules, name_schedules
 from fcvit_jax.models.vit import cast_params
 from fcvit_jax.settings import check_settings, setting
 
@@ -40,6 +40,7 @@ class EvaluationConfig:
     gallery: int = setting(0, low=0)
     throughput_blocks: int = setting(5, low=0)
     workers: int | None = setting(None, low=1)
+    rules: str = setting("")
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -128,7 +129,7 @@ def open_inputs(
         files = checkpoint.meta["files"]
     model = checkpoint.config
     source = match_head(labelled, model.num_classes, checkpoint.meta.get("class_names"), str(checkpoint.path))
-    named = name_schedules(schedules, model.depth)
+    named = cross_rules(name_schedules(schedules, model.depth), config.rules)
     for schedule in named.values():
         schedule.plan(model)
     reported = None if config.real_labels else reported_top1(opened, checkpoint, config.limit)

@@ -111,8 +111,14 @@ def draw_pareto(runs: Sequence[Run]) -> "Figure":
     for label in curves:
         handles.append(Line2D([], [], color=GREY, **_THIN))
         labels.append(label)
-    columns = min(4 * len(panels), len(labels))
-    legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+    legend = None
+    for columns in range(min(4 * len(panels), len(labels)), 0, -1):  # as many as fit
+        if legend is not None:
+            legend.remove()
+        legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
+        if legend.get_window_extent().width <= figure.bbox.width:
+            break
+    assert legend is not None
     titles = [titled(run, ", ".join(model_and_conditions(run)), runs) for run in runs]
     for text in (figure.suptitle("\n".join(titles), fontsize=9), *legend.get_texts()):
         text.set_parse_math(False)  # a path may hold a dollar sign

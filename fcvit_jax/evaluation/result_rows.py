@@ -11,7 +11,7 @@ import numpy as np
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
 from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep
-from fcvit_jax.evaluation.inputs import EvaluationInputs, Schedules, name_schedules
+from fcvit_jax.evaluation.inputs import EvaluationInputs
 from fcvit_jax.evaluation.outcomes import Outcomes
 from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.statistics import mcnemar, sigmas, wilson
@@ -19,11 +19,14 @@ from fcvit_jax.evaluation.throughput import Rate
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.schedule import MergeSchedule
+from fcvit_jax.models.schedule import MergeSchedule, Schedules, cross_rules, name_schedules
 
 
-def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules) -> list[ResultRow]:
-    """Compute what schedules cost, a row each: no data are read, and for a name of the zoo no weights either."""
+def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules, rules: str = "") -> list[ResultRow]:
+    """Compute what schedules cost, a row each: no data are read, and for a name of the zoo no weights either.
+
+    rules: as `evaluate` takes them.
+    """
     name = str(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
     if not isinstance(checkpoint, Checkpoint) and name in zoo.names() and not Path(name).exists():
         config, model = zoo.get(name).config, name
@@ -39,7 +42,7 @@ def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules) -> list
             "checkpoint": name,
             "model": model,
         }
-        for key, schedule in name_schedules(schedules, config.depth).items()
+        for key, schedule in cross_rules(name_schedules(schedules, config.depth), rules).items()
     ]
 
 

@@ -40,9 +40,10 @@ class Attention(nn.Module):
             (q,), (k, v) = split(qkv(x[:, :queries], slice(width))), split(qkv(x, slice(width, None)))
         else:
             q, k, v = split(qkv(x))
-        y = attend(q, k, v, size if self.config.proportional_attention else None)
+        size = size if self.config.proportional_attention else None
+        y = attend(q, k, v, size)
         y = Linear(width, self.dtype, name="proj")(y.transpose(0, 2, 1, 3).reshape(batch, -1, width))
-        return Attended(y, q, k, v)
+        return Attended(y, q, k, v, size)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, size: jax.Array | None) -> jax.Array:

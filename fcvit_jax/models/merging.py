@@ -7,6 +7,7 @@ Shape letters: b batch, n tokens in, t tokens out, d width, p patches.
 """
 
 import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,9 @@ class Matching:
         that are merged away. Optional: float32 merging is faster with it.
     weight: float32 [b, n], with what weight a token enters the mean; 0 prunes it. None: its size.
     gain: float32 [b, n], how much size it brings to its target. None: its size, and nothing if it is pruned.
-    keep_norm: scale each merged token to the weighted mean of its members' norms (as MLERP, arXiv 2312.01026).
+    keep_norm: scale each merged token to the weighted mean of its members' norms; "max": to the largest of them (MLERP,
+        arXiv 2312.01026).
+    summed: merged tokens are the weighted sums of their members instead of the means.
     """
 
     target: jax.Array
@@ -35,7 +38,8 @@ class Matching:
     order: jax.Array | None = None
     weight: jax.Array | None = None
     gain: jax.Array | None = None
-    keep_norm: bool = dataclasses.field(default=False, metadata={"static": True})
+    keep_norm: bool | Literal["max"] = dataclasses.field(default=False, metadata={"static": True})
+    summed: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax.Array, jax.Array]:
@@ -51,8 +55,13 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     by_order = x.dtype == jnp.float32 and matching.order is not None
     sums = _SumsByOrder(matching) if by_order else _SumsByProduct(matching)
     merged, total, alone = sums.mean(x, weight)
+    scale = total if matching.summed else None
     if matching.keep_norm:
-        scale = sums.add(weight * _norms(x)) / (total * _norms(merged))
+        norms = _norms(x)
+        largest = matching.keep_norm == "max"
+        wanted = sums.largest(jnp.where(weight > 0, norms, 0.0)) if largest else sums.add(weight * norms) / total
+        scale = wanted / _norms(merged)
+    if scale is not None:
         merged = (merged.astype(jnp.float32) * jnp.where(alone, 1.0, scale)[..., None]).astype(x.dtype)
     return merged, total if gain is None else sums.add(gain)
 
@@ -76,6 +85,11 @@ class _SumsByOrder:
         own, joining = self._split(values)
         return own + joining.sum(axis=-1)
 
+    def largest(self, values: jax.Array) -> jax.Array:
+        """Float32 [b, n], none below 0, -> [b, t]."""
+        own, joining = self._split(values)
+        return jnp.maximum(own, joining.max(axis=-1))
+
     def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The weighted means, [b, t, d], the sums of the weights, and which tokens have one member: [b, t] each."""
         kept, gone = _take_rows(x, self.staying), _take_rows(x, self.leaving)
@@ -94,6 +108,9 @@ class _SumsByProduct:
 
     def add(self, values: jax.Array) -> jax.Array:
         return jnp.where(self.here, values[:, None, :], 0.0).sum(axis=-1)
+
+    def largest(self, values: jax.Array) -> jax.Array:
+        return jnp.where(self.here, values[:, None, :], 0.0).max(axis=-1)
 
     def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         into = jnp.where(self.here, weight[:, None, :], 0.0)

@@ -28,12 +28,16 @@ from fcvit_jax.settings import check_settings, setting
 
 
 class Attended(NamedTuple):
-    """What attention hands on: its output y [b, n, d], and queries, keys and values, [b, h, n, w] each."""
+    """What attention hands on: its output y [b, n, d], and queries, keys and values, [b, h, n, w] each.
+
+    size: float32 [b, n], what attention was proportional to; None if it was not.
+    """
 
     y: jax.Array
     q: jax.Array
     k: jax.Array
     v: jax.Array
+    size: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +57,10 @@ class Rule:
         layer: of the schedule, with `removed` above 0. prefix: how many leading tokens must stay as they are.
         """
         raise NotImplementedError
+
+    def limit(self, patches: int) -> int:
+        """How many of the patch tokens of a window, or of the whole sequence, one layer can remove at most."""
+        return patches // 2
 
     def macs(self, layer: "Layer", config: ViTConfig) -> int:
         """Count multiply-accumulates of one layer and image beyond Token Merging's, which the papers leave out."""
@@ -86,7 +94,6 @@ class Nearest(Rule):
         (1 - cosine) (s_i s_j / (s_i + s_j))^balance (c_i c_j)^importance: by their sizes s (as Ward's), and
         by the class token's attention c to them.
     keep_norm: the merged token has the mean of its members' norms (in the spirit of MLERP, arXiv 2312.01026).
-    scale: a token that moves brings its size times the cosine (as in the code of DiffRate, arXiv 2305.17997).
     """
 
     heads: str = setting("all", choices=("all", "mean"))
@@ -94,20 +101,15 @@ class Nearest(Rule):
     balance: float = setting(0.5, low=0)
     importance: float = setting(0.15, low=0)
     keep_norm: bool = True
-    scale: bool = True
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
         metric = all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
         pairs = propose_pairs(metric, layer, prefix, self.checkerboard)
         shares, others = pairs.take(1.0 / size)
-        mine, theirs = pairs.take(class_attention(attended, size, prefix) ** self.importance)
+        mine, theirs = pairs.take(class_attention(attended, layer, prefix) ** self.importance)
         cost = (1.0 - pairs.cosine) * mine * theirs / (shares + others) ** self.balance
-        rank = rank_pairs(-jax.lax.stop_gradient(cost))
-        matching, gain = merge_ranked(pairs, rank, layer), None
-        if self.scale:
-            share = jnp.where(rank < layer.removed, jnp.maximum(pairs.cosine, 0.0), 1.0)
-            gain = size * pairs.place(share, 1.0, 1.0)
-        return dataclasses.replace(matching, gain=gain, keep_norm=self.keep_norm)
+        matching = merge_ranked(pairs, rank_pairs(-jax.lax.stop_gradient(cost)), layer)
+        return dataclasses.replace(matching, keep_norm=self.keep_norm)
 
     def macs(self, layer: "Layer", config: ViTConfig) -> int:
         """Count those of the other heads' similarities, and of the class token's attention."""
@@ -132,6 +134,7 @@ class Layer(NamedTuple):
     grid: (rows, columns) of the grid on which the matched tokens lie in row-major order, in each window or in the
         sequence; None once tokens have merged, or if none do here.
     index, depth: of this layer, from 0, and of the model.
+    class_token: whether the first prefix token, if there is any, is a class token.
     """
 
     tokens_in: int
@@ -143,6 +146,7 @@ class Layer(NamedTuple):
     grid: tuple[int, int] | None = None
     index: int = 0
     depth: int = 1
+    class_token: bool = True
 
 
 RULES: dict[str, type[Rule]] = {"tome": ToMe, "nearest": Nearest}
@@ -195,14 +199,16 @@ def all_heads(x: jax.Array) -> jax.Array:
     return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
 
 
-def class_attention(attended: Attended, size: jax.Array, prefix: int) -> jax.Array:
-    """Return the class token's attention, mean over heads, proportional to size: float32 [b, n], each row adds up to 1.
+def class_attention(attended: Attended, layer: "Layer", prefix: int) -> jax.Array:
+    """Return the class token's attention to each token, the mean over heads: float32 [b, n], constant to gradients.
 
-    The class token is the first; without prefix tokens, the mean query takes its place.
+    Without a class token, the attention of the mean query.
     """
-    q, k = (part.astype(jnp.float32) for part in (attended.q, attended.k))
-    query = q[:, :, 0] if prefix else q.mean(axis=2)
-    logits = jnp.einsum("bhw,bhnw->bhn", query, k) * q.shape[-1] ** -0.5 + jnp.log(size)[:, None]
+    q, k = (jax.lax.stop_gradient(part).astype(jnp.float32) for part in (attended.q, attended.k))
+    query = q[:, :, 0] if prefix and layer.class_token else q.mean(axis=2)
+    logits = jnp.einsum("bhw,bhnw->bhn", query, k) * q.shape[-1] ** -0.5
+    if attended.size is not None:
+        logits += jnp.log(attended.size)[:, None]
     return jax.nn.softmax(logits).mean(axis=1)
 
 

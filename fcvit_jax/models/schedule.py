@@ -8,10 +8,11 @@ import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fcvit_jax.errors import InputError
+from fcvit_jax.models.published import DIFFRATE_KEPT, diffrate_layers
 from fcvit_jax.models.rules import DEFAULT, Layer, Rule, parse_rule
 
 
@@ -128,7 +129,8 @@ class MergeSchedule:
         """
         if self.depth != config.depth:
             raise InputError(f"schedule {self} covers {self.depth} layers, the model has {config.depth}")
-        return tuple(layer._replace(index=index, depth=self.depth) for index, layer in enumerate(self._layers(config)))
+        known = {"depth": self.depth, "class_token": getattr(config, "class_token", True)}
+        return tuple(layer._replace(index=index, **known) for index, layer in enumerate(self._layers(config)))
 
     def tokens(self, config: Geometry) -> tuple[int, ...]:
         """The number of tokens, prefix tokens included, that leave each layer."""
@@ -150,14 +152,14 @@ class MergeSchedule:
                         yield Layer(before, before)
                     case Local(r=r, windows=windows, rule=rule):
                         count = math.prod(windows)
-                        removed = min(-(-r // count), patches // count // 2)
+                        removed = min(-(-r // count), rule.limit(patches // count))
                         regroup = (cells, windows) if removed and cells != windows else None
                         grid = (cells[0] // windows[0], cells[1] // windows[1]) if removed and intact else None
                         cells = windows if removed else cells
                         patches -= removed * count
                         yield Layer(before, prefix + patches, removed, count, regroup, rule, grid)
                     case Global(r=r, rule=rule):
-                        removed = min(r, patches // 2)
+                        removed = min(r, rule.limit(patches))
                         patches -= removed
                         yield Layer(
                             before, prefix + patches, removed, rule=rule, grid=cells if removed and intact else None
@@ -182,6 +184,32 @@ def name_schedules(schedules: Schedules, depth: int) -> dict[str, MergeSchedule]
         else:
             named["dense" if each == MergeSchedule.dense(depth) else str(each)] = each
     return named
+
+
+def cross_rules(schedules: Mapping[str, MergeSchedule], rules: str) -> dict[str, MergeSchedule]:
+    """Run every schedule that merges under each of several rules, unless it names a rule itself.
+
+    rules: `tome,nearest,evit(fuse=true)`; empty changes nothing. `tome` keeps a schedule's name, others are added to
+    it. Raises InputError for an unknown rule.
+    """
+    chosen = [parse_rule(rule) for rule in re.split(_COMMA, rules)] if rules.strip() else [DEFAULT]
+    crossed: dict[str, MergeSchedule] = {}
+    for rule in chosen:
+        for name, schedule in schedules.items():
+            swapped = _swap_rule(schedule, rule)
+            if "@" in name or swapped == schedule:
+                crossed[name] = schedule
+            else:
+                crossed[str(swapped) if ":" in name else f"{name}@{rule}"] = swapped
+    return crossed
+
+
+def _swap_rule(schedule: MergeSchedule, rule: Rule) -> MergeSchedule:
+    """The schedule with this rule in all stages that merge; itself if one of them has a rule already."""
+    merging = [stage for stage in schedule.stages if not isinstance(stage, Dense) and stage.r]
+    if any(stage.rule != DEFAULT for stage in merging):
+        return schedule
+    return MergeSchedule(tuple(replace(stage, rule=rule) if stage in merging else stage for stage in schedule.stages))
 
 
 def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
@@ -224,6 +252,12 @@ _NAMES: dict[str, Callable[..., tuple[Stage, ...]]] = {
     "sNwincN_rN@RULE": lambda depth, s, c, r, rule: (
         Dense(s - 1), Local(c - s + 1, r, rule=rule), Global(depth - c, r, rule)
     ),
+    **{
+        re.escape(name): lambda depth, name=name: tuple(
+            Global(1, r, rule) if r else Dense(1) for r, rule in diffrate_layers(name)
+        )
+        for name in DIFFRATE_KEPT
+    },
 }  # fmt: skip
 
 

@@ -25,6 +25,8 @@ from fcvit_jax.evaluation.families import family, rate
             ("global:6:r@Mine(a=(1, 2), b=:r9),global:6:r", 12),
         ),
         ("global:6:r12@nearest,global:6:r8", ("global:6:r@nearest,global:6:r", None)),
+        ("diffrate_s_g2.9", ("diffrate_s", None)),
+        ("tome_r16@diffrate(prune=0.4)", ("tome@diffrate(prune=0.4)", 16)),
         ("my own", ("my own", None)),
     ],
 )

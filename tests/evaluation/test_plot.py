@@ -37,6 +37,17 @@ def test_a_rule_is_a_line_of_its_own_with_its_rates(make_rows):
     assert {label.get_text() for label in draw_pareto([Run("r", tuple(rows))]).axes[0].texts} == {"r=8", "r=13", "r=16"}
 
 
+def test_the_legend_stays_inside_the_picture(make_rows):
+    dense, one, *_ = make_rows(images_per_second=None)
+    rules = [{**one, "schedule": f"s2winc7_r8@pitome(margin=0.{digit})"} for digit in range(1, 8)]
+    figure = draw_pareto([Run("r", (dense, *rules))])
+    legend = figure.legends[-1]
+    box = legend.get_window_extent()
+    assert len(figure.legends) == 1
+    assert len(legend.get_texts()) == 9
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.width
+
+
 def test_rows_without_an_accuracy_are_not_drawn(make_rows):
     rows = make_rows()
     rows[1]["top1"] = None

@@ -174,6 +174,24 @@ def test_the_mean_may_keep_the_norm(order, dtype):
     np.testing.assert_allclose(size, [[8.0, 2.0]])
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("order", [ORDER, None])
+def test_the_largest_norm_or_the_sum(order, dtype):
+    weight = SIZE.at[0, 3].set(0.0)  # pruned: its norm of 13 does not count
+    mean = np.array([(3 + 3 * 6) / 4, 3 * 8 / 4])
+    rtol = 1e-6 if dtype == jnp.float32 else 1e-2
+    merged, _ = merge_tokens(X.astype(dtype), SIZE, Matching(TARGET, 2, order, weight, keep_norm="max"))
+    np.testing.assert_allclose(merged[0, 0].astype(jnp.float32), mean / np.linalg.norm(mean) * 10, rtol=rtol)
+    np.testing.assert_array_equal(merged[0, 1], X[0, 1].astype(dtype))
+    merged, size = merge_tokens(X.astype(dtype), SIZE, Matching(TARGET, 2, order, weight / 8, summed=True))
+    np.testing.assert_allclose(merged[0, 0].astype(jnp.float32), mean / 2, rtol=rtol)
+    np.testing.assert_array_equal(merged[0, 1], X[0, 1].astype(dtype))  # alone: its weight does not count
+    np.testing.assert_allclose(size, [[4.0, 2.0]])
+    opposite = jnp.asarray([[[1.0, 0.0], [-1.0, 0.0]]])
+    largest = Matching(jnp.asarray([[0, 0]]), 1, keep_norm="max")
+    assert np.isfinite(jax.grad(lambda x: merge_tokens(x, jnp.ones((1, 2)), largest)[0].sum())(opposite)).all()
+
+
 def test_a_norm_that_cannot_be_kept_leaves_the_mean():
     opposite = jnp.asarray([[[1.0, 0.0], [-1.0, 0.0]]])
     matching = Matching(jnp.asarray([[0, 0]]), 1, keep_norm=True)

@@ -5,7 +5,7 @@ import pytest
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.rules import RULES, Layer, Rule
-from fcvit_jax.models.schedule import Dense, Global, Local, MergeSchedule, parse_schedules
+from fcvit_jax.models.schedule import Dense, Global, Local, MergeSchedule, cross_rules, name_schedules, parse_schedules
 
 VIT_S = ViTConfig(embed_dim=384, num_heads=6, mlp_dim=1536)
 SMALL = ViTConfig(image_size=(64, 96), patch_size=8, embed_dim=8, depth=4, num_heads=2, mlp_dim=16)  # 8x12 patches
@@ -210,3 +210,24 @@ def test_rules_that_do_not_fit(text, says):
 def test_a_rule_is_an_instance_of_a_rule_class():
     with pytest.raises(InputError, match=r"its rule must be an instance of a class derived from rules\.Rule"):
         MergeSchedule((Global(12, 3, rule=Other),))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.usefixtures("other")
+def test_rules_cross_the_schedules_that_merge_and_name_none():
+    named = name_schedules("dense,tome_r0,tome_r2,tome_r3@other,dense:1,global:3:r2,s2winc3_r4", 4)
+    crossed = cross_rules(named, "tome, other(fuse=true,k=2)")
+    other = Other(True, 2)
+    assert crossed == named | {
+        "tome_r2@other(fuse=true,k=2)": MergeSchedule((Global(4, 2, other),)),
+        "dense:1,global:3:r2@other(fuse=true,k=2)": MergeSchedule((Dense(1), Global(3, 2, other))),
+        "s2winc3_r4@other(fuse=true,k=2)": MergeSchedule((Dense(1), Local(2, 4, rule=other), Global(1, 4, other))),
+    }
+    assert list(crossed)[: len(named)] == list(named)
+    for name, schedule in crossed.items():
+        assert MergeSchedule.parse(name, 4) == schedule
+    assert list(cross_rules(named, "other"))[:4] == ["dense", "tome_r0", "tome_r2@other", "tome_r3@other"]
+    assert cross_rules(named, " ") == named
+    own = {"mine": MergeSchedule((Global(4, 2),)), "ours": MergeSchedule((Global(2, 2, other), Global(2, 2)))}
+    assert list(cross_rules(own, "tome,other")) == ["mine", "ours", "mine@other"]
+    with pytest.raises(InputError, match="unknown merge rule 'othr': choose other"):
+        cross_rules(named, "tome,othr")
