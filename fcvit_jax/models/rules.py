@@ -90,25 +90,24 @@ class Nearest(Rule):
 
     heads: compare the keys of all heads side by side ("all"), or their mean ("mean").
     checkerboard: split the grid of the first merging layer by row + column, so that all neighbours can merge.
-    balance, importance: pairs of tokens i and j are ranked by their cost,
-        (1 - cosine) (s_i s_j / (s_i + s_j))^balance (c_i c_j)^importance: by their sizes s (as Ward's), and
-        by the class token's attention c to them.
+    size, attention: a pair is ranked by its cost, (1 - cosine) w_i w_j, with w = s^size c^attention of a token's size s
+        and the class token's attention c to it: clusters stay small, and what the class token looks at stays apart.
     keep_norm: the merged token has the mean of its members' norms (in the spirit of MLERP, arXiv 2312.01026).
     """
 
     heads: str = setting("all", choices=("all", "mean"))
     checkerboard: bool = True
-    balance: float = setting(0.5, low=0)
-    importance: float = setting(0.15, low=0)
+    size: float = setting(0.25, low=0)
+    attention: float = setting(0.15, low=0)
     keep_norm: bool = True
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
         metric = all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
         pairs = propose_pairs(metric, layer, prefix, self.checkerboard)
-        shares, others = pairs.take(1.0 / size)
-        mine, theirs = pairs.take(class_attention(attended, layer, prefix) ** self.importance)
-        cost = (1.0 - pairs.cosine) * mine * theirs / (shares + others) ** self.balance
-        matching = merge_ranked(pairs, rank_pairs(-jax.lax.stop_gradient(cost)), layer)
+        weight = size**self.size * class_attention(attended, layer, prefix) ** self.attention
+        own, other = pairs.take(jax.lax.stop_gradient(weight))
+        cost = (1.0 - pairs.cosine) * own * other
+        matching = merge_ranked(pairs, rank_pairs(-cost), layer)
         return dataclasses.replace(matching, keep_norm=self.keep_norm)
 
     def macs(self, layer: "Layer", config: ViTConfig) -> int:
@@ -116,7 +115,7 @@ class Nearest(Rule):
         a, b = split_tokens(layer, config.num_prefix_tokens, self.checkerboard)
         heads = config.num_heads - 1 if self.heads == "all" else 0
         similarity = heads * (config.embed_dim // config.num_heads) * a.size * b.shape[1]
-        return similarity + (layer.tokens_in * config.embed_dim if self.importance else 0)
+        return similarity + (layer.tokens_in * config.embed_dim if self.attention else 0)
 
 
 DEFAULT = ToMe()  # the rule of names and stages that mention none
@@ -205,8 +204,8 @@ def class_attention(attended: Attended, layer: "Layer", prefix: int) -> jax.Arra
     Without a class token, the attention of the mean query.
     """
     q, k = (jax.lax.stop_gradient(part).astype(jnp.float32) for part in (attended.q, attended.k))
-    query = q[:, :, 0] if prefix and layer.class_token else q.mean(axis=2)
-    logits = jnp.einsum("bhw,bhnw->bhn", query, k) * q.shape[-1] ** -0.5
+    query = q[:, :, :1] if prefix and layer.class_token else q.mean(axis=2, keepdims=True)
+    logits = (query * k).sum(axis=-1) * q.shape[-1] ** -0.5
     if attended.size is not None:
         logits += jnp.log(attended.size)[:, None]
     return jax.nn.softmax(logits).mean(axis=1)
@@ -239,7 +238,7 @@ class Pairs(NamedTuple):
 
     def take(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the values of x, [b, n], of both tokens of each pair: [b, v, i] twice."""
-        return x[:, self.a], jnp.take_along_axis(x[:, self.b], self.best, axis=2, mode="clip")
+        return _pick(x, self.a), jnp.take_along_axis(_pick(x, self.b), self.best, axis=2, mode="clip")
 
     def place(self, in_a: jax.Array, in_b: jax.typing.ArrayLike, leading: jax.typing.ArrayLike) -> jax.Array:
         """Bring values of A, [b, v, i], and, broadcast, of B and of the prefix, into sequence: [b, n]."""
@@ -262,8 +261,15 @@ def propose_pairs(metric: jax.Array, layer: Layer, prefix: int, checkerboard: bo
     metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
     squares = jnp.sum(metric * metric, axis=-1)
     metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
-    similarity = jnp.einsum("bvik,bvjk->bvij", metric[:, a], metric[:, b], precision=jax.lax.Precision.HIGHEST)
+    similarity = jnp.einsum("bvik,bvjk->bvij", _pick(metric, a), _pick(metric, b), precision=jax.lax.Precision.HIGHEST)
     return Pairs(a, b, jnp.argmax(similarity, axis=-1).astype(jnp.int32), jnp.max(similarity, axis=-1), prefix)
+
+
+def _pick(x: jax.Array, positions: np.ndarray) -> jax.Array:
+    """[b, n, ...] at positions [v, i]: [b, v, i, ...]. Every other token is sliced, which is cheaper than a gather."""
+    if len(positions) == 1 and (np.diff(positions) == 2).all():
+        return x[:, positions[0, 0] : positions[0, -1] + 1 : 2][:, None]
+    return x[:, positions]
 
 
 def split_tokens(layer: Layer, prefix: int, checkerboard: bool = False) -> tuple[np.ndarray, np.ndarray]:
