@@ -1,4 +1,4 @@
-"""Published rules against plain NumPy in float64, one window of one image at a time."""
+"""Published rules, and Nearest, against plain NumPy in float64, one window of one image at a time."""
 
 import argparse
 import dataclasses
@@ -15,9 +15,10 @@ from fcvit_jax import parallel
 from fcvit_jax.convert.__main__ import main
 from fcvit_jax.models.merging import merge_tokens
 from fcvit_jax.models.published import DIFFRATE_KEPT, PPT, DiffRate, EViT, PiToMe, Random, ToFu, attention_to_patches
-from fcvit_jax.models.rules import Attended, Layer, Rule, window_order
+from fcvit_jax.models.rules import Attended, Layer, Nearest, Rule, window_order
 
 RULES = {
+    "nearest": Nearest(),
     "evit": EViT(),
     "evit(fuse=true)": EViT(fuse=True),
     "tofu, pruning": ToFu(prune=1.0),
@@ -39,6 +40,8 @@ PLACES: dict[str, tuple[Layer, int]] = {  # a layer and its prefix
     "windows": (Layer(33, 25, 2, 4, ((4, 8), (2, 2)), index=3, depth=12), 1),
     "registers alone": (Layer(21, 14, 7, class_token=False, index=3, depth=12), 3),
     "no prefix": (Layer(16, 10, 6, index=3, depth=12), 0),
+    "grid": (Layer(22, 15, 7, grid=(3, 7), index=3, depth=12), 1),
+    "grids in windows": (Layer(33, 25, 2, 4, ((4, 8), (2, 2)), grid=(2, 4), index=3, depth=12), 1),
 }
 HEADS, WIDTH = 2, 4
 
@@ -72,14 +75,21 @@ def place(request):
 
 
 class Window(NamedTuple):
-    """The patch tokens of one window in float64; parity: of the position of its first token."""
+    """The patch tokens of one window in float64.
+
+    key: mean over heads. keys: side by side. seen: attention of the class token, or of the mean query. parity: of the
+    position of its first token. even: of the cells, row by row, that are A in a checkerboard; all others are B.
+    """
 
     x: np.ndarray
     size: np.ndarray
     key: np.ndarray
     attention: np.ndarray
     score: np.ndarray
+    keys: np.ndarray
+    seen: np.ndarray
     parity: int
+    even: np.ndarray
 
 
 def windows_of(tokens: Tokens, image: int, layer: Layer, prefix: int) -> list[Window]:
@@ -90,9 +100,15 @@ def windows_of(tokens: Tokens, image: int, layer: Layer, prefix: int) -> list[Wi
     score = (attention * np.linalg.norm(v, axis=(0, 2)))[prefix:]
     order = window_order(*layer.regroup, layer.tokens_in - prefix) if layer.regroup else np.arange(len(score))
     parts = np.asarray(tokens.x[image], np.float64), size, k.mean(axis=0), attention
+    seen = np.exp(np.einsum("hw,hnw->hn", q.mean(axis=1), k) / WIDTH**0.5 + np.log(size))
+    seen = attention if prefix and layer.class_token else (seen / seen.sum(axis=1, keepdims=True)).mean(axis=0)
     parts = [part[prefix:][order] for part in parts] + [(score / score.sum())[order]]
+    parts += [part[prefix:][order] for part in (k.transpose(1, 0, 2).reshape(len(size), -1), seen)]
     split = zip(*(np.split(part, layer.windows or 1) for part in parts), strict=True)
-    return [Window(*each, parity=0 if layer.windows else prefix % 2) for each in split]
+    parity = 0 if layer.windows else prefix % 2
+    rows, columns = layer.grid or (1, len(order) // (layer.windows or 1))
+    even = np.array([(row + column) % 2 == 0 for row in range(rows) for column in range(columns)])
+    return [Window(*each, parity=parity, even=even if layer.grid or not parity else ~even) for each in split]
 
 
 def cosine(x, y):
@@ -113,7 +129,7 @@ def mean(window, groups, weight, norm=None):
     for group in groups:
         value = np.average(window.x[group], axis=0, weights=weight[group])
         if norm and len(group) > 1:
-            value *= norm(np.linalg.norm(window.x[group], axis=1)) / np.linalg.norm(value)
+            value *= norm(np.linalg.norm(window.x[group], axis=1), weight[group]) / np.linalg.norm(value)
         out.append((value, window.size[group].sum()))
     return out
 
@@ -138,7 +154,7 @@ def tofu(window, r, rule, depth):
     pairs = bipartite(window.key, r, window.parity)
     if depth < rule.prune:
         return mean(window, np.setdiff1d(np.arange(len(window.x)), [a for a, _ in pairs])[:, None], window.size)
-    return mean(window, joined(window, pairs), window.size, norm=np.max)
+    return mean(window, joined(window, pairs), window.size, norm=lambda norms, _: norms.max())
 
 
 def pitome(window, r, rule, depth):
@@ -172,7 +188,17 @@ def ppt(window, r, rule, depth):
     return mean(window, np.argsort(-window.score)[:-r, None], window.size)
 
 
-REFERENCES: dict[type, Any] = {EViT: evit, ToFu: tofu, PiToMe: pitome, DiffRate: diffrate, PPT: ppt}
+def nearest(window, r, rule, depth):
+    a, b = np.flatnonzero(window.even), np.flatnonzero(~window.even)
+    similar = cosine(window.keys[a], window.keys[b])
+    best = b[similar.argmax(axis=1)]
+    weight = window.size**0.25 * window.seen**0.15
+    cost = (1 - similar.max(axis=1)) * weight[a] * weight[best]
+    pairs = [(a[i], best[i]) for i in np.argsort(cost)[:r]]
+    return mean(window, joined(window, pairs), window.size, norm=lambda norms, sizes: np.average(norms, weights=sizes))
+
+
+REFERENCES: dict[type, Any] = {Nearest: nearest, EViT: evit, ToFu: tofu, PiToMe: pitome, DiffRate: diffrate, PPT: ppt}
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if "random" not in name])
@@ -216,6 +242,38 @@ def test_what_a_matching_must_be(name, place):
     dropped = layer.removed * (layer.windows or 1) if name in PRUNING else 0
     if name != "diffrate":
         assert (np.asarray(weight == 0).sum(axis=1) == dropped).all()
+
+
+def test_what_each_part_of_nearest_is_for():
+    def pairs(rule, keys, layer, size=None, seen=None):
+        """Which tokens move where. keys: degrees, [h, n]. seen: attention to each token; no key says anything of it."""
+        angles = np.deg2rad(np.asarray(keys, np.float32))
+        k = jnp.asarray(np.stack([np.cos(angles), np.sin(angles), 0 * angles], -1))[None]
+        if seen is not None:  # a third dimension that the class token alone asks for, too small to change a cosine
+            k = k.at[..., 2].set(1e-3 * jnp.log(jnp.asarray(seen)))
+        q = jnp.zeros_like(k).at[..., 2].set(1e3 * 3**0.5)
+        size = jnp.ones(k.shape[0:1] + k.shape[2:3]) if size is None else jnp.asarray([size], jnp.float32)
+        matching = rule(Attended(k[:, 0], q, k, k, None), k[:, 0], size, layer, 1)
+        order = np.asarray(matching.order)[0]
+        return {int(i): int(order[matching.target[0, i]]) for i in order[layer.tokens_out :]}
+
+    rule, layer = Nearest(), Layer(7, 6, 1)  # A: 2, 4, 6; B: 1, 3, 5
+    # Two heads. The mean keys of 2 and 3 are alike, their keys opposite; those of 4 and 5 are alike in both.
+    keys = [[0, 90, 0, 180, 30, 35, 250], [0, 90, 180, 0, 200, 205, 290]]
+    assert pairs(rule, keys, layer) == {4: 5}
+    assert pairs(dataclasses.replace(rule, heads="mean"), [[0, 90, 0, 20, 30, 200, 250]] * 2, layer) == {4: 3}
+    # A 2x3 grid: tokens 1 and 4, one above the other, are alike. In the sequence both 2 and 4 are A, and 1 is B.
+    keys, grid = [[0, 10, 100, 190, 10, 280, 325]], layer._replace(grid=(2, 3))
+    assert pairs(rule, keys, grid) == {1: 4}
+    keys = [[0, 10, 100, 190, 60, 100, 325]]  # 2 and 5: on the board 5 is A, in the sequence 2
+    assert pairs(rule, keys, grid) == {5: 2}
+    assert pairs(dataclasses.replace(rule, checkerboard=False), keys, grid) == {2: 5}
+    # Two pairs of the same angle, 2 -> 3 and 4 -> 5: the smaller merges, then the less attended.
+    keys = [[0, 300, 100, 110, 200, 210, 20]]
+    assert pairs(rule, keys, layer, size=[1, 1, 4, 4, 2, 2, 1]) == {4: 5}
+    assert pairs(rule, keys, layer, size=[1, 1, 2, 2, 4, 4, 1]) == {2: 3}
+    assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1]) == {4: 5}
+    assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.1, 0.1, 0.3, 0.2, 0.1]) == {2: 3}
 
 
 @pytest.mark.parametrize("name", [*RULES][::2])
@@ -302,8 +360,10 @@ def digits():
 
 def schedules_of(config, r):
     """Every rule in one model: in windows and global, by turns."""
-    names = ["evit", "diffrate", "ppt", "evit(fuse=true)", "tofu", "random"], ["pitome", "tofu", "pitome(open=1.0)"]
-    text = [f"local:1:r{r}:w2x2@{name}" for name in names[1]] + [f"global:1:r{r}@{name}" for name in names[0][:3]]
+    names = ["evit", "diffrate", "ppt", "evit(fuse=true)", "tofu", "random"], ["nearest", "pitome", "pitome(open=1.0)"]
+    text = [f"local:1:r{r}:w2x2@{name}" for name in names[1]] + [
+        f"global:1:r{r}@{name}" for name in ("nearest", *names[0][:2])
+    ]
     yield fc.MergeSchedule.parse(",".join(text), config.depth)
     yield fc.MergeSchedule.parse(",".join(f"global:1:r{r}@{name}" for name in names[0]), config.depth)
 
@@ -338,6 +398,8 @@ def test_one_device_equals_eight(digits):
 def test_macs_beyond_token_mergings():
     config = dataclasses.replace(fc.zoo.get("vit_small_patch16_224").config)
     layer = Layer(197, 181, 16)
+    assert Nearest().macs(layer, config) == 98**2 * 320 + 197 * 384
+    assert Nearest(heads="mean", attention=0.0).macs(layer, config) == 0
     assert ToFu().macs(layer, config) == Random().macs(layer, config) == 0
     assert EViT().macs(layer, config) == PPT().macs(layer, config) == 197 * 384
     assert PiToMe().macs(layer, config) == (196**2 - 98**2) * 64
