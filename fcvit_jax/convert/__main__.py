@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("which weights").add_argument
     add("--ema", action="store_true", help="the averaged weights of a training checkpoint")
+    key = "the dictionary of a training checkpoint that holds the weights, or the beginning of their names"
+    add("--key", metavar="NAME", help=key)
     add("--sha256", metavar="HEX", help="the file's sha256, or its first digits, at least 8")
     add("--num_classes", metavar="N", type=int, help="classes that the head must have; 0 leaves the head out")
 

@@ -27,6 +27,7 @@ class ConversionOptions(TypedDict, total=False):
     model: str | None
     preprocess: str | None
     ema: bool
+    key: str | None
     sha256: str | None
     pos_embed: str | None
     num_classes: int | None
@@ -69,6 +70,7 @@ def convert(
       num_heads, gelu, norm_eps, pool, proportional_attention: fields of `ViTConfig`.
       class_names: the names in the head's order, or a text file with one a line.
       ema: take the averaged weights of a training checkpoint.
+      key: the dictionary of a training checkpoint that holds the weights, or the beginning of their names.
       sha256: hex digits that the file's sha256 must begin with, at least 8.
       report: called with each line that describes the conversion, such as `print`; the checkpoint's
         `meta["provenance"]` keeps the same.
@@ -123,10 +125,11 @@ def inspect(src: PathLike, **options: Unpack[ConversionOptions]) -> Inspection:
     sha256 = (options.get("sha256") or "").lower()
     if sha256 and not re.fullmatch(r"[0-9a-f]{8,64}", sha256):
         raise InputError(f"{sha256!r} is no sha256: pass its 64 hex digits, or the first of them, at least 8")
-    weights, sidecar = open_weights(str(src), options.get("ema", False), sha256 or None)
+    weights, sidecar = open_weights(str(src), options.get("ema", False), sha256 or None, options.get("key"))
     source = None
     try:
-        source = WeightSource.understand(weights, sidecar, named, pixels=not options.get("preprocess"))
+        known: Any = dict(pixels=not options.get("preprocess"), num_classes=asked.get("num_classes"))
+        source = WeightSource.understand(weights, sidecar, named, **known)
         config, grid = source.infer(asked)
         with naming(weights.path):
             converted = assemble(source.translation, config, grid, options.get("pos_embed"))

@@ -12,6 +12,7 @@ from urllib.parse import urljoin, urlsplit
 from tqdm import tqdm
 
 from fcvit_jax.convert.readers import parse_index
+from fcvit_jax.convert.unfinished import check_directory
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.models import zoo
 
@@ -62,6 +63,7 @@ def weight_file(directory: Path) -> Path:
     found = [name for name in _WEIGHTS if name in names][:1] or [name for name in names if name.endswith(_SUFFIXES)]
     if len(found) == 1:
         return directory / found[0]
+    check_directory(directory)
     listed = ", ".join(map(repr, (found or names)[:8])) + ", ..." * (len(found) > 8)
     if found:
         raise InputError(f"{directory} holds {len(found)} weight files ({listed}): name one of them")

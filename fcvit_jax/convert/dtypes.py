@@ -36,6 +36,10 @@ SAFETENSORS_DTYPES = {tag: name for name, tag, _ in _TABLE if tag}
 STORAGE_DTYPES = {storage: name for name, _, storage in _TABLE if storage} | {
     "UntypedStorage": "uint8",  # bytes: the tensor says what they are
     "TypedStorage": "uint8",
+    # Of quantised tensors, which are not read.
+    "QInt8Storage": "int8",
+    "QUInt8Storage": "uint8",
+    "QInt32Storage": "int32",
 }
 
 

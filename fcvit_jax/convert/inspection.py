@@ -36,8 +36,9 @@ class Inspection:
         lines += [f"sha256 {sha256}  {name}" for name, sha256 in weights.files.items()]
         held = ", ".join(f"{number} {dtype}" for dtype, number in dtypes.items())
         lines.append(f"{len(weights.arrays)} tensors, {count:,} numbers: {held}")
-        if weights.wrapper:
-            lines.append(f"unwrapped from {weights.wrapper!r}")
+        prefix = self.source.translation.prefix if self.source else ""
+        if wrapper := ", ".join(filter(None, (weights.wrapper, prefix))):
+            lines.append(f"unwrapped from {wrapper!r}")
         if weights.skipped:
             lines.append(f"left aside: {', '.join(weights.skipped)}")
         if not self.source:

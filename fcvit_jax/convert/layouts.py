@@ -221,7 +221,7 @@ LAYOUTS = (
 
 # Keys that identify a family with another architecture, or a layout that is not read.
 _FOREIGN = {
-    r"image_encoder\.blocks\.": "Segment Anything, a SAM that has nothing to do with sharpness-aware minimisation",
+    r"(prompt_en|mask_de)coder\.": "Segment Anything, a SAM that has nothing to do with sharpness-aware minimisation",
     r"relative_position|rel_pos_|attn\.q_bias$": "BEiT or Swin, whose attention has other terms",
     r"attn_pool\.|MAPHead_0/|vision_model\.head\.probe": "a model with an attention-pooling head (SigLIP)",
     r"mlp\.(w12|w1|fc1_g|swiglu|weights_in)\b": "a SwiGLU model (DINOv2 giant, EVA-02)",
@@ -241,14 +241,19 @@ _FOREIGN = {
 SUPPORTED = "timm, DeiT, DINO, DINOv2, MAE, Hugging Face ViT/DeiT/DINOv2, torchvision, Google's .npz"
 
 
+def check_family(arrays: Iterable[str]) -> None:
+    """Raise InputError that names the unsupported family that a key belongs to."""
+    for pattern, family in _FOREIGN.items():
+        if found := next((key for key in arrays if re.search(pattern, key)), None):
+            raise InputError(f"{found!r} is a key of {family}; supported are {SUPPORTED}")
+
+
 def detect_layout(arrays: Arrays) -> Layout:
     """The layout that knows most keys of a file.
 
     Raises InputError that names the family that a key belongs to, or the nearest layout and what differs.
     """
-    for pattern, family in _FOREIGN.items():
-        if found := next((key for key in arrays if re.search(pattern, key)), None):
-            raise InputError(f"{found!r} is a key of {family}; supported are {SUPPORTED}")
+    check_family(arrays)
     known = {layout.name: sum(layout.knows(key) for key in arrays) for layout in LAYOUTS}
     fitting = [layout for layout in LAYOUTS if not layout.sign or any(re.search(layout.sign, key) for key in arrays)]
     layout = max(fitting, key=lambda layout: known[layout.name])
@@ -256,9 +261,5 @@ def detect_layout(arrays: Arrays) -> Layout:
         first = ", ".join(list(arrays)[:3])
         extra = [key for key in arrays if not layout.knows(key)]
         differs = f"missing: {missing[0]}" + (f"; unknown: {extra[0]}" if extra else "")
-        if inside := next((key for key in arrays if key.endswith(f".{missing[0]}")), None):
-            wrapper = inside.removesuffix(missing[0])
-            odd = next((key for key in arrays if not key.startswith(wrapper)), "others")
-            differs = f"its keys begin with {wrapper!r}, and {odd!r} does not: save the inner model's state_dict"
         raise InputError(f"unknown layout (first keys: {first}); the nearest is {layout.name} ({differs})")
     return layout

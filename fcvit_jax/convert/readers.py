@@ -19,14 +19,15 @@ import numpy as np
 
 from fcvit_jax.convert.dtypes import NUMPY_DTYPES, SAFETENSORS_DTYPES, are_sizes, check_total, damaged, shaped
 from fcvit_jax.convert.npz_files import check_members, read_npz
-from fcvit_jax.convert.torch_files import Contents, no_averaged, read_torch_legacy, read_torch_zip
+from fcvit_jax.convert.torch_files import Contents, Wanted, no_averaged, read_torch_legacy, read_torch_zip
+from fcvit_jax.convert.unfinished import check_finished, check_name
 from fcvit_jax.errors import InputError
 
 _MAX_HEADER = 100_000_000
-_MAX_PREFIXES = 8
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "net.", "visual.trunk.", "base_model.", "timm_model.")
-# Keys that may lack the others' prefix: heads of DINO's and DINOv2's training, the step count of AveragedModel.
-_BESIDE = {"backbone.": r"head\.(mlp|last_layer)\.|(dino|ibot)_head\.", "module.": r"n_averaged$"}
+# What torch.compile, FSDP, checkpointing and DDP put in front of, or into the names of a module's tensors.
+_INFIX = re.compile(
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\.|(?<=\.)module\."
+)
 
 _PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"(\xb5/\xfd": "zstd"}
 _FOREIGN = {b"\x93NUMPY": ".npy", b"\x89HDF\r\n\x1a\n": "HDF5", b"GGUF": "GGUF"}
@@ -45,30 +46,39 @@ class WeightFile:
     arrays: dict[str, np.ndarray]
     files: dict[str, str]  # the names of the files read, and the sha256 of their bytes in hex; an index comes first
     wrapper: str | None  # what stood around the names: "state_dict, model", "module.", or both as "model, module."
-    skipped: tuple[str, ...]  # entries that are not among the tensors: "epoch", "model_ema", "head.mlp.0.weight"
+    skipped: tuple[str, ...]  # entries that are not among the tensors: "epoch", "model_ema"
 
 
-def read_weights(path: str | Path, ema: bool = False) -> WeightFile:
+def read_weights(path: str | Path, ema: bool = False, key: str | None = None) -> WeightFile:
     """Read `.safetensors`, `.npz`, a state dict saved by `torch.save`, or the `.index.json` of several such files.
 
-    A state dict under a usual key such as "model" is unwrapped: the live weights, or with `ema` the averaged ones. A
-    prefix such as "module." that all names share is removed; the heads of self-supervised training, which lack it, are
-    among `skipped`. Nothing that a file names is imported or called.
+    A state dict under a key such as "model" is unwrapped: the live weights, or with `ema` the averaged ones. What
+    torch.compile, FSDP and checkpointing put into names is removed. Nothing that a file names is imported or called.
+
+    key: the dictionary of a training checkpoint that holds the weights, or the beginning of their names.
 
     Raises InputError if a file is missing, damaged, of a kind that is not read, holds no tensors, unpacks to more than
-    four times its size, has no averaged weights for `ema`, disagrees with its index, or holds code.
+    four times its size, has no averaged weights for `ema`, nothing under `key`, disagrees with its index, or needs
+    another tool first.
     """
     path = Path(path)
     with _told_of(path):
         files: dict[str, str] = {}
-        kind, (arrays, wrapper, skipped) = _read(path, ema, files)
+        check_name(path.name)
+        kind, (arrays, wrapper, skipped) = _read(path, Wanted(ema, key), files)
         if not arrays:
             raise InputError("holds no tensors: save the model's state_dict")
         if odd := next((name for name in arrays if not name.isprintable()), None):
             raise damaged(f"a tensor is called {odd!r}")
-        arrays, prefixes, beside = _strip_prefixes(arrays)
-    unwrapped = ", ".join(filter(None, (wrapper, prefixes)))
-    return WeightFile(path, kind, arrays, files, unwrapped or None, tuple(map(_one_line, skipped + beside)))
+        check_finished(arrays, skipped)
+        prefix = None
+        if key and key not in (str(wrapper).replace(", ", "."), str(wrapper).split(", ")[-1]):
+            arrays, prefix, beside = _select(arrays, key)
+            skipped += beside
+        plain = {_INFIX.sub("", name): array for name, array in arrays.items()}
+        arrays = plain if len(plain) == len(arrays) else arrays
+    unwrapped = ", ".join(filter(None, (wrapper, prefix)))
+    return WeightFile(path, kind, arrays, files, unwrapped or None, tuple(map(_one_line, skipped)))
 
 
 @contextlib.contextmanager
@@ -91,7 +101,7 @@ def _one_line(text: str) -> str:
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
-def _read(path: Path, ema: bool, files: dict[str, str]) -> tuple[str, Contents]:
+def _read(path: Path, wanted: Wanted, files: dict[str, str]) -> tuple[str, Contents]:
     """The format of a file, and what it holds; enters its sha256 in `files`, which is empty but for shards."""
     if path.is_dir():
         raise InputError("is a directory: name the weight file inside it")
@@ -108,23 +118,23 @@ def _read(path: Path, ema: bool, files: dict[str, str]) -> tuple[str, Contents]:
         raise InputError("is an index itself: name the files that hold the tensors")
     files[path.name] = hashlib.sha256(data).hexdigest()
     if kind == "index":
-        return _read_shards(path.parent, data, ema, files)
+        return _read_shards(path.parent, data, wanted, files)
     if kind == "torch legacy":
-        return kind, read_torch_legacy(data, ema)
+        return kind, read_torch_legacy(data, wanted)
     if kind == "safetensors":
         arrays, skipped = _read_safetensors(data), ()
     else:
         with zipfile.ZipFile(path) as archive:
             check_members(archive, len(data))
             if not any(name.endswith(".npy") for name in archive.namelist()):
-                return "torch zip", read_torch_zip(archive, data, ema)
+                return "torch zip", read_torch_zip(archive, data, wanted)
             kind, (arrays, skipped) = "npz", read_npz(archive, data)
-    if ema:
+    if wanted.ema:
         raise no_averaged(arrays)
     return kind, (arrays, None, skipped)
 
 
-def _read_shards(folder: Path, data: mmap.mmap, ema: bool, files: dict[str, str]) -> tuple[str, Contents]:
+def _read_shards(folder: Path, data: mmap.mmap, wanted: Wanted, files: dict[str, str]) -> tuple[str, Contents]:
     """Join the files that an index names, and enter them in `files`."""
     shards = parse_index(data[:_MAX_HEADER])
     if missing := [name for name in shards if not (folder / name).exists()]:
@@ -134,7 +144,7 @@ def _read_shards(folder: Path, data: mmap.mmap, ema: bool, files: dict[str, str]
     arrays, formats, wrappers, skipped = {}, {}, {}, {}
     for name, listed in shards.items():
         with _told_of(f"needs the shard {name!r}, which"):
-            kind, (found, wrapper, rest) = _read(folder / name, ema, files)
+            kind, (found, wrapper, rest) = _read(folder / name, wanted, files)
             for odd, does in ((listed - found.keys(), "lacks"), (found.keys() - listed, "also holds")):
                 if odd:
                     raise InputError(
@@ -225,20 +235,12 @@ def _safetensor(name: str, entry: dict[str, Any], content: np.ndarray) -> np.nda
     return shaped(name, content[begin:end], NUMPY_DTYPES[SAFETENSORS_DTYPES[entry["dtype"]]], shape)
 
 
-def _strip_prefixes(arrays: dict[str, np.ndarray]) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
-    """Remove the prefixes that all names share; return also the prefixes, and the names that lack them.
-
-    The bound on their number keeps hostile names cheap.
-    """
-    removed, skipped = "", []
-    for _ in range(_MAX_PREFIXES):
-        for prefix in _PREFIXES:
-            beside = [name for name in arrays if not name.startswith(prefix)]
-            if len(beside) < len(arrays) and all(re.match(_BESIDE.get(prefix, "(?!)"), name) for name in beside):
-                break
-        else:
-            break
-        arrays = {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
-        skipped += [removed + name for name in beside]
-        removed += prefix
-    return arrays, removed, tuple(skipped)
+def _select(arrays: dict[str, np.ndarray], key: str) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
+    """The tensors whose names have `key` in front, after a wrapper's prefix or none; that prefix; the other names."""
+    starts = {name: found[0] for name in arrays if (found := re.match(rf"(?:.*?[./])?{re.escape(key)}[./]", name))}
+    if not starts:
+        listed = ", ".join(dict.fromkeys(re.split(r"[./]", name)[0] for name in [*arrays][:1000]))[:200]
+        raise InputError(f"holds nothing under {key!r} (--key); its names begin with {listed}")
+    prefix = min(starts.values(), key=len)
+    chosen = {name.removeprefix(prefix): arrays[name] for name, start in starts.items() if start == prefix}
+    return chosen, prefix, tuple(name for name in arrays if starts.get(name) != prefix)

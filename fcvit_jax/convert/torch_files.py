@@ -1,9 +1,11 @@
 """What `torch.save` wrote, as NumPy arrays: the zip of version 1.6 and later, and the legacy stream before it.
 
 Both are pickles, and a pickle is a program. It runs here in an interpreter that gives out nothing but plain data:
-strings, dicts and the records below. Tensors are looked at only when it has ended.
+strings, dicts and the records below. Tensors are looked at only when it has ended. Nothing else that a file names is
+imported or called: such objects are inert dicts, which keep what is stored in them.
 """
 
+import contextlib
 import functools
 import io
 import math
@@ -11,9 +13,9 @@ import mmap
 import pickle
 import re
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -24,10 +26,32 @@ from fcvit_jax.errors import InputError
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _MAX_WRAPPERS = 4
+# In a pickle: "f4", "i8"; ml_dtypes' by their own names.
+_NUMPY_NAMES = {kind.str[1:]: kind for kind in NUMPY_DTYPES.values() if kind.kind != "V"} | NUMPY_DTYPES
 # Keys under which training scripts put the weights, and an average of them over the steps; the first found is taken.
 _LIVE = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder", "net", "network")
 _AVERAGED = ("model_ema", "state_dict_ema", "ema", "model_ema_state_dict", "ema_state_dict", "ema_model")
 _AVERAGED += ("target_encoder",)  # I-JEPA
+_MODULES = "_modules"  # among the attributes of a pickled torch.nn.Module
+_MAX_NAME, _MOST_SEARCHED = 500, 1000  # keep hostile files cheap
+# What writes weights in parts, and what joins them.
+_TOOLS = {
+    "torch.distributed.checkpoint": "convert the directory with `python -m torch.distributed.checkpoint.format_utils "
+    "dcp_to_torch DIRECTORY OUT.pth`",
+    "torch.distributed": "the weights are spread over processes: save the full state_dict "
+    "(torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)",
+}
+
+
+class NoTensors(InputError):
+    """A file without a dictionary of tensors."""
+
+
+class Wanted(NamedTuple):
+    """Which weights of a training checkpoint: the averaged ones; those in the dictionary of this name."""
+
+    ema: bool = False
+    key: str | None = None
 
 
 class _Tuple(tuple):
@@ -46,11 +70,12 @@ class _Tuple(tuple):
 # The records are compared by identity for the same reason.
 @dataclass(frozen=True, eq=False, repr=False)
 class _Storage:
-    """A run of `length` bytes in the file; `dtype` is a key of `NUMPY_DTYPES`."""
+    """A run of `length` bytes in the file, or `content`; `dtype` is a key of `NUMPY_DTYPES`."""
 
     key: str | int
     dtype: str
     length: int
+    content: bytes | None = None
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -64,41 +89,87 @@ class _Tensor:
     stride: tuple[int, ...]
 
 
-class _Inert:
-    """Stands for an object that is not tensor data: takes anything, does nothing."""
+class _Inert(dict):
+    """Stands for an object that is not tensor data: takes anything, and keeps the items and attributes that it gets."""
+
+    array: _Tensor | None = None  # what it is if it is NumPy's
 
     def __init__(self, *args: object, **kwargs: object):
         pass
 
-    def __setitem__(self, key: object, value: object):
+    __eq__, __ne__ = object.__eq__, object.__ne__
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def ignore(self, *args: object) -> None:
         pass
 
+    append = extend = add = ignore
 
-def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> _Tensor:
+    def __call__(self, *args: object) -> "_Inert":  # a bound method
+        return _Inert()
+
+
+class _Dtype(_Inert):
+    """NumPy's `dtype(name, ...)`; its byte order is among the attributes that it gets."""
+
+    order: object = "<"
+
+    def __init__(self, name: object = None, *ignored: object):
+        self.kind = _NUMPY_NAMES.get(name) if isinstance(name, str) else None
+
+
+def _rebuild_tensor(storage, offset, size, stride, requires_grad=False, hooks=None, metadata=None) -> Any:
     if metadata:  # the bits "conj" and "neg": the values are not those in the storage
         raise InputError("holds a lazily conjugated or negated tensor: save it after .resolve_conj().resolve_neg()")
-    return _Tensor(storage, storage.dtype, offset, size, stride)
+    return _Tensor(storage, storage.dtype, offset, size, stride) if isinstance(storage, _Storage) else _Inert()
 
 
-def _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> _Tensor:
-    return replace(_rebuild_tensor(storage, offset, size, stride, metadata=metadata), dtype=dtype)
+def _rebuild_tensor_v3(storage, offset, size, stride, requires_grad, hooks, dtype, metadata=None) -> Any:
+    tensor = _rebuild_tensor(storage, offset, size, stride, metadata=metadata)
+    return replace(tensor, dtype=dtype) if dtype in NUMPY_DTYPES and isinstance(tensor, _Tensor) else _Inert()
 
 
-_REBUILDERS = {
+def _rebuild_subclass(function: Any, kind: object, arguments: Any, *state: object) -> Any:
+    return function(*arguments) if function in _REBUILDERS.values() else _Inert()
+
+
+def _rebuild_numpy(content: object, dtype: object, shape: Any, order: object = "C") -> _Tensor | None:
+    """The array that a pickle of NumPy holds; None if it is none of numbers."""
+    kind = dtype.kind if isinstance(dtype, _Dtype) else None
+    if not (kind and isinstance(content, bytes) and isinstance(shape, tuple) and is_shape(shape)):
+        return None
+    if len(content) != math.prod(shape) * kind.itemsize:
+        return None
+    if dtype.order == ">":  # pyright: ignore[reportAttributeAccessIssue]
+        content = np.frombuffer(content, kind).byteswap().tobytes()
+    steps = np.cumprod([1, *(shape[:-1] if order == "F" else shape[:0:-1])], dtype=np.int64).tolist()
+    stride = tuple(steps if order == "F" else steps[::-1]) if shape else ()
+    return _Tensor(_Storage("", kind.name, len(content), content), kind.name, 0, tuple(shape), stride)
+
+
+def _plain(data: Any, *ignored: object) -> Any:
+    """The tensor itself, of a parameter or of a device's tensor, which NumPy's array may hold."""
+    return data.array if isinstance(data, _Inert) and data.array else data
+
+
+_REBUILDERS: dict[str, Callable[..., Any]] = {
     "collections.OrderedDict": dict,
     "torch._utils._rebuild_tensor": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils._rebuild_tensor_v3": _rebuild_tensor_v3,
-    "torch._utils._rebuild_parameter": lambda data, *ignored: data,
-    "torch._utils._rebuild_parameter_with_state": lambda data, *ignored: data,
+    "torch._tensor._rebuild_from_type": _rebuild_subclass,
+    "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
+    "numpy.dtype": _Dtype,
+    "numpy.core.numeric._frombuffer": lambda *arguments: _rebuild_numpy(*arguments) or _Inert(),
+    "_codecs.encode": lambda text, *coding: text.encode("latin1") if isinstance(text, str) else b"",
 }
-# What training scripts leave beside the weights: arguments, scores, paths.
-_HARMLESS = re.compile(
-    r"argparse\.Namespace|torch\.(Size|device)|collections\.(defaultdict|Counter)|_codecs\.encode"
-    r"|numpy\.(dtype|ndarray)|numpy\._?core\.multiarray\.(scalar|_reconstruct)"
-    r"|(builtins|__builtin__)\.(set|frozenset|list|tuple|dict|bytes|bytearray|str|bool|int|float|complex|range|slice)"
-    r"|pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path"
-)
+_REBUILDERS["numpy._core.numeric._frombuffer"] = _REBUILDERS["numpy.core.numeric._frombuffer"]
+for _what in ("parameter", "parameter_with_state", "device_tensor_from_numpy", "device_tensor_from_cpu_tensor"):
+    _REBUILDERS[f"torch._utils._rebuild_{_what}"] = _plain
+for _device in ("xla", "ort", "hpu", "mtia", "mlc", "npu"):
+    _REBUILDERS[f"torch._utils._rebuild_{_device}_tensor"] = _plain
 
 
 def _seal_tuple(run: Callable[[Any], None]) -> Callable[[Any], None]:
@@ -110,7 +181,8 @@ def _seal_tuple(run: Callable[[Any], None]) -> Callable[[Any], None]:
 
 
 # Absent are EXT, whose cache of objects goes past `find_class`; BYTEARRAY8, which allocates what it is told before it
-# looks for it; buffers outside the file; and FROZENSET, which compares what it holds, however deep. torch writes none.
+# looks for it (it is read as bytes); buffers outside the file; and FROZENSET, which compares what it holds, at any
+# depth.
 _ABSENT = pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.BYTEARRAY8 + pickle.FROZENSET
 _ABSENT += pickle.NEXT_BUFFER + pickle.READONLY_BUFFER
 _TUPLES = pickle.EMPTY_TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3 + pickle.TUPLE
@@ -118,11 +190,15 @@ _TUPLES = pickle.EMPTY_TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3 + p
 
 # The interpreter in Python, not the one in C: its memo is a dict, so that an index of four billion allocates nothing.
 class _Unpickler(pickle._Unpickler):
-    """A pickle interpreter whose only callables are `_REBUILDERS` and `_Inert`."""
+    """A pickle interpreter whose only callables are `_REBUILDERS` and `_Inert`.
+
+    stranger: the first object that the file names and that is not tensor data.
+    """
 
     def __init__(self, file: Any):
         super().__init__(file, encoding="latin1")
         self.storages: dict[str | int, _Storage] = {}
+        self.stranger: str | None = None
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
@@ -130,19 +206,19 @@ class _Unpickler(pickle._Unpickler):
             return _REBUILDERS[full]
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGE_DTYPES:
             return STORAGE_DTYPES[name]  # a string: it cannot be called
-        if module == "torch" and name in NUMPY_DTYPES:
+        if module in ("torch", "ml_dtypes") and name in NUMPY_DTYPES:
             return name
-        if _HARMLESS.fullmatch(full):
-            return _Inert
-        raise InputError(
-            f"refers to {full[:200]}, which is not tensor data: it was not executed, and the file is refused: "
-            "save the model's state_dict alone"
-        )
+        self.stranger = self.stranger or full[:200]
+        return _Inert
 
-    def persistent_load(self, pid: Any) -> _Storage:
+    def persistent_load(self, pid: Any) -> Any:
+        if pid[0] == "module":  # the class of a module, in legacy files
+            return _Inert
         kind, dtype, key, _location, numel, *view = pid
         if kind != "storage" or not isinstance(key, str | int) or not are_sizes(numel) or any(view):
             raise ValueError("a reference to something that is not a whole storage")
+        if not isinstance(dtype, str):  # quantised, say
+            return _Inert()
         storage = _Storage(key, dtype, numel * NUMPY_DTYPES[dtype].itemsize)
         self.storages.setdefault(key, storage)
         return storage
@@ -153,18 +229,28 @@ class _Unpickler(pickle._Unpickler):
         if code not in _ABSENT
     }
 
-    # The opcode sets attributes of any object, our functions included: nothing wanted here has such a state.
+    # The opcode sets attributes of any object, our functions included: here they become items of inert objects alone.
     def load_build(self: Any) -> None:
-        self.stack.pop()
+        state, target = self.stack.pop(), self.stack[-1]
+        if not isinstance(target, _Inert):
+            return
+        if isinstance(state, dict):
+            target.update(state)
+        elif isinstance(target, _Dtype):
+            target.order = state[1]
+        elif isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], _Dtype):
+            _, shape, dtype, fortran, content = state
+            target.array = _rebuild_numpy(content, dtype, shape, "F" if fortran else "C")
 
     dispatch[pickle.BUILD[0]] = load_build
+    dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # pyright: ignore[reportAttributeAccessIssue]
 
 
 # The tensors by name; the keys they stood under, if any; the entries that are no tensors.
 Contents = tuple[dict[str, np.ndarray], str | None, tuple[str, ...]]
 
 
-def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, ema: bool) -> Contents:
+def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, wanted: Wanted) -> Contents:
     """Read an archive and the map of its file; for what is wrong with it, an InputError without the file's name."""
     names = archive.namelist()
     root = next((name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]*/data\.pkl", name)), None)
@@ -184,16 +270,19 @@ def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, ema: bool) -> Cont
         fits = content.ctypes.data % 16 == 0 or order == b"big"  # aligned for the largest number, or copied below
         return content if fits else content.copy()
 
-    tree = _Unpickler(io.BytesIO(map_member(archive, f"{root}data.pkl", data).data)).load()
-    arrays, wrapper, skipped = _build_arrays(tree, load, len(data), ema)
-    if order == b"big":
-        arrays = {name: array.byteswap() for name, array in arrays.items()}
-    return arrays, wrapper, skipped
+    unpickler = _Unpickler(io.BytesIO(map_member(archive, f"{root}data.pkl", data).data))
+    with _naming_stranger(unpickler):
+        return _build_arrays(unpickler.load(), load, len(data), wanted, swapped=order == b"big")
 
 
-def read_torch_legacy(data: mmap.mmap, ema: bool) -> Contents:
+def read_torch_legacy(data: mmap.mmap, wanted: Wanted) -> Contents:
     """Read a legacy file from its start; for what is wrong with it, an InputError without the file's name."""
-    if _Unpickler(data).load() != _LEGACY_MAGIC:
+    unpickler = _Unpickler(data)
+    tree = unpickler.load()
+    if isinstance(tree, dict) and not unpickler.storages:  # pickle.dump of NumPy's arrays
+        with contextlib.suppress(NoTensors):
+            return _build_arrays(tree, lambda key: np.empty(0, np.uint8), len(data), wanted)
+    if tree != _LEGACY_MAGIC:
         raise InputError("is a pickle that torch.save did not write: save the model's state_dict with torch.save")
     if _Unpickler(data).load() != _LEGACY_PROTOCOL:
         raise InputError("is of an unknown version of the torch format: save it again with a current torch")
@@ -214,7 +303,21 @@ def read_torch_legacy(data: mmap.mmap, ema: bool) -> Contents:
     def load(key: str | int) -> np.ndarray:
         return np.frombuffer(data[places[key]], np.uint8)  # a copy: in the file nothing is aligned
 
-    return _build_arrays(tree, load, len(data), ema)
+    with _naming_stranger(unpickler):
+        return _build_arrays(tree, load, len(data), wanted)
+
+
+@contextlib.contextmanager
+def _naming_stranger(unpickler: _Unpickler) -> Iterator[None]:
+    """Where no tensors are found, say what the file holds instead."""
+    try:
+        yield
+    except NoTensors as error:
+        stranger = unpickler.stranger
+        if stranger and (tool := next((tool for start, tool in _TOOLS.items() if stranger.startswith(start)), None)):
+            raise InputError(f"holds {stranger}: {tool}") from error
+        held = f" but a {stranger}, which was not executed" if stranger else ""
+        raise InputError(f"{error}{held}: save the model's state_dict alone") from error
 
 
 def no_averaged(entries: Iterable[object]) -> InputError:
@@ -224,27 +327,38 @@ def no_averaged(entries: Iterable[object]) -> InputError:
     return InputError(f"holds no averaged weights; its entries are {listed or 'none'}: leave ema out")
 
 
-def _build_arrays(tree: object, load: Callable[[str | int], np.ndarray], size: int, ema: bool) -> Contents:
+def _build_arrays(
+    tree: object, load: Callable[[str | int], np.ndarray], size: int, wanted: Wanted, swapped: bool = False
+) -> Contents:
     """The tensors of a state dict in `tree`. Storages that it does not use, an optimizer's say, are not loaded."""
     if not isinstance(tree, dict):
         what = "a tensor without a name" if isinstance(tree, _Tensor) else f"a {type(tree).__name__.strip('_').lower()}"
         raise InputError(f"holds {what}, not a dictionary of tensors: save the model's state_dict")
-    path, node, rest = _find_state(tree, ema), tree, []
+    path, node, rest = _find_state(tree, wanted), tree, []
     for key in path:
         rest += [other for other in node if other != key]
         node = node[key]
     tensors = _tensors(node)
-    rest += [key for key in node if key not in tensors]
+    if not tensors:
+        raise NoTensors("holds no tensors")
+    rest += [] if _MODULES in node else [key for key in node if key not in tensors]
     skipped = tuple(str(key) for key in rest if isinstance(key, str | int))
-    arrays = {name: _build_array(name, tensor, load(tensor.storage.key)) for name, tensor in tensors.items()}
+    arrays = {}
+    for name, tensor in tensors.items():
+        content = tensor.storage.content
+        held = load(tensor.storage.key) if content is None else np.frombuffer(content, np.uint8)
+        array = _build_array(name, tensor, held)
+        arrays[name] = array.byteswap() if swapped and content is None else array
     check_total(sum(array.nbytes for array in arrays.values()), size)
     return arrays, ", ".join(path) or None, skipped
 
 
-def _find_state(tree: dict[Any, Any], ema: bool) -> tuple[str, ...]:
+def _find_state(tree: dict[Any, Any], wanted: Wanted) -> tuple[str, ...]:
     """The keys that lead to the tensors wanted: live weights first, averaged ones where there are no others or `ema`.
 
-    Live wrappers go first, as some training scripts leave a score beside them that is a tensor as well.
+    Live wrappers go first, as some training scripts leave a score beside them that is a tensor as well. Under unknown
+    keys, the only dictionary of tensors is taken; those that hold less than half as many as the largest do not count.
+    Raises InputError if there are several.
     """
     live, averaged, seen = [], [], set()
 
@@ -261,16 +375,58 @@ def _find_state(tree: dict[Any, Any], ema: bool) -> tuple[str, ...]:
             visit(node.get(key), (*path, key), averaged)
 
     visit(tree, (), live)
-    if ema:
+    counts = _count_tensors(tree)
+    if wanted.key:
+        named = [path for path in counts if wanted.key in (".".join(path), *path[-1:])]
+        if len(named) == 1:
+            return named[0]
+    if wanted.ema:
         averaged += [path for path in live if "teacher" in path]  # DINO's: the live one is the student
         if not averaged:
             raise no_averaged(tree)
         return averaged[0]
-    return next(iter(live + averaged), ())
+    if known := next(iter(live + averaged), ()):
+        return known
+    large = [path for path, count in counts.items() if 2 * count >= max(counts.values())]
+    if len(large) > 1 and () not in large:
+        listed = ", ".join(".".join(path) for path in large[:8])
+        raise InputError(f"holds {len(large)} dictionaries of tensors ({listed}): choose one with --key NAME")
+    return () if () in large else next(iter(large), ())
 
 
-def _tensors(tree: dict[Any, object]) -> dict[str, _Tensor]:
-    return {name: leaf for name, leaf in tree.items() if isinstance(name, str) and isinstance(leaf, _Tensor)}
+def _count_tensors(tree: dict[Any, Any]) -> dict[tuple[str, ...], int]:
+    """How many tensors each dictionary holds that has any, by the keys that lead to it."""
+    counts, seen = {}, set()
+    reached: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), tree)]
+    for path, node in reached:  # grows
+        if id(node) in seen or len(path) > _MAX_WRAPPERS or len(seen) > _MOST_SEARCHED:
+            continue
+        seen.add(id(node))
+        if count := len(_tensors(node)):
+            counts[path] = count
+        for key, each in () if _MODULES in node else node.items():
+            if isinstance(key, str) and isinstance(each, dict):
+                reached.append(((*path, key), each))
+    return counts
+
+
+def _tensors(node: dict[Any, Any]) -> dict[str, _Tensor]:
+    """The tensors that a dictionary holds, or the parameters and buffers of a pickled module."""
+    found, seen, reached = {}, set(), [("", node)]
+    for prefix, module in reached:  # grows
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        parts = [module.get(part) for part in ("_parameters", "_buffers")] if _MODULES in module else [module]
+        for name, leaf in (item for part in parts if isinstance(part, dict) for item in part.items()):
+            leaf = leaf.array if isinstance(leaf, _Inert) and leaf.array else leaf
+            if isinstance(name, str) and isinstance(leaf, _Tensor):
+                found[f"{prefix}{name}"] = leaf
+        inside = module.get(_MODULES)
+        for name, child in inside.items() if isinstance(inside, dict) else ():
+            if isinstance(name, str) and isinstance(child, dict) and len(prefix) < _MAX_NAME:
+                reached.append((f"{prefix}{name}.", child))
+    return found
 
 
 def _build_array(name: str, tensor: _Tensor, content: np.ndarray) -> np.ndarray:

@@ -17,6 +17,7 @@ from flax import traverse_util
 from fcvit_jax.checkpoint import abstract_params, leaf_shapes
 from fcvit_jax.convert.layouts import Arrays, Layout, detect_layout
 from fcvit_jax.convert.posembed import RESAMPLINGS, resample, resample_patch, sincos_2d
+from fcvit_jax.convert.wrappers import find_body, find_head, leftover, outside
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 
@@ -59,6 +60,8 @@ class Translation:
     leaves: dict[str, dict[str, Piece]]
     dropped: dict[str, str]
     num_heads: int | None  # if the file's shapes show it
+    remarks: tuple[str, ...] = ()  # warnings for the user
+    prefix: str = ""  # in front of the body's keys, removed
 
     def shape(self, path: str, rank: int) -> tuple[int, ...]:
         """The shape of a leaf, its parts side by side along the last axis."""
@@ -97,12 +100,13 @@ class Converted:
     remarks: tuple[str, ...]
 
 
-def translate(arrays: Arrays) -> Translation:
-    """Find the layout and the meaning of every key.
+def translate(arrays: Arrays, num_classes: int | None = None) -> Translation:
+    """Find the layout and the meaning of every key. With 0 classes, what is outside the backbone is dropped.
 
     Raises InputError naming the first key that is unknown or fills a leaf twice, or what the file is taken for.
     """
-    layout = detect_layout(arrays)
+    arrays, prefix, beside = find_body(arrays)
+    layout, unknown = detect_layout(arrays), {**beside}
     leaves: dict[str, dict[str, Piece]] = {}
     dropped: dict[str, str] = {}
     num_heads = None
@@ -112,9 +116,8 @@ def translate(arrays: Arrays) -> Translation:
             continue
         target, number = layout.find(key)
         if target is None:
-            raise InputError(
-                f"{key!r} is no key of the {layout.name} layout: this is another architecture, or a damaged file"
-            )
+            unknown[prefix + key] = array
+            continue
         pattern, transform = target
         if transform == "heads" and array.ndim > 1:
             num_heads = array.shape[-2]
@@ -127,7 +130,42 @@ def translate(arrays: Arrays) -> Translation:
             if part in pieces or "" in pieces or (pieces and not part):
                 raise InputError(f"{key!r} fills {path} a second time: the file holds two versions of one tensor")
             pieces[part] = Piece(key, array.shape, _TRANSFORMS[transform](block), transform)
-    return Translation(layout, leaves, dropped, num_heads)
+    outer = beside.keys() | {prefix + key for key in outside(arrays, layout)}
+    more, remarks = _place_unknown(unknown, outer, layout, leaves, num_classes)
+    return Translation(layout, leaves, dropped | more, num_heads, remarks, prefix)
+
+
+def _place_unknown(
+    unknown: Arrays, outer: set[str], layout: Layout, leaves: dict[str, dict[str, Piece]], num_classes: int | None
+) -> tuple[dict[str, str], tuple[str, ...]]:
+    """Find a head of another name among the keys that the layout does not know, and enter it in `leaves`.
+
+    outer: the keys outside the backbone. Returns the keys that are dropped, and the warnings. Raises InputError for a
+    key that is neither.
+    """
+    dropped = {key: reason for key in unknown if (reason := leftover(key))}
+    if num_classes == 0:
+        dropped |= dict.fromkeys((key for key in unknown if key in outer), "not part of the backbone")
+    rest = {key: array for key, array in unknown.items() if key not in dropped}
+    remarks, width = [], leaves["embed/kernel"][""].array.shape[-1]
+    heads = {key: array for key, array in rest.items() if key in outer}
+    if "head/kernel" not in leaves and (head := find_head(heads, layout, width, num_classes)):
+        for key, name in ((head.weight, "kernel"), (head.bias, "bias")):
+            transform = next(transform for path, transform in layout.table.values() if path == f"head/{name}")
+            leaves[f"head/{name}"] = {"": Piece(key, rest[key].shape, _TRANSFORMS[transform](rest.pop(key)), transform)}
+        dropped |= dict.fromkeys(head.others, "another head")
+        rest = {key: array for key, array in rest.items() if key not in dropped}
+        remarks.append(f"the head is {head.weight!r}, recognised by its shape; pass --num_classes 0 to leave it out")
+    if key := next((key for key in rest if key not in outer), None):
+        raise InputError(
+            f"{key!r} is no key of the {layout.name} layout: this is another architecture, or a damaged file"
+        )
+    if key := next(iter(rest), None):
+        raise InputError(
+            f"{key!r} is no key of the {layout.name} layout, nor of a head of shape [classes, {width}]: pass "
+            "--num_classes 0 to convert the backbone alone"
+        )
+    return dropped, tuple(remarks)
 
 
 def assemble(
@@ -142,7 +180,7 @@ def assemble(
     """
     wanted = leaf_shapes(abstract_params(config))
     filled: dict[str, jax.Array] = {}
-    dropped, remarks, resampled, class_position = dict(translation.dropped), [], {}, None
+    dropped, remarks, resampled, class_position = dict(translation.dropped), [*translation.remarks], {}, None
     for path, pieces in translation.leaves.items():
         if _HEADS.match(path) and not config.num_classes:
             dropped |= {piece.key: "the head was not asked for" for piece in pieces.values()}

@@ -28,17 +28,19 @@ def named_model(src: str, model: str | None) -> zoo.Model | None:
     return zoo.get(name) if name else None
 
 
-def open_weights(src: str, ema: bool, sha256: str | None) -> tuple[WeightFile, Sidecar | None]:
+def open_weights(src: str, ema: bool, sha256: str | None, key: str | None = None) -> tuple[WeightFile, Sidecar | None]:
     """Read the weights behind SRC; of a checkpoint of this library also what its meta.json says.
 
-    Raises InputError if SRC cannot be found, downloaded or read, or has another sha256 than `sha256` or its name says.
+    ema, key: as in `read_weights`. Raises InputError if SRC cannot be found, downloaded or read, or has another sha256
+    than `sha256` or its name says.
     """
     if src.startswith("packaged:"):
         return _open_checkpoint(src)
+    local = Path(src).expanduser().exists()
 
     def read(path: Path, name: str) -> WeightFile:
-        weights = read_weights(path, ema)
-        expected, found = sha256 or expected_sha256(name), next(iter(weights.files.values()))
+        weights = read_weights(path, ema, key)
+        expected, found = sha256 or expected_sha256(name, local), next(iter(weights.files.values()))
         if expected and not found.startswith(expected):
             origin = "--sha256" if sha256 else "its name"
             raise InputError(
@@ -55,10 +57,15 @@ def open_weights(src: str, ema: bool, sha256: str | None) -> tuple[WeightFile, S
     return read(path, path.name), None
 
 
-def expected_sha256(name: str) -> str | None:
-    """The start of a file's sha256, if its name ends in it and not in a date, as torch.hub's do: `x-cd65a155.pth`."""
-    found = re.search(r"-([0-9a-f]{8})(?:\.[A-Za-z]\w*)*$", name)
-    return found[1] if found and not re.match(r"20\d\d(0[1-9]|1[0-2])[0-3]\d", found[1]) else None
+def expected_sha256(name: str, local: bool) -> str | None:
+    """The start of a file's sha256, if its name ends in it, as torch.hub's do: `x-cd65a155.pth`.
+
+    Eight digits may be a step or a date: they count only in a name that the zoo has. So do those of a local file.
+    """
+    if not (found := re.search(r"-([0-9a-f]{8})(?:\.[A-Za-z]\w*)*$", name)):
+        return None
+    published = any(f"-{found[1]}." in (zoo.get(model).source or "") for model in zoo.names())
+    return found[1] if published or not (local or found[1].isdecimal()) else None
 
 
 def _open_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:
@@ -81,7 +88,12 @@ class WeightSource:
 
     @classmethod
     def understand(
-        cls, weights: WeightFile, sidecar: Sidecar | None, model: zoo.Model | None, pixels: bool = True
+        cls,
+        weights: WeightFile,
+        sidecar: Sidecar | None,
+        model: zoo.Model | None,
+        pixels: bool = True,
+        num_classes: int | None = None,
     ) -> "WeightSource":
         """Find the layout of the keys, and read the JSON that belongs to it; `pixels` as in `read_sidecar`.
 
@@ -89,7 +101,7 @@ class WeightSource:
         """
         try:
             with naming(weights.path):
-                translation = translate(weights.arrays)
+                translation = translate(weights.arrays, num_classes)
         except InputError:
             if not sidecar:
                 read_sidecar(weights.path, ("huggingface",), pixels=False)  # may refuse the model by its name
@@ -179,7 +191,7 @@ class WeightSource:
             "from": self.sidecar.provenance,
             "format": weights.format,
             "layout": self.translation.layout.name,
-            "wrapper": weights.wrapper,
+            "wrapper": ", ".join(filter(None, (weights.wrapper, self.translation.prefix))) or None,
             "left_aside": weights.skipped,
             "model": self.model.name if self.model else self.sidecar.architecture,
             "beside": self.sidecar.files,

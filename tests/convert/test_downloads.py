@@ -299,12 +299,17 @@ def test_expected_sha256():
         "deit_small_patch16_224-cd65a155.pth": "cd65a155",
         "model-0123abcd.pth.tar": "0123abcd",
         "model-20230101.pth": None,
+        "vit-00010000.pth": None,
+        "run-48213377.pth": None,
         "model-cd65a15.pth": None,
         "model_cd65a155.pth": None,
         "model-cd65a155-v2.pth": None,
         "S_16-i21k-300ep-lr_0.001-aug_light1--imagenet2012-steps_20k-lr_0.03-res_224.npz": None,
     }.items():
-        assert expected_sha256(name) == expected
+        assert expected_sha256(name, local=False) == expected
+        assert expected_sha256(name, local=True) is None
+    for name in ("vit_b_16-c867db91.pth", "renamed-c867db91.pth"):  # the zoo has it
+        assert expected_sha256(name, local=True) == "c867db91"
 
 
 def test_weight_file(tmp_path):

@@ -39,7 +39,7 @@ def test_every_row_leads_to_a_leaf():
         ("blocks.0.attn.rope.freqs", "rotary"),
         ("rope_embed.periods", "rotary"),
         ("visual.transformer.resblocks.0.ln_1.weight", "CLIP in OpenAI's layout"),
-        ("image_encoder.blocks.0.norm1.weight", "Segment Anything"),
+        ("mask_decoder.iou_token.weight", "Segment Anything"),
         ("layers.0.blocks.0.norm1.weight", "Swin"),
         ("layer1.0.conv1.weight", "ResNet"),
         ("conv_root/kernel", "hybrid"),

@@ -9,7 +9,7 @@ from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.errors import InputError
 from fcvit_jax.models import zoo
 from fcvit_jax.models.config import ViTConfig
-from states import CONFIG, state_dict
+from states import CONFIG, in_layout, state_dict
 
 
 def infer(arrays, known=None, **asked):
@@ -256,7 +256,113 @@ def test_a_file_without_a_final_norm_or_with_half_a_head_is_incomplete():
         convert(arrays, infer(arrays, num_heads=2))
 
 
-def test_keys_under_a_wrapper_with_others_beside_are_told():
-    arrays = {f"net.vit.{key}": value for key, value in state_dict().items()} | {"criterion.weight": np.ones(3)}
-    with pytest.raises(InputError, match=r"keys begin with 'net.vit.', and 'criterion.weight' does not"):
+def prefixed(prefix, arrays=None):
+    return {f"{prefix}{key}": value for key, value in (arrays or state_dict()).items()}
+
+
+def pieces(translation):
+    return {path: each[""].array for path, each in translation.leaves.items() if "" in each}
+
+
+def assert_same_leaves(translation, expected):
+    found, wanted = pieces(translation), pieces(expected)
+    assert found.keys() == wanted.keys()
+    for path, array in wanted.items():
+        np.testing.assert_array_equal(found[path], array)
+
+
+@pytest.mark.parametrize(
+    "prefix", ["module.", "vit.", "a.b.c.", "net.visual.trunk.", "_forward_module.model.", "teacher.backbone."]
+)
+@pytest.mark.parametrize("layout", ["timm", "torchvision", "Hugging Face ViT"])
+def test_any_prefix_of_the_model_is_removed(prefix, layout):
+    config = ViTConfig((32, 32), 8, 64, 2, 4, 128, 5)
+    arrays = in_layout(layout, config)
+    translation = translate(prefixed(prefix, arrays))
+    assert (translation.layout.name, translation.dropped) == (layout, {})
+    assert translation.prefix == ("" if (layout, prefix) == ("Hugging Face ViT", "vit.") else prefix)
+    assert_same_leaves(translation, translate(arrays))
+
+
+def test_what_self_supervised_training_leaves_beside_a_backbone_is_dropped():
+    heads = ("module.head.mlp.0.weight", "module.head.last_layer.weight_g", "dino_head.mlp.0.bias", "n_averaged")
+    arrays = prefixed("module.backbone.") | dict.fromkeys(heads, np.ones(3))
+    translation = translate(arrays)
+    assert translation.prefix == "module.backbone."
+    assert set(translation.dropped) == set(heads)
+    assert_same_leaves(translation, translate(state_dict()))
+
+
+def test_several_models_in_one_file_are_listed():
+    arrays = prefixed("student.backbone.") | prefixed("teacher.")
+    with pytest.raises(InputError, match=r"several models \(student\.backbone, teacher\): choose one with --key NAME"):
         translate(arrays)
+
+
+BODY = {key: value for key, value in state_dict().items() if not key.startswith("head.")}
+HEAD = {key: value for key, value in state_dict().items() if key.startswith("head.")}
+RENAMED = ("fc", "classifier", "head.1", "classifier.0.1", "heads.weight_of.linear", "mlp_head")
+
+
+@pytest.mark.parametrize("name", RENAMED)
+@pytest.mark.parametrize("prefix", ["", "backbone."])
+def test_a_head_of_another_name_is_recognised_by_its_shape(name, prefix):
+    head = {f"{name}.weight": HEAD["head.weight"], f"{name}.bias": HEAD["head.bias"]}
+    translation = translate(prefixed(prefix, BODY) | head)
+    assert_same_leaves(translation, translate(state_dict()))
+    (remark,) = translation.remarks
+    assert f"the head is '{name}.weight', recognised by its shape" in remark
+    backbone = translate(prefixed(prefix, BODY) | head, num_classes=0)
+    assert_same_leaves(backbone, translate(BODY))
+    assert backbone.dropped == dict.fromkeys(head, "not part of the backbone")
+
+
+def test_a_head_of_google_s_layout_lies_the_other_way_round():
+    config = ViTConfig((32, 32), 8, 64, 2, 4, 128, 5)
+    arrays = in_layout("big_vision", config)
+    renamed = {key.replace("head/", "classifier/"): value for key, value in arrays.items()}
+    assert_same_leaves(translate(renamed), translate(arrays))
+
+
+def layer(name, outputs, inputs):
+    return {f"{name}.weight": np.ones((outputs, inputs), np.float32), f"{name}.bias": np.zeros(outputs, np.float32)}
+
+
+@pytest.mark.parametrize(
+    ("head", "message"),
+    [
+        (
+            layer("head.0", 128, 128) | layer("head.3", 5, 128),
+            "several layers .*head.0.weight with 128 outputs, head.3",
+        ),
+        (layer("head.0", 256, 128) | layer("head.3", 5, 256), "several layers"),
+        (layer("head.0", 99, 128) | layer("head.3", 5, 99), "'head.3.weight' is no key .* of shape .classes, 128."),
+        (
+            layer("head.1", 5, 128) | {"head.0.weight": np.ones(128)},
+            "'head.0.weight' is no key of the timm layout, nor",
+        ),
+        (layer("a", 5, 128) | layer("b", 7, 128), "several heads .a.weight with 5 outputs, b.weight with 7 outputs."),
+        ({"head.1.weight": np.ones((5, 128))}, "'head.1.weight' is no key"),
+        ({"criterion.weight": np.ones(3)}, "'criterion.weight' is no key"),
+    ],
+)
+def test_other_heads_are_refused_and_the_backbone_is_rescued(head, message):
+    for prefix in ("", "net.vit."):
+        arrays = prefixed(prefix, BODY) | head
+        with pytest.raises(InputError, match=f"{message}.*--num_classes"):
+            translate(arrays)
+        assert_same_leaves(translate(arrays, num_classes=0), translate(BODY))
+
+
+def test_the_number_of_classes_chooses_a_head():
+    arrays = BODY | layer("a", 5, 128) | layer("b", 7, 128)
+    translation = translate(arrays, num_classes=7)
+    assert translation.leaves["head/kernel"][""].key == "b.weight"
+    assert translation.dropped == dict.fromkeys(("a.weight", "a.bias"), "another head")
+
+
+def test_an_unknown_key_inside_a_backbone_is_never_dropped():
+    for prefix in ("", "backbone."):
+        arrays = prefixed(prefix, BODY | {"blocks.0.attn.gate": np.ones(2)})
+        with pytest.raises(InputError, match=r"blocks\.0\.attn\.gate' is no key of the timm layout: .* architecture"):
+            translate(arrays, num_classes=0)

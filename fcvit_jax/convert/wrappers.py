@@ -1,0 +1,92 @@
+"""Which of a file's tensors are the model's: the body, inside a larger model or a wrapper, and its head."""
+
+import re
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from fcvit_jax.convert.layouts import LAYOUTS, Arrays, Layout, check_family
+from fcvit_jax.errors import InputError
+
+# What is never needed, inside or beside a body -> why.
+_LEFTOVERS = {
+    r"(^|\.)((dino|ibot)_head\.|head\.(mlp|last_layer)\.)": "the head of self-supervised training",
+    r"(^|\.)n_averaged$": "the number of steps that were averaged",
+}
+
+
+class Head(NamedTuple):
+    """The keys of a classifier, a weight and a bias, and of the other ones that it was chosen from."""
+
+    weight: str
+    bias: str
+    others: tuple[str, ...] = ()
+
+
+def find_body(arrays: Arrays) -> tuple[Arrays, str, Arrays]:
+    """The tensors of the ViT under the keys of its layout, the prefix that was removed, and all other tensors.
+
+    The kernel of the patch embedding, which every layout has under a name of its own, shows the prefix. Raises
+    InputError if there are several.
+    """
+    prefixes: dict[str, None] = {}
+    for key, array in arrays.items():
+        places = (0, *(found.end() for found in re.finditer(r"\.", key))) if array.ndim == 4 else ()
+        if (place := next((place for place in places if _is_patch_kernel(key[place:])), None)) is not None:
+            prefixes[key[:place]] = None
+    if not prefixes or "" in prefixes:
+        return arrays, "", {}
+    check_family(arrays)  # by the whole keys
+    if len(prefixes) > 1:
+        listed = ", ".join(prefix.rstrip(".") for prefix in prefixes)
+        raise InputError(f"the file holds several models ({listed}): choose one with --key NAME")
+    prefix = next(iter(prefixes))
+    body = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+    return body, prefix, {key: array for key, array in arrays.items() if not key.startswith(prefix)}
+
+
+def _is_patch_kernel(key: str) -> bool:
+    return any((found := layout.find(key)[0]) and found[0] == "embed/kernel" for layout in LAYOUTS)
+
+
+def leftover(key: str) -> str | None:
+    """Why a key that no layout knows is dropped, if it is."""
+    return next((reason for pattern, reason in _LEFTOVERS.items() if re.search(pattern, key)), None)
+
+
+def find_head(unknown: Arrays, layout: Layout, width: int, num_classes: int | None) -> Head | None:
+    """The classifier among the keys that a layout does not know, by its shape: weight [c, width] and bias [c].
+
+    The weight may also be twice as wide (class token beside the patches' mean), and lies the other way round in Flax's
+    layouts. None if there is none. Raises InputError if there are several, and not one of `num_classes`.
+    """
+    weight_name, flax = ("kernel", True) if "head/kernel" in layout.table else ("weight", False)
+    heads, taken = {}, set()
+    for key, array in unknown.items():
+        bias = unknown.get(f"{key.removesuffix(weight_name)}bias")
+        if not key.endswith(weight_name) or array.ndim != 2 or bias is None:
+            continue
+        inputs, classes = array.shape if flax else array.shape[::-1]
+        if inputs in (width, 2 * width) and bias.shape == (classes,):
+            heads[key] = classes
+            taken.add(inputs)
+    chosen = [key for key, classes in heads.items() if num_classes in (None, classes)]
+    if not heads or not chosen:
+        return None
+    listed = ", ".join(f"{key} with {classes} outputs" for key, classes in heads.items())
+    if len(heads) > 1 and taken & {*heads.values()}:
+        raise InputError(f"the head may have several layers ({listed}): pass --num_classes 0 for the backbone alone")
+    if len(chosen) > 1:
+        raise InputError(f"there are several heads ({listed}): choose one with --num_classes N, or none with 0")
+    pairs = {key: f"{key.removesuffix(weight_name)}bias" for key in heads}
+    others = tuple(name for key in heads if key != chosen[0] for name in (key, pairs[key]))
+    return Head(chosen[0], pairs[chosen[0]], others)
+
+
+def outside(keys: Iterable[str], layout: Layout) -> set[str]:
+    """Those of the keys that a layout does not know, and that are in no module of the body."""
+    known = {_module(key, layout) for key in keys if (found := layout.find(key)[0]) and "head" not in found[0]}
+    return {key for key in keys if layout.find(key)[0] is None and _module(key, layout) not in known}
+
+
+def _module(key: str, layout: Layout) -> str:
+    return re.split(r"[./]", re.sub(f"^({layout.prefix})", "", key))[0]
