@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError, naming
-from fcvit_jax.files import check_room, check_target, staged
+from fcvit_jax.files import check_room, check_target, local_path, staged
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
 
@@ -144,7 +144,7 @@ def _locate(path: str | Path) -> Path:
             there = ", ".join(f"packaged:{meta.parent.name}" for meta in sorted(PACKAGED.glob("*/meta.json")))
             raise InputError(f"no packaged checkpoint {text!r}: choose one of {there}")
         return directory
-    directory = Path(path).expanduser()
+    directory = local_path(path)
     for candidate in (directory, directory / "checkpoint"):
         if (candidate / "meta.json").is_file():
             return candidate

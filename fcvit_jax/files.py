@@ -14,12 +14,25 @@ import jax
 from fcvit_jax.errors import InputError
 
 
+def local_path(path: str | Path) -> Path:
+    """The path with "~" expanded. Raises InputError for an address, such as gs://bucket/name."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has a single slash
+        raise InputError(
+            f"{str(path).replace(':/', '://', 1).replace(':///', '://')} is an address, and only paths are read and "
+            "written: mount the bucket (gcsfuse, Mountpoint for S3), or copy to and from a local folder"
+        )
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        raise InputError(f"{path}: there is no such user") from None
+
+
 def check_target(path: str | Path, overwrite: bool, entries: frozenset[str]) -> Path:
     """The path, resolved; to be called before any long work.
 
     Raises InputError if it exists (with `overwrite`: and has other entries than these), or cannot be written.
     """
-    path = Path(path).expanduser().resolve()
+    path = local_path(path).resolve()
     there = {entry.name for entry in path.iterdir()} if path.is_dir() else {path.name} if path.exists() else set()
     if there and not overwrite:
         raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")

@@ -1,6 +1,7 @@
 """Shared by the two scripts: flags, the cache of compiled programs, and one-line errors about flags."""
 
 import contextlib
+import functools
 import os
 import re
 import sys
@@ -15,7 +16,8 @@ from ml_collections import config_flags
 
 from fcvit_jax import parallel
 from fcvit_jax.allocator import keep_freed_memory
-from fcvit_jax.errors import one_line_errors
+from fcvit_jax.errors import InputError, one_line_errors
+from fcvit_jax.files import local_path
 
 flags.disclaim_key_flags()  # --help lists them as the script's own
 _CPU = Path("/proc/cpuinfo")
@@ -50,9 +52,13 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) ->
             parallel.start_processes(flags.FLAGS.distributed)
         with parallel.ending_together(), one_line_errors():
             keep_programs(flags.FLAGS.compile_cache)
-            main(config_flag.value, Path(workdir_flag.value))
+            main(config_flag.value, local_path(workdir_flag.value))
 
-    app.run(run, flags_parser=_parse)
+    try:
+        app.run(run, flags_parser=_parse)
+    finally:
+        with one_line_errors():
+            pass  # --help may have been printed to a closed pipe
 
 
 def keep_programs(folder: str | None) -> None:
@@ -63,11 +69,12 @@ def keep_programs(folder: str | None) -> None:
     options: Any = jax.config
     if folder is None:
         folder = options.jax_compilation_cache_dir or _default_cache()
-    options.update("jax_compilation_cache_dir", None)
+    # A bucket is opened by JAX itself.
+    options.update("jax_compilation_cache_dir", folder if "://" in folder else None)
     if not folder:
         return
-    with contextlib.suppress(OSError, RuntimeError):  # a read-only home, or none at all
-        place = Path(folder).expanduser()
+    with contextlib.suppress(OSError, RuntimeError, InputError):  # a read-only home, or none at all
+        place = local_path(folder)
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place):
             options.update("jax_compilation_cache_dir", str(place))
@@ -87,8 +94,16 @@ def _default_cache() -> str:
 
 def _parse(argv: list[str]) -> list[str]:
     with _one_line():
-        rest = app.parse_flags_with_usage(argv)
-        _ = flags.FLAGS.config.items  # a file that cannot be loaded raises at its first use
+        home = os.path.expanduser("~")  # a shell expands it only where a word begins
+        argv = [re.sub(r"^(--?config=)~(?=/)", lambda found: found[1] + home, each) for each in argv]
+        # The parsers of numbers know no "none".
+        nothing = [re.fullmatch(r"--?config\.([\w.]+)=none", each, re.IGNORECASE) for each in argv]
+        rest = app.parse_flags_with_usage([each for each, found in zip(argv, nothing, strict=True) if not found])
+        config = flags.FLAGS.config  # a file that cannot be loaded raises at its first use
+        for *parents, name in (found[1].split(".") for found in nothing if found):
+            fields = functools.reduce(getattr, parents, config)
+            # Text stays: "none" may be one of its values.
+            setattr(fields, name, "none" if isinstance(getattr(fields, name), str) else None)
         return rest
 
 

@@ -88,6 +88,8 @@ def _fit(value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
     """The value as its annotation has it. Raises TypeError or ValueError if it does not fit."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
+        if type(None) in inner and isinstance(value, str) and value.lower() == "none":
+            return None
         for each in inner:
             with contextlib.suppress(TypeError, ValueError):
                 return _fit(value, each, limits)

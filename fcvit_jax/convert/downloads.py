@@ -35,8 +35,8 @@ def locate(source: str, check: Check, sha256: str | None = None) -> Path:
     zoo. check, sha256: those of `download`, for addresses only. Raises InputError if there is no such file, name or
     repository, or if it cannot be downloaded.
     """
-    if os.path.exists(source):
-        return Path(source)
+    if os.path.exists(path := os.path.expanduser(source)):
+        return Path(path)
     if source.startswith("hf-hub:"):
         with naming(source):
             return _fetch_from_hub(source)

@@ -14,7 +14,7 @@ from fcvit_jax.convert.layouts import HF_DINOV2, HF_VIT, TIMM, Arrays, Table
 from fcvit_jax.convert.sidecar import HUGGINGFACE_FIELDS, TIMM_FIELDS
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.files import check_target, staged
+from fcvit_jax.files import check_target, local_path, staged
 from fcvit_jax.models.config import ViTConfig
 
 # Transform of a layout -> the order of the leaf's axes in the file; other transforms leave the leaf unchanged.
@@ -31,7 +31,7 @@ def check_output(out: str | Path, to: str, overwrite: bool) -> Path:
     `OUT.safetensors` is a file, any other OUT a directory of transformers. Only such a file or directory is replaced.
     """
     if Path(out).suffix == ".safetensors":
-        path = Path(out).expanduser().resolve()
+        path = local_path(out).resolve()
         return check_target(path, overwrite, frozenset() if path.is_dir() else frozenset({path.name}))
     if to == "timm":
         raise InputError(f"{out}: --to timm writes one file: name it {out}.safetensors")

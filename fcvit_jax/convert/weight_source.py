@@ -1,6 +1,7 @@
 """Weights with all that is known of them: the file, the meaning of its keys, the JSON beside it, the model's name."""
 
 import hashlib
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -15,6 +16,7 @@ from fcvit_jax.convert.sidecar import Sidecar, read_sidecar
 from fcvit_jax.convert.translation import Converted, Translation, translate
 from fcvit_jax.data.preprocess import PRESETS, Preprocess, preset
 from fcvit_jax.errors import InputError, naming
+from fcvit_jax.files import local_path
 from fcvit_jax.models import zoo
 from fcvit_jax.models.config import ViTConfig
 
@@ -36,7 +38,7 @@ def open_weights(src: str, ema: bool, sha256: str | None, key: str | None = None
     """
     if src.startswith("packaged:"):
         return _open_checkpoint(src)
-    local = Path(src).expanduser().exists()
+    local = os.path.exists(os.path.expanduser(src))
 
     def read(path: Path, name: str) -> WeightFile:
         weights = read_weights(path, ema, key)
@@ -159,7 +161,7 @@ class WeightSource:
         if isinstance(asked, str | Path):
             origin = f"--class_names {asked}"
             try:
-                asked = Path(asked).read_text(encoding="utf-8").splitlines()
+                asked = local_path(asked).read_text(encoding="utf-8").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise InputError(f"{origin} cannot be read as text: {error}") from None
         names = tuple(filter(None, map(str.strip, asked)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.records import Record, Source
 from fcvit_jax.errors import InputError
+from fcvit_jax.files import local_path
 
 
 def match_head(source: Source, num_classes: int, class_names: list[str] | None, where: str) -> Source:
@@ -56,7 +57,7 @@ def real_labels(source: Source, path: str | Path) -> Source:
     InputError if the file has another form, or an image another name: for the first at once, for others when read.
     """
     try:
-        labels = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))
+        labels = json.loads(local_path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"ReaL labels {path} cannot be read: {error.strerror}") from None
     except ValueError:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 
 from fcvit_jax.data.records import Source
 from fcvit_jax.data.sources import open_source
-from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
-from fcvit_jax.files import told_in_one_line, writable_directory
+from fcvit_jax.errors import InputError, OneLineParser, one_line_errors, printable
+from fcvit_jax.files import local_path, told_in_one_line, writable_directory
 
 VERSION, FEATURES = "1.0.0", {"image", "label", "file_name"}
 IMAGES_PER_FILE, MOST_FILES = 1000, 256  # readers keep all files open: beyond that, files grow
@@ -38,9 +38,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--split", default="test", help="default: test")
     args = parser.parse_args(argv)
     with one_line_errors():
-        name = args.name or re.sub(r"[^a-z0-9]+", "_", Path(args.folder).resolve().name.lower()).strip("_")
+        folder = local_path(args.folder).resolve()
+        name = args.name or re.sub(r"[^a-z0-9]+", "_", folder.name.lower()).strip("_")
+        if not (args.name or re.match("[a-z]", name)):
+            raise InputError(f"the name of {folder} is none for a data set, which begins with a letter: pass --name")
         source = open_source(f"folder:{args.folder}")
-        spec = prepare(source, args.out.expanduser(), name, args.split, progress=True)
+        spec = prepare(source, local_path(args.out), name, args.split, progress=True)
         print(f"{len(source)} images of {len(source.class_names)} classes: {spec}")
 
 
@@ -60,7 +63,7 @@ def prepare(source: Source, out: Path, name: str, split: str, progress: bool = F
         _write(Path(staging) / name / VERSION, source, name, split, progress)
         spec = f"tfds:{name}/{split}@"
         written = open_source(f"{spec}{staging}")
-        if (len(written), written.class_names) != (len(source), source.class_names):
+        if (len(written), written.class_names) != (len(source), _class_names(source)):
             raise InputError(f"{source.spec}: a class name has a line break or ends in a space: rename its folder")
         _publish(Path(staging) / name / VERSION, target)
     return f"{spec}{out}"
@@ -81,8 +84,13 @@ def _check_target(target: Path, source: Source, split: str) -> None:
     if split in present:
         raise InputError(f"{target} has a split {split!r} already: choose another --split or --name")
     other = open_source(f"tfds:{target.parent.name}:{VERSION}/{present[0]}@{target.parents[1]}").class_names
-    if other != source.class_names:
+    if other != _class_names(source):
         raise InputError(f"{target} has other classes than {source.spec}, so no split is added: choose another --name")
+
+
+def _class_names(source: Source) -> tuple[str, ...]:
+    """As they are written: TFDS takes UTF-8 alone."""
+    return tuple(map(printable, source.class_names))
 
 
 def _read_json(path: Path) -> Any:
@@ -101,9 +109,9 @@ def _write(directory: Path, source: Source, name: str, split: str, progress: boo
             record = source[index]
             if not isinstance(record.image, bytes):
                 raise InputError(f"{source.spec}: {record.name} is no image file, so there are no bytes to keep")
-            yield {"image": io.BytesIO(record.image), "label": record.label, "file_name": record.name}
+            yield {"image": io.BytesIO(record.image), "label": record.label, "file_name": printable(record.name)}
 
-    label = tfds.features.ClassLabel(names=source.class_names)
+    label = tfds.features.ClassLabel(names=_class_names(source))
     features = {"image": tfds.features.Image(), "label": label, "file_name": tfds.features.Text()}
     directory.mkdir(parents=True)
     # Not one of TFDS's builders: they shuffle, for which they need TensorFlow beyond a gigabyte.

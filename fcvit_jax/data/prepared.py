@@ -14,6 +14,7 @@ from fcvit_jax.data import imagenet
 from fcvit_jax.data.records import Record, Source
 from fcvit_jax.data.tfrecord import TFRecords
 from fcvit_jax.errors import InputError
+from fcvit_jax.files import local_path
 
 
 def open_prepared(spec: str, rest: str) -> Source:
@@ -25,7 +26,7 @@ def open_prepared(spec: str, rest: str) -> Source:
     data_dir = data_dir or os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")
     import tensorflow_datasets as tfds
 
-    directory = _prepared_directory(spec, name, Path(data_dir).expanduser())
+    directory = _prepared_directory(spec, name, local_path(data_dir))
     # From its files, never by name: by name TFDS may ask the network.
     builder: Any = tfds.builder_from_directory(directory)
     features, records = builder.info.features, _records(spec, builder, split, directory)
@@ -109,6 +110,12 @@ def _prepared_directory(spec: str, name: str, data_dir: Path) -> Path:
     versions = {v: folder for v, folder in found.items() if re.fullmatch(r"\d+\.\d+\.\d+", v) and version in ("", v)}
     if versions:
         return versions[max(versions, key=lambda text: tuple(map(int, text.split("."))))]
+
+    if not data_dir.is_dir():
+        raise InputError(f"{spec}: there is no folder {data_dir}: name the one that holds the data sets, after the @")
+    if found and version:
+        listed = ", ".join(sorted(found))
+        raise InputError(f"{spec}: {root} has no version {version}; there is {listed}: write tfds:{path}/SPLIT")
 
     import tensorflow_datasets as tfds
 

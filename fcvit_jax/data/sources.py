@@ -10,6 +10,7 @@ import numpy as np
 from fcvit_jax.data.prepared import open_prepared
 from fcvit_jax.data.records import Record, Source
 from fcvit_jax.errors import InputError
+from fcvit_jax.files import local_path
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMS = "folder:PATH, digits:train|test, tfds:NAME/SPLIT[@DATA_DIR]"
@@ -34,7 +35,7 @@ def open_source(spec: str) -> Source:
 
 
 def _open_folder(spec: str, path: str) -> Source:
-    root = Path(path).expanduser()
+    root = local_path(path)
     if not path or not root.exists():
         raise InputError(f"{spec}: there is no folder {path!r}")
     if not root.is_dir():

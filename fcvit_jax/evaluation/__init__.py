@@ -22,7 +22,7 @@ from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.evaluation.workdir import forget, open_journal
-from fcvit_jax.files import writable_directory, write_whole
+from fcvit_jax.files import local_path, writable_directory, write_whole
 from fcvit_jax.models.schedule import Schedules
 
 __all__ = ["EvaluationConfig", "ResultRow", "cost_rows", "evaluate"]
@@ -81,7 +81,7 @@ def evaluate(
     if save_logits and jax.process_count() > 1:
         raise InputError("save_logits works in a single process only: leave it out")
     inputs, times = open_inputs(checkpoint, dataset, schedules, config), Times()
-    folder = None if workdir is None else Path(workdir).expanduser()
+    folder = None if workdir is None else local_path(workdir)
     if folder and jax.process_index() == 0:
         writable_directory(folder)
     with times("compiling"):

@@ -14,12 +14,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
+from fcvit_jax.errors import InputError, OneLineParser, one_line_errors, printable
 from fcvit_jax.evaluation.html import render_page
 from fcvit_jax.evaluation.plot import plot_pareto
 from fcvit_jax.evaluation.runs import ResultRow, Run, differences, read_run
 from fcvit_jax.evaluation.table import format_table
-from fcvit_jax.files import write_whole
+from fcvit_jax.files import local_path, write_whole
 
 __all__ = ["format_table", "main", "reports_in", "write_report"]
 
@@ -60,13 +60,14 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(flag, metavar="FILE", type=Path, help=f"write {what} to FILE")
     args = vars(parser.parse_args(argv))
     with one_line_errors():
-        runs = _read_runs(args["results"])
+        runs = _read_runs([local_path(path) for path in args["results"]])
         for run in runs:
             print(f"{run.name}\n" * (len(runs) > 1) + format_table(run.rows) + "\n")
         for difference in differences(runs):
             print(f"warning: {difference}")
         for flag, (make, _) in files.items():
-            if path := args[flag.removeprefix("--")]:
+            if given := args[flag.removeprefix("--")]:
+                path = local_path(given)
                 if flag != "--csv" and not all(run.evaluated for run in runs):
                     raise InputError(f"{path} is not written: some results have costs alone; pass only --csv")
                 write_whole(path, make(runs))
@@ -77,7 +78,7 @@ def _read_runs(paths: Sequence[Path]) -> list[Run]:
     """Read runs, named after their directories or, if these are not unique, by the paths as given."""
     runs = [read_run(path) for path in paths]
     if len({run.name for run in runs}) < len(runs):
-        runs = [replace(run, name=str(path)) for run, path in zip(runs, paths, strict=True)]
+        runs = [replace(run, name=printable(path)) for run, path in zip(runs, paths, strict=True)]
     if len({run.name for run in runs}) < len(runs):
         raise InputError("the same results are given twice: give each run once")
     return runs

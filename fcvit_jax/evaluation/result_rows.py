@@ -9,6 +9,7 @@ import jax
 import numpy as np
 
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
+from fcvit_jax.errors import printable
 from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep
 from fcvit_jax.evaluation.inputs import EvaluationInputs
@@ -39,7 +40,7 @@ def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules, rules: 
             "stages": str(schedule),
             **_cost_fields(schedule, config),
             **published.fields(model, key),
-            "checkpoint": name,
+            "checkpoint": printable(name),
             "model": model,
         }
         for key, schedule in cross_rules(name_schedules(schedules, config.depth), rules).items()
@@ -59,11 +60,11 @@ def result_rows(
     names, device = list(inputs.schedules), jax.devices()[0]
     dense, fastest = names.index("dense") if "dense" in names else None, rates.get("dense")
     conditions = {
-        "checkpoint": inputs.checkpoint_name,
+        "checkpoint": printable(inputs.checkpoint_name),
         "model": provenance.get("model"),
         "weights_sha256": provenance.get("sha256"),
-        "dataset": source.spec,
-        "real_labels": config.real_labels or None,
+        "dataset": printable(source.spec),
+        "real_labels": printable(config.real_labels) or None,
         "classes_scored": len(source.scored or source.class_names),
         "images_excluded": inputs.num_records - len(outcomes.names),
         "limit": config.limit,
@@ -114,7 +115,7 @@ def class_table(outcomes: Outcomes, schedules: Iterable[str], class_names: tuple
     there = np.flatnonzero(images)
     correct = zip(schedules, outcomes.rank == 0, strict=True)
     return {
-        "classes": [class_names[index] for index in there],
+        "classes": [printable(class_names[index]) for index in there],
         "images": images[there].tolist(),
         "correct": {name: count(outcomes.labels[right])[there].tolist() for name, right in correct},
     }

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, printable
 
 ResultRow = dict[str, Any]
 
@@ -61,7 +61,7 @@ def read_run(path: Path, rows: Sequence[ResultRow] | None = None) -> Run:
     if rows is None:
         rows = _read_rows(directory / "results.jsonl" if path.is_dir() else path)
     gallery = tuple(sorted((directory / "gallery").glob("*.png")))
-    return Run(directory.resolve().name, tuple(rows), _read_per_class(directory / "per_class.json"), gallery)
+    return Run(printable(directory.resolve().name), tuple(rows), _read_per_class(directory / "per_class.json"), gallery)
 
 
 def titled(run: Run, text: str, runs: Sequence[Run]) -> str:

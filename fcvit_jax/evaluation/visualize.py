@@ -34,7 +34,7 @@ from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import EXTENSIONS, FORMS, Source, open_source, read_record
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
-from fcvit_jax.files import file_name, writable_directory, write_whole
+from fcvit_jax.files import file_name, local_path, writable_directory, write_whole
 from fcvit_jax.models.schedule import Dense, MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT
 
@@ -235,7 +235,7 @@ def open_images(path: str) -> Source:
 
     Raises InputError if nothing exists there, or it holds no image.
     """
-    root = Path(path).expanduser()
+    root = Path(os.path.expanduser(path))
     if not os.path.exists(root):
         if ":" in path:
             return open_source(path)
@@ -244,7 +244,7 @@ def open_images(path: str) -> Source:
         root, names = root.parent, [root.name]
     else:
         found = glob.iglob("**/*", root_dir=root, recursive=True)  # leaves out hidden files
-        names = sorted(name for name in found if name.lower().endswith(EXTENSIONS))
+        names = sorted(name for name in found if name.lower().endswith(EXTENSIONS) and not (root / name).is_dir())
     if not names:
         raise InputError(f"images {path!r}: none in this folder; accepted are {' '.join(EXTENSIONS)}")
 
@@ -276,9 +276,10 @@ def main(argv: list[str] | None = None) -> None:
         schedules = parse_schedules(args.schedules, checkpoint.config.depth)
         for schedule in schedules.values():
             schedule.plan(checkpoint.config)
+        workdir = local_path(args.workdir)
         images, names = first_images(source, checkpoint, args.limit)
-        draw_gallery(checkpoint, schedules, images, names, args.workdir, stages=args.stages, columns=args.columns)
-        print(f"written: {len(names)} pictures in {args.workdir}")
+        draw_gallery(checkpoint, schedules, images, names, workdir, stages=args.stages, columns=args.columns)
+        print(f"written: {len(names)} pictures in {workdir}")
 
 
 if __name__ == "__main__":

@@ -38,13 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         out = export(**vars(args))
-    meta = json.loads((out / "meta.json").read_text())
-    print(f"{out}: {meta['parameters']:,} parameters, {meta['dtype']}, for {' and '.join(meta['platforms'])}")
-    for name, program in meta["programs"].items():
-        size = (out / program["file"]).stat().st_size
-        print(f"  {name}: {program['stages']}, batches of {program['batch_size']}, {size / 1e3:.0f} kB")
-    print(f"pixels: {meta['preprocess']['text']}")
-    print(f"run it: pip install jax numpy flatbuffers pillow && python {args.path}/run.py PICTURE")
+        meta = json.loads((out / "meta.json").read_text())
+        print(f"{out}: {meta['parameters']:,} parameters, {meta['dtype']}, for {' and '.join(meta['platforms'])}")
+        for name, program in meta["programs"].items():
+            size = (out / program["file"]).stat().st_size
+            print(f"  {name}: {program['stages']}, batches of {program['batch_size']}, {size / 1e3:.0f} kB")
+        print(f"pixels: {meta['preprocess']['text']}")
+        print(f"run it: pip install jax numpy flatbuffers pillow && python {args.path}/run.py PICTURE")
 
 
 def _counts(text: str) -> list[int]:

@@ -10,6 +10,8 @@ JAX reads programs with flatbuffers, which it does not install by itself; Pillow
 import argparse
 import functools
 import json
+import os
+import sys
 from pathlib import Path
 
 import jax
@@ -57,6 +59,7 @@ def pixels(image):
 
 def read(path):
     """Read the images of a file, by name."""
+    path = os.path.expanduser(path)
     if path.endswith(".npy"):
         return {f"{path}[{row}]": image for row, image in enumerate(np.load(path))}
     from PIL import Image
@@ -65,23 +68,49 @@ def read(path):
         return {path: pixels(image)}
 
 
+def fail(message):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def attempt(what, function, *args):
+    """Call a function; if it fails, end with one line."""
+    try:
+        return function(*args)
+    except Exception as error:
+        why = " ".join(str(getattr(error, "strerror", None) or error).split()) or type(error).__name__
+        fail(f"{what} ({why[:300]})")
+
+
 def main():
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
+    try:
+        classify()
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+def classify():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a picture, or .npy of uint8 [n, height, width, 3]")
     parser.add_argument("--program", choices=tuple(META["programs"]), help="by default the first of these")
     args = parser.parse_args()
     program = args.program or next(iter(META["programs"]))
     shape = (META["programs"][program]["batch_size"], *META["preprocess"]["image_size"], 3)
-    images = {name: image for path in args.images for name, image in read(path).items()}
+    files = [attempt(f"{path} cannot be read as an image", read, path) for path in args.images]
+    images = {name: image for file in files for name, image in file.items()}
     for name, image in images.items():
         if image.shape != shape[1:] or image.dtype != np.uint8:
-            parser.error(f"{name} is {image.dtype} {image.shape}: the model takes uint8 {shape[1:]}")
-    run, names = load(program), list(images)
+            fail(f"{name} is {image.dtype} {image.shape}: the model takes uint8 {shape[1:]}")
+    attempt("JAX does not start, set JAX_PLATFORMS=cpu or check the driver", jax.devices)
+    run, names = attempt(f"{program} cannot be loaded, export it again", load, program), list(images)
     for start in range(0, len(names), shape[0]):
         some = names[start : start + shape[0]]
         batch = np.zeros(shape, np.uint8)  # of a fixed size: rows left over are black images
         batch[: len(some)] = [images[name] for name in some]
-        logits = np.asarray(jax.tree.leaves(run(batch))[0])
+        logits = np.asarray(jax.tree.leaves(attempt(f"{program} does not run here", run, batch))[0])
         classes = META["class_names"] or range(logits.shape[1])
         shares = np.exp(logits - logits.max(axis=1, keepdims=True))
         for name, share in zip(some, shares / shares.sum(axis=1, keepdims=True), strict=False):

@@ -25,8 +25,8 @@ from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import load_checkpoint
 from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.sources import open_source
-from fcvit_jax.errors import OneLineParser, one_line_errors
-from fcvit_jax.files import writable_directory
+from fcvit_jax.errors import OneLineParser, one_line_errors, printable
+from fcvit_jax.files import local_path, writable_directory
 from fcvit_jax.flatness.comparison import check_comparable, compare
 from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
 from fcvit_jax.flatness.measurement import measure
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> None:
     config = FlatnessConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(FlatnessConfig)})
     source, names, others = open_source(args.dataset), [args.checkpoint], []
     if args.compare and args.compare.endswith(".json"):
-        others.append(FlatnessReport.read(Path(args.compare)))
+        others.append(FlatnessReport.read(local_path(args.compare)))
     elif args.compare:
         names.append(args.compare)
     check_comparable(config, others[0].config if others else config, args.loss_tolerance)
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> None:
     reports = []
     for name, file in zip(names, FILES, strict=False):
         report = measure(checkpoints[name], source, config, args.schedule)
-        reports.append(dataclasses.replace(report, conditions=report.conditions | {"checkpoint": name}))
+        reports.append(dataclasses.replace(report, conditions=report.conditions | {"checkpoint": printable(name)}))
         reports[-1].write(workdir / file)
     reports += others
     print(present(workdir, reports, compare(reports[0], reports[1], args.loss_tolerance) if args.compare else None))
@@ -67,9 +67,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _workdir(args: argparse.Namespace) -> Path:
     """Where results go: a train_sam.py working directory gets its own; a checkpoint's directory holds nothing else."""
-    given = Path(args.checkpoint).expanduser()
+    given = local_path(args.checkpoint)
     runs = (given / "checkpoint" / "meta.json").is_file() and not (given / "meta.json").is_file()
-    return Path(args.workdir).expanduser() if args.workdir else given if runs else Path("workdir/flatness")
+    return local_path(args.workdir) if args.workdir else given if runs else Path("workdir/flatness")
 
 
 def _numbers(text: str) -> tuple[float, ...]:

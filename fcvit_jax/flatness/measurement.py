@@ -19,7 +19,7 @@ from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.labels import match_head
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Source, open_source
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, printable
 from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport, RadiusCurve
 from fcvit_jax.flatness.hessian import add_scaled, lanczos, trace_samples
 from fcvit_jax.flatness.loss_surface import LossSurface, filter_normalised, loss_slice
@@ -51,9 +51,9 @@ def measure(
     schedule.plan(checkpoint.config)
     batches, fingerprint = draw_batches(source, checkpoint.preprocess, config)
     conditions = {
-        "checkpoint": name,
+        "checkpoint": printable(name),
         "params_sha256": hashlib.sha256("".join(checkpoint.meta["files"].values()).encode()).hexdigest(),
-        "dataset": source.spec,
+        "dataset": printable(source.spec),
         "fingerprint": fingerprint,
         "num_images": len(batches) * config.batch_size,
         "schedule": str(schedule),
@@ -180,7 +180,7 @@ def draw_batches(source: Source, preprocess: Preprocess, config: FlatnessConfig)
     with contextlib.closing(eval_batches(drawn, preprocess, config.batch_size)) as decoded:
         for batch in decoded:
             images, labels = np.asarray(batch.images), np.asarray(batch.labels)
-            digest.update("\n".join(batch.names).encode() + labels.tobytes() + images.tobytes())
+            digest.update("\n".join(batch.names).encode(errors="surrogateescape") + labels.tobytes() + images.tobytes())
             batches.append((jnp.asarray(images), jnp.asarray(labels)))
     return batches, digest.hexdigest()
 

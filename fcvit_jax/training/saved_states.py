@@ -1,5 +1,6 @@
 """The states of a run on disk, from which it resumes."""
 
+import json
 import logging
 import textwrap
 from pathlib import Path
@@ -9,20 +10,24 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from fcvit_jax.checkpoint import file_sha256
 from fcvit_jax.errors import InputError
-from fcvit_jax.files import check_room, told_in_one_line
+from fcvit_jax.files import check_room, told_in_one_line, write_whole
+
+DIGESTS = "sha256.json"  # of the files of a state, in its directory; Orbax does not notice all damage
 
 
 class SavedStates:
     """The last `keep` states of a run in a directory, by step, each with a JSON object of notes; by Orbax.
 
-    A state is written under another name and renamed when it is complete, so a killed run leaves the earlier ones.
+    A state is written under another name and renamed when it is complete, so a killed run leaves the earlier ones. The
+    digests of its files are added when the run waits for it; a state without them is read unchecked.
     """
 
     def __init__(self, directory: Path, keep: int = 2):
         import orbax.checkpoint as ocp
 
-        logging.getLogger("absl").addFilter(_not_raised)
+        logging.getLogger("absl").addFilter(_not_of_orbax)
         self._args, self._directory = ocp.args, directory
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
         self._manager: Any = ocp.CheckpointManager(directory.absolute(), options=options)
@@ -65,20 +70,23 @@ class SavedStates:
 
     def _restore(self, **item: Any) -> Any:
         (name,), step = item, self.latest()
+        place = self._directory / str(step)
         try:
+            if jax.process_index() == 0 and name == "notes":  # which are read first
+                _check_digests(place)
             return self._manager.restore(step, args=self._args.Composite(**item))[name]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # of Orbax, TensorStore or zarr
             before = max((each for each in self._manager.all_steps() if each != step), default=None)
             then = "starts from the beginning" if before is None else f"resumes from step {before}"
             why = textwrap.shorten(str(error), 200, placeholder=" ...")
-            raise InputError(
-                f"{self._directory / str(step)} cannot be read ({why}): delete it, and the run {then}"
-            ) from error
+            raise InputError(f"{place} cannot be read ({why}): delete it, and the run {then}") from error
 
     def wait(self) -> None:
         """Wait until the states are on disk. Raises InputError if the disk is full."""
         with told_in_one_line(self._directory):
             self._manager.wait_until_finished()
+            if jax.process_index() == 0 and (latest := self.latest()) is not None:
+                _write_digests(self._directory / str(latest))
 
     def close(self) -> None:
         """Wait, and release the directory. Raises InputError if the disk is full."""
@@ -86,6 +94,24 @@ class SavedStates:
             self._manager.close()
 
 
-def _not_raised(record: logging.LogRecord) -> bool:
-    """Drop the tracebacks that Orbax logs for errors in its threads: it raises them as well."""
-    return not (record.exc_info and "orbax" in record.pathname)
+def _files(state: Path) -> dict[str, str | None]:
+    files = (file for item in ("notes", "state") for file in sorted((state / item).rglob("*")) if file.is_file())
+    return {file.relative_to(state).as_posix(): file_sha256(file) for file in files}
+
+
+def _write_digests(state: Path) -> None:
+    if not (state / DIGESTS).exists():
+        write_whole(state / DIGESTS, json.dumps(_files(state)).encode())
+
+
+def _check_digests(state: Path) -> None:
+    """Raise ValueError that names the first file that is not as it was written."""
+    if (state / DIGESTS).exists():
+        expected, found = json.loads((state / DIGESTS).read_text()), _files(state)
+        if damaged := next((name for name in expected if found.get(name) != expected[name]), None):
+            raise ValueError(f"{damaged} is damaged" if damaged in found else f"{damaged} is missing")
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    """Drop what Orbax logs of errors: it raises them as well."""
+    return "orbax" not in record.pathname

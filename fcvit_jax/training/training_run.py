@@ -17,7 +17,7 @@ from fcvit_jax.data.batches import batches_an_epoch
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.evaluation.accuracy import Accuracy
-from fcvit_jax.files import sweep
+from fcvit_jax.files import local_path, sweep
 from fcvit_jax.models import zoo
 from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
 from fcvit_jax.models.vit import ViT
@@ -86,7 +86,7 @@ class TrainingRun:
 def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
     """Open what the configuration names, check that it fits together; also the first parameters, None: fresh ones."""
     if config.checkpoint:
-        place, here = Path(config.checkpoint).expanduser().resolve(), workdir.resolve()
+        place, here = local_path(config.checkpoint).resolve(), workdir.resolve()
         if place == here or place in (here / name for name in WRITTEN):
             raise InputError(
                 f"checkpoint is {config.checkpoint}, which this run would overwrite: choose another --workdir"

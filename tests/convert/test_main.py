@@ -229,7 +229,7 @@ def test_a_key_chooses_one_of_several_models(tmp_path, capsys):
     assert "(net_a, net_b): choose one with --key NAME" in error(capsys, tmp_path / "w.pth", tmp_path / "out", *GIVEN)
     assert not (tmp_path / "out").exists()
     main([str(tmp_path / "w.pth"), str(tmp_path / "out"), *GIVEN, "--key", "net_b"])
-    found = load_checkpoint(tmp_path / "out")
+    found = fc.load_checkpoint(tmp_path / "out")
     np.testing.assert_array_equal(found.params["head"]["kernel"], models["b"]["head.weight"].numpy().T)
     assert found.meta["provenance"]["wrapper"] == "net_b"
 
@@ -240,7 +240,7 @@ def test_a_head_that_is_not_understood_is_left_out_on_request(tmp_path, capsys):
     assert "pass --num_classes 0 to convert the backbone" in error(capsys, tmp_path / "w.npz", tmp_path / "out", *GIVEN)
     main([str(tmp_path / "w.npz"), str(tmp_path / "out"), *GIVEN, "--num_classes", "0"])
     assert "dropped: neck.weight (not part of the backbone)" in capsys.readouterr().out
-    assert "head" not in load_checkpoint(tmp_path / "out").params
+    assert "head" not in fc.load_checkpoint(tmp_path / "out").params
 
 
 def test_only_a_checkpoint_is_overwritten(weights, tmp_path, capsys):
