@@ -21,7 +21,7 @@ from flax import traverse_util
 
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError, naming
-from fcvit_jax.files import check_room, check_target, local_path, staged
+from fcvit_jax.files import check_room, check_target, local_path, staged, utf8_path
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
 
@@ -71,9 +71,9 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
             raise InputError(f"{directory / 'params' / name} is missing or damaged (a broken copy?): copy it again")
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
+    with utf8_path(directory) as place, ocp.StandardCheckpointer() as checkpointer:
         # Compared beforehand: a restore that fails half-way complains from threads of its own.
-        place, abstract = (directory / "params").absolute(), abstract_params(config, sharding)
+        place, abstract = place / "params", abstract_params(config, sharding)
         _check_shapes(str(directory / "params"), checkpointer.metadata(place).item_metadata.tree, abstract)
         params = checkpointer.restore(place, abstract)
     return Checkpoint(directory, config, params, preprocess, meta)
@@ -113,8 +113,8 @@ def save_checkpoint(
         # the devices of one process; of NumPy arrays it makes one more copy.
         host = jnp.asarray if jax.process_count() == 1 else np.asarray
         alone = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}, barrier_sync_key_prefix="save")
-        with ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
-            checkpointer.save((staging / "params").absolute(), jax.tree.map(host, dict(params)))
+        with utf8_path(staging) as place, ocp.StandardCheckpointer(multiprocessing_options=alone) as checkpointer:
+            checkpointer.save(place / "params", jax.tree.map(host, dict(params)))
         (staging / "params" / "commit_success.txt").unlink(missing_ok=True)  # names the place it was staged at
         files = sorted(file for file in (staging / "params").rglob("*") if file.is_file())
         meta["files"] = {file.relative_to(staging / "params").as_posix(): file_sha256(file) for file in files}

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, printable
 
 
 def local_path(path: str | Path) -> Path:
@@ -25,6 +25,19 @@ def local_path(path: str | Path) -> Path:
         return Path(path).expanduser()
     except RuntimeError:
         raise InputError(f"{path}: there is no such user") from None
+
+
+@contextlib.contextmanager
+def utf8_path(path: Path) -> Iterator[Path]:
+    """The absolute path of a directory, or a link to it if it is not UTF-8, the only names that TensorStore takes."""
+    path = path.absolute()
+    if printable(path) == str(path):
+        yield path
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        link = Path(folder, "directory")
+        link.symlink_to(path)
+        yield link
 
 
 def check_target(path: str | Path, overwrite: bool, entries: frozenset[str]) -> Path:

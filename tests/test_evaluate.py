@@ -166,6 +166,20 @@ def test_without_dense_nothing_is_compared(run, tmp_path):
     assert row["num_images"] == 5
 
 
+def test_names_of_any_bytes_give_all_results(checkpoint, folder, tmp_path):
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "caf") + b"\xe9"))
+    shutil.copytree(folder, odd)
+    first = next(each for each in sorted(odd.rglob("*")) if each.is_file())
+    first.rename(first.with_name(os.fsdecode(b"\xff") + first.suffix))
+    rows = fc.evaluate(checkpoint, f"folder:{odd}", "dense", workdir=odd / "out", batch_size=8, throughput_blocks=0)
+    usual = fc.evaluate(checkpoint, f"folder:{folder}", "dense", batch_size=8, throughput_blocks=0)
+    assert rows[0]["correct"] == usual[0]["correct"]
+    assert rows[0]["dataset"] == f"folder:{tmp_path}/caf\\udce9"
+    assert report.reports_in(odd / "out") == [*report.REPORTS]
+    report.main([str(odd / "out"), "--html", str(odd / "page.html"), "--csv", str(odd / "rows.csv")])
+    assert (odd / "rows.csv").read_bytes() == (odd / "out" / "results.csv").read_bytes()
+
+
 def test_the_time_of_timing_is_told(run, tmp_path, monkeypatch):
     # On one device: of eight on a few cores the many calls in flight wait for each other.
     monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))

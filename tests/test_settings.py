@@ -105,3 +105,11 @@ def test_what_does_not_fit_is_named_with_what_would(field, value, wanted):
 def test_the_first_wrong_field_is_named():
     with pytest.raises(InputError, match=r"example\.count is 0"):
         Example(mode="?", count=0)
+
+
+def test_none_may_be_typed_where_it_is_allowed():
+    found = Example(decay="none", inner="None", name="none")  # pyright: ignore[reportArgumentType]
+    assert (found.decay, found.inner, found.name) == (None, None, "none")
+    for field in ("rate", "count"):
+        with pytest.raises(InputError, match=f"example.{field} is 'none': it must be"):
+            Example(**{field: "none"})  # pyright: ignore[reportArgumentType]

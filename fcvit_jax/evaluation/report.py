@@ -85,7 +85,7 @@ def _read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def _page(runs: Sequence[Run]) -> bytes:
-    return render_page(runs).encode()
+    return render_page(runs).encode(errors="backslashreplace")
 
 
 def _csv(runs: Sequence[Run]) -> bytes:
@@ -96,7 +96,7 @@ def _csv(runs: Sequence[Run]) -> bytes:
     writer.writeheader()
     for row in rows:
         writer.writerow({key: json.dumps(v) if isinstance(v, dict | list) else v for key, v in row.items()})
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The states of a run on disk, from which it resumes."""
 
+import contextlib
 import json
 import logging
 import textwrap
@@ -12,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax.checkpoint import file_sha256
 from fcvit_jax.errors import InputError
-from fcvit_jax.files import check_room, told_in_one_line, write_whole
+from fcvit_jax.files import check_room, told_in_one_line, utf8_path, write_whole
 
 DIGESTS = "sha256.json"  # of the files of a state, in its directory; Orbax does not notice all damage
 
@@ -28,9 +29,11 @@ class SavedStates:
         import orbax.checkpoint as ocp
 
         logging.getLogger("absl").addFilter(_not_of_orbax)
-        self._args, self._directory = ocp.args, directory
+        self._args, self._directory, self._opened = ocp.args, directory, contextlib.ExitStack()
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-        self._manager: Any = ocp.CheckpointManager(directory.absolute(), options=options)
+        directory.mkdir(parents=True, exist_ok=True)
+        place = self._opened.enter_context(utf8_path(directory))
+        self._manager: Any = ocp.CheckpointManager(place, options=options)
         # Processes count how often they ask for the signal (`stop_signal`); Orbax would ask with numbers of its own.
         self._manager.reached_preemption = lambda step: False
 
@@ -90,7 +93,7 @@ class SavedStates:
 
     def close(self) -> None:
         """Wait, and release the directory. Raises InputError if the disk is full."""
-        with told_in_one_line(self._directory):
+        with self._opened, told_in_one_line(self._directory):
             self._manager.close()
 
 

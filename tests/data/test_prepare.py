@@ -1,6 +1,7 @@
 """A folder written as a prepared data set gives the same records, pixels and logits, or one line says why not."""
 
 import json
+import os
 import re
 import resource
 import shutil
@@ -145,6 +146,31 @@ def test_what_is_there_stays(folder, tmp_path):
     refused("digits:x: x is no image file, so there are no bytes to keep", array, name="another")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in out.iterdir()) == ["occupied", "photos"]
+
+
+def test_a_folder_whose_name_is_none_for_a_data_set_is_told(folder, tmp_path, capsys):
+    (renamed := tmp_path / "2024").mkdir()
+    folder.rename(renamed / "2024")
+    with pytest.raises(SystemExit):
+        prepare.main([str(renamed / "2024"), str(tmp_path / "out")])
+    assert capsys.readouterr().err == (
+        f"error: the name of {renamed}/2024 is none for a data set, which begins with a letter: pass --name\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_names_that_are_not_utf8_are_escaped(folder, tmp_path):
+    odd = os.fsdecode(b"caf\xe9")
+    (folder / "cat" / "a.png").rename(folder / "cat" / f"{odd}.png")
+    (folder / "dog").rename(folder / f"dog {odd}")
+    source = open_source(f"folder:{folder}")
+    spec = prepare.prepare(source, tmp_path / "out", "photos", "test")
+    written = open_source(spec)
+    assert written.class_names == ("cat", "dog caf\\udce9", "eel")
+    records = [source[index] for index in range(len(source))]
+    assert [written[index].name for index in range(5)] == [each.name.replace(odd, "caf\\udce9") for each in records]
+    assert [written[index].image for index in range(5)] == [each.image for each in records]
+    prepare.prepare(source, tmp_path / "out", "photos", "more")  # the same classes
 
 
 @pytest.mark.parametrize(("name", "scored"), [("imagenet_a", imagenet.IMAGENET_A), ("imagenet_r", imagenet.IMAGENET_R)])

@@ -116,7 +116,7 @@ def test_tfds_takes_the_newest_version(data_dir, tmp_path):
         ("tiny_photos", "write tfds:NAME/SPLIT"),
         ("tiny_photos/validation", r"split 'validation' cannot be read \(Unknown split.*; there are test, train"),
         ("tiny_photos/test[:9]", r"split 'test\[:9\]' cannot be read \(Requested slice.*; there are test, train"),
-        ("tiny_photos:3.0.0/test", r"no .*tiny_photos/3.0.0/features.json; prepare it once"),
+        ("tiny_photos:3.0.0/test", r"tiny_photos has no version 3.0.0; there is 1.0.0: write tfds:tiny_photos/SPLIT"),
         (
             "imagenet2012/validation",
             r"no .*imagenet2012/VERSION/features.json; prepare it once.* tfds build imagenet2012 ",
@@ -132,6 +132,11 @@ def test_tfds_errors_name_the_mend(data_dir, spec, message):
         open_source(f"tfds:{spec}@{data_dir}")
     assert str(caught.value).startswith(f"tfds:{spec}@{data_dir}: ")
     assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_data_sets_that_does_not_exist_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"there is no folder {tmp_path}/none: name the one that holds"):
+        open_source(f"tfds:photos/test@{tmp_path}/none")
 
 
 @tfds_warnings

@@ -251,7 +251,39 @@ def test_the_script_classifies_pictures_and_arrays(checkpoint, exported, script,
     monkeypatch.setattr(sys, "argv", ["run.py", "b.npy"])
     with pytest.raises(SystemExit):
         script.main()
-    assert "b.npy[0] is uint8 (48, 32, 3): the model takes uint8 (32, 48, 3)" in capsys.readouterr().err
+    told = "error: b.npy[0] is uint8 (48, 32, 3): the model takes uint8 (32, 48, 3)\n"
+    assert capsys.readouterr().err == told
+
+
+def test_the_script_s_errors_are_one_line(exported, script, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.fromarray(np.zeros((90, 60, 3), np.uint8)).save("whole.png")
+    content = Path("whole.png").read_bytes()
+    files = {"cut.png": content[: len(content) // 2], "text.png": b"x", "empty.png": b"", "text.npy": b"x"}
+    for name, damaged in files.items():
+        Path(name).write_bytes(damaged)
+    np.save("scalar.npy", np.uint8(3))
+    for name in (*files, "scalar.npy", "none.png", "."):
+        monkeypatch.setattr(sys, "argv", ["run.py", name])
+        with pytest.raises(SystemExit) as caught:
+            script.main()
+        error = capsys.readouterr().err
+        assert (caught.value.code, error.count("\n")) == (2, 1)
+        assert error.startswith(f"error: {name} cannot be read as an image (")
+    odd = os.fsdecode(b"caf\xe9.png")
+    Path("whole.png").rename(odd)
+    monkeypatch.setattr(sys, "argv", ["run.py", odd])
+    script.main()
+    assert capsys.readouterr().out.startswith("caf\\udce9.png: ")
+
+    def broken(program):
+        raise ValueError("it is\nof another version")
+
+    monkeypatch.setattr(script, "load", broken)
+    with pytest.raises(SystemExit):
+        script.main()
+    program = next(iter(script.META["programs"]))
+    assert capsys.readouterr().err == f"error: {program} cannot be loaded, export it again (it is of another version)\n"
 
 
 def test_what_does_not_fit_is_told_and_nothing_is_written(checkpoint, tmp_path):

@@ -138,6 +138,28 @@ def damage(path, how):
                 file.write_bytes(file.read_bytes()[: file.stat().st_size // 2] if how == "cut" else b"")
 
 
+def test_any_change_of_a_state_on_disk_is_noticed(tmp_path):
+    """A changed byte inside an array's numbers included, which Orbax reads as other numbers."""
+    with contextlib.closing(SavedStates(tmp_path / "saved")) as states:
+        for step in (1, 2):
+            states.save(step, state(), {"best": step / 10})
+        states.wait()
+    files = [file for item in ("notes", "state") for file in (tmp_path / "saved" / "2" / item).rglob("*")]
+    names = [str(file.relative_to(tmp_path / "saved")) for file in files if file.is_file()]
+    assert any("/d/" in name for name in names)
+    for name in names:
+        for how in ("changed", "gone"):
+            copy = shutil.copytree(tmp_path / "saved", tmp_path / "copy")
+            content = bytearray((copy / name).read_bytes())
+            content[len(content) // 2] ^= 1
+            (copy / name).write_bytes(content) if how == "changed" else (copy / name).unlink()
+            why = "damaged" if how == "changed" else "missing"
+            told = rf"{copy / '2'} cannot be read \({name[2:]} is {why}\): delete it, and the run resumes from step 1$"
+            with contextlib.closing(SavedStates(copy)) as states, pytest.raises(InputError, match=told):
+                states.notes()
+            shutil.rmtree(copy)
+
+
 # Where the first of several leaves cannot be read, TensorStore's threads may find the loop closed that waited for them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["notes", "gone", "cut", "empty"])
