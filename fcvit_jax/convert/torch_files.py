@@ -32,7 +32,6 @@ _NUMPY_NAMES = {kind.str[1:]: kind for kind in NUMPY_DTYPES.values() if kind.kin
 _LIVE = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder", "net", "network")
 _AVERAGED = ("model_ema", "state_dict_ema", "ema", "model_ema_state_dict", "ema_state_dict", "ema_model")
 _AVERAGED += ("target_encoder",)  # I-JEPA
-_MODULES = "_modules"  # among the attributes of a pickled torch.nn.Module
 _MAX_NAME, _MOST_SEARCHED = 500, 1000  # keep hostile files cheap
 # What writes weights in parts, and what joins them.
 _TOOLS = {
@@ -70,12 +69,13 @@ class _Tuple(tuple):
 # The records are compared by identity for the same reason.
 @dataclass(frozen=True, eq=False, repr=False)
 class _Storage:
-    """A run of `length` bytes in the file, or `content`; `dtype` is a key of `NUMPY_DTYPES`."""
+    """A run of `length` bytes in the file, or `content` of NumPy's; `dtype` is a key of `NUMPY_DTYPES`."""
 
     key: str | int
     dtype: str
     length: int
     content: bytes | None = None
+    big_endian: bool | None = None  # None: as the file is
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -90,9 +90,10 @@ class _Tensor:
 
 
 class _Inert(dict):
-    """Stands for an object that is not tensor data: takes anything, and keeps the items and attributes that it gets."""
+    """Stands for an object that is not tensor data: takes anything, and keeps the items that it gets."""
 
     array: _Tensor | None = None  # what it is if it is NumPy's
+    module: dict[Any, Any] | None = None  # its attributes if it is a torch.nn.Module
 
     def __init__(self, *args: object, **kwargs: object):
         pass
@@ -142,11 +143,10 @@ def _rebuild_numpy(content: object, dtype: object, shape: Any, order: object = "
         return None
     if len(content) != math.prod(shape) * kind.itemsize:
         return None
-    if dtype.order == ">":  # pyright: ignore[reportAttributeAccessIssue]
-        content = np.frombuffer(content, kind).byteswap().tobytes()
+    big = dtype.order == ">"  # pyright: ignore[reportAttributeAccessIssue]
     steps = np.cumprod([1, *(shape[:-1] if order == "F" else shape[:0:-1])], dtype=np.int64).tolist()
     stride = tuple(steps if order == "F" else steps[::-1]) if shape else ()
-    return _Tensor(_Storage("", kind.name, len(content), content), kind.name, 0, tuple(shape), stride)
+    return _Tensor(_Storage("", kind.name, len(content), content, big), kind.name, 0, tuple(shape), stride)
 
 
 def _plain(data: Any, *ignored: object) -> Any:
@@ -163,7 +163,6 @@ _REBUILDERS: dict[str, Callable[..., Any]] = {
     "torch._tensor._rebuild_from_type_v2": _rebuild_subclass,
     "numpy.dtype": _Dtype,
     "numpy.core.numeric._frombuffer": lambda *arguments: _rebuild_numpy(*arguments) or _Inert(),
-    "_codecs.encode": lambda text, *coding: text.encode("latin1") if isinstance(text, str) else b"",
 }
 _REBUILDERS["numpy._core.numeric._frombuffer"] = _REBUILDERS["numpy.core.numeric._frombuffer"]
 for _what in ("parameter", "parameter_with_state", "device_tensor_from_numpy", "device_tensor_from_cpu_tensor"):
@@ -195,13 +194,16 @@ class _Unpickler(pickle._Unpickler):
     stranger: the first object that the file names and that is not tensor data.
     """
 
-    def __init__(self, file: Any):
+    def __init__(self, file: Any, size: int):
         super().__init__(file, encoding="latin1")
         self.storages: dict[str | int, _Storage] = {}
         self.stranger: str | None = None
+        self.unread = size
 
     def find_class(self, module: str, name: str) -> Any:
         full = f"{module}.{name}"
+        if full == "_codecs.encode":
+            return self.encode
         if full in _REBUILDERS:
             return _REBUILDERS[full]
         if module in ("torch", "torch.cuda", "torch.storage") and name in STORAGE_DTYPES:
@@ -210,6 +212,12 @@ class _Unpickler(pickle._Unpickler):
             return name
         self.stranger = self.stranger or full[:200]
         return _Inert
+
+    def encode(self, text: object, *coding: object) -> bytes:
+        """The bytes that old protocols write as text; of all texts together no more than the file is long."""
+        content = text.encode("latin1") if isinstance(text, str) and len(text) <= self.unread else b""
+        self.unread -= len(content)
+        return content
 
     def persistent_load(self, pid: Any) -> Any:
         if pid[0] == "module":  # the class of a module, in legacy files
@@ -229,13 +237,13 @@ class _Unpickler(pickle._Unpickler):
         if code not in _ABSENT
     }
 
-    # The opcode sets attributes of any object, our functions included: here they become items of inert objects alone.
+    # The opcode sets attributes of any object, our functions included: here only of inert objects, and only these.
     def load_build(self: Any) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, _Inert):
             return
         if isinstance(state, dict):
-            target.update(state)
+            target.module = state if "_modules" in state else None
         elif isinstance(target, _Dtype):
             target.order = state[1]
         elif isinstance(state, tuple) and len(state) == 5 and isinstance(state[2], _Dtype):
@@ -270,27 +278,28 @@ def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, wanted: Wanted) ->
         fits = content.ctypes.data % 16 == 0 or order == b"big"  # aligned for the largest number, or copied below
         return content if fits else content.copy()
 
-    unpickler = _Unpickler(io.BytesIO(map_member(archive, f"{root}data.pkl", data).data))
+    pickled = map_member(archive, f"{root}data.pkl", data)
+    unpickler = _Unpickler(io.BytesIO(pickled.data), len(pickled))
     with _naming_stranger(unpickler):
         return _build_arrays(unpickler.load(), load, len(data), wanted, swapped=order == b"big")
 
 
 def read_torch_legacy(data: mmap.mmap, wanted: Wanted) -> Contents:
     """Read a legacy file from its start; for what is wrong with it, an InputError without the file's name."""
-    unpickler = _Unpickler(data)
+    unpickler = _Unpickler(data, len(data))
     tree = unpickler.load()
     if isinstance(tree, dict) and not unpickler.storages:  # pickle.dump of NumPy's arrays
         with contextlib.suppress(NoTensors):
             return _build_arrays(tree, lambda key: np.empty(0, np.uint8), len(data), wanted)
     if tree != _LEGACY_MAGIC:
         raise InputError("is a pickle that torch.save did not write: save the model's state_dict with torch.save")
-    if _Unpickler(data).load() != _LEGACY_PROTOCOL:
+    if _Unpickler(data, len(data)).load() != _LEGACY_PROTOCOL:
         raise InputError("is of an unknown version of the torch format: save it again with a current torch")
-    _Unpickler(data).load()  # the machine that wrote it; storages are little-endian on every machine
-    unpickler = _Unpickler(data)
+    _Unpickler(data, len(data)).load()  # the machine that wrote it; storages are little-endian on every machine
+    unpickler = _Unpickler(data, len(data))
     tree = unpickler.load()
     places = {}
-    for key in _Unpickler(data).load():
+    for key in _Unpickler(data, len(data)).load():
         storage = unpickler.storages[key]
         numel, begin = int.from_bytes(data.read(8), "little"), data.tell()
         end = begin + numel * NUMPY_DTYPES[storage.dtype].itemsize
@@ -341,15 +350,17 @@ def _build_arrays(
     tensors = _tensors(node)
     if not tensors:
         raise NoTensors("holds no tensors")
-    rest += [] if _MODULES in node else [key for key in node if key not in tensors]
+    rest += [key for key in node if key not in tensors]
     skipped = tuple(str(key) for key in rest if isinstance(key, str | int))
-    arrays = {}
+    arrays, total = {}, 0
     for name, tensor in tensors.items():
-        content = tensor.storage.content
-        held = load(tensor.storage.key) if content is None else np.frombuffer(content, np.uint8)
+        storage = tensor.storage
+        held = load(storage.key) if storage.content is None else np.frombuffer(storage.content, np.uint8)
         array = _build_array(name, tensor, held)
-        arrays[name] = array.byteswap() if swapped and content is None else array
-    check_total(sum(array.nbytes for array in arrays.values()), size)
+        total += array.nbytes
+        check_total(total, size)
+        swap = swapped if storage.big_endian is None else storage.big_endian
+        arrays[name] = array.byteswap() if swap else array
     return arrays, ", ".join(path) or None, skipped
 
 
@@ -404,7 +415,7 @@ def _count_tensors(tree: dict[Any, Any]) -> dict[tuple[str, ...], int]:
         seen.add(id(node))
         if count := len(_tensors(node)):
             counts[path] = count
-        for key, each in () if _MODULES in node else node.items():
+        for key, each in node.items():
             if isinstance(key, str) and isinstance(each, dict):
                 reached.append(((*path, key), each))
     return counts
@@ -417,12 +428,13 @@ def _tensors(node: dict[Any, Any]) -> dict[str, _Tensor]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        parts = [module.get(part) for part in ("_parameters", "_buffers")] if _MODULES in module else [module]
+        attributes = module.module if isinstance(module, _Inert) and module.module else {}
+        parts = [module, *(attributes.get(part) for part in ("_parameters", "_buffers"))]
         for name, leaf in (item for part in parts if isinstance(part, dict) for item in part.items()):
             leaf = leaf.array if isinstance(leaf, _Inert) and leaf.array else leaf
             if isinstance(name, str) and isinstance(leaf, _Tensor):
                 found[f"{prefix}{name}"] = leaf
-        inside = module.get(_MODULES)
+        inside = attributes.get("_modules")
         for name, child in inside.items() if isinstance(inside, dict) else ():
             if isinstance(name, str) and isinstance(child, dict) and len(prefix) < _MAX_NAME:
                 reached.append((f"{prefix}{name}.", child))

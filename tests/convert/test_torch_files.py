@@ -454,6 +454,23 @@ def test_the_parameters_of_a_pickled_module_are_read(tmp_path, torch, new):
         }
 
 
+def test_small_pickles_cannot_make_many_bytes(tmp_path):
+    """Text that is encoded, and attributes that are set, again and again from the memo."""
+    text = b"X" + struct.pack("<I", 100_000) + b"a" * 100_000 + b"q\x01"
+    encoding = b"c_codecs\nencode\nq\x02" + text + b"00" + b"h\x02h\x01\x85R" * 5000
+    attributes = b"}(" + b"".join(b"K%cK\0" % (i % 256) + b"" for i in range(256)) + b"uq\x03"
+    setting = b"cx\ny\nq\x04" + attributes + b"00" + b"h\x04)\x81h\x03b" * 20_000
+    for program in (encoding, setting):
+        with zipfile.ZipFile(tmp_path / "x.pth", "w") as archive:
+            archive.writestr("x/data.pkl", b"\x80\x02" + program + b"}.")
+        tracemalloc.start()
+        try:
+            refusal(tmp_path / "x.pth")
+            assert tracemalloc.get_traced_memory()[1] < 2**24
+        finally:
+            tracemalloc.stop()
+
+
 def test_dictionaries_and_modules_that_hold_themselves_end(tmp_path, torch):
     tree = {"a": {"w": torch.ones(2)}}
     tree["a"]["back"] = tree
