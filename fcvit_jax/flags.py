@@ -70,7 +70,7 @@ def keep_programs(folder: str | None) -> None:
     if folder is None:
         folder = options.jax_compilation_cache_dir or _default_cache()
     # A bucket is opened by JAX itself.
-    options.update("jax_compilation_cache_dir", folder if "://" in folder else None)
+    options.update("jax_compilation_cache_dir", folder if "://" in str(folder) else None)
     if not folder:
         return
     with contextlib.suppress(OSError, RuntimeError, InputError):  # a read-only home, or none at all

@@ -26,7 +26,6 @@ class LossSurface(NamedTuple):
     batches: Iterable[Any]
 
 
-@jax.jit
 def filter_normalised(params: Params, key: jax.Array) -> Params:
     """A random direction in which each filter is as long as that of the parameters (arXiv 1712.09913, section 4).
 
@@ -40,6 +39,7 @@ def filter_normalised(params: Params, key: jax.Array) -> Params:
         wanted, length = (jnp.sqrt(jnp.sum(jnp.square(x), axes, keepdims=True)) for x in (weights, direction))
         return direction * (wanted / length)
 
+    # Drawn leaf by leaf, not in one program, which takes longer to compile than the gradient of the loss.
     return jax.tree.map_with_path(rescale, params, random_like(params, key))
 
 
@@ -50,12 +50,11 @@ def loss_slice(surface: LossSurface, first: Params, second: Params, points: Any)
     """
     loss_fn, params, batches = surface
     pairs = np.asarray(points, np.float32)
-    losses = [[float(_loss_at(loss_fn, params, batch, first, second, *pair)) for pair in pairs] for batch in batches]
+    losses = [[float(loss_at(loss_fn, params, batch, first, second, *pair)) for pair in pairs] for batch in batches]
     return np.mean(losses, axis=0)
 
 
 @partial(jax.jit, static_argnums=0)
-def _loss_at(
-    loss_fn: BatchLoss, params: Params, batch: Any, first: Params, second: Params, a: Any, b: Any
-) -> jax.Array:
+def loss_at(loss_fn: BatchLoss, params: Params, batch: Any, first: Params, second: Params, a: Any, b: Any) -> jax.Array:
+    """The loss of a batch at w + a first + b second."""
     return loss_fn(jax.tree.map(lambda w, x, y: w + a * x + b * y, params, first, second), batch)[0]

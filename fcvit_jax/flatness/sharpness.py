@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from fcvit_jax.flatness.loss_surface import BatchLoss, LossSurface
+from fcvit_jax.flatness.loss_surface import BatchLoss, LossSurface, loss_at
 from fcvit_jax.trees import Params, random_like, unit
 
 
@@ -84,12 +84,16 @@ def average_case(surface: LossSurface, ball: Ball, sigmas: tuple[float, ...], ke
     for all batches and, up to its size, all sigmas. Memory: three copies of the parameters.
     """
     loss_fn, params, batches = surface
-    levels = []  # [sigma, batch], one for each draw
+    levels, zero = [], np.float32(0)  # [sigma, batch], one for each draw
     for draw in range(draws):
-        noise = random_like(params, jax.random.fold_in(key, draw))
+        noise = _scaled(params, random_like(params, jax.random.fold_in(key, draw)), ball)
         sizes = sigmas if draw else (0.0, *sigmas)  # the loss at the parameters, once
-        around = [[float(_around(loss_fn, params, batch, noise, ball, size)) for size in sizes] for batch in batches]
-        levels.append(np.array(around).T)
+        signed = np.array([(size, -size) for size in sizes], np.float32)
+        around = [
+            [[float(loss_at(loss_fn, params, batch, noise, noise, size, zero)) for size in pair] for pair in signed]
+            for batch in batches
+        ]
+        levels.append(np.mean(around, axis=2).T)
     centre, levels[0] = levels[0][0], levels[0][1:]
     return np.stack(levels, axis=1) - centre[None, None]
 
@@ -106,29 +110,24 @@ def _ascend(
     """The loss at the first point, in the direction of `start`, and the largest of all points."""
     scale = _scale(params, ball)
 
-    def loss_at(u: Params) -> jax.Array:
+    def loss_of(u: Params) -> jax.Array:
         return loss_fn(jax.tree.map(lambda w, t, x: w + t * x, params, scale, u), batch)[0]
 
     def climb(u: Params, _: None) -> tuple[Params, jax.Array]:
-        loss, gradient = jax.value_and_grad(loss_at)(u)
+        loss, gradient = jax.value_and_grad(loss_of)(u)
         ahead = _steepest(gradient, ball.box)
         return _project(optax.tree.add_scale(u, radius, ahead), ball.box, radius), loss
 
     u = optax.tree.scale(radius, _steepest(start, ball.box))
     u, losses = jax.lax.scan(climb, u, length=steps - 1)
-    losses = jnp.append(losses, loss_at(u))
+    losses = jnp.append(losses, loss_of(u))
     return losses[0], losses.max()
 
 
-@partial(jax.jit, static_argnums=0)
-def _around(loss_fn: BatchLoss, params: Params, batch: Any, noise: Params, ball: Ball, sigma: Any) -> jax.Array:
-    """The mean loss at w + sigma T z and w - sigma T z."""
-    scale = _scale(params, ball)
-
-    def loss_at(size: Any) -> jax.Array:
-        return loss_fn(jax.tree.map(lambda w, t, z: w + size * t * z, params, scale, noise), batch)[0]
-
-    return (loss_at(sigma) + loss_at(-sigma)) / 2
+@partial(jax.jit, donate_argnums=1)
+def _scaled(params: Params, noise: Params, ball: Ball) -> Params:
+    """T z."""
+    return optax.tree.mul(_scale(params, ball), noise)
 
 
 def _scale(params: Params, ball: Ball) -> Params:
