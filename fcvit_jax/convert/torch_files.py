@@ -352,15 +352,17 @@ def _build_arrays(
         raise NoTensors("holds no tensors")
     rest += [key for key in node if key not in tensors]
     skipped = tuple(str(key) for key in rest if isinstance(key, str | int))
-    arrays, total = {}, 0
+    arrays, copied = {}, 0
     for name, tensor in tensors.items():
         storage = tensor.storage
         held = load(storage.key) if storage.content is None else np.frombuffer(storage.content, np.uint8)
         array = _build_array(name, tensor, held)
-        total += array.nbytes
-        check_total(total, size)
-        swap = swapped if storage.big_endian is None else storage.big_endian
-        arrays[name] = array.byteswap() if swap else array
+        if swapped if storage.big_endian is None else storage.big_endian:
+            copied += array.nbytes
+            check_total(copied, size)
+            array = array.byteswap()
+        arrays[name] = array
+    check_total(sum(array.nbytes for array in arrays.values()), size)
     return arrays, ", ".join(path) or None, skipped
 
 
