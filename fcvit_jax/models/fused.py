@@ -17,7 +17,7 @@ from fcvit_jax.models.attention import Attention
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.layers import MLP, Linear, norm_params, scale_branch
 from fcvit_jax.models.merging import Matching
-from fcvit_jax.models.rules import Layer, ToMe
+from fcvit_jax.models.rules import Layer, Nearest, ToMe
 from fcvit_jax.models.schedule import Dense, MergeSchedule
 
 # "xla": the plain blocks. "triton": these, on NVIDIA GPUs. "interpreted": these, without a GPU, slowly.
@@ -52,7 +52,7 @@ def check(kernels: str, dtype: Any, train: bool, schedule: MergeSchedule) -> Non
 def _without_kernels(schedule: MergeSchedule) -> str | None:
     """The first rule of a schedule that has no fused program."""
     rules = [stage.rule for stage in schedule.stages if not isinstance(stage, Dense)]
-    return next((str(rule) for rule in rules if type(rule) is not ToMe), None)
+    return next((str(rule) for rule in rules if type(rule) not in (ToMe, Nearest)), None)
 
 
 class Stream(NamedTuple):
@@ -104,7 +104,7 @@ class FusedBlock(nn.Module):
             y, qkv = FusedAttention(config, self.interpret, name="attn")(normed, sizes)
         stream = Stream(x[:, : only or None], scale_branch(self, "ls1", y, config))
         if layer.removed and qkv is not None:
-            matching = match(qkv, layer, config.num_prefix_tokens, self.interpret)
+            matching = match(qkv, size, layer, config.num_prefix_tokens, config.proportional_attention, self.interpret)
             x, normed, size = merge_and_norm(*stream, size, matching, norm2, self.interpret)
         else:
             x, normed = add_and_norm(*stream, norm2, self.interpret)

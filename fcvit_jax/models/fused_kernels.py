@@ -150,7 +150,7 @@ def merge_and_norm(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Merge the tokens x + branch, [b, n, d], by size, as `merging.merge_tokens`; sums run in float32.
 
-    matching: with an order, and without weights. Returns tokens [b, t, d], their LayerNorm, and sizes [b, t].
+    matching: with an order, and without weights or gains. Returns tokens [b, t, d], their LayerNorm, and sizes [b, t].
     """
     tokens_out = matching.tokens_out
     b, n, d = x.shape
@@ -162,7 +162,7 @@ def merge_and_norm(
     tile = pl.BlockSpec((None, rows, wide), lambda i, image: (image, i, 0))
     merged = jax.ShapeDtypeStruct((b, tokens_out, d), x.dtype)
     mean, normed, total = pl.pallas_call(
-        functools.partial(_merge_and_norm, width=d, eps=norm.eps, tokens_out=tokens_out),
+        functools.partial(_merge_and_norm, width=d, eps=norm.eps, tokens_out=tokens_out, keep_norm=matching.keep_norm),
         grid=(pl.cdiv(tokens_out, rows), b),
         in_specs=[whole, whole, each, each, each, vector, vector],
         out_specs=[tile, tile, pl.BlockSpec((None, rows), lambda i, image: (image, i))],
@@ -176,7 +176,7 @@ def merge_and_norm(
 
 def _merge_and_norm(
     x_ref, branch_ref, size_ref, target_ref, order_ref, scale_ref, bias_ref, mean_ref, normed_ref, total_ref,
-    *, width: int, eps: float, tokens_out: int
+    *, width: int, eps: float, tokens_out: int, keep_norm: bool
 ) -> None:  # fmt: skip
     rows, columns = mean_ref.shape[0], jnp.arange(mean_ref.shape[1])
     first, removed = pl.program_id(0) * rows, order_ref.shape[0] - tokens_out
@@ -195,17 +195,26 @@ def _merge_and_norm(
     arriving = (first <= goals) & (goals < first + rows)
 
     def add(_, carry):
-        last, summed, total = carry
+        last, summed, total, length = carry
         this = jnp.where(arriving & (index > last), index, len(index)).min()
         source = plgpu.load(order_ref.at[tokens_out + this])
         row = plgpu.load(x_ref.at[source, columns], mask=columns < width, other=0.0)
         row += plgpu.load(branch_ref.at[source, columns], mask=columns < width, other=0.0)
+        row = row.astype(jnp.float32)
         weight = jnp.where(slots == plgpu.load(target_ref.at[source]), plgpu.load(size_ref.at[source]), 0.0)
-        return this, summed + weight[:, None] * row.astype(jnp.float32)[None, :], total + weight
+        length += weight * jnp.sqrt((row * row).sum()) if keep_norm else 0.0
+        return this, summed + weight[:, None] * row[None, :], total + weight, length
 
-    carry = jnp.int32(-1), kept.astype(jnp.float32) * total[:, None], total
-    _, summed, total = jax.lax.fori_loop(0, arriving.astype(jnp.int32).sum(), add, carry)
-    mean = (summed / total[:, None]).astype(mean_ref.dtype)
+    def norms(rows):
+        return jnp.sqrt(jnp.maximum((rows * rows).sum(axis=1), 1e-30))
+
+    own, kept = total, kept.astype(jnp.float32)
+    carry = jnp.int32(-1), kept * own[:, None], own, own * norms(kept) if keep_norm else own
+    _, summed, total, length = jax.lax.fori_loop(0, arriving.astype(jnp.int32).sum(), add, carry)
+    mean = summed / total[:, None]
+    if keep_norm:
+        mean *= jnp.where(total == own, 1.0, length / total / norms(mean))[:, None]
+    mean = mean.astype(mean_ref.dtype)
     plgpu.store(mean_ref, mean, mask=mask)
     plgpu.store(normed_ref, _normed(mean, mask, scale_ref, bias_ref, columns < width, width, eps), mask=mask)
     plgpu.store(total_ref, total, mask=there)

@@ -1,4 +1,4 @@
-"""Token Merging's matching for NVIDIA GPUs: one Pallas kernel that Triton compiles, where XLA makes a dozen programs.
+"""The matchings of ToMe and Nearest for NVIDIA GPUs: one Pallas kernel, where XLA makes a dozen programs.
 
 Shape letters: b batch, n tokens, h heads, k head width.
 """
@@ -12,75 +12,119 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plgpu
 
 from fcvit_jax.models.merging import Matching
-from fcvit_jax.models.rules import Layer, match_tokens, split_tokens
+from fcvit_jax.models.rules import Attended, Layer, Nearest, match_tokens, split_tokens
 
 _MOST = 128  # tokens that propose, and that are proposed to
 
 
-def match(qkv: jax.Array, layer: Layer, prefix: int, interpret: bool = False) -> Matching:
-    """Match as `rules.ToMe` does, by a program for each window of an image.
+def match(
+    qkv: jax.Array, size: jax.Array, layer: Layer, prefix: int, proportional: bool = True, interpret: bool = False
+) -> Matching:
+    """Match as the layer's rule does, `rules.ToMe` or `rules.Nearest`, by a program for each window of an image.
 
-    qkv: [b, n, 3, h, k], bfloat16. `rules.match_tokens` is called instead if more than 128 tokens of a window propose,
-    or are proposed to: all similarities of a window are in registers at once.
+    qkv: [b, n, 3, h, k], bfloat16. size: float32 [b, n]. proportional: whether attention is. The rule itself is called
+    if more than 128 tokens of a window propose, or are proposed to: all similarities of a window are in registers at
+    once.
     """
     b, n, _, h, k = qkv.shape
-    sides = split_tokens(layer, prefix)
+    rule = layer.rule
+    nearest = rule if isinstance(rule, Nearest) else None
+    sides = split_tokens(layer, prefix, nearest is not None and nearest.checkerboard)
     windows = len(sides[0])
     counts = sides[0].shape[1], sides[1].shape[1]
     wide, tall = max(16, pl.next_power_of_2(k)), max(16, pl.next_power_of_2(max(counts)))
+    queries, keys, values = qkv.transpose(2, 0, 3, 1, 4)
+    attended = Attended(values, queries, keys, values, size if proportional else None)
     if tall > _MOST:
-        # Behind the barrier, which keeps XLA from computing the mean twice.
-        return match_tokens(jax.lax.optimization_barrier(qkv[:, :, 1].astype(jnp.float32).mean(axis=2)), layer, prefix)
+        if nearest is None:
+            # Behind the barrier, which keeps XLA from computing the mean twice.
+            mean = jax.lax.optimization_barrier(qkv[:, :, 1].astype(jnp.float32).mean(axis=2))
+            return match_tokens(mean, layer, prefix)
+        return rule(attended, values, size, layer, prefix)
+    weights = [] if nearest is None else [nearest.weights(attended, size, layer, prefix)]
+    apart = nearest is not None and nearest.heads == "all"
 
     side = pl.BlockSpec((None, tall), lambda window, image: (window, 0))
     tokens = pl.BlockSpec((None, n), lambda window, image: (image, 0))
     target, order = pl.pallas_call(
-        functools.partial(_match, counts=counts, width=k, removed=layer.removed, prefix=prefix, exact=interpret),
+        functools.partial(
+            _match, counts=counts, width=k, removed=layer.removed, prefix=prefix, apart=apart, exact=interpret
+        ),
         grid=(windows, b),
-        in_specs=[side, side, pl.BlockSpec((None, n, None, h, wide), lambda window, image: (image, 0, 1, 0, 0))],
+        in_specs=[
+            side,
+            side,
+            pl.BlockSpec((None, n, None, h, wide), lambda window, image: (image, 0, 1, 0, 0)),
+            *[tokens] * len(weights),
+        ],
         out_specs=[tokens] * 2,
         out_shape=[jax.ShapeDtypeStruct((b, n), jnp.int32)] * 2,
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="match",
-    )(*(np.pad(part, ((0, 0), (0, tall - part.shape[1])), constant_values=n) for part in sides), qkv)
-    return Matching(target, layer.tokens_out, order)
+    )(*(np.pad(part, ((0, 0), (0, tall - part.shape[1])), constant_values=n) for part in sides), qkv, *weights)
+    return Matching(target, layer.tokens_out, order, keep_norm=nearest is not None and nearest.keep_norm)
 
 
 def _match(
-    rows_a_ref, rows_b_ref, k_ref, target_ref, order_ref,
-    *, counts: tuple[int, int], width: int, removed: int, prefix: int, exact: bool
+    rows_a_ref, rows_b_ref, k_ref, *refs,
+    counts: tuple[int, int], width: int, removed: int, prefix: int, apart: bool, exact: bool
 ) -> None:  # fmt: skip
+    """apart: compare the keys of all heads, not their mean. refs: weights, if pairs have a cost, and two outputs."""
+    *weight_ref, target_ref, order_ref = refs
     window, windows = pl.program_id(0), pl.num_programs(0)
     columns = jnp.arange(k_ref.shape[-1])
     index = jnp.arange(rows_a_ref.shape[0])
     there_a, there_b = index < counts[0], index < counts[1]
-
-    def directions(rows, there):
-        where = rows[:, None], columns[None, :]
-        mask = there[:, None] & (columns < width)[None, :]
-
-        def add(head, total):
-            return total + plgpu.load(k_ref.at[where[0], head, where[1]], mask=mask, other=0.0).astype(jnp.float32)
-
-        total = jax.lax.fori_loop(0, k_ref.shape[1], add, jnp.zeros(mask.shape, jnp.float32)) / k_ref.shape[1]
-        return total / jnp.sqrt(jnp.maximum((total * total).sum(axis=1), 1e-30))[:, None]
-
     rows_a, rows_b = rows_a_ref[...], rows_b_ref[...]
-    similarity = jax.lax.dot_general(
-        directions(rows_a, there_a),
-        directions(rows_b, there_b),
-        (((1,), (1,)), ((), ())),
+    heads = k_ref.shape[1]
+
+    def keys(rows, there, head):
+        mask = there[:, None] & (columns < width)[None, :]
+        where = k_ref.at[rows[:, None], head, columns[None, :]]
+        return plgpu.load(where, mask=mask, other=0.0).astype(jnp.float32)
+
+    def inverse_norm(squares):
+        return 1.0 / jnp.sqrt(jnp.maximum(squares, 1e-30))
+
+    def products(a, b):
         # The latter: float32 by tensor cores.
-        precision=jax.lax.Precision.HIGHEST if exact else jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6,
-        preferred_element_type=jnp.float32,
-    )
+        precision = jax.lax.Precision.HIGHEST if exact else jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
+        axes = (((1,), (1,)), ((), ()))
+        return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
+
+    if apart:
+
+        def add(head, totals):
+            a, b = keys(rows_a, there_a, head), keys(rows_b, there_b, head)
+            return totals[0] + products(a, b), totals[1] + (a * a).sum(axis=1), totals[2] + (b * b).sum(axis=1)
+
+        zero = jnp.zeros(index.shape, jnp.float32)
+        similarity, squares_a, squares_b = jax.lax.fori_loop(
+            0, heads, add, (jnp.zeros((len(index), len(index)), jnp.float32), zero, zero)
+        )
+        similarity *= inverse_norm(squares_a)[:, None] * inverse_norm(squares_b)[None, :]
+    else:
+
+        def directions(rows, there):
+            first = jnp.zeros((len(index), len(columns)), jnp.float32)
+            total = jax.lax.fori_loop(0, heads, lambda head, sums: sums + keys(rows, there, head), first) / heads
+            return total / jnp.sqrt(jnp.maximum((total * total).sum(axis=1), 1e-30))[:, None]
+
+        similarity = products(directions(rows_a, there_a), directions(rows_b, there_b))
     # Below any cosine: what is no number, and then what is not there. Every token so has a place of its own.
     similarity = jnp.where(similarity == similarity, similarity, -2.0)
     similarity = jnp.where(there_b[None, :], similarity, -3.0)
     proposal = similarity.max(axis=1)
     best = jnp.where(similarity == proposal[:, None], index[None, :], len(index)).min(axis=1)
-    proposal = jnp.where(there_a, proposal, -4.0)
+    if weight_ref:
+        own = plgpu.load(weight_ref[0].at[rows_a], mask=there_a, other=1.0)
+        others = plgpu.load(weight_ref[0].at[rows_b], mask=there_b, other=1.0)
+        other = jnp.where(best[:, None] == index[None, :], others[None, :], 0.0).sum(axis=1)
+        proposal = (proposal - 1.0) * own * other
+        proposal = jnp.where(there_a, proposal, -jnp.inf)
+    else:
+        proposal = jnp.where(there_a, proposal, -4.0)
 
     before = index[None, :] < index[:, None]
     mine, other = proposal[:, None], proposal[None, :]

@@ -104,11 +104,14 @@ class Nearest(Rule):
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
         metric = all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
         pairs = propose_pairs(metric, layer, prefix, self.checkerboard)
-        weight = size**self.size * class_attention(attended, layer, prefix) ** self.attention
-        own, other = pairs.take(jax.lax.stop_gradient(weight))
+        own, other = pairs.take(self.weights(attended, size, layer, prefix))
         cost = (1.0 - pairs.cosine) * own * other
         matching = merge_ranked(pairs, rank_pairs(-cost), layer)
         return dataclasses.replace(matching, keep_norm=self.keep_norm)
+
+    def weights(self, attended: Attended, size: jax.Array, layer: "Layer", prefix: int) -> jax.Array:
+        """Weigh tokens in the cost of a pair: float32 [b, n]."""
+        return jax.lax.stop_gradient(size**self.size * class_attention(attended, layer, prefix) ** self.attention)
 
     def macs(self, layer: "Layer", config: ViTConfig) -> int:
         """Count those of the other heads' similarities, and of the class token's attention."""

@@ -16,7 +16,7 @@ from fcvit_jax.models import fused_kernels
 from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.fused_kernels import Affine
 from fcvit_jax.models.fused_matching import match
-from fcvit_jax.models.rules import Layer, Rule, match_tokens
+from fcvit_jax.models.rules import Attended, Layer, Nearest, Rule, ToMe, match_tokens
 from fcvit_jax.parallel import batched, data_mesh, replicated
 
 # On a GPU the programs themselves; without one they are interpreted.
@@ -57,10 +57,16 @@ def test_triton_attention_equals_float64(tokens, width, proportional):
         (Layer(300, 250, 50), 1, 8),  # too many for one program
     ],
 )
-def test_triton_matches_as_xla(layer, prefix, width):
+@pytest.mark.parametrize("rule", [ToMe(), Nearest(), Nearest(heads="mean", checkerboard=False, keep_norm=False)])
+def test_triton_matches_as_xla(layer, prefix, width, rule):
+    patches = (layer.tokens_in - prefix) // (layer.windows or 1)
+    layer = layer._replace(rule=rule, grid=(2, patches // 2) if patches % 2 == 0 else (1, patches))
     qkv = jax.random.normal(jax.random.key(7), (3, layer.tokens_in, 3, 3, width)).astype(jnp.bfloat16)
-    found = match(qkv, layer, prefix, INTERPRET)
-    expected = match_tokens(qkv[:, :, 1].astype(jnp.float32).mean(axis=2), layer, prefix)
+    size = jax.random.randint(jax.random.key(8), (3, layer.tokens_in), 1, 5).astype(jnp.float32)
+    found = match(qkv, size, layer, prefix, interpret=INTERPRET)
+    q, k, v = qkv.transpose(2, 0, 3, 1, 4)
+    expected = rule(Attended(v, q, k, v, size), v, size, layer, prefix)
+    assert found.keep_norm == expected.keep_norm
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
 
@@ -68,9 +74,10 @@ def test_triton_matches_as_xla(layer, prefix, width):
 @pytest.mark.parametrize("layer", [Layer(33, 25, 8), Layer(33, 17, 4, 4, ((4, 8), (2, 2)))])
 def test_triton_matches_each_token_once_whatever_the_keys_are(layer):
     keys = jax.random.normal(jax.random.key(8), (3, 33, 3, 3, 16)).astype(jnp.bfloat16)
-    expected = match(keys, layer, 1, INTERPRET)
-    equal = match(jnp.ones_like(keys), layer, 1, INTERPRET)
-    found = match(keys.at[1, 5:9].set(jnp.nan).at[1, 11].set(jnp.inf), layer, 1, INTERPRET)
+    size, damaged = jnp.ones((3, 33)), keys.at[1, 5:9].set(jnp.nan).at[1, 11].set(jnp.inf)
+    expected, equal, found = (
+        match(each, size, layer, 1, interpret=INTERPRET) for each in (keys, jnp.ones_like(keys), damaged)
+    )
     for matching in (equal, found):
         assert matching.order is not None
         assert (np.sort(matching.order) == np.arange(33)).all()
@@ -95,6 +102,7 @@ def test_triton_adds_and_norms(shape, with_branch):
 
 
 # 8 rows a tile where the width is 384, else all in one.
+@pytest.mark.parametrize("keep_norm", [False, True])
 @pytest.mark.parametrize(
     ("layer", "d"),
     [
@@ -105,26 +113,30 @@ def test_triton_adds_and_norms(shape, with_branch):
         (Layer(33, 21, 3, 4, ((4, 8), (2, 2))), 384),
     ],
 )
-def test_triton_merges_and_norms(layer, d):
+def test_triton_merges_and_norms(layer, d, keep_norm):
     keys = jax.random.split(jax.random.key(2), 6)
     n, t = layer.tokens_in, layer.tokens_out
     x, branch = (3 * jax.random.normal(key, (2, n, d)).astype(jnp.bfloat16) for key in keys[:2])
     scale, bias = (jax.random.normal(key, (d,)) for key in keys[2:4])
     size = jax.random.randint(keys[4], (2, n), 1, 40).astype(jnp.float32)
     matching = match_tokens(jax.random.normal(keys[5], (2, n, 8)), layer, 1)
+    matching = dataclasses.replace(matching, keep_norm=keep_norm)
     assert matching.order is not None
     merged, normed, sizes = fused_kernels.merge_and_norm(
         x, branch, size, matching, Affine(scale, bias, 1e-6), INTERPRET
     )
 
     # One by one, as the target says.
-    expected, expected_size = np.zeros((2, t, d)), np.zeros((2, t))
+    expected, expected_size, norms = np.zeros((2, t, d)), np.zeros((2, t)), np.zeros((2, t))
     for image in range(2):
         for token in range(n):
             weight, slot = float(size[image, token]), int(matching.target[image, token])
             expected[image, slot] += weight * float64((x + branch)[image, token])
             expected_size[image, slot] += weight
+            norms[image, slot] += weight * np.linalg.norm(float64((x + branch)[image, token]))
     np.testing.assert_array_equal(sizes, expected_size)
+    if keep_norm:
+        expected *= (norms / np.linalg.norm(expected, axis=-1))[..., None]
     np.testing.assert_allclose(float64(merged), expected / expected_size[..., None], atol=0.07)
     np.testing.assert_allclose(float64(normed), norm_by_numpy(merged, scale, bias), atol=0.04)
     # What nothing is merged into keeps its value, but for the rounding of the sum.
@@ -137,7 +149,7 @@ def test_triton_merges_and_norms(layer, d):
         )
 
 
-@pytest.mark.parametrize("schedule", ["dense", "tome_r5", "s1winc2_r8"])
+@pytest.mark.parametrize("schedule", ["dense", "tome_r5", "s1winc2_r8", "s1winc2_r8@nearest"])
 def test_a_model_computes_the_same_by_either_kernels(schedule):
     config = fc.ViTConfig((64, 64), 8, 64, 4, 4, 128, num_classes=5)
     merges = fc.MergeSchedule.parse(schedule, 4)
@@ -160,6 +172,7 @@ def test_a_model_computes_the_same_by_either_kernels(schedule):
         (Layer(197, 181, 4, 4, ((14, 14), (2, 2))), 64, 4),
         (Layer(50, 42, 8), 80, 4),  # less than a tile; heads of a width that is no power of two
         (Layer(189, 181, 8), 64, 4),  # the last tile as large as the others
+        (Layer(197, 184, 13, rule=Nearest(), grid=(14, 14)), 64, 4),
         (Layer(577, 561, 16), 64, 3),  # matched by XLA
     ],
 )
@@ -173,7 +186,7 @@ def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done(layer, w
         norm = Affine(scale, scale, 1e-6)
         x, normed = fused_kernels.add_and_norm(x, x, norm)
         y = fused_kernels.attend(qkv, size)
-        return y, normed, fused_kernels.merge_and_norm(x, x, size, match(qkv, layer, 1), norm)
+        return y, normed, fused_kernels.merge_and_norm(x, x, size, match(qkv, size, layer, 1), norm)
 
     lowered = jax.jit(everything).trace(*shapes, size, vector).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == programs
