@@ -53,7 +53,7 @@ def report_costs(checkpoint: str, schedules: str, rules: str, workdir: Path) -> 
     if jax.process_index():
         return
     rows = cost_rows(checkpoint, schedules, rules)
-    print(format_table(rows))
+    print("".join(f"warning: {line}\n" for line in rows[0]["remarks"]) + format_table(rows))
     if holds_accuracies(workdir):
         print(f"nothing is written: {workdir} has the results of an evaluation, which are kept")
         return

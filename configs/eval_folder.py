@@ -13,6 +13,6 @@ def get_config() -> ConfigDict:
     config.checkpoint = ""  # required
     config.dataset = ""  # required
     config.batch_size = 16  # enough for a CPU; on GPUs pass 128 or more
-    config.schedules = "dense,tome_r8,tome_r13,s2dfe_r16,s2winc7_r16"
+    config.schedules = "dense,tome_r8,tome_r13,s2dfe_r16?,s2winc7_r16?"
     config.gallery = 8
     return config

@@ -18,7 +18,7 @@ def get_config() -> ConfigDict:
     config = eval_digits.get_config()
     config.checkpoint = ""  # required
     config.dataset = "tfds:imagenet2012/validation"
-    config.schedules = "dense,tome_r8,tome_r13,s2dfe_r12,s2dfe_r18,s2winc7_r12,s2winc7_r16"
+    config.schedules = "dense,tome_r8,tome_r13,s2dfe_r12?,s2dfe_r18?,s2winc7_r12?,s2winc7_r16?"
     config.batch_size = 256
     config.gallery = 8
     return config

@@ -29,7 +29,7 @@ def get_config() -> Any:
     config.optimizer.weight_decay = 0.05
     config.optimizer.layer_decay = 0.75
     config.sam.rho = 0.05
-    config.schedules = "tome_r8,s2winc7_r16"
+    config.schedules = "tome_r8,s2winc7_r16?"
     config.eval_every = 200
     config.save_every = 200
     config.log_every = 20

@@ -25,7 +25,7 @@ def get_config() -> Any:
     config.optimizer.learning_rate = 1e-5
     config.optimizer.weight_decay = 0.05
     config.sam.rho = 0.05
-    config.schedules = "tome_r8,tome_r13,s2dfe_r16,s2winc7_r16"
+    config.schedules = "tome_r8,tome_r13,s2dfe_r16?,s2winc7_r16?"
     config.eval_every = 2500
     config.save_every = 1250
     return config

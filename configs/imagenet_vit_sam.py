@@ -36,7 +36,7 @@ def get_config() -> Any:
     config.sam.rho = 0.1
     config.sam.microbatches = 64
     config.sam.scope = "microbatch"
-    config.schedules = "tome_r8,tome_r13,s2dfe_r16,s2winc7_r16"
+    config.schedules = "tome_r8,tome_r13,s2dfe_r16?,s2winc7_r16?"
     config.eval_every = 5000
     config.save_every = 1000
     return config

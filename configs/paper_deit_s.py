@@ -20,5 +20,5 @@ from configs import eval_imagenet
 def get_config() -> ConfigDict:
     config = eval_imagenet.get_config()
     config.checkpoint = "deit_small_patch16_224.fb_in1k"
-    config.schedules = "dense,tome_r12,s2dfe_r18,s2winc7_r16"
+    config.schedules = "dense,tome_r12,s2dfe_r18?,s2winc7_r16?"
     return config

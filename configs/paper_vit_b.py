@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
     config = eval_imagenet.get_config()
     config.checkpoint = "vit_base_patch16_224.augreg_in21k_ft_in1k"
     config.schedules = "dense"
-    config.sweep = "tome:0-16,s2dfe:2-20:2,s2winc7:2-16:2"
+    config.sweep = "tome:0-16,s2dfe:2-20:2?,s2winc7:2-16:2?"
     return config

@@ -22,5 +22,5 @@ def get_config() -> ConfigDict:
     config = eval_imagenet.get_config()
     config.checkpoint = "vit_base_patch16_224.sam_in1k"
     config.schedules = "dense"
-    config.sweep = "tome:2-18:2,s1dfe:2-22:2,s2dfe:4-24:2"
+    config.sweep = "tome:2-18:2,s1dfe:2-22:2?,s2dfe:4-24:2?"
     return config

@@ -21,6 +21,6 @@ def get_config() -> ConfigDict:
     config = eval_imagenet.get_config()
     config.checkpoint = "vit_large_patch16_224.augreg_in21k_ft_in1k"
     config.schedules = "dense"
-    config.sweep = "tome:0-8,s4dfe:2-10:2,s4dfe:11-11,s4winc7:2-10:2"
+    config.sweep = "tome:0-8,s4dfe:2-10:2?,s4dfe:11-11?,s4winc7:2-10:2?"
     config.batch_size = 128
     return config

@@ -20,5 +20,5 @@ def get_config() -> ConfigDict:
     config = eval_imagenet.get_config()
     config.checkpoint = "vit_small_patch16_224.augreg_in21k_ft_in1k"
     config.schedules = "dense"
-    config.sweep = "tome:0-16,s2dfe:6-20:2,s2winc7:1-16"
+    config.sweep = "tome:0-16,s2dfe:6-20:2?,s2winc7:1-16?"
     return config

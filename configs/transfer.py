@@ -27,7 +27,7 @@ def get_config() -> Any:
     config.optimizer.name = "sgd"
     config.optimizer.learning_rate = 0.01
     config.sam.rho = 0.05
-    config.schedules = "tome_r8,s2winc7_r16"
+    config.schedules = "tome_r8,s2winc7_r16?"
     config.eval_every = 1000
     config.save_every = 500
     return config

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from fcvit_jax.data.labels import ORDERS, ClassNames
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.files import check_room, check_target, local_path, staged, utf8_path
@@ -35,7 +36,8 @@ class Checkpoint:
     """A model's weights with everything needed to run it.
 
     params: nested dict of float32 arrays, as `ViT(config).init` gives under "params".
-    meta: the JSON object of meta.json: "config", "preprocess", "class_names" (list or None), "provenance", "versions".
+    meta: the JSON object of meta.json: "config", "preprocess", "class_names" (list or None), "provenance", "versions",
+    and "class_order" if the head has the classes of a data set in one of `labels.ORDERS`.
     """
 
     path: Path
@@ -43,6 +45,12 @@ class Checkpoint:
     params: dict[str, Any]
     preprocess: Preprocess
     meta: dict[str, Any]
+
+    @property
+    def class_names(self) -> ClassNames | None:
+        """Names of the head's outputs, or the order in which it has a data set's classes; None if neither is known."""
+        names = self.meta.get("class_names")
+        return tuple(names) if names else self.meta.get("class_order")
 
 
 def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = None) -> Checkpoint:
@@ -64,7 +72,7 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
             if type(meta.get(name)) is not dict:
                 raise InputError(f"the file lacks {name!r}: convert the weights again")
         config, preprocess = ViTConfig.from_dict(meta["config"]), Preprocess.from_dict(meta["preprocess"])
-        _check_fit(config, preprocess, meta.get("class_names"))
+        _check_fit(config, preprocess, meta.get("class_names"), meta.get("class_order"))
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     for name, sha256 in meta["files"].items():
         if file_sha256(directory / "params" / name) != sha256:
@@ -85,23 +93,27 @@ def save_checkpoint(
     params: Mapping[str, Any],
     preprocess: Preprocess,
     *,
-    class_names: tuple[str, ...] | None = None,
+    class_names: ClassNames | None = None,
     provenance: Mapping[str, Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a checkpoint directory, atomically. One process calls this, with parameters that it holds whole.
 
-    provenance: JSON-able facts about where the parameters come from. Raises InputError if `path` exists (with
-    `overwrite`: and is not a checkpoint), cannot be written, or the parts do not fit each other.
+    class_names: as in `match_head`. provenance: JSON-able facts about where the parameters come from. Raises
+    InputError if `path` exists (with `overwrite`: and is not a checkpoint), cannot be written, or the parts do not fit
+    each other.
     """
     path = check_target(path, overwrite, ENTRIES)
-    _check_fit(config, preprocess, class_names)
+    order = class_names if isinstance(class_names, str) else None
+    names = None if order else class_names
+    _check_fit(config, preprocess, names, order)
     _check_shapes("params", params, abstract_params(config))
     meta = {
         "format": FORMAT,
         "config": config.to_dict(),
         "preprocess": preprocess.to_dict(),
-        "class_names": list(class_names) if class_names else None,
+        "class_names": list(names) if names else None,
+        **({"class_order": order} if order else {}),
         "provenance": dict(provenance or {}),
         "versions": versions(),
     }
@@ -155,7 +167,7 @@ def _locate(path: str | Path) -> Path:
     raise InputError(f"{directory} {kind}: make a checkpoint directory: python -m fcvit_jax.convert {weights} OUT")
 
 
-def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any) -> None:
+def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any, class_order: Any) -> None:
     if preprocess.image_size != config.image_size:
         raise InputError(
             f"image_size: the preprocessing gives {preprocess.image_size}, the model takes {config.image_size}"
@@ -163,6 +175,8 @@ def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any) -> N
     named = isinstance(class_names, list | tuple) and all(isinstance(name, str) for name in class_names)
     if class_names and not (named and len(class_names) == config.num_classes):
         raise InputError(f"class_names: expected the names of {config.num_classes} classes, or none")
+    if class_order not in (None, *ORDERS):
+        raise InputError(f"class_order is {class_order!r}: expected one of {', '.join(ORDERS)}")
 
 
 def flat_params(params: Mapping[str, Any]) -> dict[str, np.ndarray]:

@@ -286,6 +286,129 @@ def test_a_run_that_counted_nothing_leaves_nothing(run, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.fixture
+def damaged(folder, tmp_path):
+    """The folder's images, of which the eighth is cut off."""
+    path = tmp_path / "damaged"
+    shutil.copytree(folder, path)
+    (file,) = path.glob("*/07.png")
+    os.truncate(file, file.stat().st_size // 2)
+    return f"folder:{path}"
+
+
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_bad_image_stops_it_or_is_skipped_and_the_work_before_is_kept(
+    run, damaged, devices, tmp_path, monkeypatch, capsys
+):
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
+    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh)
+    two = dict(dataset=damaged, batch_size=2, save_logits=True, schedules="dense,tome_r3")
+    with pytest.raises(InputError, match=r"07\.png cannot be decoded: .*; repair it, or leave it out with on_bad=skip"):
+        run(tmp_path / "parts", **two)
+    done = len(list((tmp_path / "parts" / ".outcomes").iterdir()))
+    capsys.readouterr()
+    rows = run(tmp_path / "parts", on_bad="skip", gallery=9, throughput_blocks=1, **two)
+    printed = capsys.readouterr()
+    assert done == 3  # all before the batch with the bad image
+    assert f"resuming the interrupted run after {2 * done} of 13 images" in printed.out
+    assert "skipped: image d/07.png cannot be decoded" in printed.out + printed.err
+    whole = run(tmp_path / "whole", on_bad="skip", **two)
+    assert counts(rows) == counts(whole)
+    saved = np.load(tmp_path / "parts" / "outcomes.npz")
+    assert [name[2:4] for name in saved["names"]] == [f"{index:02d}" for index in range(13) if index != 7]
+    assert np.load(tmp_path / "parts" / "logits_dense.npz")["logits"].shape == (12, 7)
+    for row in rows:
+        assert (row["num_images"], row["images_skipped"], row["images_excluded"]) == (12, 1, 0)
+    assert "1 images were skipped" in report.format_table(rows)
+    assert "1 images were skipped" in (tmp_path / "parts" / "report.html").read_text()
+    # One of the thirteen is not drawn: of the nine that are asked for, evenly spread, image 7 is none or is left out.
+    assert len(list((tmp_path / "parts" / "gallery").glob("*.png"))) in (8, 9)
+
+
+def test_what_was_skipped_is_not_taken_for_finished_where_it_must_not_be(run, damaged, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    two = dict(dataset=damaged, batch_size=2, schedules="dense")
+    with interrupted(monkeypatch, 5):
+        run(tmp_path / "parts", on_bad="skip", **two)
+    capsys.readouterr()
+    with pytest.raises(InputError, match=r"07\.png cannot be decoded"):
+        run(tmp_path / "parts", **two)
+    assert "after 6 of 13 images" in capsys.readouterr().out  # the fourth batch has the bad image
+
+
+def test_where_no_image_can_be_read_that_is_told(run, tmp_path):
+    bad = Source("broken", CLASSES, 5, lambda index: Record(b"no image", 0, f"image {index}"))
+    with pytest.raises(InputError, match="no image was evaluated"):
+        run(tmp_path, dataset=bad, on_bad="skip", schedules="dense")
+
+
+def test_a_limit_on_a_folder_takes_images_of_all_classes(run, tmp_path, capsys):
+    rows = run(tmp_path, limit=7, schedules="dense")
+    names = [f"{CLASSES[index // 2]}/{index:02d}.png" for index in range(13)]
+    spread = [names[place] for place in (0, 2, 4, 6, 8, 10, 12)]
+    assert np.load(tmp_path / "outcomes.npz")["names"].tolist() == spread
+    assert json.loads((tmp_path / "per_class.json").read_text())["images"] == [1] * 7
+    assert "the limit takes 7 images spread evenly over all 13" in capsys.readouterr().out
+    assert any("spread evenly over all 13" in line for line in rows[0]["remarks"])
+    assert "spread evenly over all 13" in (tmp_path / "report.html").read_text()
+    assert run(None, limit=13, schedules="dense")[0]["remarks"] == []
+    # Of what is not sorted by class it takes the first.
+    shuffled = Source("shuffled", CLASSES, 13, lambda index: Record(PIXELS[index], 0, f"image {index}"))
+    run(tmp_path / "first", limit=3, dataset=shuffled, schedules="dense")
+    assert np.load(tmp_path / "first" / "outcomes.npz")["names"].tolist() == [f"image {index}" for index in range(3)]
+
+
+def test_odd_images_are_counted_once_and_over_a_restart(run, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    odd, exif = tmp_path / "odd", Image.Exif()
+    shutil.copytree(folder, odd)
+    exif[0x0112] = 6
+    for index, pixels in enumerate(PIXELS):
+        file = odd / CLASSES[index // 2] / f"{index:02d}.png"
+        if index in (1, 8, 9):
+            Image.fromarray(pixels[..., 0].astype(np.uint16) * 257).save(file)
+        elif index in (2, 12):
+            Image.fromarray(pixels).save(file, exif=exif)
+    two = dict(dataset=f"folder:{odd}", batch_size=2, schedules="dense")
+    with interrupted(monkeypatch, 3):
+        run(tmp_path / "parts", **two)
+    capsys.readouterr()
+    (row,) = run(tmp_path / "parts", **two)
+    deep = "3 images of 16 bits a pixel scaled to 8 bits"
+    turned = "2 images with an EXIF orientation read unturned, as timm does"
+    out = capsys.readouterr().out
+    assert out.count(deep) == out.count(turned) == 1
+    assert row["remarks"][0] == deep
+    assert row["remarks"][1].startswith(turned)
+
+
+def test_the_order_of_classes_must_be_known(checkpoint, tmp_path, capsys):
+    loaded = fc.load_checkpoint(checkpoint)
+    names = [f"c{index + 1}" for index in range(6)] + ["c10"]
+    for index, pixels in enumerate(PIXELS):
+        (tmp_path / "photos" / names[index // 2]).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "photos" / names[index // 2] / f"{index:02d}.png")
+    named = dataclasses.replace(loaded, meta=loaded.meta | {"class_names": names})
+    lost = dataclasses.replace(loaded, meta=loaded.meta | {"class_names": None})
+    ask: Any = dict(dataset=f"folder:{tmp_path / 'photos'}", schedules="dense", batch_size=8, throughput_blocks=0)
+    (right,) = evaluation.evaluate(named, **ask)
+    with pytest.raises(InputError, match=r"timm: .*c2, c3.*; imagefolder: .*c10, c2"):
+        evaluation.evaluate(lost, **ask)
+    (timm,) = evaluation.evaluate(lost, class_names="timm", **ask)
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    (file,) = evaluation.evaluate(lost, class_names=tmp_path / "names.txt", **ask)
+    (stored,) = evaluation.evaluate(dataclasses.replace(lost, meta=lost.meta | {"class_order": "timm"}), **ask)
+    for row in (timm, file, stored):
+        assert (row["correct"], row["top5"]) == (right["correct"], right["top5"])
+    # Where the orders agree, one is assumed, and that is said.
+    capsys.readouterr()
+    shutil.rmtree(tmp_path / "photos" / "c10")
+    shutil.copytree(tmp_path / "photos" / "c1", tmp_path / "photos" / "c9")
+    (row,) = evaluation.evaluate(lost, **ask)
+    assert "has no class names: its 7 outputs are assumed" in capsys.readouterr().out
+    assert any("are assumed" in line for line in row["remarks"])
+
+
 def test_memory_does_not_grow_by_pixels(run, monkeypatch):
     size = 200_000  # bytes an image
     side = round((size / 3) ** 0.5)

@@ -77,7 +77,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--gelu", choices=GELUS, help="exact by default, unless config.json or --model says otherwise")
     add("--norm_eps", metavar="X", type=float, help="1e-6 by default, unless config.json or --model says otherwise")
     add("--pool", choices=POOLS, help="what the head reads, if the keys do not show it")
-    add("--class_names", metavar="FILE", help="text file with one class a line, in the head's order")
+    order = "or the order in which it has a data set's classes: timm, imagefolder (torchvision's), numeric"
+    add("--class_names", metavar="FILE", help=f"text file with one class a line, in the head's order; {order}")
     unweighted = "merged tokens attract attention as single ones do (for weights fine-tuned so, such as MAE's)"
     flag, field = "--no_proportional_attention", "proportional_attention"
     add(flag, dest=field, action="store_const", const=False, help=unweighted)

@@ -68,7 +68,8 @@ def convert(
       pos_embed: how positions are resampled, a key of `posembed.RESAMPLINGS`; by default as the weights' authors do.
       num_classes: classes that the head must have; 0 leaves the head out.
       num_heads, gelu, norm_eps, pool, proportional_attention: fields of `ViTConfig`.
-      class_names: the names in the head's order, or a text file with one a line.
+      class_names: the names in the head's order, or a text file with one a line; or, if the head has those of a data
+        set, in which order: "timm", "imagefolder" (torchvision's) or "numeric".
       ema: take the averaged weights of a training checkpoint.
       key: the dictionary of a training checkpoint that holds the weights, or the beginning of their names.
       sha256: hex digits that the file's sha256 must begin with, at least 8.
@@ -99,7 +100,8 @@ def convert(
     if to == "timm":
         usage = pytorch.write_timm(path, config, converted.params)
     elif to == "hf":
-        usage = pytorch.write_huggingface(path, config, converted.params, pixels, names)
+        listed = tuple(names) if names and not isinstance(names, str) else None
+        usage = pytorch.write_huggingface(path, config, converted.params, pixels, listed)
     else:
         usage = f"pixels: {pixels}"
         facts: Any = dict(class_names=names, provenance=provenance, overwrite=overwrite)

@@ -99,10 +99,10 @@ def _grid(
         options = options[1:] if known["no_embed_class"] and any(prefix) else options[:1]
     sizes = [fields.get("image_size", (0, 0)) for fields in (known, asked)]
     stated, wanted = ((height // patch, width // patch) for height, width in sizes)
-    # First what is known, then a square; last what is asked, which may be another grid of as many patches.
+    # First what is known, then what is asked if it fits exactly, then a square.
     for taken in options:
         side = math.isqrt(max(entries - taken, 0))
-        for grid in (stated, (side, side), wanted):
+        for grid in (stated, wanted, (side, side)):
             if 0 < math.prod(grid) == entries - taken:
                 return grid, taken < sum(prefix)
     raise InputError(

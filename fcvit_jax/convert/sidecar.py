@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
+from fcvit_jax.data.labels import ClassNames
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
@@ -74,7 +75,7 @@ class Sidecar:
     files: tuple[str, ...] = ()
     fields: dict[str, Any] = field(default_factory=dict)
     preprocess: Preprocess | None = None
-    class_names: tuple[str, ...] | None = None
+    class_names: ClassNames | None = None
     architecture: str | None = None
     provenance: dict[str, Any] | None = None
 

@@ -1,6 +1,7 @@
 """Weights with all that is known of them: the file, the meaning of its keys, the JSON beside it, the model's name."""
 
 import hashlib
+import math
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -14,9 +15,9 @@ from fcvit_jax.convert.geometry import Grid, infer_config
 from fcvit_jax.convert.readers import WeightFile, read_weights
 from fcvit_jax.convert.sidecar import Sidecar, read_sidecar
 from fcvit_jax.convert.translation import Converted, Translation, translate
+from fcvit_jax.data.labels import ClassNames, read_class_names
 from fcvit_jax.data.preprocess import PRESETS, Preprocess, preset
 from fcvit_jax.errors import InputError, naming
-from fcvit_jax.files import local_path
 from fcvit_jax.models import zoo
 from fcvit_jax.models.config import ViTConfig
 
@@ -73,8 +74,7 @@ def expected_sha256(name: str, local: bool) -> str | None:
 def _open_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:
     checkpoint = load_checkpoint(path)
     arrays, meta = flat_params(checkpoint.params), checkpoint.meta
-    names = tuple(meta["class_names"]) if meta["class_names"] else None
-    known: Any = dict(class_names=names, provenance=meta["provenance"])
+    known: Any = dict(class_names=checkpoint.class_names, provenance=meta["provenance"])
     sidecar = Sidecar("fcvit_jax", (), asdict(checkpoint.config), checkpoint.preprocess, **known)
     return WeightFile(checkpoint.path, "checkpoint", arrays, meta["files"], None, ()), sidecar
 
@@ -152,22 +152,12 @@ class WeightSource:
             )
         return known
 
-    def class_names(self, asked: str | Path | Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:
-        """The names in a sequence or a text file, or by default those in the JSON if there is one for each class."""
-        if asked is None:
-            names = self.sidecar.class_names
-            return names if names and len(names) == num_classes else None
-        origin = "--class_names"
-        if isinstance(asked, str | Path):
-            origin = f"--class_names {asked}"
-            try:
-                asked = local_path(asked).read_text(encoding="utf-8").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise InputError(f"{origin} cannot be read as text: {error}") from None
-        names = tuple(filter(None, map(str.strip, asked)))
-        if len(names) != num_classes or len(set(names)) != num_classes:
-            raise InputError(f"{origin} has {len(set(names))} different names, one a line; the head has {num_classes}")
-        return names
+    def class_names(self, asked: str | Path | Sequence[str] | None, num_classes: int) -> ClassNames | None:
+        """What `read_class_names` makes of `asked`, or by default what the JSON states for each class."""
+        if asked is not None:
+            return read_class_names(asked, num_classes)
+        names = self.sidecar.class_names
+        return names if isinstance(names, str) or (names and len(names) == num_classes) else None
 
     def assumptions(self, config: ViTConfig, num_heads: int | None) -> tuple[str, ...]:
         """Warnings of what the conversion assumes, as neither the file nor a name nor JSON states it."""
@@ -179,7 +169,25 @@ class WeightSource:
             f"{config.num_heads} heads, GELU {config.gelu} and epsilon {config.norm_eps:g} are assumed, as is usual: "
             "pass --model, or --num_heads, --gelu and --norm_eps, if they are others": assumed,
         }
-        return tuple(remark for remark, holds in remarks.items() if holds)
+        return (*(remark for remark, holds in remarks.items() if holds), *self._assumed_grid(config))
+
+    def _assumed_grid(self, config: ViTConfig) -> tuple[str, ...]:
+        """A warning if the grid of the position embedding is neither stated nor the only one of as many entries."""
+        rows, columns = config.grid
+        if rows == columns or "image_size" in self.sidecar.fields or "embed/pos_embed" not in self.translation.leaves:
+            return ()
+        entries, patches = self.translation.shape("embed/pos_embed", 3)[1], rows * columns
+        side = math.isqrt(patches)
+        if entries - patches not in range(config.num_prefix_tokens + 1):
+            otherwise = "pass the --image_size of the weights, and convert the result to the size that you want"
+            return (f"the position embedding is assumed to be of a square grid; if it is not, {otherwise}",)
+        if side * side != patches:
+            return ()
+        otherwise = "convert without --image_size, and then the result with it"
+        return (
+            f"the position embedding is assumed to be of a {rows}x{columns} grid, which fits --image_size exactly; "
+            f"if it is of {side}x{side}, {otherwise}",
+        )
 
     def provenance(self, converted: Converted) -> dict[str, Any]:
         """What meta.json keeps of where the parameters come from."""

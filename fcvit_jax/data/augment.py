@@ -96,7 +96,7 @@ class Augment:
         """Return uint8 `[height, width, 3]`, as `preprocess` does; with crop `eval`, it raises the same errors."""
         height, width = preprocess.image_size
         resample = INTERPOLATIONS[preprocess.interpolation]
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = preprocess.upright(image)
         if self.crop == "eval":
             image = Image.fromarray(preprocess(image))
         elif self.crop == "resize_crop":

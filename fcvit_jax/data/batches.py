@@ -4,6 +4,7 @@ Threads suffice: PIL releases the interpreter's lock while it decodes and resize
 """
 
 import functools
+import itertools
 import math
 import os
 from collections import deque
@@ -33,7 +34,8 @@ class Batch(NamedTuple):
     """`b` rows of this process; where `mask` is False the row is padding: zeros, and an empty name.
 
     An image without any label is masked too, but keeps its pixels and name. Rows of several labels are filled up with
-    -1. `skipped`: one message per bad image, whose row is padding.
+    -1. `skipped`: one message per bad image, whose row is padding. `oddities`: kinds of `preprocess.ODDITIES`, an entry
+    for each image that is of one.
     """
 
     images: np.ndarray | jax.Array  # uint8 [b, height, width, 3]
@@ -41,6 +43,7 @@ class Batch(NamedTuple):
     mask: np.ndarray | jax.Array  # bool [b]
     names: tuple[str, ...]
     skipped: tuple[str, ...] = ()
+    oddities: tuple[str, ...] = ()
 
 
 def eval_batches(
@@ -156,8 +159,11 @@ def _decode_ahead(
 ) -> Generator[Batch, None, None]:
     """Yield one batch per share, loaded by threads; shape: of its pixels, [b, height, width, 3]."""
 
-    def load(arrays: tuple[np.ndarray, ...], first: int, keys: list[Key]) -> list[str | InputError]:
-        """Write images, labels and mask to the rows from the first on; return the name, or the error, of each."""
+    def load(
+        arrays: tuple[np.ndarray, ...], first: int, keys: list[Key]
+    ) -> list[tuple[str | InputError, tuple[str, ...]]]:
+        """Write images, labels and mask to the rows from the first on; return the name, or the error, of each image,
+        and its oddities."""
         (images, labels, mask), found = arrays, []
         for row, key in enumerate(keys, first):
             try:
@@ -166,11 +172,11 @@ def _decode_ahead(
                 with naming(f"image {record.name}"):
                     images[row] = transform(image, key)
             except InputError as error:
-                found.append(error)
+                found.append((error, ()))
                 continue
             labels[(row, slice(len(record.label))) if isinstance(record.label, tuple) else row] = record.label
             mask[row] = record.label != ()
-            found.append(record.name)
+            found.append((record.name, image.info.get("oddities", ())))
         return found
 
     def submit(keys: list[Key]) -> tuple[tuple[np.ndarray, ...], list[Future]]:
@@ -182,12 +188,17 @@ def _decode_ahead(
         return arrays, [pool.submit(load, arrays, first, keys[first : first + size]) for first in starts]
 
     def assemble(arrays: tuple[np.ndarray, ...], tasks: list[Future]) -> Batch:
-        found = [each for task in tasks for each in task.result()]
+        found, oddities = zip(*(each for task in tasks for each in task.result()), strict=True) if tasks else ((), ())
         errors = [each for each in found if isinstance(each, InputError)]
         if errors and on_bad == "stop":
             raise BadImage(str(errors[0])) from errors[0]
         names = ["" if isinstance(each, InputError) else each for each in found]
-        return Batch(*arrays, names=(*names, *[""] * (shape[0] - len(names))), skipped=tuple(map(str, errors)))
+        return Batch(
+            *arrays,
+            names=(*names, *[""] * (shape[0] - len(names))),
+            skipped=tuple(map(str, errors)),
+            oddities=tuple(itertools.chain.from_iterable(oddities)),
+        )
 
     threads = workers or max(2, usable_cores())
     pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
@@ -213,16 +224,19 @@ def device_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the batches with images, labels and mask as sharded global arrays, transferred `depth` batches ahead.
 
-    Each process passes its own rows. An error that `batches` raises is raised `depth` batches early.
+    Each process passes its own rows. A BadImage is raised in its place, after the batches before it.
     """
     pending: deque[Batch] = deque()
     try:
         for batch in batches:
             arrays = (jax.make_array_from_process_local_data(sharding, np.asarray(rows)) for rows in batch[:3])
-            pending.append(Batch(*arrays, names=batch.names, skipped=batch.skipped))
+            pending.append(Batch(*arrays, names=batch.names, skipped=batch.skipped, oddities=batch.oddities))
             if len(pending) > depth:
                 yield pending.popleft()
         yield from pending
+    except BadImage:
+        yield from pending
+        raise
     finally:
         if close := getattr(batches, "close", None):
             close()

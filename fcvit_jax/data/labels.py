@@ -3,6 +3,9 @@
 import dataclasses
 import json
 import re
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
 from pathlib import Path
 
 from fcvit_jax.data import imagenet
@@ -10,43 +13,92 @@ from fcvit_jax.data.records import Record, Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import local_path
 
+ORDERS = ("timm", "imagefolder", "numeric", "dataset")  # in which class folders become the outputs of a head
+ClassNames = Sequence[str] | str  # in a head's order; or one of ORDERS, in which it has the names of a data set
 
-def match_head(source: Source, num_classes: int, class_names: list[str] | None, where: str) -> Source:
+
+class UnknownOrder(InputError):
+    """A head without class names could have the classes of a data set in several orders."""
+
+
+def match_head(source: Source, num_classes: int, class_names: ClassNames | None, where: str) -> Source:
     """Return the source with labels that index the head's outputs, and with the head's class names.
 
-    * Classes with the head's names, in its order, stay unchanged. If the head has no names, so do as many classes as
-      it has outputs.
+    * Classes with the head's names are matched by name. Names of which the source has no image must be among its
+      empty folders.
     * An ImageNet head (1000 outputs without names, named by synsets or in words) takes classes named by synsets: all
       1,000 in any order, or some of them; then predictions are made among those alone (`scored`), as in ImageNet-A and
       ImageNet-R. Classes named `0` to `999` are in the head's order (ImageNet-V2).
+    * A head without names takes as many classes as it has outputs, in the order of `ORDERS` that `class_names` is. If
+      that is None, the usual orders must agree, and a remark says that the order was assumed.
 
-    num_classes, class_names: of the head; names may be None. where: the checkpoint, for messages. Raises InputError if
-    the labels mean something else.
+    num_classes, class_names: of the head. where: the checkpoint, for messages. Raises InputError if the labels mean
+    something else, `UnknownOrder` if the order must be stated.
     """
     if not num_classes:
         raise InputError(f"{where} has no head: it gives features, not classes")
-    ours = list(source.class_names)
-    if class_names == ours:
+    if isinstance(class_names, str) and len(source.class_names) == num_classes:
+        return label_by_name(source, class_order(source, class_names), where)
+    names = None if isinstance(class_names, str) else class_names
+    if names and tuple(names) == source.class_names:
         return source
-    if num_classes == imagenet.NUM_CLASSES and _in_imagenets_order(class_names):
+    if num_classes == imagenet.NUM_CLASSES and _in_imagenets_order(names):
         outputs = {name: index for index, name in enumerate(imagenet.synsets())}
-        names = tuple(class_names or outputs)
-        numbered = all(name.isdecimal() for name in ours) and list(map(int, ours)) == list(range(num_classes))
-        if numbered or ours == list(outputs):
-            return dataclasses.replace(source, class_names=names)
-        strangers = [name for name in ours if name not in outputs]
+        names = tuple(names or outputs)
+        every = [*source.class_names, *source.empty]
+        if all(name.isdecimal() for name in every) and sorted(map(int, every)) == list(range(num_classes)):
+            return _relabelled(source, [*map(int, source.class_names)], names, None)
+        strangers = [name for name in source.class_names if name not in outputs]
         if not strangers:
-            return _relabelled(source, [outputs[name] for name in ours], names)
-        if len(strangers) < len(ours):
+            table = [outputs[name] for name in source.class_names]
+            scored = [*table, *(outputs[name] for name in source.empty if name in outputs)]
+            return _relabelled(source, table, names, scored if len(scored) < num_classes else None)
+        if len(strangers) < len(source.class_names):
             hint = "it is none of the 1,000 synsets; remove or rename it"
             raise InputError(f"{source.spec} has class {strangers[0]!r} beside ImageNet's: {hint}")
-    if len(ours) != num_classes:
-        raise InputError(f"{source.spec} has {len(ours)} classes, the head of {where} has {num_classes}")
-    if class_names:
-        known, found = next(pair for pair in zip(class_names, ours, strict=True) if pair[0] != pair[1])
-        difference = f"has class {found!r} where {where} has {known!r}"
-        raise InputError(f"{source.spec} {difference}: its labels mean other classes")
-    return source
+    if class_names and not isinstance(class_names, str):
+        return label_by_name(source, class_names, where)
+    ours = len(source.class_names)
+    if ours != num_classes:
+        empty = f" with images, beside empty folders ({_some(source.empty)})" if source.empty else ""
+        raise InputError(
+            f"{source.spec} has {ours} classes{empty}, the head of {where} has {num_classes} "
+            f"outputs; the first classes are {_some(source.class_names)}"
+        )
+    return _in_assumed_order(source, where)
+
+
+def class_order(source: Source, order: str) -> tuple[str, ...]:
+    """The classes of a source in one of `ORDERS`. Raises InputError for `numeric` if the names are no numbers."""
+    orders = _orders(source)
+    if order not in orders:
+        text = next(name for name in source.class_names if not _NUMBER.fullmatch(name))
+        raise InputError(
+            f"{source.spec}: class_names is numeric, and class {text!r} is no number; timm's order counts the numbers "
+            "inside names too"
+        )
+    return orders[order]
+
+
+def read_class_names(asked: str | Path | Sequence[str], num_classes: int) -> ClassNames:
+    """The names that a user states: a sequence of them, a text file with one a line, or one of `ORDERS`.
+
+    Raises InputError if there is not one for each class.
+    """
+    origin = "class_names"
+    if isinstance(asked, str | Path):
+        if str(asked) in ORDERS:
+            return str(asked)
+        origin = f"class_names {asked}"
+        try:
+            asked = local_path(asked).read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            why = f"cannot be read as text: {error}"
+            raise InputError(f"{origin} {why}; it is a file, or one of {', '.join(ORDERS)}") from None
+    names = tuple(filter(None, map(str.strip, asked)))
+    if len(names) != num_classes or len(set(names)) != num_classes:
+        raise InputError(f"{origin} has {len(set(names))} different names, one a line; the head has {num_classes}")
+    return names
 
 
 def real_labels(source: Source, path: str | Path) -> Source:
@@ -84,19 +136,100 @@ def real_labels(source: Source, path: str | Path) -> Source:
     return relabelled
 
 
-def _in_imagenets_order(class_names: list[str] | None) -> bool:
+def _in_imagenets_order(class_names: Sequence[str] | None) -> bool:
     """Whether 1,000 outputs of these names are ImageNet's: no names, its synsets in order, or words."""
     return not class_names or not re.fullmatch(r"n\d{8}", class_names[0]) or tuple(class_names) == imagenet.synsets()
 
 
-def _relabelled(source: Source, table: list[int], class_names: tuple[str, ...]) -> Source:
-    """Replace label i by `table[i]`."""
+def _relabelled(source: Source, table: list[int], class_names: Sequence[str], scored: list[int] | None) -> Source:
+    """Replace label i by `table[i]`. scored: the new labels among which is predicted, unless the source has its own."""
 
     def read(index: int) -> Record:
         record = source.read(index)
         label = record.label
         return record._replace(label=tuple(table[i] for i in label) if isinstance(label, tuple) else table[label])
 
-    scored = tuple(sorted(table if source.scored is None else (table[i] for i in source.scored)))
-    scored = scored if len(scored) < len(class_names) else None
-    return dataclasses.replace(source, class_names=class_names, read=read, scored=scored)
+    if source.scored is not None:
+        scored = [table[i] for i in source.scored]
+    among = None if scored is None else tuple(sorted(scored))
+    return dataclasses.replace(source, class_names=tuple(class_names), read=read, scored=among)
+
+
+def label_by_name(source: Source, class_names: Sequence[str], where: str) -> Source:
+    """Label classes by the outputs of their names. Raises InputError that names those of one side alone."""
+    if tuple(class_names) == source.class_names:
+        return source
+    if differing := class_differences(source, class_names):
+        there, ours = {*source.class_names, *source.empty}, len(source.class_names)
+        stranger = next((name for name in source.class_names if name not in class_names), None)
+        lacking = next((name for name in class_names if name not in there), None)
+        what = f"has {ours} classes, the head of {where} has {len(class_names)}"
+        if ours == len(class_names) and stranger and lacking:
+            what = f"has class {stranger!r} where {where} has {lacking!r}: its labels mean other classes"
+        raise InputError(f"{source.spec} {what} ({differing}; a class without images needs an empty folder)")
+    outputs = {name: index for index, name in enumerate(class_names)}
+    return _relabelled(source, [outputs[name] for name in source.class_names], class_names, None)
+
+
+def class_differences(source: Source, class_names: Sequence[str]) -> str:
+    """Which classes a data set or a head has alone, in words; empty if each class has one output."""
+    there, count = {*source.class_names, *source.empty}, Counter(class_names)
+    sides = {
+        "only the data set has": [name for name in source.class_names if not count[name]],
+        "only the head has": [name for name in class_names if name not in there],
+        "two outputs are": [name for name in source.class_names if count[name] > 1],
+    }
+    return "; ".join(f"{what} {_some(names)}" for what, names in sides.items() if names)
+
+
+_NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
+
+
+def _orders(source: Source) -> dict[str, tuple[str, ...]]:
+    """The classes of a source in each of `ORDERS`; numeric only if all are numbers."""
+
+    def natural(name: str) -> list[int | str]:  # timm's natural_key
+        return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name.lower()))]
+
+    plain = sorted(source.class_names)
+    orders = {"timm": sorted(plain, key=natural), "imagefolder": plain}
+    if all(map(_NUMBER.fullmatch, plain)):
+        orders["numeric"] = sorted(plain, key=Decimal)
+    return {name: tuple(order) for name, order in orders.items()} | {"dataset": source.class_names}
+
+
+def _in_assumed_order(source: Source, where: str) -> Source:
+    """A source with as many classes as a head without names has outputs. Raises `UnknownOrder` if orders differ."""
+    orders, count = _orders(source), len(source.class_names)
+    several = len(set(orders.values())) > 1
+    if not several and count != imagenet.NUM_CLASSES:
+        remark = (
+            f"the head of {where} has no class names: its {count} outputs are assumed to be the classes of "
+            f"{source.spec} in sorted order"
+        )
+        return dataclasses.replace(source, remarks=(*source.remarks, remark))
+    if orders["dataset"] in [order for name, order in orders.items() if name != "dataset"]:
+        del orders["dataset"]  # a folder has no order of its own
+    whys = []
+    if count == imagenet.NUM_CLASSES:
+        whys.append(f"the classes of {source.spec} are not named as ImageNet's ({_some(source.class_names)})")
+    if several:
+        named: dict[tuple[str, ...], list[str]] = {}
+        for name, order in orders.items():
+            named.setdefault(order, []).append(name)
+        first = next(place for place in range(count) if len({order[place] for order in named}) > 1)
+        start = max(0, first - 1)
+        shown = [
+            f"{' and '.join(names)}: {'..., ' * (start > 0)}{', '.join(order[start : first + 3])}, ..."
+            for order, names in named.items()
+        ]
+        whys.append(f"the usual orders of the classes of {source.spec} differ ({'; '.join(shown)})")
+    raise UnknownOrder(
+        f"the head of {where} has {count} outputs without names, and {', and '.join(whys)}: pass class_names "
+        f"(evaluate.py and train_sam.py: --config.class_names, conversion: --class_names): {', '.join(orders)}, or a "
+        "file with one name a line in the head's order"
+    )
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + f", ... ({len(names):,})" * (len(names) > most)

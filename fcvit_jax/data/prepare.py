@@ -20,6 +20,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from fcvit_jax.data.labels import label_by_name
 from fcvit_jax.data.records import Source
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors, printable
@@ -44,6 +45,8 @@ def main(argv: list[str] | None = None) -> None:
             raise InputError(f"the name of {folder} is none for a data set, which begins with a letter: pass --name")
         source = open_source(f"folder:{args.folder}")
         spec = prepare(source, local_path(args.out), name, args.split, progress=True)
+        for line in source.remarks:
+            print(f"warning: {line}")
         print(f"{len(source)} images of {len(source.class_names)} classes: {spec}")
 
 
@@ -57,7 +60,7 @@ def prepare(source: Source, out: Path, name: str, split: str, progress: bool = F
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value) or value == "all":
             raise InputError(f"{option} {value!r} is no name: write lower-case letters, digits and underscores")
     target = out / name / VERSION
-    _check_target(target, source, split)
+    source = _check_target(target, source, split)
     writable_directory(out)
     with told_in_one_line(out), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as staging:
         _write(Path(staging) / name / VERSION, source, name, split, progress)
@@ -69,10 +72,13 @@ def prepare(source: Source, out: Path, name: str, split: str, progress: bool = F
     return f"{spec}{out}"
 
 
-def _check_target(target: Path, source: Source, split: str) -> None:
-    """Check that the split may be added, before any long work. Raises InputError."""
+def _check_target(target: Path, source: Source, split: str) -> Source:
+    """Check that the split may be added, before any long work; the source with the labels of an existing data set.
+
+    Raises InputError if it has other classes, or has the split.
+    """
     if not target.exists():
-        return
+        return source
     try:
         info, features = (_read_json(target / f"{file}.json") for file in ("dataset_info", "features"))
         present = [known["name"] for known in info["splits"]]
@@ -84,8 +90,11 @@ def _check_target(target: Path, source: Source, split: str) -> None:
     if split in present:
         raise InputError(f"{target} has a split {split!r} already: choose another --split or --name")
     other = open_source(f"tfds:{target.parent.name}:{VERSION}/{present[0]}@{target.parents[1]}").class_names
-    if other != _class_names(source):
-        raise InputError(f"{target} has other classes than {source.spec}, so no split is added: choose another --name")
+    try:
+        return label_by_name(source, other, str(target))
+    except InputError as error:
+        why = f"{target} has other classes than {source.spec}, so no split is added: choose another --name"
+        raise InputError(f"{why} ({error})") from None
 
 
 def _class_names(source: Source) -> tuple[str, ...]:

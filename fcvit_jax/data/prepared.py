@@ -31,6 +31,10 @@ def open_prepared(spec: str, rest: str) -> Source:
     builder: Any = tfds.builder_from_directory(directory)
     features, records = builder.info.features, _records(spec, builder, split, directory)
     image_key = _feature(spec, features, tfds.features.Image, "image")
+    if (kind := np.dtype(features[image_key].np_dtype)) not in (np.uint8, np.uint16):
+        raise InputError(
+            f"{spec}: its images are {kind.name}, which have no defined range; images are read of 8 or 16 bits"
+        )
     # ReaL's data set has the original labels too; its own are lists.
     several = "real_label" in features and isinstance(features["real_label"], tfds.features.Sequence)
     label_key = "real_label" if several else _feature(spec, features, tfds.features.ClassLabel, "label")
@@ -62,7 +66,9 @@ def open_prepared(spec: str, rest: str) -> Source:
     variants = {"imagenet_a": imagenet.IMAGENET_A, "imagenet_r": imagenet.IMAGENET_R}
     scored = variants.get(builder.info.name) if len(class_names) == imagenet.NUM_CLASSES else None
     ordered = builder.info.disable_shuffling  # our own command keeps a folder's order; TFDS shuffles
-    return Source(spec, tuple(class_names), len(records), read, scored, most_labels, ordered)
+    part = f"{spec}: sorted by class, so a slice has the first classes alone; config.limit takes some of all"
+    remarks = (part,) if ordered and "[" in split else ()
+    return Source(spec, tuple(class_names), len(records), read, scored, most_labels, ordered, remarks=remarks)
 
 
 def _first_line(error: Exception) -> str:

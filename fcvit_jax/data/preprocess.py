@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.settings import check_settings, setting
@@ -26,10 +26,25 @@ CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.261302
 HALF = (0.5, 0.5, 0.5)
 _BYTES = "divide 0..255 values by 255"
 _WARNING_FILTERS = threading.Lock()
+_TELL_ORIENTATION = {"exif", "xmp", "XML:com.adobe.xmp", "Raw profile type exif"}  # entries of `Image.info`
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 MAX_RESIZED_PIXELS = 2**26  # a strip one pixel wide would otherwise take all memory
 CROP_MODES = ("center", "squash", "border")
-OVERRIDES = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
+OVERRIDES = ("crop_pct", "crop_mode", "interpolation", "mean", "std", "exif_transpose")
+# What `decode` notes in an image's `info["oddities"]`: a kind, and what a reader is told of so many images.
+ODDITIES = {
+    "sixteen_bit": "{} of 16 bits a pixel scaled to 8 bits",
+    "turned": "{} with an EXIF orientation read unturned, as timm does (preprocess field exif_transpose turns them)",
+}
 INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "bilinear": Image.Resampling.BILINEAR,
@@ -48,7 +63,8 @@ class Preprocess:
     * `border` keeps the aspect ratio and stays inside it (the longer side fits); the mean colour fills the rest.
 
     image_size: (height, width) in pixels. crop_pct: share of the resized image that is kept; above 1 the image gets a
-    border. mean, std: per channel, in units of the pixel range: 0.5 is mid-grey.
+    border. mean, std: per channel, in units of the pixel range: 0.5 is mid-grey. exif_transpose: turn images first as
+    their EXIF orientation says, which timm ignores.
 
     Raises InputError if a field is out of range; when called, if the resized image exceeds `MAX_RESIZED_PIXELS`.
     """
@@ -59,6 +75,7 @@ class Preprocess:
     interpolation: str = setting("bicubic", choices=tuple(INTERPOLATIONS))
     mean: tuple[float, float, float] = setting(IMAGENET_MEAN, low=0, high=1, hint=_BYTES)
     std: tuple[float, float, float] = setting(IMAGENET_STD, above=0, high=1, hint=_BYTES)
+    exif_transpose: bool = False
 
     def __post_init__(self):
         check_settings(self, "preprocess.")
@@ -69,9 +86,14 @@ class Preprocess:
         height, width = self.image_size
         return max(1, math.floor(height / self.crop_pct)), max(1, math.floor(width / self.crop_pct))
 
+    @property
+    def oddities(self) -> dict[str, str]:
+        """Those of `ODDITIES` that a reader should know of with this preprocessing."""
+        return {kind: text for kind, text in ODDITIES.items() if kind != "turned" or not self.exif_transpose}
+
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Resize and crop on the host: uint8 `[height, width, 3]`, which `normalize` takes."""
-        image = image if image.mode == "RGB" else image.convert("RGB")
+        image = self.upright(image)
         width, height = self._resized(*image.size)
         if width * height > MAX_RESIZED_PIXELS:
             sizes = f"it is {image.width}x{image.height} and would be resized to {width}x{height}"
@@ -82,6 +104,15 @@ class Preprocess:
         cropped = Image.new("RGB", (to_width, to_height), fill)
         cropped.paste(resized, (_offset(width, to_width), _offset(height, to_height)))
         return np.asarray(cropped)
+
+    def upright(self, image: Image.Image) -> Image.Image:
+        """The image in RGB, turned as its EXIF orientation says if `exif_transpose` is on."""
+        turn = _TURNS.get(_orientation(image)) if self.exif_transpose else None
+        image = to_rgb(image)
+        if turn is not None:
+            image = image.transpose(turn)
+            image.info["orientation"] = 1
+        return image
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
         """(width, height) of the resized image. The long side is floored or rounded exactly as in timm."""
@@ -107,17 +138,21 @@ class Preprocess:
         square = self.image_size[0] == self.image_size[1]
         sizes = [f"{size[0]}" if square else f"{size[0]}x{size[1]}" for size in (self.resize_size, self.image_size)]
         mean, std = _short(self.mean), _short(self.std)
-        return f"{self.interpolation} {'->'.join(sizes)} {self.crop_mode}, mean {mean} std {std}"
+        turned = ", turned as EXIF says" if self.exif_transpose else ""
+        return f"{self.interpolation} {'->'.join(sizes)} {self.crop_mode}, mean {mean} std {std}{turned}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON has them: tuples are lists."""
+        """Return all fields as JSON has them: tuples are lists. `exif_transpose` is left out where it is off."""
         fields = dataclasses.asdict(self)
+        if not self.exif_transpose:  # earlier versions do not know it
+            del fields["exif_transpose"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preprocess":
         """Inverse of `to_dict`. Raises InputError naming the fields that are unknown, missing or out of range."""
-        if odd := sorted({field.name for field in dataclasses.fields(cls)} ^ fields.keys()):
+        known = {field.name for field in dataclasses.fields(cls)}
+        if odd := sorted(known ^ {"exif_transpose", *fields}):
             raise InputError(f"preprocess: unknown or missing fields {', '.join(odd)}")
         return cls(**fields)
 
@@ -152,7 +187,7 @@ def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
         if not equals or field not in OVERRIDES:
             fix = f"write FIELD=VALUE, FIELD one of {', '.join(OVERRIDES)}"
             raise InputError(f"preprocess: {override!r} is no override; {fix}")
-        values[field] = value
+        values[field] = {"true": True, "false": False}.get(value.lower(), value)
         with contextlib.suppress(ValueError):  # text stays text
             channels = [float(part) for part in value.split("/")]
             values[field] = channels if len(channels) > 1 else channels[0]
@@ -160,28 +195,66 @@ def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
 
 
 def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
-    """Decode a file's bytes, or uint8 pixels `[h, w, 3]` or `[h, w]`, to an RGB image; from any thread.
+    """Decode a file's bytes, or pixels `[h, w, 3]` or `[h, w]`, to an RGB image; from any thread.
 
-    EXIF orientation is ignored, as in timm. Raises InputError, naming the image, if it cannot be decoded completely.
+    The image is not turned, but keeps its EXIF orientation; `info["oddities"]` names the kinds of `ODDITIES` that it is
+    of. Raises InputError, naming the image, if it cannot be decoded completely, or `to_rgb` refuses its values.
     """
-    if isinstance(data, np.ndarray):
-        return Image.fromarray(data).convert("RGB")
     try:
+        if isinstance(data, np.ndarray):
+            return to_rgb(Image.fromarray(data))
         # PIL warns of odd metadata. Filters are global to the process: one thread at a time, and briefly.
         with _WARNING_FILTERS, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\b")
             image = Image.open(io.BytesIO(data))
             if image.format == "TIFF":  # parses tags, and warns of them, on loading too
                 image.load()
+        image.load()
+        orientation = _orientation(image)
         if image.mode == "P" and isinstance(image.info.get("transparency"), bytes):
             image = image.convert("RGBA")  # the same colours as straight to RGB, but without a warning
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
+        image = to_rgb(image)
+        if orientation in _TURNS:
+            image.info["orientation"] = orientation  # after a conversion PIL may not find it again
+            image.info["oddities"] = (*image.info.get("oddities", ()), "turned")
+        return image
     except UnidentifiedImageError:
         why = "no known image format" if data else "the file is empty"
     except Exception as error:  # decoders raise anything on damaged bytes
         why = (str(error).splitlines() or [type(error).__name__])[0]
     raise InputError(f"image {name} cannot be decoded: {why}")
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert to RGB as PIL does, but take the high byte of 16-bit grey, which PIL clips, as it does of 16-bit colour.
+
+    Raises InputError for 32-bit integers and floating-point numbers, of which none is known to be white.
+    """
+    if image.mode == "RGB":
+        return image
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # PIL widens theirs
+        kind = "floating-point numbers" if image.mode == "F" else "signed or 32-bit integers"
+        raise InputError(f"its pixels are {kind}, which have no defined range: save it with 8 or 16 bits a pixel")
+    if not image.mode.startswith("I"):
+        return image.convert("RGB")
+    tags = getattr(image, "tag_v2", {})
+    bits = tags.get(ExifTags.Base.BitsPerSample, (16,))[0]  # TIFF has 12 too
+    grey = (np.asarray(image) >> (bits - 8)).astype(np.uint8)
+    if tags.get(ExifTags.Base.PhotometricInterpretation) == 0:  # white is zero
+        grey = 255 - grey
+    rgb = Image.fromarray(grey).convert("RGB")
+    rgb.info["oddities"] = ("sixteen_bit",)
+    return rgb
+
+
+def _orientation(image: Image.Image) -> int:
+    """How an image's EXIF or XMP data say that it is turned: 1 (not at all) to 8. PIL itself turns TIFF files."""
+    if "orientation" in image.info or not image.info.keys() & _TELL_ORIENTATION:
+        return image.info.get("orientation", 1)
+    with contextlib.suppress(Exception), _WARNING_FILTERS, warnings.catch_warnings():  # damaged data raise anything
+        warnings.simplefilter("ignore")
+        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return 1
 
 
 def _offset(length: int, to: int) -> int:

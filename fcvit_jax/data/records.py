@@ -24,6 +24,8 @@ class Source:
     """`size` records in a fixed order. Several threads may call `source[i]` at once.
 
     scored: the classes among which a prediction is made, such as the 200 of ImageNet-A; None: all.
+    empty: names of classes of which there is no record, beside `class_names`. remarks: what a reader should know, one
+    line each.
     """
 
     spec: str  # the text it was opened with
@@ -33,6 +35,8 @@ class Source:
     scored: tuple[int, ...] | None = None
     labels_per_image: int = 1  # the most that any image has; above 1, labels are tuples
     ordered: bool = False  # by class: the first records are no random sample
+    empty: tuple[str, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return self.size
@@ -41,3 +45,17 @@ class Source:
         if not 0 <= index < self.size:
             raise IndexError(f"record {index} of {self.size}")
         return self.read(index)
+
+
+def sample(source: Source, limit: int | None) -> Source:
+    """Take `limit` records: the first, or of a source that is ordered by class as many evenly spread over all."""
+    size = len(source)
+    if limit is None or limit >= size:
+        return source
+    if not source.ordered:
+        return dataclasses.replace(source, size=limit)
+    line = f"{source.spec}: sorted by class, so the limit takes {limit:,} images spread evenly over all {size:,}"
+    read, remarks = source.read, (*source.remarks, line)
+    return dataclasses.replace(
+        source, size=limit, read=lambda index: read((2 * index + 1) * size // (2 * limit)), remarks=remarks
+    )

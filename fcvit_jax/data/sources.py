@@ -1,18 +1,16 @@
 """Open a data set by its spec: a folder of images, scikit-learn's digits, or one that TensorFlow Datasets prepared."""
 
-import itertools
-import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fcvit_jax.data.listing import BESIDE, EXTENSIONS, list_images
 from fcvit_jax.data.prepared import open_prepared
 from fcvit_jax.data.records import Record, Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import local_path
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 FORMS = "folder:PATH, digits:train|test, tfds:NAME/SPLIT[@DATA_DIR]"
 
 
@@ -20,7 +18,7 @@ def open_source(spec: str) -> Source:
     """Open a data set by its spec.
 
     * `folder:PATH`: one folder per class, images inside it at any depth. Classes are sorted by name, or numerically if
-      all are integers; a class without images keeps its label; hidden files are ignored.
+      all are integers. A folder without images is no class; hidden files are ignored; each file counts once.
     * `digits:train`, `digits:test`: scikit-learn's hand-written digits, 8x8 pixels: 1,437, and 360, 36 of each class.
     * `tfds:NAME/SPLIT[@DATA_DIR]`: a data set that TensorFlow Datasets has prepared, as ArrayRecord or TFRecord. NAME
       may be `name/config` and end in `:version`; SPLIT may be a slice such as `test[:50%]`. Nothing is downloaded.
@@ -40,29 +38,25 @@ def _open_folder(spec: str, path: str) -> Source:
         raise InputError(f"{spec}: there is no folder {path!r}")
     if not root.is_dir():
         raise InputError(f"{spec}: {path} is a file; give the folder that holds one folder per class")
-    try:
-        visible = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
-    except OSError as error:
-        raise InputError(f"{spec}: {path} cannot be read: {error.strerror}") from None
-    classes = [entry.name for entry in visible if entry.is_dir()]
-    if not classes:
-        loose = sum(entry.suffix.lower() in EXTENSIONS for entry in visible)
-        found = f"{loose} images but no class folders" if loose else "no class folders"
-        raise InputError(f"{spec}: {path} holds {found}; put the images of each class into a folder of their own")
-    numeric = all(name.isdecimal() for name in classes)
-    classes.sort(key=(lambda name: (int(name), name)) if numeric else None)
-
-    found = [_images(root, folder) for folder in classes]
-    names = list(itertools.chain.from_iterable(found))
-    # An array: pairs of name and label would take twice the memory, 200 bytes per file.
-    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [len(some) for some in found])
+    listing = list_images(root)
+    names, classes = listing.names, tuple(listing.counts)
     if not names:
-        raise InputError(f"{spec}: no images in the class folders of {path}; accepted are {' '.join(EXTENSIONS)}")
+        there = [*classes, *listing.empty]
+        loose = {what.split()[0]: count for what, count in listing.left_out.items() if what.endswith(BESIDE)}
+        if not there:
+            found = f"{sum(loose.values())} images but no class folders" if loose else "no class folders"
+            raise InputError(f"{spec}: {path} holds {found}; put the images of each class into a folder of their own")
+        found = f" (left out: {', '.join(listing.left_out)})" if listing.left_out else ""
+        accepted = f"accepted are {' '.join(EXTENSIONS)}"
+        raise InputError(f"{spec}: no images in the class folders of {path}{found}; {accepted}")
+    # An array: pairs of name and label would take twice the memory, 200 bytes per file.
+    labels = np.repeat(np.arange(len(classes), dtype=np.int32), [*listing.counts.values()])
 
     def read(index: int) -> Record:
         return read_record(root, names[index], int(labels[index]))
 
-    return Source(spec, tuple(classes), len(names), read, ordered=True)
+    remarks = tuple(f"{spec}: {line}" for line in listing.remarks)
+    return Source(spec, classes, len(names), read, ordered=True, empty=listing.empty, remarks=remarks)
 
 
 def read_record(root: Path, name: str, label: int) -> Record:
@@ -71,25 +65,6 @@ def read_record(root: Path, name: str, label: int) -> Record:
         return Record((root / name).read_bytes(), label, name)
     except OSError as error:
         raise InputError(f"image {root / name} cannot be read: {error.strerror}") from None
-
-
-def _images(root: Path, folder: str) -> list[str]:
-    """The images in a class folder at any depth, sorted, as paths relative to `root` with forward slashes."""
-
-    def unreadable(error: OSError) -> None:
-        raise InputError(f"folder {error.filename} cannot be read: {error.strerror}") from None
-
-    found, visited = [], set()
-    for place, folders, names in os.walk(root / folder, onerror=unreadable, followlinks=True):
-        if (real := os.path.realpath(place)) in visited:  # a link to a folder above
-            folders.clear()
-            continue
-        visited.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        relative = Path(place).relative_to(root).as_posix()  # once per folder, not per image
-        shown = (name for name in names if not name.startswith("."))
-        found += [f"{relative}/{name}" for name in shown if name.lower().endswith(EXTENSIONS)]
-    return sorted(found)
 
 
 def _open_digits(spec: str, split: str) -> Source:

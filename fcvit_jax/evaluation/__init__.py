@@ -2,9 +2,10 @@
 
 import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,12 +13,13 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import Checkpoint
+from fcvit_jax.data.batches import BadImage
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
 from fcvit_jax.evaluation.inputs import EvaluationConfig, EvaluationInputs, open_inputs
 from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_logits, save_outcomes
-from fcvit_jax.evaluation.result_rows import class_table, cost_rows, result_rows
+from fcvit_jax.evaluation.result_rows import class_table, cost_rows, image_remarks, result_rows
 from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
 from fcvit_jax.evaluation.times import Times
@@ -45,6 +47,8 @@ def evaluate(
     throughput_blocks: int = EvaluationConfig.throughput_blocks,
     workers: int | None = EvaluationConfig.workers,
     rules: str = EvaluationConfig.rules,
+    on_bad: str = EvaluationConfig.on_bad,
+    class_names: str | Path | Sequence[str] = EvaluationConfig.class_names,
 ) -> list[ResultRow]:
     """Evaluate a checkpoint under merge schedules, in one pass over the data; returns one row a schedule.
 
@@ -57,42 +61,54 @@ def evaluate(
       checkpoint: a checkpoint directory, a `train_sam.py` working directory, `packaged:NAME`, or a loaded checkpoint.
       dataset: a data set's spec, as `open_source` takes it, or a source.
       schedules: names or explicit forms separated by commas (ranges such as `tome:0-16` too), a sequence of names or
-        `MergeSchedule`s, or a mapping from names of your own. Rows are compared with the schedule named `dense`.
+        `MergeSchedule`s, or a mapping from names of your own. A `?` after a name leaves it out where it does not fit
+        the model. Rows are compared with the schedule named `dense`.
       workdir: write all files of `evaluate.py` there; an interrupted evaluation resumes after its last finished batch
         when it is called again with the same arguments. None: write nothing.
       batch_size: images, over all devices.
       dtype: of the computation: float32, tf32 or bfloat16.
-      limit: evaluate the first images only.
+      limit: evaluate so many images: the first, or of a folder, which is sorted by class, evenly spread ones.
       real_labels: ReaL's real.json: its labels replace those of ImageNet's validation images.
       save_logits: write logits_<schedule>.npz.
       gallery: draw what the first images are merged to, under each schedule.
       throughput_blocks: timed blocks a schedule; 0 leaves images/s out.
       workers: decoding threads; by default as many as cores.
       rules: merge rules, `tome,evit(fuse=true)`: every schedule that merges and names no rule runs under each of them.
+      on_bad: for an image that cannot be read, `stop`, or `skip` it and count it in `images_skipped`. May be changed
+        when an interrupted evaluation is resumed.
+      class_names: of the head, instead of the checkpoint's: a text file with one a line, a sequence, or, if the head
+        has the data set's classes, in which order: "timm", "imagefolder" (torchvision's), "numeric" or "dataset".
 
     Raises:
       InputError: in one line, if an argument does not fit or an image cannot be read.
     """
-    config = EvaluationConfig(
-        batch_size, dtype, limit, real_labels, save_logits, gallery, throughput_blocks, workers, rules
-    )
+    names: Any = str(class_names) if isinstance(class_names, str | Path) else tuple(class_names)
+    numbers = batch_size, dtype, limit, real_labels, save_logits, gallery, throughput_blocks, workers
+    config = EvaluationConfig(*numbers, rules, on_bad, names)
     if workdir is None and (save_logits or gallery):
         raise InputError("save_logits and gallery write files: pass a workdir")
     if save_logits and jax.process_count() > 1:
         raise InputError("save_logits works in a single process only: leave it out")
     inputs, times = open_inputs(checkpoint, dataset, schedules, config), Times()
+    for line in inputs.remarks if jax.process_index() == 0 else ():
+        print(f"warning: {line}", flush=True)
     folder = None if workdir is None else local_path(workdir)
     if folder and jax.process_index() == 0:
         writable_directory(folder)
     with times("compiling"):
         steps = compile_steps(inputs.checkpoint.config, inputs.schedules, inputs.params, inputs.step_config)
-    outcomes = _classify_all(inputs, folder, steps, times)
+    try:
+        outcomes = _classify_all(inputs, folder, steps, times)
+    except BadImage as error:
+        raise InputError(f"{error}; repair it, or leave it out with on_bad=skip, and resume") from None
     rates = _measure_speed(inputs, steps, times)
     if outcomes is None:
         return []
     if folder and gallery:
         with times("pictures"):
             _draw(inputs, folder / "gallery")
+    for line in image_remarks(outcomes, inputs.checkpoint.preprocess):
+        print(f"warning: {line}")
     rows = result_rows(inputs, outcomes, steps, rates, times)
     if folder:
         from fcvit_jax.evaluation.report import write_report  # a command too, which must not be imported before it runs
@@ -127,6 +143,8 @@ def _classify_all(
                 part, saved = collect(batch, outcomes), steps if inputs.config.save_logits else ()
                 if first:
                     journal.append(part, [np.asarray(logits[name])[np.asarray(batch.mask)] for name in saved])
+            for why in batch.skipped:
+                bar.write(f"skipped: {why}")
             bar.update(min(size, total - bar.n))
     if not first:
         return None
@@ -155,7 +173,7 @@ def _draw(inputs: EvaluationInputs, folder: Path) -> None:
     merged = [name for name in inputs.schedules if name != "dense"]
     places = np.linspace(0, len(merged) - 1, PANELS).round().astype(int) if merged else ()
     shown = {merged[place]: inputs.schedules[merged[place]] for place in places}
-    images, names = first_images(inputs.source, checkpoint, min(inputs.config.gallery, inputs.num_records))
+    images, names = first_images(inputs.source, checkpoint, inputs.config.gallery, inputs.config.on_bad)
     # On one device of this process: the others may have no part in it.
     alone = replace(checkpoint, params=jax.tree.map(np.asarray, checkpoint.params))
     draw_gallery(alone, shown, images, names, folder, columns=4)

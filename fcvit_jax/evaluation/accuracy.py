@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax import compiling, parallel
-from fcvit_jax.data.batches import Batch
+from fcvit_jax.data.batches import BadImage, Batch
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.times import Times
@@ -167,10 +167,13 @@ def classify(
     compare: from `compile_divergence`, for all schedules but dense; requires dense among the steps. times: gets the
     seconds that the host waits. Raises InputError if a model's logits are not finite.
     """
-    times, waiting, computing = times or Times(), iter(batches), None
+    times, waiting, computing, bad = times or Times(), iter(batches), None, None
     while True:
         with times("waiting for data"):
-            batch = next(waiting, None)
+            try:
+                batch = next(waiting, None)
+            except BadImage as error:  # the batch before it is finished first
+                batch, bad = None, error
         with times("computing"):
             started = (batch, *_start(steps, params, batch, compare)) if batch is not None else None
         if computing is not None:
@@ -184,6 +187,8 @@ def classify(
                         f"({', '.join(computing[0].names[:3])}, ...); try another dtype"
                     )
             yield computing[0], outcomes, computing[2]
+        if bad:
+            raise bad
         if started is None:
             return
         computing = started
@@ -215,7 +220,7 @@ class Accuracy:
         """rank: int [n], as in `Outcome`. Raises InputError if no image counts."""
         rank = rank[rank >= 0]
         if not rank.size:
-            raise InputError("no image was evaluated: the data set has none with a label")
+            raise InputError("no image was evaluated: the data set has none that can be read and has a label")
         return cls(int((rank < 1).sum()), int((rank < 5).sum()), rank.size)
 
     @property

@@ -51,6 +51,7 @@ def render_page(runs: Sequence[Run]) -> str:
     for run in runs:
         found, (what, where) = table.findings(run), plot.model_and_conditions(run)
         warnings += [text.removeprefix("warning: ") for text in found if text.startswith("warning: ")]
+        warnings += [titled(run, f"{text}.", runs) for text in run.rows[0].get("remarks") or ()]
         where = f"{run.name}: {what}, {where}" if len(runs) > 1 else where
         introduction.append((where, [text for text in found if not text.startswith("warning: ")]))
     columns = [(run, table.columns(run, runs)) for run in runs]
@@ -140,7 +141,7 @@ def _classes(run: Run, runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
 
 def _conditions(runs: Sequence[Run]) -> Iterable[tuple[str, list[str]]]:
     """The conditions of measurement: all fields of the rows but the measured, with the text for each run."""
-    measured = {"schedule", "stages", *MEASURED}
+    measured = {"schedule", "stages", "remarks", *MEASURED}
     for field in dict.fromkeys(key for run in runs for row in run.rows for key in row if key not in measured):
         texts = ["; ".join(dict.fromkeys(_in_words(row.get(field)) for row in run.rows)) for run in runs]
         yield field.replace("_", " "), texts

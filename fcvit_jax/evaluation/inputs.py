@@ -18,12 +18,13 @@ from fcvit_jax.checkpoint import Checkpoint, flat_params, load_checkpoint, versi
 from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
-from fcvit_jax.data.labels import match_head, real_labels
+from fcvit_jax.data.labels import match_head, read_class_names, real_labels
+from fcvit_jax.data.records import sample
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.evaluation.accuracy import StepConfig
 from fcvit_jax.models import zoo
 from fcvit_jax.models.fused import choose_kernels
-from fcvit_jax.models.schedule import MergeSchedule, Schedules, cross_rules, name_schedules
+from fcvit_jax.models.schedule import MergeSchedule, Schedules, cross_rules, fit_schedules
 from fcvit_jax.models.vit import cast_params
 from fcvit_jax.settings import check_settings, setting
 
@@ -41,6 +42,8 @@ class EvaluationConfig:
     throughput_blocks: int = setting(5, low=0)
     workers: int | None = setting(None, low=1)
     rules: str = setting("")
+    on_bad: str = setting("stop", choices=("stop", "skip"))
+    class_names: str | tuple[str, ...] = ""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -52,6 +55,7 @@ class EvaluationInputs:
 
     source: its labels index the head's outputs. checkpoint_name: as it was given. files: sha256 of the checkpoint's
     files, None for a checkpoint in memory. reported: top-1 that is published for these weights and images, or None.
+    remarks: what was assumed or left out, one line each.
     """
 
     config: EvaluationConfig
@@ -62,6 +66,7 @@ class EvaluationInputs:
     files: Mapping[str, str] | None
     schedules: dict[str, MergeSchedule]
     reported: float | None
+    remarks: tuple[str, ...]
 
     @cached_property
     def params(self) -> Any:
@@ -70,7 +75,7 @@ class EvaluationInputs:
 
     @property
     def num_records(self) -> int:
-        return min(len(self.source), self.config.limit or len(self.source))
+        return len(self.source)
 
     def batches(self, start: int = 0, limit: int | None = None) -> contextlib.closing[Generator[Batch, None, None]]:
         """This process's share of the batches, on the devices, from batch `start` on."""
@@ -79,10 +84,11 @@ class EvaluationInputs:
             self.checkpoint.preprocess,
             self.config.batch_size,
             start=start,
-            limit=limit or self.config.limit,
+            limit=limit,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             workers=self.config.workers,
+            on_bad=self.config.on_bad,
         )
         return contextlib.closing(device_batches(host, parallel.batched(self.step_config.mesh)))
 
@@ -99,6 +105,7 @@ class EvaluationInputs:
         kernels = {choose_kernels(compute, devices, schedule) for schedule in self.schedules.values()}
         return {
             "dataset": [self.source.spec, len(self.source), config.real_labels],
+            "class_names": hashlib.sha256("\n".join(self.source.class_names).encode(errors="replace")).hexdigest(),
             "limit": config.limit,
             "checkpoint": weights.hexdigest(),
             "schedules": {name: str(schedule) for name, schedule in self.schedules.items()},
@@ -128,15 +135,16 @@ def open_inputs(
         name, checkpoint = str(checkpoint), load_checkpoint(checkpoint, placing)
         files = checkpoint.meta["files"]
     model = checkpoint.config
-    source = match_head(labelled, model.num_classes, checkpoint.meta.get("class_names"), str(checkpoint.path))
-    named = cross_rules(name_schedules(schedules, model.depth), config.rules)
-    for schedule in named.values():
-        schedule.plan(model)
+    names = read_class_names(config.class_names, model.num_classes) if config.class_names else checkpoint.class_names
+    source = sample(match_head(labelled, model.num_classes, names, str(checkpoint.path)), config.limit)
+    named, left_out = fit_schedules(schedules, model)
+    named = cross_rules(named, config.rules)
     reported = None if config.real_labels else reported_top1(opened, checkpoint, config.limit)
     step_config = StepConfig(
         checkpoint.preprocess, mesh, config.batch_size, config.dtype, source.scored, source.labels_per_image
     )
-    return EvaluationInputs(config, step_config, source, checkpoint, name, files, named, reported)
+    remarks = (*source.remarks, *left_out)
+    return EvaluationInputs(config, step_config, source, checkpoint, name, files, named, reported, remarks)
 
 
 def reported_top1(source: Source, checkpoint: Checkpoint, limit: int | None = None) -> float | None:

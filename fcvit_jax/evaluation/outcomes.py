@@ -5,6 +5,7 @@ import io
 import json
 import os
 import zipfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,9 +15,11 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from fcvit_jax.data.batches import Batch
+from fcvit_jax.data.preprocess import ODDITIES
 from fcvit_jax.evaluation.accuracy import Outcome
 from fcvit_jax.files import file_name, told_in_one_line, writable_directory, write_whole
 
+FOUND = ("skipped", *ODDITIES)  # what is counted of images beside their outcomes
 NAME_BYTES = 256  # that processes exchange of an image's name: the end of a longer one
 
 
@@ -24,7 +27,8 @@ class Outcomes(NamedTuple):
     """The outcomes of n images under s schedules, in the data set's order, without images that do not count.
 
     names: str [n]. labels: int32 [n], or [n, k] padded with -1. rank, prediction: int32 [s, n], as in `Outcome`.
-    kl: float32 [s, n], from dense; NaN if dense is not among the schedules.
+    kl: float32 [s, n], from dense; NaN if dense is not among the schedules. found: int32 [k], how many images were of
+    each kind of `FOUND`.
     """
 
     names: np.ndarray
@@ -32,6 +36,7 @@ class Outcomes(NamedTuple):
     rank: np.ndarray
     prediction: np.ndarray
     kl: np.ndarray
+    found: np.ndarray
 
 
 def collect(batch: Batch, outcomes: Mapping[str, Outcome]) -> Outcomes:
@@ -45,19 +50,28 @@ def collect(batch: Batch, outcomes: Mapping[str, Outcome]) -> Outcomes:
     rank, prediction = (np.stack([each[field] for each in outcomes.values()]) for field in (0, 1))
     none = np.full(rank.shape[1], 0 if "dense" in outcomes else np.nan, np.float32)  # dense differs from itself by 0
     kl = np.stack([none if outcome.kl is None else outcome.kl for outcome in outcomes.values()])
+    there = Counter({"skipped": len(batch.skipped)}) + Counter(batch.oddities)
+    found = np.array([there[kind] for kind in FOUND], np.int32)
+    if jax.process_count() > 1:
+        found = np.asarray(multihost_utils.process_allgather(found)).sum(axis=0, dtype=np.int32)
     counts = rank[0] >= 0
-    return Outcomes(names[counts], np.asarray(labels)[counts], rank[:, counts], prediction[:, counts], kl[:, counts])
+    rank, prediction, kl = (array[:, counts] for array in (rank, prediction, kl))
+    return Outcomes(names[counts], np.asarray(labels)[counts], rank, prediction, kl, found)
 
 
 def concatenate(parts: Iterable[Outcomes]) -> Outcomes:
     """Concatenate the outcomes of one or more batches."""
-    names, labels, *others = zip(*parts, strict=True)
-    return Outcomes(np.concatenate(names), np.concatenate(labels), *(np.concatenate(rows, axis=1) for rows in others))
+    names, labels, *others, found = zip(*parts, strict=True)
+    rank, prediction, kl = (np.concatenate(rows, axis=1) for rows in others)
+    total = np.stack(found).sum(axis=0)
+    return Outcomes(np.concatenate(names), np.concatenate(labels), rank, prediction, kl, total)
 
 
 def save_outcomes(path: Path, schedules: Sequence[str], outcomes: Outcomes) -> None:
-    """Write the arrays as one .npz, with `schedules`, str [s]. A partial file is never left behind."""
-    write_whole(path, _npz(schedules=np.asarray(schedules), **outcomes._asdict()))
+    """Write the arrays but `found` as one .npz, with `schedules`, str [s]. A partial file is never left behind."""
+    arrays = outcomes._asdict()
+    del arrays["found"]
+    write_whole(path, _npz(schedules=np.asarray(schedules), **arrays))
 
 
 class Journal:
@@ -105,6 +119,11 @@ class Journal:
             content = _npz(run=np.asarray(self._run), **outcomes._asdict(), **named)
             write_whole(self._file(len(self.parts)), content)
         self.parts.append(outcomes)
+
+    def forget_skips(self) -> None:
+        """Drop the first batch of which an image was skipped, and all after it."""
+        skips = (index for index, part in enumerate(self.parts) if part.found[FOUND.index("skipped")])
+        del self.parts[next(skips, len(self.parts)) :]
 
     def logits(self) -> Iterator[list[np.ndarray]]:
         """The logits that were appended, read batch by batch: float32 [rows, c] of each schedule."""

@@ -9,18 +9,19 @@ import jax
 import numpy as np
 
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
+from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import printable
 from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep
 from fcvit_jax.evaluation.inputs import EvaluationInputs
-from fcvit_jax.evaluation.outcomes import Outcomes
+from fcvit_jax.evaluation.outcomes import FOUND, Outcomes
 from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.statistics import mcnemar, sigmas, wilson
 from fcvit_jax.evaluation.throughput import Rate
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.schedule import MergeSchedule, Schedules, cross_rules, name_schedules
+from fcvit_jax.models.schedule import MergeSchedule, Schedules, cross_rules, fit_schedules
 
 
 def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules, rules: str = "") -> list[ResultRow]:
@@ -34,6 +35,7 @@ def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules, rules: 
     else:
         loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
         config, model = loaded.config, loaded.meta.get("provenance", {}).get("model")
+    named, remarks = fit_schedules(schedules, config)
     return [
         {
             "schedule": key,
@@ -42,8 +44,9 @@ def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules, rules: 
             **published.fields(model, key),
             "checkpoint": printable(name),
             "model": model,
+            "remarks": list(remarks),
         }
-        for key, schedule in cross_rules(name_schedules(schedules, config.depth), rules).items()
+        for key, schedule in cross_rules(named, rules).items()
     ]
 
 
@@ -57,7 +60,7 @@ def result_rows(
     """Make one row a schedule, with all conditions. images_per_second, its spread, speedup: None if not timed."""
     checkpoint, source, config = inputs.checkpoint, inputs.source, inputs.config
     provenance = checkpoint.meta.get("provenance", {})
-    names, device = list(inputs.schedules), jax.devices()[0]
+    names, device, skipped = list(inputs.schedules), jax.devices()[0], int(outcomes.found[FOUND.index("skipped")])
     dense, fastest = names.index("dense") if "dense" in names else None, rates.get("dense")
     conditions = {
         "checkpoint": printable(inputs.checkpoint_name),
@@ -66,7 +69,9 @@ def result_rows(
         "dataset": printable(source.spec),
         "real_labels": printable(config.real_labels) or None,
         "classes_scored": len(source.scored or source.class_names),
-        "images_excluded": inputs.num_records - len(outcomes.names),
+        "images_excluded": inputs.num_records - len(outcomes.names) - skipped,
+        "images_skipped": skipped,
+        "remarks": [*inputs.remarks, *image_remarks(outcomes, checkpoint.preprocess)],
         "limit": config.limit,
         "preprocess": str(checkpoint.preprocess),
         "batch_size": config.batch_size,
@@ -100,6 +105,12 @@ def result_rows(
             }
         )
     return rows
+
+
+def image_remarks(outcomes: Outcomes, preprocess: Preprocess) -> list[str]:
+    """What was found of the images that are not read as they are, one line a kind."""
+    counts = dict(zip(FOUND, outcomes.found.tolist(), strict=True))
+    return [text.format(f"{counts[kind]:,} images") for kind, text in preprocess.oddities.items() if counts[kind]]
 
 
 def class_table(outcomes: Outcomes, schedules: Iterable[str], class_names: tuple[str, ...]) -> dict[str, Any]:

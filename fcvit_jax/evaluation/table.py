@@ -106,6 +106,8 @@ def findings(run: Run) -> list[str]:
         found.append(f"{text}.")
     if excluded := max(row.get("images_excluded") or 0 for row in run.rows):
         found.append(f"{excluded:,} images are left out of all counts.")
+    if skipped := max(row.get("images_skipped") or 0 for row in run.rows):
+        found.append(f"warning: {skipped:,} images were skipped, which could not be read: no count has them.")
     if (spread := max(row.get("images_per_second_spread") or 0 for row in run.rows)) > 0.25:
         found.append(f"note: timed blocks differed by up to {spread:.0%}: was the machine busy with something else?")
     return found

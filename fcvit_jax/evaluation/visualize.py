@@ -14,7 +14,6 @@ registers) never merge, and are not counted.
 
 import contextlib
 import functools
-import glob
 import io
 import itertools
 import os
@@ -31,11 +30,13 @@ from tqdm import tqdm
 from fcvit_jax import compiling
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint
 from fcvit_jax.data.batches import eval_batches
+from fcvit_jax.data.listing import EXTENSIONS, list_below
 from fcvit_jax.data.preprocess import Preprocess
-from fcvit_jax.data.sources import EXTENSIONS, FORMS, Source, open_source, read_record
+from fcvit_jax.data.records import Source, sample
+from fcvit_jax.data.sources import FORMS, open_source, read_record
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.files import file_name, local_path, writable_directory, write_whole
-from fcvit_jax.models.schedule import Dense, MergeSchedule, parse_schedules
+from fcvit_jax.models.schedule import Dense, MergeSchedule, fit_schedules
 from fcvit_jax.models.vit import ViT
 
 PANEL = 320  # pixels: smaller images are enlarged, by a whole number, to this at least
@@ -143,12 +144,20 @@ def _enlarge(array: np.ndarray, factor: int) -> np.ndarray:
     return array.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def first_images(source: Source, checkpoint: Checkpoint, limit: int) -> tuple[np.ndarray, tuple[str, ...]]:
-    """Read the first images, uint8 [n, height, width, 3], as the model sees them, and their names."""
-    count = min(limit, len(source))
-    with contextlib.closing(eval_batches(source, checkpoint.preprocess, count, limit=count)) as batches:
+def first_images(
+    source: Source, checkpoint: Checkpoint, limit: int, on_bad: str = "stop"
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Read the first images, uint8 [n, height, width, 3], as the model sees them, and their names.
+
+    Of a source that is ordered by class, as many spread over all classes. on_bad: as in `eval_batches`.
+    """
+    source = sample(source, limit)
+    with contextlib.closing(eval_batches(source, checkpoint.preprocess, len(source), on_bad=on_bad)) as batches:
         batch = next(batches)
-    return np.asarray(batch.images), batch.names
+    kept = [row for row, name in enumerate(batch.names) if name]
+    for why in batch.skipped:
+        print(f"skipped: {why}")
+    return np.asarray(batch.images)[kept], tuple(batch.names[row] for row in kept)
 
 
 def draw_gallery(
@@ -241,14 +250,14 @@ def open_images(path: str) -> Source:
             return open_source(path)
         raise InputError(f"images {path!r}: there is no such file or folder; give one, or a data set: {FORMS}")
     if root.is_file():
-        root, names = root.parent, [root.name]
+        root, names, remarks = root.parent, [root.name], ()
     else:
-        found = glob.iglob("**/*", root_dir=root, recursive=True)  # leaves out hidden files
-        names = sorted(name for name in found if name.lower().endswith(EXTENSIONS) and not (root / name).is_dir())
+        listing = list_below(root)
+        names, remarks = listing.names, tuple(f"{path}: {line}" for line in listing.remarks)
     if not names:
         raise InputError(f"images {path!r}: none in this folder; accepted are {' '.join(EXTENSIONS)}")
 
-    return Source(path, (), len(names), lambda index: read_record(root, names[index], 0))
+    return Source(path, (), len(names), lambda index: read_record(root, names[index], 0), remarks=remarks)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -257,9 +266,10 @@ def main(argv: list[str] | None = None) -> None:
     for flag, metavar, default, what in (
         ("--checkpoint", "DIR", "packaged:digits", "a checkpoint, a train_sam.py working directory, or packaged:NAME"),
         ("--images", "PATH", "digits:test", f"a file, a folder (images at any depth), or a data set: {FORMS}"),
-        ("--schedules", "A,B", "tome_r12,s2dfe_r15,s2winc5_r16", "names or explicit forms, as for evaluate.py"),
+        ("--schedules", "A,B", "tome_r12,s2dfe_r15?,s2winc5_r16?", "names or explicit forms, as for evaluate.py"),
         ("--workdir", "W", Path("workdir/visualize"), "where to write the pictures; same names are overwritten"),
-        ("--limit", "N", 12, "draw the first N images"),
+        ("--limit", "N", 12, "draw N images: the first, or of a data set sorted by class, some of all classes"),
+        ("--on_bad", "stop|skip", "stop", "what to do with an image that cannot be read"),
     ):
         text = f"{what}; default: {default}"
         parser.add_argument(flag, metavar=metavar, default=default, type=type(default), help=text)
@@ -273,13 +283,16 @@ def main(argv: list[str] | None = None) -> None:
                 raise InputError(f"--{option}: {value} is not positive")
         source = open_images(args.images)
         checkpoint = load_checkpoint(args.checkpoint)
-        schedules = parse_schedules(args.schedules, checkpoint.config.depth)
-        for schedule in schedules.values():
-            schedule.plan(checkpoint.config)
-        workdir = local_path(args.workdir)
-        images, names = first_images(source, checkpoint, args.limit)
-        draw_gallery(checkpoint, schedules, images, names, workdir, stages=args.stages, columns=args.columns)
-        print(f"written: {len(names)} pictures in {workdir}")
+        schedules, remarks = fit_schedules(args.schedules, checkpoint.config)
+        for line in (*source.remarks, *remarks):
+            print(f"warning: {line}")
+        images, names = first_images(source, checkpoint, args.limit, args.on_bad)
+        if not names:
+            raise InputError(f"images {args.images!r}: none can be read")
+        draw_gallery(
+            checkpoint, schedules, images, names, local_path(args.workdir), stages=args.stages, columns=args.columns
+        )
+        print(f"written: {len(names)} pictures in {args.workdir}")
 
 
 if __name__ == "__main__":

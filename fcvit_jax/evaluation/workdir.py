@@ -40,6 +40,8 @@ def forget(workdir: Path) -> None:
 def open_journal(workdir: Path, inputs: EvaluationInputs) -> Journal:
     """Open the journal of an interrupted run with the same inputs, or start a new one."""
     journal = Journal(workdir / JOURNAL, inputs.fingerprint)
+    if inputs.config.on_bad == "stop":
+        journal.forget_skips()
     if journal.parts:
         done = min(len(journal.parts) * inputs.config.batch_size, inputs.num_records)
         print(f"{workdir}: resuming the interrupted run after {done:,} of {inputs.num_records:,} images")

@@ -27,7 +27,7 @@ from fcvit_jax.compiling import computation
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import check_target, file_name, staged
-from fcvit_jax.models.schedule import Schedules, name_schedules
+from fcvit_jax.models.schedule import Schedules, fit_schedules
 from fcvit_jax.models.vit import ViT, cast_params
 
 FORMAT = 1
@@ -72,9 +72,7 @@ def export(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     config = checkpoint.config
-    named = name_schedules(schedules, config.depth)
-    for schedule in named.values():
-        schedule.plan(config)  # raises if it does not fit
+    named, _ = fit_schedules(schedules, config)
     weights = cast_params(flat_params(checkpoint.params), compute)
 
     with staged(path) as staging:

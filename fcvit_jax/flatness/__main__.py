@@ -51,9 +51,14 @@ def run(args: argparse.Namespace) -> None:
         names.append(args.compare)
     check_comparable(config, others[0].config if others else config, args.loss_tolerance)
     checkpoints = {name: load_checkpoint(name) for name in names}
+    remarks: dict[str, None] = {}
     for checkpoint in checkpoints.values():
-        match_head(source, checkpoint.config.num_classes, checkpoint.meta["class_names"], str(checkpoint.path))
+        where = str(checkpoint.path)
+        matched = match_head(source, checkpoint.config.num_classes, checkpoint.class_names, where)
         MergeSchedule.parse(args.schedule, checkpoint.config.depth)
+        remarks |= dict.fromkeys(matched.remarks)
+    for line in remarks:
+        print(f"warning: {line}")
     workdir = writable_directory(_workdir(args))
 
     reports = []

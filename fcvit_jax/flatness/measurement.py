@@ -45,10 +45,11 @@ def measure(
     name = str(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
     source = open_source(dataset) if isinstance(dataset, str) else dataset
-    source = match_head(source, checkpoint.config.num_classes, checkpoint.meta["class_names"], str(checkpoint.path))
+    source = match_head(source, checkpoint.config.num_classes, checkpoint.class_names, str(checkpoint.path))
+    typed = str(schedule)
     if isinstance(schedule, str):
         schedule = MergeSchedule.parse(schedule, checkpoint.config.depth)
-    schedule.plan(checkpoint.config)
+    schedule.plan(checkpoint.config, typed)
     batches, fingerprint = draw_batches(source, checkpoint.preprocess, config)
     conditions = {
         "checkpoint": printable(name),

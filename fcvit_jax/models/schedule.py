@@ -4,14 +4,13 @@ DFE (dense first layers) and LGTM (local, then global merging) follow arXiv 2303
 Merging, arXiv 2210.09461. Schedules are hashable, as static arguments of jitted functions must be.
 """
 
-import itertools
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from fcvit_jax.errors import InputError
+from fcvit_jax.errors import InputError, naming
 from fcvit_jax.models.published import DIFFRATE_KEPT, diffrate_layers
 from fcvit_jax.models.rules import DEFAULT, Layer, Rule, parse_rule
 
@@ -122,15 +121,18 @@ class MergeSchedule:
             raise InputError(f"schedule {text!r} covers {schedule.depth} layers, the model has {depth}")
         return schedule
 
-    def plan(self, config: Geometry) -> tuple[Layer, ...]:
+    def plan(self, config: Geometry, name: str = "") -> tuple[Layer, ...]:
         """Resolve the schedule on a model, layer by layer.
 
-        Raises InputError where the stages do not add up to the depth or the grid does not divide by the windows.
+        name: what a user calls it, for messages. Raises InputError where the stages do not add up to the depth or the
+        grid does not divide by the windows.
         """
         if self.depth != config.depth:
-            raise InputError(f"schedule {self} covers {self.depth} layers, the model has {config.depth}")
+            raise InputError(f"schedule {name or self} covers {self.depth} layers, the model has {config.depth}")
+        with naming(f"schedule {name or self}"):
+            layers = [*self._layers(config)]
         known = {"depth": self.depth, "class_token": getattr(config, "class_token", True)}
-        return tuple(layer._replace(index=index, **known) for index, layer in enumerate(self._layers(config)))
+        return tuple(layer._replace(index=index, **known) for index, layer in enumerate(layers))
 
     def tokens(self, config: Geometry) -> tuple[int, ...]:
         """The number of tokens, prefix tokens included, that leave each layer."""
@@ -143,8 +145,7 @@ class MergeSchedule:
         patches = math.prod(cells)
         for stage in self.stages:
             if isinstance(stage, Local) and (cells[0] % stage.windows[0] or cells[1] % stage.windows[1]):
-                grid, windows = (f"{rows}x{columns}" for rows, columns in (cells, stage.windows))
-                raise InputError(f"schedule {self}: a {grid} grid does not divide into {windows} windows")
+                raise InputError(_no_windows(cells, stage.windows, getattr(config, "patch_size", None)))
             for _ in range(stage.layers):
                 before, intact = prefix + patches, patches == math.prod(config.grid)
                 match stage:
@@ -169,21 +170,28 @@ class MergeSchedule:
 Schedules = str | MergeSchedule | Iterable[str | MergeSchedule] | Mapping[str, MergeSchedule]
 
 
-def name_schedules(schedules: Schedules, depth: int) -> dict[str, MergeSchedule]:
-    """Give schedules names, in order.
+def fit_schedules(schedules: Schedules, config: Geometry) -> tuple[dict[str, MergeSchedule], tuple[str, ...]]:
+    """Give schedules names, in order, and check that each fits a model.
 
     schedules: text as `parse_schedules` reads it; a schedule, named by its explicit form, or `dense` if it merges
-    nothing; several of either; or a mapping from names.
+    nothing; several of either; or a mapping from names. Of those in text that end in `?`, what does not fit is left
+    out, and a line of text that says so is returned too. Raises InputError if another does not fit.
     """
-    if isinstance(schedules, Mapping):
-        return {str(name): schedule for name, schedule in schedules.items()}
+    given = [*schedules.items()] if isinstance(schedules, Mapping) else schedules
     named: dict[str, MergeSchedule] = {}
-    for each in [schedules] if isinstance(schedules, str | MergeSchedule) else list(schedules) or [""]:
+    unfit: dict[str, list[str]] = {}
+    for each in [given] if isinstance(given, str | MergeSchedule) else [*given] or [""]:
         if isinstance(each, str):
-            named |= parse_schedules(each, depth)
-        else:
-            named["dense" if each == MergeSchedule.dense(depth) else str(each)] = each
-    return named
+            _read(each, config, named, unfit)
+            continue
+        dense = "dense" if each == MergeSchedule.dense(config.depth) else str(each)
+        name, schedule = (dense, each) if isinstance(each, MergeSchedule) else (str(each[0]), each[1])
+        schedule.plan(config, name)
+        named[name] = schedule
+    listed = "; ".join(f"{', '.join(names)} ({why})" for why, names in unfit.items())
+    if not named:
+        raise InputError(f"no schedule fits this model: {listed}")
+    return named, (f"schedules left out, as they do not fit this model: {listed}",) if unfit else ()
 
 
 def cross_rules(schedules: Mapping[str, MergeSchedule], rules: str) -> dict[str, MergeSchedule]:
@@ -217,22 +225,52 @@ def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
 
     A range of rates, LOW-HIGH or LOW-HIGH:STEP with both ends included, stands for the names that it spells:
     `tome:0-16` for `tome_r0` to `tome_r16`, `s2dfe@RULE:2-20:2` for `s2dfe_r2@RULE`, `s2dfe_r4@RULE` and so on. An
-    explicit form contains commas itself: it ends where its layers reach the depth.
+    explicit form contains commas itself: it ends where its layers reach the depth. A `?` after a schedule or a range
+    leaves out what does not fit the depth.
     """
     schedules: dict[str, MergeSchedule] = {}
+    _read(text, depth, schedules, {})
+    return schedules
+
+
+def _read(text: str, model: Geometry | int, schedules: dict[str, MergeSchedule], unfit: dict[str, list[str]]) -> None:
+    """Add the schedules in a text that fit a model, or its depth; those that end in `?` and do not: to `unfit`."""
+    depth = model if isinstance(model, int) else model.depth
     pending: list[str] = []
-    parts = filter(None, map(str.strip, re.split(_COMMA, text)))
-    for part in itertools.chain.from_iterable(map(_expand, parts)):
-        pending.append(part)
-        if ":" not in part or sum(_parse_stage(stage).layers for stage in pending) >= depth:
-            name = ",".join(pending)
-            schedules[name] = MergeSchedule.parse(name, depth)
-            pending = []
+    parts = [*filter(None, map(str.strip, re.split(_COMMA, text)))]
+    for typed in parts:
+        optional, part = typed.endswith("?"), typed.removesuffix("?")
+        for name in _expand(part):
+            pending.append(name)
+            if ":" in name and sum(_parse_stage(stage).layers for stage in pending) < depth and not optional:
+                continue
+            name, pending = ",".join(pending), []
+            try:
+                schedule = MergeSchedule.parse(name, depth)
+                if not isinstance(model, int):
+                    schedule.plan(model, name if name.endswith(part) else f"{name} of {part}")
+                schedules[name] = schedule
+            except InputError as error:
+                if not optional:
+                    raise
+                why = str(error).split(": ", 1)[-1].partition(";")[0]
+                unfit.setdefault(why, []).append(name)
     if pending:
         MergeSchedule.parse(",".join(pending), depth)  # raises: its layers do not reach the depth
-    if not schedules:
+    if not parts:
         raise InputError("no schedule given: name at least one, such as dense,tome_r13")
-    return schedules
+
+
+def _no_windows(cells: tuple[int, int], windows: tuple[int, int], patch_size: int | None) -> str:
+    """Why a stage does not fit, and what would."""
+    (rows, columns), (down, across) = cells, windows
+    fixes = ["use tome_rN or sNdfe_rN"]
+    sides = [side for side in range(2, min(cells) // 2 + 1) if rows % side == columns % side == 0]
+    fixes += [f"windows of {' or '.join(f'{side}x{side}' for side in sides[:3])}"] if sides else []
+    if patch_size:
+        height, width = (-(-cell // count) * count * patch_size for cell, count in zip(cells, windows, strict=True))
+        fixes.append(f"convert with --image_size {height if height == width else f'{height}x{width}'}")
+    return f"a {rows}x{columns} grid does not divide into {down}x{across} windows; {', or '.join(fixes)}"
 
 
 _COMMA = r",(?![^(]*\))"  # not one between a rule's options

@@ -1,6 +1,7 @@
 """Tests while training, dense and under the configured schedules."""
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,7 +24,7 @@ class Assessment:
     def __init__(self, run: TrainingRun, params: Any, notes: dict[str, Any], stopping: Callable[[], bool]):
         self.run, self.notes, self.stopping = run, notes, stopping
         self.batch_size = run.config.batch_size // run.recipe.sam.microbatches
-        self.skipped, self.told = 0, set[str]()
+        self.skipped, self.told, self.odd = 0, set[str](), Counter[str]()
         start, source = run.start, run.start.test_set
         config = StepConfig(
             start.preprocess, run.mesh, self.batch_size, run.config.dtype, source.scored, source.labels_per_image
@@ -36,7 +37,7 @@ class Assessment:
         None if a signal came meanwhile: then nothing is written.
         """
         run, config = self.run, self.run.config
-        self.skipped = 0
+        self.skipped, self.odd = 0, Counter()
         host = eval_batches(
             run.start.test_set,
             run.start.preprocess,
@@ -50,6 +51,10 @@ class Assessment:
             accuracies = measure_accuracy(self.steps, state.weights, self._until_stopped(batches, recent.tell))
         if self.stopping():
             return None
+        for kind, text in run.start.preprocess.oddities.items():
+            if self.odd[kind] and text not in self.told:
+                recent.tell(f"warning: {text.format(f'{self.odd[kind]:,} test images')}")
+                self.told.add(text)
         accuracy = accuracies["dense"]
         row = {f"test/{name}": each.top1 for name, each in accuracies.items()}
         if config.on_bad == "skip":
@@ -65,6 +70,7 @@ class Assessment:
     def _until_stopped(self, batches: Iterator[Batch], tell: Callable[[str], None]) -> Iterator[Batch]:
         for batch in batches:
             self.skipped += len(batch.skipped)
+            self.odd.update(batch.oddities)
             for why in set(batch.skipped) - self.told:
                 tell(f"skipped: {why}")
             self.told |= {*batch.skipped}

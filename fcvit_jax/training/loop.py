@@ -109,10 +109,13 @@ def loop(
                 run.write_checkpoint("checkpoint", state.weights, done)
                 return state, None
         batches = stack.enter_context(contextlib.closing(training_batches(run, done)))
+        odd = run.start.preprocess.oddities
         for batch in recent.waiting.timed(batches):
             state, metrics = parallel.settled(compiled(state, StepInputs(*batch[:3])))
             done += 1
             recent.add(batch, metrics)
+            for text in [odd.pop(kind) for kind in {*batch.oddities} & odd.keys()]:
+                recent.tell(f"warning: {text.format('training images')}")
             stop, tested = stopping(), due(config.eval_every)
             saved, logged = stop or tested or due(config.save_every), stop or due(config.log_every)
             if (saved or logged) and (bad := recent.first_bad(done)):

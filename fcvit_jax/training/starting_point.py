@@ -10,7 +10,7 @@ import numpy as np
 from fcvit_jax.checkpoint import abstract_params, flat_params, load_checkpoint
 from fcvit_jax.convert.geometry import infer_config
 from fcvit_jax.convert.translation import assemble, translate
-from fcvit_jax.data.labels import match_head
+from fcvit_jax.data.labels import UnknownOrder, class_differences, match_head, read_class_names
 from fcvit_jax.data.preprocess import Preprocess, preset
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
@@ -41,12 +41,14 @@ def from_checkpoint(
     test_set: Source,
     image_size: tuple[int, int] | None = None,
     preprocess: str | None = None,
+    class_names: str | None = None,
 ) -> tuple[StartingPoint, Any]:
     """A checkpoint's model, and its parameters (float32 NumPy arrays, on no device yet).
 
     The head stays if the training set has all of its classes, under any names that `match_head` knows; otherwise it is
-    replaced by zeros for those of the training set. preprocess: a preset instead of the checkpoint's own. Raises
-    InputError if the test set has other classes.
+    replaced by zeros for those of the training set. preprocess: a preset instead of the checkpoint's own. class_names:
+    of the head, or their order, instead of the checkpoint's. Raises InputError if the test set has other classes, or if
+    the classes of the head could be the training set's in several orders.
     """
     checkpoint = load_checkpoint(path)
     config, pixels, remarks = checkpoint.config, checkpoint.preprocess, []
@@ -60,25 +62,26 @@ def from_checkpoint(
     if preprocess:
         pixels = preset(preprocess, config.image_size)
     params = jax.tree.map(np.asarray, params)
-    head = config.num_classes, checkpoint.meta.get("class_names"), str(path)
-    if kept := _covering(train_set, *head):
+    names = read_class_names(class_names, config.num_classes) if class_names else checkpoint.class_names
+    head = config.num_classes, names, str(path)
+    try:
+        kept = match_head(train_set, *head)
+    except UnknownOrder as error:
+        raise InputError(f"{error}; for a new head, convert with --num_classes 0") from None
+    except InputError:
+        kept = None
+    if kept and kept.scored is None:
         train_set, test_set = kept, match_head(test_set, *head)
     else:
         there, wanted = config.num_classes, len(train_set.class_names)
         why = f"{there} classes, the data set {wanted}" if there != wanted else "other classes"
-        remarks.append(f"{path} has {why}: its head is replaced by zeros")
+        which = ""
+        if there and not kept and names and not isinstance(names, str):
+            which = f" ({class_differences(train_set, names)})"
+        remarks.append(f"{path} has {why}: its head is replaced by zeros{which}")
         params, config = _new_head(params, config, wanted)
         test_set = _like(train_set, test_set)
     return StartingPoint(config, pixels, train_set, test_set, checkpoint.meta["provenance"], tuple(remarks)), params
-
-
-def _covering(train_set: Source, num_classes: int, class_names: list[str] | None, where: str) -> Source | None:
-    """The training set with labels that index the head's outputs; None if it lacks classes or has others."""
-    try:
-        matched = match_head(train_set, num_classes, class_names, where)
-    except InputError:
-        return None
-    return matched if matched.scored is None else None
 
 
 def _like(train_set: Source, test_set: Source) -> Source:

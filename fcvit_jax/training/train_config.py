@@ -31,6 +31,7 @@ class TrainConfig:
     model: ViTConfig | None = None  # of a run from scratch; its num_classes gives way to the training set's
     image_size: int | None = setting(None, low=1)  # pixels a side, if not the checkpoint's
     preprocess: str | None = None  # a preset; None: the checkpoint's own
+    class_names: str | None = None  # of the checkpoint's head, or their order, as `read_class_names` takes them
     dropout: float = setting(0.0, low=0, below=1)  # probability
     drop_path: float = setting(0.0, low=0, below=1)  # of skipping the last layer; it rises to this from the first
     schedule: str | MergeSchedule = "dense"  # the merge schedule to train with

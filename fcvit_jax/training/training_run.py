@@ -19,7 +19,7 @@ from fcvit_jax.errors import InputError, naming
 from fcvit_jax.evaluation.accuracy import Accuracy
 from fcvit_jax.files import local_path, sweep
 from fcvit_jax.models import zoo
-from fcvit_jax.models.schedule import MergeSchedule, parse_schedules
+from fcvit_jax.models.schedule import MergeSchedule, fit_schedules
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training import sam
 from fcvit_jax.training.optimizer import frozen_mask, make_optimizer
@@ -103,12 +103,11 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
     steps, warmup = round(config.epochs * an_epoch), round(config.warmup_epochs * an_epoch)
 
     start, initial = begin(config, workdir, train_set, test_set)
-    depth = start.config.depth
-    schedules = {"dense": MergeSchedule.dense(depth), **parse_schedules(config.schedules, depth)}
+    schedules, left_out = fit_schedules(f"dense,{config.schedules}", start.config)
     schedule = config.schedule
-    schedule = schedule if isinstance(schedule, MergeSchedule) else MergeSchedule.parse(schedule, depth)
-    for each in (schedule, *schedules.values()):
-        each.plan(start.config)
+    if not isinstance(schedule, MergeSchedule):
+        schedule = MergeSchedule.parse(schedule, start.config.depth)
+    schedule.plan(start.config, str(config.schedule))
     model = ViT(start.config, schedule, PRECISIONS[config.dtype][0], config.dropout, config.drop_path, config.remat)
     params = abstract_params(start.config)
     sam_config = replace(config.sam, start_step=max(config.sam.start_step, warmup * config.sam_after_warmup))
@@ -123,7 +122,9 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
         config.ema_decay,
     )
     unused = ("config.model is not used: the checkpoint has its own",) if config.checkpoint and config.model else ()
-    remarks = (*start.remarks, *unused, *(f"warning: {line}" for line in sam.warnings(sam_config)))
+    sources = dict.fromkeys((*start.train_set.remarks, *start.test_set.remarks))
+    notes = (*sources, *sam.warnings(sam_config), *left_out)
+    remarks = (*start.remarks, *unused, *(f"warning: {line}" for line in notes))
     return TrainingRun(config, workdir, mesh, start, model, schedules, recipe, steps, remarks), initial
 
 
@@ -142,7 +143,7 @@ def begin(config: TrainConfig, workdir: Path, train_set: Source, test_set: Sourc
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("pretrained")
     size = (config.image_size, config.image_size) if config.image_size else None
-    return from_checkpoint(path, train_set, test_set, size, config.preprocess)
+    return from_checkpoint(path, train_set, test_set, size, config.preprocess, config.class_names)
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:

@@ -1,3 +1,4 @@
+import json
 from typing import Any
 
 import jax
@@ -28,6 +29,45 @@ def test_the_checkpoint_returned_is_the_one_written(weights, tmp_path, capsys):
     assert made.meta["class_names"] == list(NAMES)
     assert "position embedding 4x4, the model's grid 6x6" in made.meta["provenance"]["remarks"][0]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("order", ["timm", "imagefolder", "numeric"])
+def test_an_order_of_classes_is_kept_through_another_conversion(order, weights, tmp_path):
+    made = convert(weights, tmp_path / "one", num_heads=2, preprocess="timm/deit", class_names=order)
+    again = convert(tmp_path / "one", tmp_path / "two")
+    for checkpoint in (made, again, fc.load_checkpoint(tmp_path / "two")):
+        assert checkpoint.class_names == order
+        assert checkpoint.meta["class_names"] is None
+    named = convert(tmp_path / "two", tmp_path / "three", class_names=NAMES)
+    assert (named.class_names, named.meta.get("class_order")) == (NAMES, None)
+    folder = convert(tmp_path / "one", tmp_path / "hf", to="hf")
+    assert "LABEL_4" in (folder / "config.json").read_text()
+    (tmp_path / "one" / "meta.json").write_text(json.dumps(made.meta | {"class_order": "random"}))
+    with pytest.raises(fc.InputError, match="class_order is 'random': expected one of timm, imagefolder, numeric"):
+        fc.load_checkpoint(tmp_path / "one")
+
+
+def test_the_grid_that_is_assumed_is_told(tmp_path):
+    """2x8 patches, as many as 4x4."""
+    arrays = state_dict(fc.ViTConfig((16, 64), 8, 128, 2, 2, 256, num_classes=5))
+    save_file(arrays, tmp_path / "wide.safetensors")
+
+    def made(source, name, **options):
+        lines = []
+        checkpoint = convert(source, tmp_path / name, preprocess="timm/deit", report=lines.append, **options)
+        return checkpoint, [line for line in lines if "is assumed to be of a" in line]
+
+    wide, (line,) = made(tmp_path / "wide.safetensors", "wide", num_heads=2, image_size=(16, 64))
+    np.testing.assert_array_equal(wide.params["embed"]["pos_embed"], arrays["pos_embed"])
+    assert "assumed to be of a 2x8 grid, which fits --image_size exactly; if it is of 4x4, convert without" in line
+    # The way to say otherwise: a square first.
+    square, lines = made(tmp_path / "wide.safetensors", "square", num_heads=2)
+    assert (square.config.grid, lines) == ((4, 4), [])
+    resampled, lines = made(tmp_path / "square", "resampled", image_size=(16, 64))
+    assert (resampled.config.grid, lines) == ((2, 8), [])
+    assert np.abs(np.asarray(resampled.params["embed"]["pos_embed"]) - arrays["pos_embed"]).max() > 0.1
+    _, (line,) = made(tmp_path / "wide.safetensors", "wider", num_heads=2, image_size=(32, 128))
+    assert "assumed to be of a square grid; if it is not, pass the --image_size of the weights" in line
 
 
 def test_for_pytorch_the_path_is_returned(weights, tmp_path):
@@ -69,7 +109,7 @@ def test_an_inspection_is_a_value(weights, tmp_path, capsys):
         ({"num_heads": 0}, "num_heads is 0"),
         ({"num_classes": -1}, "num_classes is -1: it must be a whole number, 0 or more, or none"),
         ({"gelu": "relu"}, "gelu is 'relu': choose one of exact"),
-        ({"class_names": ["ant"]}, "--class_names has 1 different names"),
+        ({"class_names": ["ant"]}, "class_names has 1 different names"),
         ({"sha256": "0123"}, "'0123' is no sha256"),
         ({"model": "vit_smal_patch16_224"}, "the nearest names are vit_small_patch16_224"),
         ({"pos_embed": "spline", "image_size": 64}, "unknown resampling 'spline'"),

@@ -182,7 +182,7 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(name, says, inspect, tmp_path
         (("--num_classes", "-1", *GIVEN), "num_classes is -1: it must be a whole number, 0 or more, or none"),
         (("--num_classes", "many", *GIVEN), "argument --num_classes: invalid int value: 'many'"),
         (("--colour", *GIVEN), "unrecognized arguments: --colour"),
-        (("--class_names", "/nowhere.txt", *GIVEN), "--class_names /nowhere.txt cannot be read"),
+        (("--class_names", "/nowhere.txt", *GIVEN), "class_names /nowhere.txt cannot be read"),
     ],
 )
 def test_bad_requests_are_one_line_and_leave_nothing(arguments, says, weights, tmp_path, capsys):

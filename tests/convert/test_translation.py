@@ -174,8 +174,11 @@ def test_a_grid_that_is_not_square_is_asked_for():
     assert infer(arrays, num_heads=2).no_embed_class
 
 
-def test_a_square_grid_is_not_taken_for_another_of_as_many_patches():
+def test_of_two_grids_of_as_many_patches_the_one_that_is_asked_for_is_taken():
     config, grid = infer_config(translate(state_dict()), {}, {"num_heads": 2, "image_size": (16, 64)})
+    assert (grid, config.grid) == ((2, 8), (2, 8))
+    known = {"": {"image_size": (32, 32)}}  # unless another is known
+    config, grid = infer_config(translate(state_dict()), known, {"num_heads": 2, "image_size": (16, 64)})
     assert (grid, config.grid) == ((4, 4), (2, 8))
 
 

@@ -181,6 +181,15 @@ def test_device_batches_are_sharded_and_equal():
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
+def test_what_is_before_a_bad_image_comes_first(depth):
+    batches = device_batches(eval_batches(source_of(13, broken=9), SMALL, 2), on_devices(), depth)
+    assert [next(batches).names[0] for _ in range(4)] == [f"record-{i}" for i in (0, 2, 4, 6)]
+    with pytest.raises(BadImage, match="record-9"):
+        next(batches)
+    assert decoding_threads() == []
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
 def test_device_batches_run_that_far_ahead(depth):
     made = []
 

@@ -12,7 +12,7 @@ from PIL import Image
 
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.batches import eval_batches, train_batches
-from fcvit_jax.data.labels import match_head, real_labels
+from fcvit_jax.data.labels import UnknownOrder, match_head, read_class_names, real_labels
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Record, Source, open_source
 from fcvit_jax.errors import InputError
@@ -107,8 +107,122 @@ def test_a_head_of_the_same_names_takes_them_as_they_are():
     for names in (list("abc"), IMAGENETTE):
         source = source_of(*names)
         assert match_head(source, len(names), names, "dir") is source
-    source = source_of(*"abc")
-    assert match_head(source, 3, None, "dir") is source  # nothing is known against it
+    source = match_head(source_of(*"abc"), 3, None, "dir")  # nothing is known against it
+    assert labels_of(source) == [0, 1, 2]
+    assert source.remarks == (
+        "the head of dir has no class names: its 3 outputs are assumed to be the classes of set:x in sorted order",
+    )
+
+
+@pytest.mark.parametrize("order", [(1, 0, 2), (2, 1, 0)])
+def test_classes_are_matched_by_name(order):
+    names = ["cat", "dog", "eel"]
+    source = match_head(source_of("cat", "dog", "eel"), 3, [names[place] for place in order], "dir")
+    assert labels_of(source) == [order.index(place) for place in range(3)]
+    assert source.class_names == tuple(names[place] for place in order)
+    assert source.scored is None
+    synsets = [*SYNSETS[1:], SYNSETS[0]]
+    assert labels_of(match_head(source_of(*SYNSETS), 1000, synsets, "dir")) == [999, *range(999)]
+
+
+def test_a_class_without_images_may_be_an_empty_folder():
+    source = match_head(source_of("a", "c", empty=("b", "junk")), 3, [*"abc"], "dir")
+    assert labels_of(source) == [0, 2]
+    assert (source.class_names, source.scored) == (("a", "b", "c"), None)  # a prediction of b is wrong
+    # Of ImageNet's classes too.
+    source = match_head(source_of(*SYNSETS[1:], empty=(SYNSETS[0],)), 1000, None, "dir")
+    assert (labels_of(source)[0], source.scored) == (1, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "orders"),
+    [
+        (["c1", "c2", "c10"], {"imagefolder": ["c1", "c10", "c2"], "timm": ["c1", "c2", "c10"]}),
+        (["Cat", "ant", "bee"], {"imagefolder": ["Cat", "ant", "bee"], "timm": ["ant", "bee", "Cat"]}),
+        (
+            ["0", "1", "2", "10"],
+            {"imagefolder": ["0", "1", "10", "2"], "timm": ["0", "1", "2", "10"], "numeric": ["0", "1", "2", "10"]},
+        ),
+        (
+            ["0.25", "0.5", "10"],
+            {
+                "imagefolder": ["0.25", "0.5", "10"],
+                "timm": ["0.5", "0.25", "10"],
+                "numeric": ["0.25", "0.5", "10"],
+            },
+        ),
+        (
+            ["-10", "-5", "3"],
+            {"imagefolder": ["-10", "-5", "3"], "timm": ["3", "-5", "-10"], "numeric": ["-10", "-5", "3"]},
+        ),
+        (["b", "a", "c"], {"imagefolder": ["a", "b", "c"], "timm": ["a", "b", "c"], "dataset": ["b", "a", "c"]}),
+    ],
+)
+def test_a_head_without_names_stops_where_usual_orders_differ(names, orders):
+    source = source_of(*names)
+    with pytest.raises(UnknownOrder) as caught:
+        match_head(source, len(names), None, "dir")
+    assert "\n" not in str(caught.value)
+    for name in orders:
+        assert name in str(caught.value)
+    for name, order in orders.items():  # as stated, here or in the checkpoint
+        matched = match_head(source, len(names), name, "dir")
+        assert matched.class_names == tuple(order)
+        assert [order[label] for label in labels_of(matched)] == names
+    # Names settle it, in any order.
+    assert labels_of(match_head(source, len(names), names[::-1], "dir")) == [*range(len(names))][::-1]
+
+
+def test_the_orders_are_those_of_the_libraries(tmp_path):
+    timm = pytest.importorskip("timm.data.readers.reader_image_folder")
+    names = ["c1", "C2", "c10", "10", "9", "-3", "x 5.25", "x 5.5", "ant", "Bee"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "1.png").write_bytes(b"pixels")
+    source = open_source(f"folder:{tmp_path}")
+    _, outputs = timm.find_images_and_targets(str(tmp_path))
+    assert match_head(source, 10, "timm", "dir").class_names == tuple(sorted(outputs, key=outputs.get))
+    folder = pytest.importorskip("torchvision.datasets.folder")
+    assert match_head(source, 10, "imagefolder", "dir").class_names == tuple(folder.find_classes(tmp_path)[0])
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        WORDS,
+        [f"{index:04d}" for index in range(1, 1001)],
+        [*map(str, range(1, 1001))],
+        [f"n{i:08d}" for i in range(1000)],
+    ],
+    ids=["words", "from 0001", "from 1", "other synsets"],
+)
+def test_a_thousand_outputs_without_names_are_not_taken_for_a_thousand_folders(names):
+    source = source_of(*sorted(names))
+    with pytest.raises(UnknownOrder, match="are not named as ImageNet's") as caught:
+        match_head(source, 1000, None, "dir")
+    assert "\n" not in str(caught.value)
+    assert match_head(source, 1000, "imagefolder", "dir").class_names == tuple(sorted(names))
+    assert labels_of(match_head(source, 1000, names, "dir")) == [names.index(name) for name in sorted(names)]
+
+
+@pytest.mark.parametrize("order", ["timm", "numeric"])
+def test_an_order_leaves_imagenets_own_classes_alone(order):
+    assert match_head(source_of(*IMAGENETTE), 1000, order, "dir").scored is not None
+    assert labels_of(match_head(source_of(*map(str, range(1000))), 1000, order, "dir")) == [*range(1000)]
+
+
+def test_class_names_are_a_file_a_list_or_an_order(tmp_path):
+    (tmp_path / "names.txt").write_text("b\n\n a \n")
+    assert read_class_names(tmp_path / "names.txt", 2) == ("b", "a")
+    assert read_class_names(["b", "a"], 2) == ("b", "a")
+    assert read_class_names("timm", 2) == "timm"
+    for asked, message in (
+        (tmp_path / "none", "none cannot be read as text: .*; it is a file, or one of timm, imagefolder, numeric"),
+        (tmp_path / "names.txt", "has 2 different names, one a line; the head has 3"),
+        (["a", "a", "b"], "class_names has 2 different names"),
+    ):
+        with pytest.raises(InputError, match=message):
+            read_class_names(asked, 3)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +230,21 @@ def test_a_head_of_the_same_names_takes_them_as_they_are():
     [
         (source_of("a"), (0, None), "dir has no head: it gives features, not classes"),
         (source_of("a", "b"), (3, None), "set:x has 2 classes, the head of dir has 3"),
-        (source_of(*"ab"), (2, ["a", "c"]), "set:x has class 'b' where dir has 'c': its labels mean other classes"),
-        (source_of(*"ba"), (2, ["a", "b"]), "set:x has class 'b' where dir has 'a': its labels mean other classes"),
-        # Ten of ImageNet's classes under a head of ten others, and of the same in another order.
+        (
+            source_of(*"ab"),
+            (2, ["a", "c"]),
+            "set:x has class 'b' where dir has 'c': its labels mean other classes (only the data",
+        ),
+        (source_of(*"ab"), (3, [*"abc"]), "set:x has 2 classes, the head of dir has 3 (only the head has c"),
+        (source_of(*"ab", empty=("d",)), (3, [*"abc"]), "the head of dir has 3 (only the head has c; a class without"),
+        (source_of(*"abc"), (2, [*"ab"]), "set:x has 3 classes, the head of dir has 2 (only the data set has c"),
+        (source_of(*"ab"), (3, [*"aba"]), "two outputs are a"),
+        (source_of(*"ab", empty=("c",)), (3, None), "has 2 classes with images, beside empty folders (c), the head of"),
+        (source_of(*"ab"), (3, "timm"), "set:x has 2 classes, the head of dir has 3"),
+        (source_of(*"ab"), (2, "numeric"), "class_names is numeric, and class 'a' is no number"),
+        # Ten of ImageNet's classes under a head of ten others.
         (source_of(*IMAGENETTE), (10, WORDS[:10]), "has class 'n01440764' where dir has 'thing 0'"),
-        (source_of(*IMAGENETTE), (10, IMAGENETTE[::-1]), "has class 'n01440764' where dir has 'n03888257'"),
-        # Heads of a thousand outputs that are not in ImageNet's order.
-        (source_of(*SYNSETS), (1000, [*SYNSETS[1:], SYNSETS[0]]), "has class 'n01440764' where dir has 'n01443537'"),
+        # A head of a thousand outputs that is not in ImageNet's order.
         (source_of(*IMAGENETTE), (1000, [*SYNSETS[1:], SYNSETS[0]]), "has 10 classes, the head of dir has 1000"),
         # A thousand folders, one of them astray.
         (source_of(*SYNSETS[:999], "lost+found"), (1000, None), "has class 'lost+found' beside ImageNet's"),
@@ -130,7 +252,11 @@ def test_a_head_of_the_same_names_takes_them_as_they_are():
         # ImageNet's development kit counts from 1, in another order.
         (source_of(*map(str, range(1, 1001))), (1000, WORDS), "has class '1' where dir has 'thing 0'"),
         (source_of(*map(str, range(10))), (1000, None), "has 10 classes, the head of dir has 1000"),
-        (source_of(*(f"n{i:08d}" for i in range(1000))), (1000, WORDS), "has class 'n00000000' where"),
+        (
+            source_of(*(f"n{i:08d}" for i in range(1000))),
+            (1000, WORDS),
+            "has class 'n00000000' where dir has 'thing 0': its labels",
+        ),
     ],
 )
 def test_other_classes_are_refused_in_one_line(source, head, message):

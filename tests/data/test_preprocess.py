@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.preprocess import CLIP_MEAN, CLIP_STD, HALF, PRESETS, Preprocess, decode, preset
 from fcvit_jax.errors import InputError
 
@@ -36,7 +37,7 @@ def encoded(image: Image.Image, form: str = "PNG", **options) -> bytes:
 
 def timm_transform(preprocess: Preprocess, **options):
     fields = {**dataclasses.asdict(preprocess), "input_size": (3, *preprocess.image_size)}
-    del fields["image_size"]
+    del fields["image_size"], fields["exif_transpose"]
     return pytest.importorskip("timm.data").create_transform(**fields, is_training=False, **options)
 
 
@@ -322,3 +323,106 @@ def test_decoding_in_threads_leaves_the_warning_filters_alone():
         images = list(pool.map(lambda data: decode(data, "x"), files * 4))
     assert len(images) == 240
     assert list(warnings.filters) == before
+
+
+# Depth of 16 bits, and EXIF orientation
+
+
+def test_grey_of_sixteen_bits_is_the_same_photo(tmp_path):
+    grey = np.asarray(noise(40, 30).convert("L"))
+    deep = grey.astype(np.uint16) * 257
+    expected = np.repeat(grey[..., None], 3, axis=2)
+    image = Image.fromarray(deep)
+    raw = b"P5 40 30 65535\n" + deep.astype(">u2").tobytes()
+    for data in (encoded(image), encoded(image, "TIFF"), encoded(image, "JPEG2000", irreversible=False), raw, deep):
+        decoded = decode(data, "x")
+        np.testing.assert_array_equal(np.asarray(decoded), expected)
+        assert decoded.info["oddities"] == ("sixteen_bit",)
+        np.testing.assert_array_equal(Preprocess((30, 40), 1.0)(decoded), expected)
+    for shifted in (grey.astype(np.uint16) * 256, grey.astype(np.uint16) * 256 + 255):
+        np.testing.assert_array_equal(np.asarray(decode(shifted, "x")), expected)
+    np.testing.assert_array_equal(Preprocess((30, 40), 1.0)(image), expected)  # opened by a user
+    assert "oddities" not in decode(encoded(Image.fromarray(grey)), "x").info
+
+
+def test_grey_of_twelve_bits_in_a_tiff():
+    """A hand-made TIFF: no library at hand writes 12 bits."""
+    grey = np.arange(0, 256, 2, dtype=np.uint16).reshape(8, 16)
+    deep = (grey * 16 + 5).ravel()
+    first, second = deep[::2], deep[1::2]
+    packed = np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+    tags = [(256, 16), (257, 8), (258, 12), (259, 1), (262, 1), (273, 8), (277, 1), (278, 8), (279, len(packed))]
+    directory = struct.pack("<H", len(tags))
+    directory += b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags) + struct.pack("<I", 0)
+    data = b"II*\0" + struct.pack("<I", 8 + len(packed)) + packed + directory
+    np.testing.assert_array_equal(np.asarray(decode(data, "x"))[..., 0], grey)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        (np.ones((4, 4), np.float32), "floating-point numbers, which have no defined range"),
+        (np.full((4, 4), 70_000, np.int32), "signed or 32-bit integers, which have no defined range"),
+    ],
+)
+def test_values_without_a_range_are_refused(pixels, message):
+    image = Image.fromarray(pixels)
+    for data in (encoded(image, "TIFF"), pixels):
+        with pytest.raises(InputError, match=f"image x cannot be decoded: its pixels are {message}") as caught:
+            decode(data, "x")
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=message):
+        Preprocess((4, 4))(image)
+
+
+@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_ignored_counted_or_heeded(form, orientation):
+    upright = noise(24, 16)
+    back = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_270, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM}  # fmt: skip
+    stored = upright.transpose(back[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    lossless = {"WEBP": {"lossless": True}, "JPEG": {"quality": 100, "subsampling": 0}}.get(form, {})
+    decoded = decode(encoded(stored, form, exif=exif, **lossless), "x")
+    assert decoded.size == stored.size
+    assert decoded.info.get("oddities", ()) == (("turned",) if orientation > 1 else ())
+    turning = Preprocess((16, 24), 1.0, exif_transpose=True)
+    np.testing.assert_allclose(turning(decoded).astype(int), np.asarray(upright), atol=60 if form == "JPEG" else 0)
+    if orientation not in (1, 2, 4, 3):  # as timm: as stored
+        np.testing.assert_array_equal(Preprocess((24, 16), 1.0)(decoded), np.asarray(decoded))
+    rng = np.random.default_rng(0)
+    still = Augment("eval", flip=0.0)(decoded, turning, rng)
+    np.testing.assert_array_equal(still, turning(decoded))
+
+
+def test_an_image_of_a_palette_keeps_its_orientation():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = noise(24, 16).convert("P")
+    decoded = decode(encoded(image, exif=exif), "x")
+    turned = Preprocess((24, 16), 1.0, exif_transpose=True)(decoded)
+    np.testing.assert_array_equal(turned, np.asarray(image.convert("RGB").transpose(Image.Transpose.ROTATE_270)))
+
+
+def test_damaged_exif_says_nothing():
+    image = noise(24, 16)
+    for exif in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + bytes(9), b"nonsense"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            data = encoded(image, "JPEG", exif=exif)
+        assert "oddities" not in decode(data, "x").info
+
+
+def test_the_field_that_turns_is_kept_and_may_be_absent():
+    plain, turning = Preprocess(), Preprocess(exif_transpose=True)
+    assert "exif_transpose" not in plain.to_dict()  # so that earlier versions read it
+    for each in (plain, turning):
+        assert Preprocess.from_dict(json.loads(json.dumps(each.to_dict()))) == each
+    assert str(turning) == f"{plain}, turned as EXIF says"
+    assert preset("timm/deit,exif_transpose=true", (224, 224)).exif_transpose
+    assert not preset("timm/deit,exif_transpose=False", (224, 224)).exif_transpose
+    with pytest.raises(InputError, match=r"preprocess\.exif_transpose is 'yes': it must be true or false"):
+        preset("timm/deit,exif_transpose=yes", (224, 224))

@@ -16,6 +16,7 @@ def part(index, rows=4):
         np.stack([numbers, -numbers]),
         np.stack([2 * numbers, 3 * numbers]),
         np.stack([numbers / 8, numbers / 3]).astype(np.float32),
+        np.array([index, 0, 2], np.int32),
     )
 
 
@@ -46,6 +47,7 @@ def test_a_run_goes_on_behind_its_last_batch(written):
     whole = concatenate(journal.parts)
     assert whole.names.tolist()[3:5] == ["a/ä 3.png", "a/ä 200.png"]
     assert whole.rank.shape == (2, 11)
+    assert whole.found.tolist() == [6, 0, 8]
     assert whole.labels.tolist() == [0, 1, 2, 3, 200, 201, 202, 300, 301, 302, 303]
 
 
@@ -89,6 +91,13 @@ def test_another_run_is_told_and_overwritten_by_the_first_batch(written):
     assert_same(Journal(path, RUN | {"batch_size": 8, "limit": 3}).parts, [part(7)])
 
 
+def test_what_was_skipped_is_forgotten_with_all_that_follows(written):
+    path, parts = written
+    journal = Journal(path, RUN)  # batches 1 and 2 have skipped images
+    journal.forget_skips()
+    assert_same(journal.parts, parts[:1])
+
+
 def test_a_full_disk_is_told(tmp_path):
     (tmp_path / "journal").write_bytes(b"one of an earlier version")
     journal = Journal(tmp_path / "journal", RUN)
@@ -104,5 +113,6 @@ def test_the_saved_file_is_read_without_this_library(tmp_path):
     saved = np.load(tmp_path / "outcomes.npz", allow_pickle=False)
     assert set(saved) == {"schedules", "names", "labels", "rank", "prediction", "kl"}
     assert saved["schedules"].tolist() == ["dense", "tome_r2"]
-    assert_same([Outcomes(**{key: saved[key] for key in Outcomes._fields})], [part(1)])
+    arrays = {key: saved[key] for key in Outcomes._fields if key != "found"}  # which is counted in the rows
+    assert_same([Outcomes(**arrays, found=part(1).found)], [part(1)])
     assert [path.name for path in tmp_path.iterdir()] == ["outcomes.npz"]

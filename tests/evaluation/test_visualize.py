@@ -257,6 +257,28 @@ def test_what_is_drawn_is_a_file_a_folder_or_a_data_set(tmp_path):
     assert open_images(f"folder:{tmp_path}").class_names[0] == "b"
 
 
+def test_a_bad_image_is_skipped_on_demand(tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for name, colour in (("a.png", "red"), ("c.png", "blue")):
+        Image.new("RGB", (32, 32), colour).save(photos / name)
+    (photos / "b.png").write_bytes((photos / "a.png").read_bytes()[:50])
+    (photos / "d.heic").touch()
+    ask = ["--images", str(photos), "--schedules", "tome_r2", "--workdir", str(tmp_path / "out")]
+    main([*ask, "--on_bad", "skip"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0] == f"warning: {photos}: left out: 1 .heic"
+    assert printed[1].startswith("skipped: image b.png cannot be decoded")
+    assert printed[2:] == [f"written: 2 pictures in {tmp_path / 'out'}"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["000_a.png", "001_c.png"]
+    for name in ("a.png", "c.png"):
+        (photos / name).unlink()
+    with pytest.raises(SystemExit):
+        main([*ask, "--on_bad", "skip", "--workdir", str(tmp_path / "none")])
+    assert "none can be read" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
 def test_command_line_on_digits(tmp_path, capsys):
     out = tmp_path / "new" / "pictures"
     main(["--schedules", "s2winc5_r16", "--workdir", str(out), "--limit", "2", "--stages"])

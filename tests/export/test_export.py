@@ -1,8 +1,11 @@
+import collections
 import importlib.util
+import io
 import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +21,7 @@ import fcvit_jax as fc
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import abstract_params, save_checkpoint
 from fcvit_jax.compiling import PRECISIONS
-from fcvit_jax.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess
+from fcvit_jax.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess, decode
 from fcvit_jax.export.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -284,6 +287,93 @@ def test_the_script_s_errors_are_one_line(exported, script, tmp_path, monkeypatc
         script.main()
     program = next(iter(script.META["programs"]))
     assert capsys.readouterr().err == f"error: {program} cannot be loaded, export it again (it is of another version)\n"
+
+
+def odd_images(folder):
+    """Files of 16-bit grey and with EXIF orientations, by name."""
+    rng, exif = np.random.default_rng(1), Image.Exif()
+    grey = Image.fromarray(rng.integers(0, 65536, (60, 90), np.uint16))
+    grey.save(folder / "deep.png")
+    grey.save(folder / "deep.tif")
+    colour = Image.fromarray(rng.integers(0, 256, (60, 90, 3), np.uint8))
+    for orientation in range(1, 9):
+        exif[0x0112] = orientation
+        colour.save(folder / f"turned{orientation}.png", exif=exif)
+    return sorted(folder.glob("*.*"))
+
+
+@pytest.mark.parametrize("transpose", [False, True])
+def test_the_script_reads_odd_images_as_evaluation_does(transpose, script, tmp_path, monkeypatch):
+    preprocess = Preprocess((33, 20), exif_transpose=transpose)
+    told = preprocess.to_dict() | {"resize_size": preprocess.resize_size}
+    monkeypatch.setattr(script, "META", {"preprocess": told})
+    counts, pictures = collections.Counter(), []
+    for file in odd_images(tmp_path):
+        (found,) = script.read(str(file), counts).values()
+        np.testing.assert_array_equal(found, preprocess(decode(file.read_bytes(), file.name)))
+        pictures.append(found.tobytes())
+    assert counts == {"deep": 2, "turned": 0 if transpose else 7}
+    assert len(set(pictures)) == (9 if transpose else 2)
+
+
+def test_the_script_counts_odd_images_once(exported, script, tmp_path, monkeypatch, capsys):
+    files = odd_images(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", *map(str, files), "--program", "dense_b4"])
+    script.main()
+    printed = capsys.readouterr()
+    assert len(printed.out.splitlines()) == len(files)
+    assert printed.err.splitlines() == [
+        "warning: 2 images of 16 bits a pixel scaled to 8 bits",
+        "warning: 7 images with an EXIF orientation read unturned, as in evaluation",
+    ]
+
+
+def test_the_script_tells_a_bad_image_in_one_line(script, tmp_path, monkeypatch, capsys):
+    buffer = io.BytesIO()
+    Image.fromarray(some_images(1)[0]).save(buffer, "JPEG")
+    contents = {
+        "half.jpg": buffer.getvalue()[: len(buffer.getvalue()) // 2],
+        "empty.png": b"",
+        "text.png": b"no image",
+        "text.npy": b"no array",
+        "cut.npy": b"\x93NUMPY",
+    }
+    Image.fromarray(np.ones((4, 4), np.float32)).save(tmp_path / "float.tif")
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*contents, "float.tif", "none.png", "none.npy", "."):
+        monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / name)])
+        with pytest.raises(SystemExit) as stopped:
+            script.main()
+        printed = capsys.readouterr()
+        assert stopped.value.code == 2
+        assert printed.err.startswith(f"error: {tmp_path / name} cannot be read: ")
+        assert printed.err.count("\n") == 1
+        assert printed.out == ""
+
+
+def test_the_script_ends_quietly_where_its_output_is_not_read(exported, tmp_path):
+    np.save(tmp_path / "many.npy", some_images(4))
+    command = [sys.executable, str(exported / "run.py"), *[str(tmp_path / "many.npy")] * 300]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout
+        assert process.stderr
+        process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait() == 0
+
+
+def test_a_broken_export_and_a_missing_platform_are_one_line(exported, tmp_path):
+    shutil.copytree(exported, tmp_path / "out")
+    np.save(tmp_path / "one.npy", some_images(1))
+    command = [sys.executable, str(tmp_path / "out" / "run.py"), str(tmp_path / "one.npy")]
+    done = subprocess.run(command, env=os.environ | {"JAX_PLATFORMS": "nowhere"}, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n"), done.stderr[:7]) == (2, 1, "error: ")
+    os.truncate(tmp_path / "out" / "weights.npz", 1000)
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert "is incomplete or damaged" in done.stderr
 
 
 def test_what_does_not_fit_is_told_and_nothing_is_written(checkpoint, tmp_path):

@@ -1,11 +1,13 @@
 import dataclasses
+import re
+from typing import NamedTuple
 
 import pytest
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.rules import RULES, Layer, Rule
-from fcvit_jax.models.schedule import Dense, Global, Local, MergeSchedule, cross_rules, name_schedules, parse_schedules
+from fcvit_jax.models.schedule import Dense, Global, Local, MergeSchedule, cross_rules, fit_schedules, parse_schedules
 
 VIT_S = ViTConfig(embed_dim=384, num_heads=6, mlp_dim=1536)
 SMALL = ViTConfig(image_size=(64, 96), patch_size=8, embed_dim=8, depth=4, num_heads=2, mlp_dim=16)  # 8x12 patches
@@ -90,6 +92,70 @@ def test_grid_and_depth_of_the_model_are_checked():
         MergeSchedule.dense(12).plan(SMALL)
     with pytest.raises(InputError, match="negative"):
         MergeSchedule((Dense(-1), Dense(5)))
+
+
+class Odd(NamedTuple):
+    """A model of 7x7 patches of 32 pixels, and 6 layers."""
+
+    grid: tuple[int, int] = (7, 7)
+    depth: int = 6
+    num_prefix_tokens: int = 1
+    patch_size: int = 32
+
+
+def test_what_does_not_fit_a_model_is_told_as_it_was_typed():
+    for typed, message in (
+        (
+            "tome_r8,s2winc5_r8",
+            "schedule s2winc5_r8: a 7x7 grid does not divide into 2x2 windows; use tome_rN or sNdfe_rN",
+        ),
+        ("s2winc5:1-3", "schedule s2winc5_r1 of s2winc5:1-3: a 7x7 grid"),
+        ("dense:1,local:2:r4:w3x3,global:3:r2", "schedule dense:1,local:2:r4:w3x3,global:3:r2: a 7x7 grid does not"),
+        ("s2winc7_r16", "schedule 's2winc7_r16' does not fit a model of 6 layers"),
+        ("s2winc7_r16,s2winc5_r8?", "schedule 's2winc7_r16' does not fit a model of 6 layers"),
+        ("s2winc5_r8?", "no schedule fits this model: s2winc5_r8 (a 7x7 grid does not divide into 2x2 windows)"),
+    ):
+        with pytest.raises(InputError, match=re.escape(message)) as caught:
+            fit_schedules(typed, Odd())
+        assert "\n" not in str(caught.value)
+    with pytest.raises(InputError, match=r"or convert with --image_size 256$"):
+        fit_schedules("s2winc5_r8", Odd())
+    with pytest.raises(
+        InputError, match="use tome_rN or sNdfe_rN, or windows of 3x3, or convert with --image_size 320x384"
+    ):
+        fit_schedules("s2winc5_r8", Odd(grid=(9, 12)))
+    with pytest.raises(InputError, match="schedule mine: a 7x7 grid"):
+        fit_schedules({"mine": MergeSchedule((Local(6, 4),))}, Odd())
+
+
+def test_schedules_with_a_question_mark_are_left_out_where_they_do_not_fit():
+    typed = "dense,s2winc5_r8?,tome_r2,s9dfe_r4?,s2winc5:1-3?,dense:1,local:5:r4:w2x2?,global:5:r2?,s2dfe_r3?"
+    named, lines = fit_schedules(typed, Odd())
+    assert [*named] == ["dense", "tome_r2", "s2dfe_r3"]
+    (line,) = lines
+    assert line.startswith(
+        "schedules left out, as they do not fit this model: s2winc5_r8, s2winc5_r1, s2winc5_r2, s2wi"
+    )
+    assert "dense:1,local:5:r4:w2x2 (a 7x7 grid does not divide into 2x2 windows)" in line
+    assert "s9dfe_r4 (it needs 9 dense, -3 global layers)" in line
+    even = Odd(grid=(8, 8))
+    named, _ = fit_schedules(typed, even)
+    assert {"s2winc5_r8", "s2winc5_r1", "s2winc5_r2", "s2winc5_r3", "dense:1,local:5:r4:w2x2"} <= named.keys()
+    assert fit_schedules("dense,s2winc5_r8?", even)[1] == ()
+    assert [*parse_schedules("dense,s2winc7_r8?,s2winc5_r8?", 6)] == ["dense", "s2winc5_r8"]  # by the depth alone
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (MergeSchedule.dense(6), ["dense"]),
+        ([MergeSchedule((Global(6, 3),)), "tome_r4"], ["global:6:r3", "tome_r4"]),
+        ({"a": MergeSchedule((Global(6, 3),)), "b": MergeSchedule.dense(6)}, ["a", "b"]),
+        (("dense", "tome_r1,tome_r2"), ["dense", "tome_r1", "tome_r2"]),
+    ],
+)
+def test_schedules_are_given_in_several_forms(given, names):
+    assert [*fit_schedules(given, Odd())[0]] == names
 
 
 def test_a_list_of_schedules_may_mix_names_and_explicit_forms():
@@ -214,7 +280,7 @@ def test_a_rule_is_an_instance_of_a_rule_class():
 
 @pytest.mark.usefixtures("other")
 def test_rules_cross_the_schedules_that_merge_and_name_none():
-    named = name_schedules("dense,tome_r0,tome_r2,tome_r3@other,dense:1,global:3:r2,s2winc3_r4", 4)
+    named = parse_schedules("dense,tome_r0,tome_r2,tome_r3@other,dense:1,global:3:r2,s2winc3_r4", 4)
     crossed = cross_rules(named, "tome, other(fuse=true,k=2)")
     other = Other(True, 2)
     assert crossed == named | {

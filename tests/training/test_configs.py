@@ -8,11 +8,12 @@ import pytest
 from flax import traverse_util
 
 from configs import digits_sam, training
+from fcvit_jax.checkpoint import load_checkpoint
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation import EvaluationConfig
 from fcvit_jax.models import zoo
-from fcvit_jax.models.schedule import parse_schedules
+from fcvit_jax.models.schedule import fit_schedules
 from fcvit_jax.training import TrainConfig
 
 NAMES = sorted(path.stem for path in (Path(__file__).parents[2] / "configs").glob("*.py") if path.stem != "training")
@@ -37,8 +38,20 @@ def test_the_experiment_loads_and_its_fields_make_sense(name, tmp_path):
     model = config.model or zoo.get(config.checkpoint or "").config
     if config.preprocess:
         preset(config.preprocess, model.image_size)
-    for schedule in parse_schedules(config.schedules, model.depth).values():
-        schedule.plan(model)
+    assert fit_schedules(config.schedules, model)[1] == ()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_experiment_has_schedules_for_every_model(name):
+    config = importlib.import_module(f"configs.{name}").get_config()
+    typed = ",".join(filter(None, ("dense", config.schedules, config.get("sweep"))))
+    for model in (*zoo.ARCHITECTURES.values(), load_checkpoint("packaged:digits").config):
+        named, lines = fit_schedules(typed, model)
+        assert any(each.startswith("tome_") for each in named)
+        if model.depth >= 12 and not any(side % 2 for side in model.grid):
+            assert lines == ()
+        else:
+            assert all(line.startswith("schedules left out") for line in lines)
 
 
 def test_the_documentation_lists_every_field_with_its_default():

@@ -92,9 +92,19 @@ def test_as_many_other_classes_get_a_new_head_where_names_are_known(saved):
     start, params = from_checkpoint(saved((), config), cats, cats)  # nothing is known against it
     assert params["head"]["kernel"].any()
     assert start.train_set.class_names == ("cat", "dog")
-    path = saved(("dog", "cat"), config)
+    assert any("no class names: its 2 outputs are assumed to be" in line for line in start.train_set.remarks)
+    path = saved(("dog", "cat"), config)  # in another order: each keeps its output
     start, params = from_checkpoint(path, cats, cats)
-    assert start.remarks == (f"{path} has other classes: its head is replaced by zeros",)
+    assert params["head"]["kernel"].any()
+    assert start.train_set.class_names == ("dog", "cat")
+    assert [start.train_set[index].label for index in (0, 1)] == [1, 0]
+    assert [start.test_set[index].label for index in (0, 1)] == [1, 0]
+    path = saved(("cat", "cow"), config)
+    start, params = from_checkpoint(path, cats, cats)
+    (remark,) = start.remarks
+    assert remark == (
+        f"{path} has other classes: its head is replaced by zeros (only the data set has dog; only the head has cow)"
+    )
     assert not params["head"]["kernel"].any()
     path = saved((), dataclasses.replace(CONFIG, num_classes=0))
     start, params = from_checkpoint(path, cats, cats)
@@ -109,8 +119,34 @@ def test_a_test_set_of_other_classes_is_told(saved):
         from_checkpoint(saved(WORDS), pets, other)
     with pytest.raises(InputError, match=told):
         from_scratch(CONFIG, "timm/augreg", pets, other)
-    with pytest.raises(InputError, match=r"folder:test has 2 classes, the head of .* has 1000"):
+    with pytest.raises(
+        InputError, match=r"folder:test has 2 classes, the head of .* has 1000 .only the data set has cat, cow"
+    ):
         from_checkpoint(saved(WORDS), source(*SYNSETS), other)
+
+
+def test_the_order_of_a_head_without_names_must_be_known(saved):
+    config = dataclasses.replace(CONFIG, num_classes=3)
+    train, test = source("c1", "c10", "c2"), source("c1", "c10", "c2", spec="folder:test")
+    path = saved((), config)
+    with pytest.raises(InputError, match=r"imagefolder: .* for a new head, convert with --num_classes 0"):
+        from_checkpoint(path, train, test)
+    for given, written in (("timm", ()), (None, "timm"), ("timm", "imagefolder")):
+        start, params = from_checkpoint(saved(written, config), train, test, class_names=given)
+        assert params["head"]["kernel"].any()
+        assert start.train_set.class_names == ("c1", "c2", "c10")
+        for each in (start.train_set, start.test_set):
+            assert [each[index].label for index in range(3)] == [0, 2, 1]
+    with pytest.raises(InputError, match="are not named as ImageNet's"):
+        from_checkpoint(saved(()), source(*WORDS), source(*WORDS))
+
+
+def test_an_empty_folder_is_a_class_of_the_test_set_if_training_has_it(saved):
+    train = source("cat", "dog", "eel")
+    test = dataclasses.replace(source("cat", "eel", spec="folder:test"), empty=("dog", "junk"))
+    start, _ = from_checkpoint(saved(WORDS), train, test)
+    assert [start.test_set[index].label for index in (0, 1)] == [0, 2]
+    assert start.test_set.scored is None
 
 
 def test_a_checkpoint_that_says_nothing_of_its_classes_is_read(saved):
