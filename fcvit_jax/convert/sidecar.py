@@ -52,7 +52,8 @@ _TIMM_NAMES: dict[str, tuple[dict[str, Any], str | None]] = {
     r"_rpn_": ({}, "norms behind its branches"),
     r"_clip_quickgelu_": ({"gelu": "quick", "norm_eps": 1e-5}, None),
     r"_clip_(?!quickgelu)": ({"gelu": "exact", "norm_eps": 1e-5}, None),
-    r"siglip": ({"gelu": "tanh"}, None),
+    # timm runs the other SigLIPs with the exact GELU, all of which Google trained with tanh.
+    r"(patch32|(so400m|giantopt)_patch16)_siglip|large_patch16_siglip_(gap_)?512": ({"gelu": "tanh"}, None),
 }
 _GELU = {"gelu": "exact", "quick_gelu": "quick"} | dict.fromkeys(
     ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_tanh"), "tanh"

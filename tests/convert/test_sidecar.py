@@ -323,7 +323,8 @@ def test_what_timm_has_and_we_have_not_is_refused_by_name(changes, says, tmp_pat
     [
         ("vit_base_patch16_clip_384", {"gelu": "exact", "norm_eps": 1e-5}),
         ("vit_base_patch16_clip_quickgelu_224", {"gelu": "quick", "norm_eps": 1e-5}),
-        ("vit_base_patch16_siglip_gap_224", {"gelu": "tanh"}),
+        ("vit_base_patch16_siglip_gap_224", {}),
+        ("vit_base_patch32_siglip_gap_256", {"gelu": "tanh"}),
         ("vit_base_patch16_224", {}),
     ],
 )
@@ -331,6 +332,19 @@ def test_a_name_of_timm_tells_gelu_and_epsilon(name, fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIMM | {"architecture": name}))
     found = read_sidecar(tmp_path / "model.safetensors").fields
     assert {key: found[key] for key in ("gelu", "norm_eps") if key in found} == fields
+
+
+def test_the_gelu_of_each_siglip_is_that_of_timm(tmp_path):
+    """timm trains none of them: some of its models approximate GELU by tanh, as Google's do, and some do not."""
+    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    names = [name for name in timm.list_models("vit_*siglip*")]
+    assert len(names) > 30
+    for name in names:
+        with torch.device("meta"):
+            activation = timm.create_model(name).blocks[0].mlp.act
+        (tmp_path / "config.json").write_text(json.dumps(TIMM | {"architecture": name}))
+        found = read_sidecar(tmp_path / "model.safetensors").fields.get("gelu", "exact")
+        assert found == ("tanh" if type(activation).__name__ == "GELUTanh" else "exact"), name
 
 
 def test_what_timm_publishes_with_each_name_of_the_zoo_agrees_with_it(read):
