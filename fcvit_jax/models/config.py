@@ -77,13 +77,15 @@ class ViTConfig:
     mlp_norm: bool = False  # a norm between the two layers of the MLPs (EVA-02)
     map_heads: int = setting(0, low=0)  # of the pool "map"; 0: num_heads
     map_mlp_dim: int = setting(0, low=0)  # hidden width of its MLP; 0: mlp_dim
+    cut_off: bool = False  # pixels below and right of the last whole patch are left out (SigLIP so400m/14 at 384)
     head_bias: bool = True  # False: the head is a projection (CLIP), and the logits are the image's embedding
 
     def __post_init__(self) -> None:
         check_settings(self)
         if self.embed_dim % self.num_heads:
             raise InputError(f"embed_dim {self.embed_dim} does not divide into {self.num_heads} heads")
-        if self.image_size[0] % self.patch_size or self.image_size[1] % self.patch_size:
+        odd = any(side % self.patch_size for side in self.image_size)
+        if min(self.grid) < 1 or (odd and not self.cut_off):
             height, width = self.image_size
             raise InputError(f"image_size {height}x{width} does not divide into patches of {self.patch_size} pixels")
         if self.pool not in ("avg", "map") and not self.class_token:

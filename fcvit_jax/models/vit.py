@@ -190,6 +190,7 @@ class Embedding(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal((0, 1, 2)), (side, side, 3, width))
         # A convolution with a stride of its own width is one product of [b p, side side 3] with [side side 3, d].
         (down, across), pixels = config.grid, images.astype(self.dtype)
+        pixels = pixels[:, : down * side, : across * side]
         pixels = pixels.reshape(batch, down, side, across, side, 3).transpose(0, 1, 3, 2, 4, 5)
         bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype) if config.patch_bias else None
         pixels = pixels.reshape(batch, config.num_patches, -1)
