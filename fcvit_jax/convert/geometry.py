@@ -128,11 +128,12 @@ def _grid(
     if "no_embed_class" in known:
         options = options[1:] if known["no_embed_class"] and any(prefix) else options[:1]
     sizes = [fields.get("image_size", (0, 0)) for fields in (known, asked)]
-    stated, wanted = ((height // patch, width // patch) for height, width in sizes)
+    stated, wanted = [(height // patch, width // patch) for height, width in sizes]
     # First what is known, then a square; last what is asked, which may be another grid of as many patches.
-    for taken in options:
-        side = math.isqrt(max(entries - taken, 0))
-        for grid in (stated, (side, side), wanted):
+    sides = [math.isqrt(max(entries - taken, 0)) for taken in options]
+    squares = [(side, side) for side in sides]
+    for grids in ([stated] * len(options), squares, [wanted] * len(options)):
+        for taken, grid in zip(options, grids, strict=True):
             if 0 < math.prod(grid) == entries - taken:
                 return grid, taken < sum(prefix)
     raise InputError(

@@ -82,8 +82,8 @@ _TIMM_NAMES: dict[str, tuple[dict[str, Any], str | None]] = {
     r"_rope|dinov3|eva02|_pe_|lingbot|sapiens": ({}, "rotary positions in a way that the zoo does not know"),
     r"_rpn_": ({}, "norms behind its branches"),
     r"naflex": ({}, "images of sizes of their own"),
-    r"_clip_quickgelu_": ({"gelu": "quick", "norm_eps": 1e-5}, None),
-    r"_clip_(?!quickgelu)": ({"gelu": "exact", "norm_eps": 1e-5}, None),
+    r"^vit_.*_clip_quickgelu_": ({"gelu": "quick", "norm_eps": 1e-5}, None),
+    r"^vit_.*_clip_(?!quickgelu)": ({"gelu": "exact", "norm_eps": 1e-5}, None),
     # timm runs the other SigLIPs with the exact GELU, all of which Google trained with tanh.
     r"(patch32|(so400m|giantopt)_patch16)_siglip|large_patch16_siglip_(gap_)?512": ({"gelu": "tanh"}, None),
 }

@@ -384,9 +384,10 @@ CASES |= {
 
 def dinov2_giant(folder, size, registers=4, name="vit_giant_patch14_reg4_dinov2", prefix="", flags=()):
     """Meta's keys; with registers, timm's own filter moves the class token's position into the class token."""
-    changes: dict[str, Any] = SMALL | dict(reg_tokens=registers, no_embed_class=registers > 0)
+    ratio = dict(mlp_ratio=4) if "giant" in name else {}
+    changes: dict[str, Any] = SMALL | ratio | dict(reg_tokens=registers, no_embed_class=registers > 0)
     model = timm.create_model(name, **(changes | dict(img_size=size)))
-    whole: Any = timm.create_model(name, **(SMALL | dict(reg_tokens=0, no_embed_class=False)))
+    whole: Any = timm.create_model(name, **(changes | dict(reg_tokens=0, no_embed_class=False)))
     state = randomise(whole).state_dict() | {"mask_token": random(1, 64)}
     state = rename(state, (r"mlp\.fc1", "mlp.w12"), (r"mlp\.fc2", "mlp.w3")) if "giant" in name else state
     if registers:
@@ -416,7 +417,7 @@ def hf_dinov2(folder, size, registers=False, way="saved"):
 CASES |= {
     "DINOv2 giant": partial(dinov2_giant, registers=0, name="vit_giant_patch14_dinov2", flags=("--pos_embed", "timm")),
     "DINOv2 giant, registers": dinov2_giant,
-    "DINOv2 giant, timm": partial(of_timm, name="vit_giant_patch14_reg4_dinov2"),
+    "DINOv2 giant, timm": partial(of_timm, name="vit_giant_patch14_reg4_dinov2", mlp_ratio=4),
     "DINOv2 giant, Hugging Face": hf_dinov2,
     "DINOv2 giant, Hugging Face, in memory": partial(hf_dinov2, way="in memory"),
     "DINOv2 giant, Hugging Face, registers": partial(hf_dinov2, registers=True),
@@ -455,16 +456,12 @@ def perception_encoder(folder, size, name="vit_pe_core_base_patch16_224", towers
     return Backbone(source, (*PIXELS, "--num_heads", "4", *resized(size)), run_timm(other))
 
 
-EVA = dict(embed_dim=96)  # a width of which two thirds of four times is no power of two
 CASES |= {
-    "EVA-02, timm, packed": partial(of_timm, name="eva02_tiny_patch14_224", num_classes=5, **EVA),
-    "EVA-02, timm, apart": partial(of_timm, name="eva02_base_patch14_224", num_classes=5, **EVA),
-    "EVA-02, timm, backbone": partial(of_timm, name="eva02_large_patch14_448", num_classes=0, **EVA),
-    "EVA-02, timm, reference": partial(of_timm, name="eva02_base_patch14_448", ref_feat_shape=(4, 5), **EVA),
-    "EVA-02 CLIP, timm": partial(of_timm, name="eva02_base_patch16_clip_224", num_classes=24, **EVA),
-    "EVA-02 CLIP, open_clip": partial(
-        open_clip, name="eva02_base_patch16_clip_224", flags=("--model", "eva02_base_patch16_clip_224")
-    ),
+    "EVA-02, timm, packed": partial(of_timm, name="eva02_tiny_patch14_224", num_classes=5),
+    "EVA-02, timm, apart": partial(of_timm, name="eva02_base_patch14_224", num_classes=5),
+    "EVA-02, timm, backbone": partial(of_timm, name="eva02_large_patch14_448", num_classes=0),
+    "EVA-02, timm, reference": partial(of_timm, name="eva02_base_patch14_448", ref_feat_shape=(4, 5)),
+    "EVA-02 CLIP, timm": partial(of_timm, name="eva02_base_patch16_clip_224", num_classes=24),
     "PE, timm": partial(of_timm, name="vit_pe_core_base_patch16_224", embed_dim=128, num_classes=24),
     "PE, timm, no class token": partial(of_timm, name="vit_pe_core_gigantic_patch14_448", embed_dim=128, num_classes=0),
     "PE": partial(perception_encoder, embed_dim=128),
