@@ -40,10 +40,11 @@ Names = str | tuple[str, ...]
 
 
 def _parts(path: str, names: Names) -> dict[str, str]:
-    """The path of a module, or of its parts: three names are queries, keys, values, two the gate and the other part."""
+    """The path of a module, or of its parts: queries, keys, values; queries and the others; gate and the other part."""
     if isinstance(names, str):
         return {names: path}
-    return {name: f"{path}:{part}" for name, part in zip(names, "qkv" if len(names) == 3 else "gx", strict=True)}
+    parts = "qkv" if len(names) == 3 else ("q", "kv") if path.endswith("qkv") else "gx"
+    return {name: f"{path}:{part}" for name, part in zip(names, parts, strict=True)}
 
 
 def _block(block: str, *names: Names) -> dict[str, str]:
@@ -111,9 +112,7 @@ TIMM = _table(
         **_parts("blocks_#/mlp/fc1", ("blocks.#.mlp.w1", "blocks.#.mlp.w2")),  # DINOv3
         "blocks.#.mlp.w12": "blocks_#/mlp/fc1",  # DINOv2
         "blocks.#.mlp.w3": "blocks_#/mlp/fc2",
-        **_pool("attn_pool.", "latent", "qkv", "proj", "norm", "mlp.fc1", "mlp.fc2"),
-        "attn_pool.q": "pool/qkv:q",
-        "attn_pool.kv": "pool/qkv:kv",
+        **_pool("attn_pool.", "latent", ("q", "kv"), "proj", "norm", "mlp.fc1", "mlp.fc2"),
     }
 ) | {
     **{f"blocks.#.attn.{part}_proj.weight": (f"blocks_#/attn/qkv/kernel:{part}", "linear") for part in "qkv"},
@@ -300,7 +299,7 @@ _HF_TEXT = {r"text_model\.|text_encoder\.|text_projection|logit_scale$|logit_bia
 _HF_TWO = (r"vision_model\.", _HF_DROPPED | _HF_TEXT, "torch-bicubic")
 _HF_REGISTERS = r"embeddings\.register_tokens$"
 _TANH = "GELU is taken as exact, as timm runs these weights; Google's own code approximates it: --gelu tanh"
-_PERIODS = (
+PERIODS = (
     "rotary periods are taken as the file stores them, rounded to bfloat16; timm and transformers compute them again, "
     "and their features differ by about 4e-4"
 )
@@ -312,7 +311,7 @@ LAYOUTS = (
     Layout("DINOv2 with registers", TIMM, dropped=_PRETRAINING, sign=r"^register_tokens$", config_json="timm"),
     Layout("DINOv2", TIMM, "", _PRETRAINING, "dino", sign=r"^mask_token$", config_json="timm"),
     Layout(
-        "DINOv3", DINOV3_MASKED, "", _PRETRAINING | _MASK | _LOCAL, sign=r"\.bias_mask$", implies=_DINOV3, note=_PERIODS
+        "DINOv3", DINOV3_MASKED, "", _PRETRAINING | _MASK | _LOCAL, sign=r"\.bias_mask$", implies=_DINOV3, note=PERIODS
     ),
     Layout(
         "DINOv3, keys biased",
@@ -321,7 +320,7 @@ LAYOUTS = (
         _PRETRAINING | _LOCAL,
         sign="^storage_tokens$",
         implies=_DINOV3,
-        note=_PERIODS,
+        note=PERIODS,
     ),
     Layout("timm", TIMM, dropped=_PRETRAINING | _MAE | _ROPE, config_json="timm"),
     Layout("open_clip", OPEN_CLIP, r"trunk\.", _PRETRAINING | _ROPE, sign=r"^(trunk\.|head\.proj\.weight$)"),

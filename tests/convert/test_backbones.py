@@ -5,8 +5,10 @@ every token, and what comes of the pooling. Files in Meta's, OpenAI's and Google
 tables here.
 """
 
+import functools
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,10 +20,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("timm")
 transformers = pytest.importorskip("transformers")
+import safetensors.torch  # noqa: E402
 import timm.models  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from timm.models import eva, vision_transformer  # noqa: E402
 
 import fcvit_jax as fc  # noqa: E402
+from fcvit_jax.errors import InputError  # noqa: E402
 from real_models import (  # noqa: E402
     TOLERANCE,
     State,
@@ -516,3 +521,106 @@ def test_features_and_logits_are_those_of_the_real_library(name, size, tmp_path,
     for found, wanted in zip(ours(checkpoint, images), expected, strict=True):
         assert np.abs(wanted).max() > 0.1
         np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+# ---- and back
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "DINOv3, timm, biases",
+        "DINOv3, Hugging Face, gated",
+        "SigLIP, Hugging Face",
+        "CLIP, OpenAI",
+        "DINOv2 giant, registers",
+        "EVA-02, timm, packed",
+        "EVA-02, timm, apart",
+        "EVA-02 CLIP, timm",
+        "PE",
+    ],
+)
+def test_timm_loads_what_is_written_for_it(name, tmp_path, photos, monkeypatch):
+    backbone, images = CASES[name](tmp_path, SIZES[0]), photos(SIZES[0])
+    expected = theirs(backbone.run, images)
+    convert(backbone.source, tmp_path / "out", *backbone.flags)
+    told = []
+    fc.convert(tmp_path / "out", tmp_path / "back.safetensors", to="timm", report=told.append)
+    names: dict[str, Any] = {"timm": timm, "torch": torch, "functools": functools, "safetensors": safetensors}
+    monkeypatch.chdir(tmp_path)
+    exec(told[-1].removeprefix("in PyTorch: "), names)
+    for found, wanted in zip(theirs(run_timm(names["model"].eval()), images), expected, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("DINOv3, timm, class token", "DINOv3ViTModel"),
+        ("DINOv3, Hugging Face, gated", "DINOv3ViTModel"),
+        ("DINOv3, Hugging Face, keys biased", "DINOv3ViTModel"),
+        ("SigLIP, timm, tanh", "SiglipVisionModel"),
+        ("CLIP, OpenAI", "CLIPVisionModelWithProjection"),
+        ("CLIP, Hugging Face", "CLIPVisionModel"),
+        ("DINOv2 giant, Hugging Face", "Dinov2Model"),
+    ],
+)
+def test_transformers_loads_what_is_written_for_it(name, kind, tmp_path, photos):
+    backbone, images = CASES[name](tmp_path, SIZES[0]), photos(SIZES[0])
+    _, expected = theirs(backbone.run, images)
+    convert(backbone.source, tmp_path / "out", *backbone.flags)
+    fc.convert(tmp_path / "out", tmp_path / "hf", to="hf")
+    model, info = getattr(transformers, kind).from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(info.values()), info
+    with torch.no_grad():
+        out = model.eval()(images)
+    found = out.image_embeds if kind.endswith("Projection") else out.pooler_output
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=TOLERANCE)
+
+
+# ---- what would be wrong
+
+
+def test_a_wrong_reading_is_told_apart(photos, tmp_path):
+    """Another layout of the rotation, the axes exchanged, the gate taken for the other part, rounded periods ignored."""
+    backbone, images = CASES["DINOv3, gated"](tmp_path, SIZES[0]), photos(SIZES[0])
+    checkpoint = convert(backbone.source, tmp_path / "out", *backbone.flags)
+    config, expected = checkpoint.config, theirs(backbone.run, images)[1]
+    rotary, params = config.rotary, checkpoint.params
+    exchanged = jax.tree.map(lambda leaf: leaf, params)
+    for block in ("blocks_0", "blocks_1"):
+        exchanged[block]["mlp"]["fc1"] = {
+            name: np.concatenate(np.split(np.asarray(leaf), 2, -1)[::-1], -1)
+            for name, leaf in params[block]["mlp"]["fc1"].items()
+        }
+    for wrong, weights in (
+        (replace(config, rotary=replace(rotary, rotation="interleaved")), params),
+        (replace(config, rotary=replace(rotary, x_first=True)), params),
+        (replace(config, rotary=replace(rotary, periods=None)), params),
+        (config, exchanged),
+    ):
+        logits = np.asarray(apply(wrong, weights, images.permute(0, 2, 3, 1).numpy())[1])
+        assert np.abs(logits - expected).max() > 3 * TOLERANCE
+
+
+def test_the_key_bias_counts(tmp_path, photos):
+    backbone, images = CASES["DINOv3, Hugging Face, keys biased"](tmp_path, SIZES[0]), photos(SIZES[0])
+    checkpoint = convert(backbone.source, tmp_path / "out", *backbone.flags)
+    params = jax.tree.map(np.array, checkpoint.params)
+    for block in ("blocks_0", "blocks_1"):
+        params[block]["attn"]["qkv"]["bias"][64:128] = 0
+    logits = np.asarray(apply(checkpoint.config, params, images.permute(0, 2, 3, 1).numpy())[1])
+    assert np.abs(logits - theirs(backbone.run, images)[1]).max() > 100 * TOLERANCE
+
+
+def test_a_file_of_rotary_positions_alone_asks_for_the_name(tmp_path):
+    model = timm.create_model("vit_small_patch16_dinov3", **SMALL)
+    source = save(tmp_path / "weights.safetensors", model.state_dict())
+    with pytest.raises(InputError, match="its positions are rotary: pass --model"):
+        fc.convert(source, tmp_path / "out", preprocess="timm/dinov2")
+    incomplete = hf_dinov3(tmp_path / "hf", SIZES[0], key_bias=True)
+    state = load_file(incomplete.source / "model.safetensors")
+    del state["layer.1.attention.k_proj.bias"]
+    save(incomplete.source / "model.safetensors", state)
+    with pytest.raises(InputError, match="nothing in the file fills blocks_1/attn/qkv/bias:k"):
+        fc.convert(incomplete.source, tmp_path / "out", preprocess="timm/dinov2")
