@@ -582,7 +582,7 @@ def test_transformers_loads_what_is_written_for_it(name, kind, tmp_path, photos)
 
 
 def test_a_wrong_reading_is_told_apart(photos, tmp_path):
-    """Another layout of the rotation, the axes exchanged, the gate taken for the other part, rounded periods ignored."""
+    """Another layout of the rotation, the axes exchanged, the gate exchanged, rounded periods ignored."""
     backbone, images = CASES["DINOv3, gated"](tmp_path, SIZES[0]), photos(SIZES[0])
     checkpoint = convert(backbone.source, tmp_path / "out", *backbone.flags)
     config, expected = checkpoint.config, theirs(backbone.run, images)[1]
