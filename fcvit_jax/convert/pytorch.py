@@ -57,7 +57,7 @@ def write_timm(path: Path, config: ViTConfig, params: Mapping[str, Any]) -> str:
     if _needs_eva(config):
         skip += [r"blocks\.#\.ls", *([] if config.key_bias else [r"blocks\.#\.attn\.qkv\.bias"])]
         skip += [r"blocks\.#\.attn\.qkv"] if _apart(config) else []
-        skip += [r"blocks\.#\.mlp\.fc1\."] if _gate_apart(config) else []
+        skip += [r"blocks\.#\.mlp\.(fc1\.|w12\.)"] if _gate_apart(config) else []
     arrays = _invert(TIMM, params, "|".join(skip))
     if _needs_eva(config) and not _apart(config):  # the projection is packed, its biases are not
         arrays = {re.sub(r"attn\.([qv])_proj\.bias", r"attn.\1_bias", key): array for key, array in arrays.items()}
@@ -231,7 +231,10 @@ def to_huggingface(
     else:
         kind, name = ("deit", "DeiT") if config.dist_token else ("vit", "ViT")
     both_heads = config.pool == "dist_avg" and config.num_classes > 0
-    arrays = _invert(HF_DINOV2 if dinov2 else HF_VIT, params, skip="classifier" if both_heads else "cls_classifier")
+    skip = "classifier" if both_heads else "cls_classifier"
+    if config.gated:  # of the saved names, which are not those in memory
+        skip += r"|encoder\.layer\.#\.mlp\.(fc|gate|up|down)"
+    arrays = _invert(HF_DINOV2 if dinov2 else HF_VIT, params, skip)
     positions, width = arrays["embeddings.position_embeddings"], config.embed_dim
     if config.no_embed_class:
         nothing = np.zeros((1, config.class_token + config.dist_token, width), np.float32)
@@ -387,9 +390,12 @@ def _invert(table: Table, params: Mapping[str, Any], skip: str) -> dict[str, np.
             path, _, part = target.replace("#", str(number)).partition(":")
             if path not in leaves or {(path, part), (path, "")} & filled or re.match(skip, pattern):
                 continue
-            value = (
-                _part(leaves[path], part, leaves[path.replace("bias", "kernel")].shape[-1]) if part else leaves[path]
-            )
+            value = leaves[path]
+            if part:
+                narrow = value.shape[-1] < leaves[path.replace("bias", "kernel")].shape[-1]  # without the keys' biases
+                if narrow and part == "k":
+                    continue
+                value = _part(value, part, narrow)
             arrays[pattern.replace("#", str(number))] = (
                 value.transpose(_AXES[transform]) if transform in _AXES else value
             )
