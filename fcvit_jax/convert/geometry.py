@@ -123,19 +123,19 @@ def _grid(
             "timm's name, such as vit_small_patch16_dinov3"
         )
     entries = translation.shape("embed/pos_embed", 3)[1]
-    # Entries for all prefix tokens, for all but the registers, or for none: whichever leaves a grid.
-    options = [sum(prefix), *([prefix[0] + prefix[1]] if prefix[2] else []), 0]
+    # Entries for all prefix tokens but the registers, for all, or for none: whichever leaves a grid.
+    every, few = sum(prefix), prefix[0] + prefix[1]
+    options = [*([few] if prefix[2] else []), every, 0]
     if "no_embed_class" in known:
-        options = options[1:] if known["no_embed_class"] and any(prefix) else options[:1]
+        options = [each for each in options if each != every] if known["no_embed_class"] and every else [every]
     sizes = [fields.get("image_size", (0, 0)) for fields in (known, asked)]
     stated, wanted = [(height // patch, width // patch) for height, width in sizes]
     # First what is known, then a square; last what is asked, which may be another grid of as many patches.
-    sides = [math.isqrt(max(entries - taken, 0)) for taken in options]
-    squares = [(side, side) for side in sides]
-    for grids in ([stated] * len(options), squares, [wanted] * len(options)):
-        for taken, grid in zip(options, grids, strict=True):
-            if 0 < math.prod(grid) == entries - taken:
-                return grid, taken < sum(prefix)
+    roots = [math.isqrt(max(entries - taken, 0)) for taken in options]
+    guesses = [(taken, grid) for taken, side in zip(options, roots, strict=True) for grid in ((side, side), wanted)]
+    for taken, grid in (*((taken, stated) for taken in options), *guesses):
+        if 0 < math.prod(grid) == entries - taken:
+            return grid, taken < every
     raise InputError(
         f"the position embedding has {entries} entries, no square grid: pass --image_size HEIGHTxWIDTH of the weights"
     )
