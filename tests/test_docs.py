@@ -24,7 +24,7 @@ TINY = replace(fc.zoo.get("vit_tiny_patch16_224").config, depth=2, num_classes=1
 BACKBONE = replace(TINY, num_classes=0)
 PIXELS = {"size": {"height": 224, "width": 224}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 HUGGINGFACE = {"model_type": "vit", "num_attention_heads": 3, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
-TIMM_HUB = {
+TIMM_HUB: dict = {
     "architecture": "vit_tiny_patch16_224",
     "pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3},
 }
@@ -101,7 +101,9 @@ def make(source, home):
     elif source in fc.zoo.names():
         folder, architecture = in_hub_cache(home, f"timm/{source}"), source.split(".")[0]
         save(folder / "model.safetensors", in_layout("timm", zoo(architecture)))
-        config = TIMM_HUB | {"architecture": architecture, "global_pool": zoo(architecture).pool}
+        pixels = TIMM_HUB["pretrained_cfg"] | {"input_size": [3, *zoo(architecture).image_size]}
+        pool = {"architecture": architecture, "global_pool": zoo(architecture).pool}
+        config = TIMM_HUB | pool | {"pretrained_cfg": pixels}
         (folder / "config.json").write_text(json.dumps(config))
     elif source.startswith("https:"):
         arrays = in_layout("timm", zoo("deit3_small_patch16_224"))

@@ -43,15 +43,15 @@ class Attention(nn.Module):
             (q,), (k, v) = split(qkv(x[:, :queries], slice(width))), split(qkv(x, slice(width, None)))
         else:
             q, k, v = split(qkv(x))
-        turned = q, k
+        turned = None
         if config.rotary and coordinates is not None:
             mine = coordinates[:, : queries or None]
             turned = rotate(q, mine, config.rotary), rotate(k, coordinates, config.rotary)
         size = size if config.proportional_attention else None
-        y = attend(*turned, v, size)
+        y = attend(*(turned or (q, k)), v, size)
         y = y.transpose(0, 2, 1, 3).reshape(batch, -1, width)
         y = LayerNorm(config.norm_eps, name="norm")(y) if config.attn_norm else y
-        return Attended(Linear(width, self.dtype, name="proj")(y), q, k, v, size)
+        return Attended(Linear(width, self.dtype, name="proj")(y), q, k, v, size, turned)
 
 
 class AttentionPool(nn.Module):

@@ -6,8 +6,6 @@ at the mean of its members' coordinates.
 Shape letters: b batch, n tokens, h heads, w head width.
 """
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +56,6 @@ def merge_coordinates(coordinates: jax.Array, size: jax.Array, matching: Matchin
     """
     coordinates = jnp.broadcast_to(coordinates, (*size.shape, 2))
     weight = None if matching.weight is None else jnp.where(matching.weight > 0, size, 0.0)
-    matching = dataclasses.replace(matching, weight=weight, gain=None, keep_norm=False)
+    matching = Matching(matching.target, matching.tokens_out, matching.order, weight)
     with jax.default_matmul_precision("highest"):  # of coordinates, whatever that of the tokens
         return merge_tokens(coordinates, size, matching)[0]

@@ -42,6 +42,7 @@ from real_models import (  # noqa: E402
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
+create_model: Any = timm.create_model
 SMALL: dict[str, Any] = dict(img_size=64, patch_size=8, embed_dim=64, depth=2, num_heads=4)
 SIZES = ((64, 64), (96, 96), (48, 80))
 PIXELS = ("--preprocess", "timm/augreg")
@@ -98,7 +99,7 @@ def run_timm(model):
 def of_timm(folder, size, name, suffix=None, flags=(), **changes):
     """A model of timm by its name: saved for the hub, or as a state dict alone, whose user names the model."""
     changes = SMALL | changes
-    model = randomise(timm.create_model(name, **changes))
+    model = randomise(create_model(name, **changes))
     timm.models.save_for_hf(model, folder, safe_serialization=True)
     source = folder / "model.safetensors"
     if suffix:
@@ -106,7 +107,7 @@ def of_timm(folder, size, name, suffix=None, flags=(), **changes):
         source = save(folder / f"weights{suffix}", model.state_dict())
     if size != SIZES[0]:
         filtering: Any = eva if isinstance(model, eva.Eva) else vision_transformer
-        other = timm.create_model(name, **(changes | dict(img_size=size)))
+        other = create_model(name, **(changes | dict(img_size=size)))
         model = load(other, filtering.checkpoint_filter_fn(model.state_dict(), other))
     return Backbone(source, (*PIXELS, *flags, *resized(size)), run_timm(model))
 
@@ -125,7 +126,7 @@ CASES |= {
 def dinov3(folder, size, gated=False, rounded=True):
     """Meta's keys: a bias with its mask instead of two, `storage_tokens`, periods in bfloat16."""
     name = "vit_small_plus_patch16_dinov3_qkvb" if gated else "vit_small_patch16_dinov3_qkvb"
-    model = randomise(timm.create_model(name, **SMALL, dynamic_img_size=True, global_pool="token"))
+    model = randomise(create_model(name, **SMALL, dynamic_img_size=True, global_pool="token"))
     periods = 100 ** (torch.arange(4) / 4)
     state: State = {"mask_token": random(1, 64), "rope_embed.periods": periods.bfloat16()}
     for key, value in model.state_dict().items():
@@ -211,7 +212,7 @@ def hf_siglip(folder, size, kind="SiglipVisionModel", strip=False, hidden_act="g
 def big_vision(folder, size, scanned=False):
     """big_vision's names, from timm's by the table here; with a text tower beside the image's."""
     name = "vit_base_patch16_siglip_224"
-    model = randomise(timm.create_model(name, **SMALL))
+    model = randomise(create_model(name, **SMALL))
     heads = (4, 16)
     arrays: dict[str, Any] = {}
 
@@ -256,9 +257,10 @@ def big_vision(folder, size, scanned=False):
             arrays[key.replace("_0/", "/", 1)] = torch.stack(pair)
     arrays = {f"params/img/{key}": value.numpy() for key, value in arrays.items()}
     arrays |= {"params/txt/Encoder_0/encoder_norm/scale": np.ones(3, np.float32), "params/t": np.ones(1, np.float32)}
-    np.savez(folder / "siglip.npz", **arrays | {"params/b": np.ones(1, np.float32)})
+    arrays["params/b"] = np.ones(1, np.float32)
+    np.savez(folder / "siglip.npz", **arrays)
     if size != SIZES[0]:
-        other = timm.create_model(name, **(SMALL | dict(img_size=size)))
+        other = create_model(name, **(SMALL | dict(img_size=size)))
         model = load(other, vision_transformer.checkpoint_filter_fn(model.state_dict(), other))
     return Backbone(folder / "siglip.npz", (*PIXELS, "--pos_embed", "timm", *resized(size)), run_timm(model))
 
@@ -317,11 +319,11 @@ def in_openai(model) -> State:
 def timm_pair(name, size, filtering: Any = vision_transformer, **changes):
     """A model of timm as trained, without a bias in its head, and the same for images of a size."""
     changes = SMALL | dict(num_classes=24) | changes
-    model = randomise(timm.create_model(name, **changes))
+    model = randomise(create_model(name, **changes))
     model.head.bias.data.zero_()
     if size == SIZES[0]:
         return model, model
-    other = timm.create_model(name, **(changes | dict(img_size=size)))
+    other = create_model(name, **(changes | dict(img_size=size)))
     return model, load(other, filtering.checkpoint_filter_fn(model.state_dict(), other))
 
 
@@ -391,8 +393,8 @@ def dinov2_giant(folder, size, registers=4, name="vit_giant_patch14_reg4_dinov2"
     """Meta's keys; with registers, timm's own filter moves the class token's position into the class token."""
     ratio = dict(mlp_ratio=4) if "giant" in name else {}
     changes: dict[str, Any] = SMALL | ratio | dict(reg_tokens=registers, no_embed_class=registers > 0)
-    model = timm.create_model(name, **(changes | dict(img_size=size)))
-    whole: Any = timm.create_model(name, **(changes | dict(reg_tokens=0, no_embed_class=False)))
+    model = create_model(name, **(changes | dict(img_size=size)))
+    whole: Any = create_model(name, **(changes | dict(reg_tokens=0, no_embed_class=False)))
     state = randomise(whole).state_dict() | {"mask_token": random(1, 64)}
     state = rename(state, (r"mlp\.fc1", "mlp.w12"), (r"mlp\.fc2", "mlp.w3")) if "giant" in name else state
     if registers:
@@ -480,13 +482,13 @@ CASES |= {
 
 
 def ijepa(folder, size, way="original"):
-    model, other = timm.create_model("vit_huge_patch14_gap_224", **SMALL), None
+    model, other = create_model("vit_huge_patch14_gap_224", **SMALL), None
     randomise(model)
     if way == "original":
         encoder = {f"module.{key}": value for key, value in model.state_dict().items()}
         source = save(folder / "IN1K-vit.h.14-300e.pth.tar", {"encoder": encoder, "predictor": {}, "epoch": 300})
     if size != SIZES[0]:
-        other = timm.create_model("vit_huge_patch14_gap_224", **(SMALL | dict(img_size=size)))
+        other = create_model("vit_huge_patch14_gap_224", **(SMALL | dict(img_size=size)))
         other = load(other, vision_transformer.checkpoint_filter_fn(model.state_dict(), other))
     return Backbone(source, (*PIXELS, "--num_heads", "4", *resized(size)), run_timm(other or model))
 
@@ -587,6 +589,7 @@ def test_a_wrong_reading_is_told_apart(photos, tmp_path):
     checkpoint = convert(backbone.source, tmp_path / "out", *backbone.flags)
     config, expected = checkpoint.config, theirs(backbone.run, images)[1]
     rotary, params = config.rotary, checkpoint.params
+    assert rotary is not None
     exchanged = jax.tree.map(lambda leaf: leaf, params)
     for block in ("blocks_0", "blocks_1"):
         exchanged[block]["mlp"]["fc1"] = {
@@ -614,7 +617,7 @@ def test_the_key_bias_counts(tmp_path, photos):
 
 
 def test_a_file_of_rotary_positions_alone_asks_for_the_name(tmp_path):
-    model = timm.create_model("vit_small_patch16_dinov3", **SMALL)
+    model = create_model("vit_small_patch16_dinov3", **SMALL)
     source = save(tmp_path / "weights.safetensors", model.state_dict())
     with pytest.raises(InputError, match="its positions are rotary: pass --model"):
         fc.convert(source, tmp_path / "out", preprocess="timm/dinov2")

@@ -102,8 +102,10 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS])
 def test_a_file_of_every_layout_is_told_and_fills_every_leaf(layout):
-    config = ViTConfig(**(dict(image_size=(32, 32), patch_size=8, embed_dim=64, depth=2, num_heads=4, mlp_dim=128,
-                               num_classes=5) | FIELDS.get(layout, {})))  # fmt: skip
+    usual: dict[str, Any] = dict(
+        image_size=(32, 32), patch_size=8, embed_dim=64, depth=2, num_heads=4, mlp_dim=128, num_classes=5
+    )
+    config = ViTConfig(**(usual | FIELDS.get(layout, {})))
     scale = config.layer_scale
     arrays = in_layout(layout, config)
     if layout == "DINOv2 with registers":
@@ -113,7 +115,7 @@ def test_a_file_of_every_layout_is_told_and_fills_every_leaf(layout):
     dropped = {"mask_token"}
     if layout.startswith("DINOv3"):
         arrays["storage_tokens"] = arrays.pop("reg_token", arrays.get("storage_tokens"))
-        arrays["rope_embed.periods"] = np.float32([0.5, 1.0, 2.0, 3.0])
+        arrays["rope_embed.periods"] = np.array([0.5, 1.0, 2.0, 3.0], np.float32)
         dropped.add("rope_embed.periods")
     if layout == "DINOv3":
         for index in range(2):
@@ -124,7 +126,7 @@ def test_a_file_of_every_layout_is_told_and_fills_every_leaf(layout):
     assert translation.layout.name == layout
     assert translation.layout.missing(arrays) == []
     assert translation.num_heads == (4 if layout.startswith(("big_vision", "Google")) else None)
-    known = {"layer_scale": scale, "norm_eps": config.norm_eps, "gelu": "exact"}
+    known: dict[str, Any] = {"layer_scale": scale, "norm_eps": config.norm_eps, "gelu": "exact"}
     if layout.startswith("Hugging Face DINOv3"):
         known["rotary"] = Rotary()
     inferred, grid = infer_config(translation, {"": known}, {"num_heads": 4, "image_size": (32, 32)})

@@ -44,7 +44,7 @@ def test_every_layer_agrees_with_xla(text):
     for index, (layer, macs) in enumerate(zip(schedule.plan(config), flops.layer_macs(config, schedule), strict=True)):
         if layer not in counted:
             x: Any = jax.ShapeDtypeStruct((1, layer.tokens_in, 384), jnp.float32)
-            size = jax.ShapeDtypeStruct((1, layer.tokens_in), jnp.float32)
+            size: Any = jax.ShapeDtypeStruct((1, layer.tokens_in), jnp.float32)
             block = Block(config, jnp.float32, 0.0, 0.0)
             before = Merged(x, size)
             params = jax.eval_shape(partial(block.init, layer=layer, train=False), jax.random.key(0), before)

@@ -124,7 +124,7 @@ class Program:
         x = np.concatenate([*tokens, x]) + (at["embed/pos_embed"][0] if config.learned_positions else 0.0)
         x = self.norm("embed/norm_pre", x) if config.pre_norm else x
         place, size = self.coordinates(), np.ones(len(x))
-        groups = None  # of patches that are matched together, as lists of positions
+        groups: Any = None  # of patches that are matched together, as lists of positions
         for index, (kind, r, windows) in enumerate(stages):
             block = f"blocks_{index}"
             qkv = self.norm(f"{block}/norm1", x) @ at[f"{block}/attn/qkv/kernel"]
@@ -145,7 +145,7 @@ class Program:
                          if i * windows[0] // rows == down and j * windows[1] // columns == across]
                         for down in range(windows[0]) for across in range(windows[1])
                     ]  # fmt: skip
-                together = groups if kind == "local" else [list(range(len(x)))]
+                together: Any = groups if kind == "local" else [list(range(len(x)))]
                 members, groups = [[i] for i in range(prefix)], []
                 for group in together:
                     begin = len(members)
