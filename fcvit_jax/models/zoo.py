@@ -7,6 +7,7 @@ share every shape and key, and differ in the pixels they expect.
 
 import difflib
 from dataclasses import dataclass, replace
+from typing import Any
 
 from fcvit_jax.data.preprocess import Preprocess, preset
 from fcvit_jax.errors import InputError
@@ -59,7 +60,7 @@ def _architectures() -> dict[str, ViTConfig]:
     table["vit_large_patch16_512"] = _config("large", 16, 512)
     table["vit_huge_patch14_518"] = _config("huge", 14, 518)
     table["vit_base_patch16_224_miil"] = _config("base", 16, 224, qkv_bias=False)
-    dinov2 = dict(layer_scale=1e-5, num_classes=0)
+    dinov2: dict[str, Any] = dict(layer_scale=1e-5, num_classes=0)
     for size in ("small", "base", "large"):
         table[f"vit_{size}_patch14_dinov2"] = _config(size, 14, 518, **dinov2)
         registers = dict(num_registers=4, no_embed_class=True)
@@ -73,7 +74,7 @@ def _architectures() -> dict[str, ViTConfig]:
     table["vit_giant_patch14_dinov2"] = giant
     table["vit_giant_patch14_reg4_dinov2"] = replace(giant, num_registers=4, no_embed_class=True)
     table["vit_giant_patch14_reg1_tipsv2"] = replace(giant, image_size=(448, 448), num_registers=1, no_embed_class=True)
-    jepa = dict(class_token=False, pool="avg", fc_norm=False, num_classes=0)
+    jepa: dict[str, Any] = dict(class_token=False, pool="avg", fc_norm=False, num_classes=0)
     table["vit_huge_patch14_gap_224"] = _config("huge", 14, 224, **jepa)
     table["vit_huge_patch16_gap_448"] = _config("huge", 16, 448, **jepa)
     table["vit_giant_patch16_gap_224"] = ViTConfig((224, 224), 16, 1408, 40, 16, 6144, **jepa)
@@ -106,7 +107,7 @@ def _clip() -> dict[str, ViTConfig]:
     return table
 
 
-_CLIP = dict(pre_norm=True, patch_bias=False, norm_eps=1e-5)
+_CLIP: dict[str, Any] = dict(pre_norm=True, patch_bias=False, norm_eps=1e-5)
 
 
 def _siglip() -> dict[str, ViTConfig]:
@@ -119,7 +120,7 @@ def _siglip() -> dict[str, ViTConfig]:
     ):  # fmt: skip
         # As timm runs them; Google trained all with tanh.
         exact = (size, patch) in (("base", 16), ("so400m", 14)) or (size == "large" and pixels < 512)
-        fields: dict = dict(class_token=False, num_classes=0, gelu="exact" if exact else "tanh")
+        fields: dict[str, Any] = dict(class_token=False, num_classes=0, gelu="exact" if exact else "tanh")
         fields["cut_off"] = pixels % patch > 0
         for kind, pool in (("", "map"), ("gap_", "avg")):
             table[f"vit_{size}_patch{patch}_siglip_{kind}{pixels}"] = _config(size, patch, pixels, pool=pool, **fields)
@@ -133,7 +134,8 @@ def _dinov3() -> dict[str, ViTConfig]:
         ("small", 384, 12, 6, 1536, False), ("small_plus", 384, 12, 6, 1536, True), ("base", 768, 12, 12, 3072, False),
         ("large", 1024, 24, 16, 4096, False), ("huge_plus", 1280, 32, 20, 5120, True), ("7b", 4096, 40, 32, 8192, True),
     ):  # fmt: skip
-        for kind, biases in (("", dict(qkv_bias=False)), ("_qkvb", dict(key_bias=False))):
+        kinds: dict[str, dict[str, Any]] = {"": dict(qkv_bias=False), "_qkvb": dict(key_bias=False)}
+        for kind, biases in kinds.items():
             table[f"vit_{size}_patch16_dinov3{kind}"] = ViTConfig(
                 (256, 256), 16, width, depth, heads, mlp_dim, 0, num_registers=4, norm_eps=1e-5, layer_scale=1e-5,
                 learned_positions=False, rotary=Rotary(), gated=gated, pool="avg", **biases,
@@ -145,7 +147,7 @@ def _dinov3() -> dict[str, ViTConfig]:
 def _eva02() -> dict[str, ViTConfig]:
     table = {}
     rotary = Rotary(1e4, "interleaved", "index", reference=(16, 16))
-    common: dict = dict(rotary=rotary, gated=True, key_bias=False)
+    common: dict[str, Any] = dict(rotary=rotary, gated=True, key_bias=False)
     for size, mlp_dim, sizes in (("tiny", 512, (224, 336)), ("small", 1024, (224, 336)), ("base", 2048, (224, 448)),
                                  ("large", 2730, (224, 448))):  # fmt: skip
         fields = common | dict(mlp_dim=mlp_dim, mlp_norm=size in ("base", "large"))
