@@ -60,10 +60,14 @@ def in_layout(name, config, seed=0):
     for pattern, (target, transform) in layout.table.items():
         path, _, part = target.partition(":")
         shape = leaves.get(path.replace("#", "0"))
+        # Of two sets of keys for one module a file holds one: the first in the table.
+        others = {each.partition(":")[2] for each in filled if each.partition(":")[0] == path}
         if shape is None or target in filled or pattern.startswith("norm." if config.fc_norm else "fc_norm."):
             continue
+        if "" in others or (others and part in ("", "kv")):
+            continue
         if part:
-            shape = (*shape[:-1], shape[-1] // 3)
+            shape = (*shape[:-1], shape[-1] // len({"q": "qkv", "k": "qkv", "v": "qkv"}.get(part, "gx")))
         heads = config.num_heads
         shape = {
             "linear": shape[::-1],

@@ -14,6 +14,7 @@ from huggingface_hub import constants
 import fcvit_jax as fc
 from fcvit_jax.convert.__main__ import main
 from fcvit_jax.convert.pytorch import write_safetensors
+from fcvit_jax.models.config import Rotary
 from states import in_layout
 
 DOCS = Path(__file__).parents[1] / "docs" / "conversion.md"
@@ -23,7 +24,7 @@ TINY = replace(fc.zoo.get("vit_tiny_patch16_224").config, depth=2, num_classes=1
 BACKBONE = replace(TINY, num_classes=0)
 PIXELS = {"size": {"height": 224, "width": 224}, "resample": 2, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 HUGGINGFACE = {"model_type": "vit", "num_attention_heads": 3, "layer_norm_eps": 1e-12, "hidden_act": "gelu"}
-TIMM_HUB = {
+TIMM_HUB: dict = {
     "architecture": "vit_tiny_patch16_224",
     "pretrained_cfg": {"input_size": [3, 224, 224], "crop_pct": 0.9, "mean": [0.5] * 3, "std": [0.5] * 3},
 }
@@ -51,10 +52,30 @@ def huggingface(config=TINY):
     return {key if key.startswith("classifier") else f"vit.{key}": array for key, array in arrays.items()}
 
 
-def save_huggingface(folder):
-    save(folder / "model.safetensors", huggingface())
-    (folder / "config.json").write_text(json.dumps(HUGGINGFACE))
-    (folder / "preprocessor_config.json").write_text(json.dumps(PIXELS))
+V3 = replace(BACKBONE, num_registers=4, layer_scale=1.0, learned_positions=False, rotary=Rotary(), key_bias=False)
+CLIP = replace(TINY, pre_norm=True, patch_bias=False, norm_eps=1e-5, gelu="quick", head_bias=False)
+SIGLIP = replace(BACKBONE, class_token=False, pool="map")
+TOWER = {"hidden_size": 192, "num_attention_heads": 3, "image_size": 224, "patch_size": 16}
+# Repository -> layout, model, config.json and image processor.
+HUBS: dict[str, tuple[str, fc.ViTConfig, dict, str]] = {
+    "facebook/dinov3-vits16-pretrain-lvd1689m": (
+        "Hugging Face DINOv3", V3, TOWER | {"model_type": "dinov3_vit", "num_register_tokens": 4}, "DINOv3ViT"
+    ),
+    "google/siglip2-base-patch16-224": (
+        "Hugging Face SigLIP", SIGLIP, {"model_type": "siglip", "vision_config": TOWER}, "Siglip"
+    ),
+    "openai/clip-vit-base-patch32": (
+        "Hugging Face CLIP", CLIP, {"model_type": "clip", "vision_config": TOWER, "projection_dim": 10}, "CLIP"
+    ),
+}  # fmt: skip
+
+
+def save_huggingface(folder, repository=""):
+    layout, config, stated, processor = HUBS.get(repository, ("", TINY, HUGGINGFACE, "ViT"))
+    save(folder / "model.safetensors", in_layout(layout, config) if layout else huggingface())
+    (folder / "config.json").write_text(json.dumps(stated))
+    pixels = PIXELS | {"image_processor_type": f"{processor}ImageProcessor", "crop_size": 224}
+    (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
 
 
 def in_hub_cache(home, repository):
@@ -75,11 +96,14 @@ def make(source, home):
         save(folder / "model.safetensors", in_layout("timm", replace(TINY, depth=12)))
         (folder / "config.json").write_text(json.dumps(TIMM_HUB))
     elif source.startswith("hf-hub:"):
-        save_huggingface(in_hub_cache(home, source.removeprefix("hf-hub:")))
+        repository = source.removeprefix("hf-hub:")
+        save_huggingface(in_hub_cache(home, repository), repository)
     elif source in fc.zoo.names():
         folder, architecture = in_hub_cache(home, f"timm/{source}"), source.split(".")[0]
         save(folder / "model.safetensors", in_layout("timm", zoo(architecture)))
-        config = TIMM_HUB | {"architecture": architecture}
+        pixels = TIMM_HUB["pretrained_cfg"] | {"input_size": [3, *zoo(architecture).image_size]}
+        pool = {"architecture": architecture, "global_pool": zoo(architecture).pool}
+        config = TIMM_HUB | pool | {"pretrained_cfg": pixels}
         (folder / "config.json").write_text(json.dumps(config))
     elif source.startswith("https:"):
         arrays = in_layout("timm", zoo("deit3_small_patch16_224"))
@@ -98,6 +122,34 @@ def make(source, home):
         arrays["register_tokens"] = arrays.pop("reg_token")
         arrays["pos_embed"] = np.zeros((1, 37 * 37 + 1, 384), np.float32)
         save(here, arrays | {"mask_token": np.zeros((1, 384), np.float32)})
+    elif source == "dinov3_vits16.pth":
+        arrays = in_layout("DINOv3, keys biased", replace(V3, key_bias=True))
+        arrays["storage_tokens"] = arrays.pop("reg_token", arrays.get("storage_tokens"))
+        arrays["rope_embed.periods"] = np.float32(100 ** (np.arange(16) / 16))
+        masks = {f"{key}_mask": np.zeros(576, np.float32) for key in arrays if key.endswith("qkv.bias")}
+        save(here, arrays | masks)
+    elif source == "webli_en_b16.npz":
+        arrays = in_layout("big_vision", SIGLIP)
+        save(here, {f"params/img/{key}": array for key, array in arrays.items()} | {"params/t": np.ones(1)})
+    elif source == "ViT-B-16.pt":
+        arrays = {f"visual.{key}": array for key, array in in_layout("OpenAI CLIP", CLIP).items()}
+        save(here, arrays | {"positional_embedding": np.zeros((77, 64), np.float32), "logit_scale": np.ones((), "f4")})
+    elif source == "open_clip_model.safetensors":
+        arrays = in_layout("open_clip", CLIP)
+        arrays = {f"visual.{key if key[:5] == 'head.' else f'trunk.{key}'}": array for key, array in arrays.items()}
+        save(here, arrays | {"text.token_embedding.weight": np.zeros((5, 64), np.float32)})
+    elif source == "PE-Core-T16-384.pt":
+        arrays = in_layout("PE", replace(zoo("vit_pe_core_tiny_patch16_384"), head_bias=False))
+        save(here, {f"visual.{key}": array for key, array in arrays.items()})
+    elif source == "tipsv2.pth":
+        arrays = in_layout("DINOv2 with registers", replace(BACKBONE, num_registers=1, layer_scale=1.0))
+        arrays["register_tokens"] = arrays.pop("reg_token")
+        arrays["pos_embed"] = arrays["pos_embed"][:, :197]
+        save(here, {f"vision_encoder.{key}": array for key, array in arrays.items()} | {"temperature": np.ones(1)})
+    elif source == "ijepa.pth.tar":
+        arrays = in_layout("timm", replace(BACKBONE, class_token=False, pool="avg"))
+        save(here.with_suffix(".pth"), {f"module.{key}": array for key, array in arrays.items()}, "encoder")
+        here.with_suffix(".pth").rename(here)
     elif source == "mae_finetuned.pth":
         save(here, in_layout("timm", replace(TINY, pool="avg", fc_norm=True)), "model")
     elif source == "clip_tower.safetensors":
@@ -151,13 +203,14 @@ def test_the_command_runs_as_written(command, home, capsys):
         assert "in PyTorch: " in capsys.readouterr().out
     else:
         loaded = fc.load_checkpoint(out)
-        assert loaded.config.num_classes == (0 if "dino" in source else loaded.params["head"]["bias"].size)
+        backbone = re.search("dino|siglip|webli|tips|ijepa", source)
+        assert loaded.config.num_classes == (0 if backbone else loaded.params["head"]["kernel"].shape[1])
         assert loaded.preprocess.image_size == loaded.config.image_size
 
 
 def test_there_is_a_command_for_every_kind_of_source():
-    assert len(COMMANDS) == 22
-    assert len(set(COMMANDS)) == 22
+    assert len(COMMANDS) == 35
+    assert len(set(COMMANDS)) == 35
 
 
 def test_the_python_example_runs_as_written(home, capsys):

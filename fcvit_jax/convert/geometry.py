@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from fcvit_jax.convert.translation import Translation
@@ -10,6 +11,8 @@ from fcvit_jax.models import zoo
 from fcvit_jax.models.config import ViTConfig
 
 Grid = tuple[int, int]
+
+_SETTINGS = ("gelu", "norm_eps", "proportional_attention", "map_heads")  # which no key or shape shows
 
 
 def infer_config(
@@ -22,8 +25,9 @@ def infer_config(
     pool, image_size (height, width), patch_size, num_classes (0 drops the head), proportional_attention.
     Raises InputError if the file contradicts what is known or asked, or if a field must be stated.
     """
-    known = {name: value for fields in sources.values() for name, value in fields.items()}
-    if translation.layout.config_json == "huggingface" and not known:
+    layout, stated = translation.layout, {name for fields in sources.values() for name in fields}
+    known = dict(layout.implies) | {name: value for fields in sources.values() for name, value in fields.items()}
+    if layout.config_json == "huggingface" and not stated:
         raise InputError(
             "a Hugging Face model without config.json, which states its heads, GELU and epsilon: put that beside the "
             "file, or pass --model"
@@ -33,11 +37,16 @@ def infer_config(
     tokens = [f"embed/{name}_token" for name in ("cls", "dist", "reg")]
     cls, dist, registers = (translation.shape(path, 3)[1] if path in leaves else 0 for path in tokens)
     grid, no_embed_class = _grid(translation, (cls, dist, registers), patch, known, asked)
+    hidden, outer = (translation.shape(f"blocks_0/mlp/{name}/kernel", 2) for name in ("fc1", "fc2"))
+    gated = hidden[1] == 2 * outer[0]
     found = {
         "patch_size": patch,
         "embed_dim": width,
         "depth": translation.num_blocks,
-        "mlp_dim": translation.shape("blocks_0/mlp/fc1/kernel", 2)[1],
+        "mlp_dim": hidden[1] // (1 + gated),
+        "gated": gated,
+        "mlp_norm": "blocks_0/mlp/norm/scale" in leaves,
+        "attn_norm": "blocks_0/attn/norm/scale" in leaves,
         "class_token": bool(cls),
         "dist_token": bool(dist),
         "num_registers": registers,
@@ -45,9 +54,19 @@ def infer_config(
         "patch_bias": "embed/bias" in leaves,
         "pre_norm": "embed/norm_pre/scale" in leaves,
         "qkv_bias": "blocks_0/attn/qkv/bias" in leaves,
+        "learned_positions": "embed/pos_embed" in leaves or layout.sincos2d,
     }
     scaled = "blocks_0/ls1" in leaves
-    heads = translation.num_heads or known.get("num_heads")
+    rotary = known.get("rotary")
+    if rotary and rotary is layout.implies.get("rotary") and grid and rotary.coordinates == "index":
+        rotary = replace(rotary, reference=grid, offset=float(cls))  # PE counts its class token too
+    if rotary and translation.periods:
+        rotary = replace(rotary, periods=translation.periods)
+    heads = (
+        translation.num_heads
+        or known.get("num_heads")
+        or (width // (4 * len(translation.periods)) if translation.periods else None)
+    )
     for origin, fields in sources.items():
         differs = {name: value for name, value in found.items() if fields.get(name, value) != value}
         if "layer_scale" in fields and scaled != (fields["layer_scale"] is not None):
@@ -63,22 +82,30 @@ def infer_config(
             "(OpenAI's weights: quick, LAION's: exact) and --norm_eps 1e-5"
         )
 
+    image_size = known.get("image_size", (224, 224))
+    if grid and grid != (image_size[0] // patch, image_size[1] // patch):
+        image_size = grid[0] * patch, grid[1] * patch
     num_classes = _num_classes(translation, asked.get("num_classes"))
     norms = [piece.key for piece in leaves.get("norm/scale", {}).values()]
     fc_norm = known.get("fc_norm", False) or any(key.startswith("fc_norm.") for key in norms)
     inferred = {
         "num_heads": heads or asked.get("num_heads") or _usual_heads(width),
-        "image_size": (grid[0] * patch, grid[1] * patch) if grid else known.get("image_size", (224, 224)),
+        "image_size": image_size,
+        "cut_off": "image_size" not in asked and any(side % patch for side in image_size),
         "num_classes": num_classes,
         "representation_size": _columns(translation, "pre_logits/kernel") if num_classes else 0,
         "layer_scale": known.get("layer_scale", 1e-5) if scaled else None,
         "pool": known.get("pool") or _pool(translation, cls, dist, fc_norm),
         "fc_norm": fc_norm,
+        "rotary": rotary,
+        "key_bias": _keys_biased(translation, known),
+        "head_bias": known.get("head_bias", True) and (not num_classes or layout.fills("head/bias")),
+        "map_mlp_dim": pooling if (pooling := _columns(translation, "pool/mlp/fc1/kernel")) != found["mlp_dim"] else 0,
     }
     if asked.get("num_heads", heads) != heads and heads:
         origin = next((origin for origin, fields in sources.items() if "num_heads" in fields), "the file")
         raise InputError(f"{origin} has {heads} heads, you asked for {asked['num_heads']}: leave --num_heads out")
-    settings = {name: known[name] for name in ("gelu", "norm_eps", "proportional_attention") if name in known}
+    settings = {name: known[name] for name in _SETTINGS if name in known}
     return ViTConfig(**{**settings, **found, **inferred, **asked, "num_classes": num_classes}), grid
 
 
@@ -89,14 +116,18 @@ def _grid(
     if "embed/pos_embed" not in translation.leaves:
         if translation.layout.sincos2d:
             return None, any(prefix)
+        if known.get("rotary"):
+            return None, False
         raise InputError(
-            "the file holds no position embedding: it is incomplete, or a model with rotary positions (EVA-02, DINOv3)"
+            "the file holds no position embedding: it is incomplete, or its positions are rotary: pass --model with "
+            "timm's name, such as vit_small_patch16_dinov3"
         )
     entries = translation.shape("embed/pos_embed", 3)[1]
-    # Entries for all prefix tokens, for all but the registers, or for none: whichever leaves a grid.
-    options = [sum(prefix), *([prefix[0] + prefix[1]] if prefix[2] else []), 0]
+    # Entries for all prefix tokens but the registers, for all, or for none: whichever leaves a grid.
+    every, few = sum(prefix), prefix[0] + prefix[1]
+    options = [*([few] if prefix[2] else []), every, 0]
     if "no_embed_class" in known:
-        options = options[1:] if known["no_embed_class"] and any(prefix) else options[:1]
+        options = [each for each in options if each != every] if known["no_embed_class"] and every else [every]
     sizes = [fields.get("image_size", (0, 0)) for fields in (known, asked)]
     stated, wanted = ((height // patch, width // patch) for height, width in sizes)
     # First what is known, then what is asked if it fits exactly, then a square.
@@ -104,14 +135,28 @@ def _grid(
         side = math.isqrt(max(entries - taken, 0))
         for grid in (stated, wanted, (side, side)):
             if 0 < math.prod(grid) == entries - taken:
-                return grid, taken < sum(prefix)
+                return grid, taken < every
     raise InputError(
         f"the position embedding has {entries} entries, no square grid: pass --image_size HEIGHTxWIDTH of the weights"
     )
 
 
+def _keys_biased(translation: Translation, known: Mapping[str, Any]) -> bool:
+    """Whether keys have a bias: not if queries and values have theirs alone, and the layout has none for keys."""
+    parts = translation.leaves.get("blocks_0/attn/qkv/bias", {}).values()
+    masked = any(part.transform == "masked" for part in parts)
+    alone = {*translation.leaves.get("blocks_0/attn/qkv/bias", {})} == {"q", "v"}
+    return (
+        not masked
+        and known.get("key_bias", True)
+        and not (alone and not translation.layout.fills("blocks_#/attn/qkv/bias:k"))
+    )
+
+
 def _pool(translation: Translation, cls: int, dist: int, fc_norm: bool) -> str:
     leaves = translation.leaves
+    if "pool/probe" in leaves:
+        return "map"
     if "head_dist/kernel" in leaves or (dist and "head/kernel" not in leaves):
         return "dist_avg"
     if fc_norm or not cls:
@@ -142,9 +187,10 @@ def _columns(translation: Translation, path: str) -> int:
 
 
 def _usual_heads(width: int) -> int:
-    """Heads are 64 wide in the usual ViTs; packed projections do not show it, so other widths must be stated."""
-    if any(config.embed_dim == width == 64 * config.num_heads for config in zoo.ARCHITECTURES.values()):
-        return width // 64
+    """The heads of all known models of this width; packed projections do not show it, so others must be stated."""
+    usual = {config.num_heads for config in zoo.ARCHITECTURES.values() if config.embed_dim == width}
+    if len(usual) == 1:
+        return usual.pop()
     raise InputError(
         f"the number of heads of a {width}-wide model cannot be inferred from the file: pass --model or --num_heads"
     )

@@ -62,7 +62,8 @@ def describe_model(config: ViTConfig) -> str:
         f"ViT {config.embed_dim} wide, {config.depth} layers, {config.num_heads} heads, patch {config.patch_size} at "
         f"{height}x{width} ({config.grid[0]}x{config.grid[1]} patches and {config.num_prefix_tokens} prefix tokens"
         f"{', which have no positions' if config.no_embed_class and config.num_prefix_tokens else ''}), "
-        f"{config.num_classes} classes, {config.pool} pooling, GELU {config.gelu}, epsilon {config.norm_eps:g}, "
+        f"{'rotary positions, ' if config.rotary else ''}{config.num_classes} classes, {config.pool} pooling, "
+        f"{'SwiGLU' if config.gated else f'GELU {config.gelu}'}, epsilon {config.norm_eps:g}, "
         f"{flops.gmacs(config):.2f} GMACs"
     )
 

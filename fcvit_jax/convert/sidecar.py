@@ -17,18 +17,46 @@ from typing import Any
 from fcvit_jax.data.labels import ClassNames
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models import zoo
+from fcvit_jax.models.config import Rotary, ViTConfig
 
-# model_type -> epsilon and image processor, the defaults of its classes.
-_MODEL_TYPES = {
-    "vit": (1e-12, "ViT"),
-    "deit": (1e-12, "DeiT"),
-    "dinov2": (1e-6, "Bit"),
-    "dinov2_with_registers": (1e-6, "Bit"),
+# model_type -> what its class takes for keys that are absent, and its image processor.
+_DINOV2 = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"}
+_MODEL_TYPES: dict[str, tuple[dict[str, Any], str]] = {
+    "vit": ({"layer_norm_eps": 1e-12, "hidden_act": "gelu"}, "ViT"),
+    "deit": ({"layer_norm_eps": 1e-12, "hidden_act": "gelu"}, "DeiT"),
+    "ijepa": ({"layer_norm_eps": 1e-12, "hidden_act": "gelu"}, "ViT"),
+    "dinov2": (_DINOV2, "Bit"),
+    "dinov2_with_registers": (_DINOV2, "Bit"),
+    "dinov3_vit": (
+        {
+            "layer_norm_eps": 1e-5,
+            "hidden_act": "gelu",
+            "num_attention_heads": 6,
+            "rope_theta": 100.0,
+            "key_bias": False,
+        },
+        "DINOv3ViT",
+    ),
+    "siglip_vision_model": (
+        {"layer_norm_eps": 1e-6, "hidden_act": "gelu_pytorch_tanh", "num_attention_heads": 12},
+        "Siglip",
+    ),
+    "clip_vision_model": ({"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "num_attention_heads": 12}, "CLIP"),
+    "tipsv2_vision_model": (_DINOV2 | {"num_attention_heads": 12}, "Tipsv2"),
 }
+# Models of an image and a text: what describes the image tower is under "vision_config".
+_TOWERS = {"siglip": "siglip_vision_model", "clip": "clip_vision_model", "tipsv2": "tipsv2_vision_model"}
 # Image processor -> default filter and centre crop; whether a size of one number, in files from before transformers
 # 4.25, is a square or the shorter side.
-_PROCESSORS = {"ViT": (2, False, True), "DeiT": (3, True, True), "Bit": (3, True, False), "CLIP": (3, True, False)}
+_PROCESSORS = {
+    "ViT": (2, False, True),
+    "DeiT": (3, True, True),
+    "Bit": (3, True, False),
+    "CLIP": (3, True, False),
+    "Siglip": (3, False, True),
+    "DINOv3ViT": (2, False, True),
+}
 
 # Key -> field of `ViTConfig`.
 HUGGINGFACE_FIELDS = {
@@ -40,6 +68,7 @@ HUGGINGFACE_FIELDS = {
     "hidden_act": "gelu",
     "num_register_tokens": "num_registers",
 } | {name: name for name in ("image_size", "patch_size", "qkv_bias")}
+_HUGGINGFACE_SHOWN = {"use_gated_mlp": "gated", "use_swiglu_ffn": "gated", "key_bias": "key_bias"}
 _SAME = ("patch_size", "embed_dim", "depth", "num_heads", "qkv_bias", "class_token", "no_embed_class", "pre_norm")
 TIMM_FIELDS = {name: name for name in _SAME} | {
     "img_size": "image_size",
@@ -47,13 +76,17 @@ TIMM_FIELDS = {name: name for name in _SAME} | {
     "init_values": "layer_scale",
     "act_layer": "gelu",
 }
-# What timm's names imply and its files do not state: fields, or what is not supported.
+# What timm's names imply and its files do not state, of models that the zoo does not know: fields, or what is not
+# supported.
 _TIMM_NAMES: dict[str, tuple[dict[str, Any], str | None]] = {
-    r"_rope(_|$)": ({}, "rotary positions"),
+    r"_rope_mixed": ({}, "rotary frequencies of its own in each layer"),
+    r"_rope|dinov3|eva02|_pe_|lingbot|sapiens": ({}, "rotary positions in a way that the zoo does not know"),
     r"_rpn_": ({}, "norms behind its branches"),
-    r"_clip_quickgelu_": ({"gelu": "quick", "norm_eps": 1e-5}, None),
-    r"_clip_(?!quickgelu)": ({"gelu": "exact", "norm_eps": 1e-5}, None),
-    r"siglip": ({"gelu": "tanh"}, None),
+    r"naflex": ({}, "images of sizes of their own"),
+    r"^vit_.*_clip_quickgelu_": ({"gelu": "quick", "norm_eps": 1e-5}, None),
+    r"^vit_.*_clip_(?!quickgelu)": ({"gelu": "exact", "norm_eps": 1e-5}, None),
+    # timm runs the other SigLIPs with the exact GELU, all of which Google trained with tanh.
+    r"(patch32|(so400m|giantopt)_patch16)_siglip|large_patch16_siglip_(gap_)?512": ({"gelu": "tanh"}, None),
 }
 _GELU = {"gelu": "exact", "quick_gelu": "quick"} | dict.fromkeys(
     ("gelu_new", "gelu_pytorch_tanh", "gelu_fast", "gelu_tanh"), "tanh"
@@ -108,15 +141,24 @@ def read_sidecar(weights: Path, kinds: tuple[str, ...] = ("timm", "huggingface")
 
 
 def _read_huggingface(config: Stated) -> Sidecar:
-    kind = config["model_type"]
+    kind, stated = config["model_type"], _known(config)
+    tower = _TOWERS.get(kind) if isinstance(kind, str) else None
+    if tower:
+        kind, stated = tower, _known(_take({"vision_config": {}} | stated, "vision_config", dict))
     if not isinstance(kind, str) or kind not in _MODEL_TYPES:
-        raise InputError(f"model_type {reprlib.repr(kind)}, supported are {', '.join(_MODEL_TYPES)}")
-    if config.get("use_swiglu_ffn"):
-        raise InputError("use_swiglu_ffn: SwiGLU models (DINOv2 giant) are not supported")
-    stated = {"layer_norm_eps": _MODEL_TYPES[kind][0], "hidden_act": "gelu", **_known(config)}
-    found = _fields(stated, HUGGINGFACE_FIELDS)
-    if "embed_dim" in found and "mlp_ratio" in stated:
-        found.setdefault("mlp_dim", found["embed_dim"] * _take(stated, "mlp_ratio", int))
+        raise InputError(f"model_type {reprlib.repr(kind)}, supported are {', '.join((*_MODEL_TYPES, *_TOWERS))}")
+    stated = _MODEL_TYPES[kind][0] | stated
+    gated = [key for key in ("use_gated_mlp", "use_swiglu_ffn") if stated.get(key)]
+    if gated and stated.pop("hidden_act") != "silu" and gated == ["use_gated_mlp"]:
+        raise InputError("use_gated_mlp with a hidden_act other than silu, supported is SwiGLU")
+    found = _fields(stated, HUGGINGFACE_FIELDS | _HUGGINGFACE_SHOWN)
+    if "embed_dim" in found and "mlp_ratio" in stated and not gated:
+        found.setdefault("mlp_dim", int(found["embed_dim"] * _take(stated, "mlp_ratio", int, float)))
+    if "rope_theta" in stated:
+        found["rotary"] = Rotary(_take(stated, "rope_theta", int, float))
+        found["pool"] = "token"
+    if config.get("architectures") == ["SiglipForImageClassification"]:
+        found["pool"] = "avg"  # it leaves the attention pooling out
     names = _names("id2label", config.get("id2label"))
     if names and all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         names = None  # placeholders
@@ -127,20 +169,33 @@ def _read_timm(config: Stated) -> Sidecar:
     name, pixels = _take(config, "architecture", str), _pretrained_cfg(config)
     stated = {"img_size": pixels.get("input_size"), "global_pool": config.get("global_pool")}
     stated = _known(stated | _take({"model_args": {}} | _known(config), "model_args", dict))
-    found = _fields(stated, TIMM_FIELDS)
+    found = _fields(stated, TIMM_FIELDS | {"attn_pool_num_heads": "map_heads"})
+    if (named := zoo.ARCHITECTURES.get(name)) and named.rotary:
+        found["rotary"] = _timm_rotary(stated, named.rotary)
     for pattern, (implied, problem) in _TIMM_NAMES.items():
-        if re.search(pattern, name):
+        if re.search(pattern, name) and not (named and problem):
             if problem:
                 raise InputError(f"architecture {name!r}, which has {problem}: it is not supported")
             found = implied | found
     pool = stated.get("global_pool")
     if pool not in (None, "", "token", "avg", "map") or stated.get("pool_include_prefix"):
         raise InputError(f"global_pool {pool!r} or pool_include_prefix, supported are token and avg of the patches")
-    # A distilled model averages its two heads whatever it says, and "map" has keys of its own.
+    # A distilled model averages its two heads whatever it says, and "map" shows in the keys.
     if pool in ("token", "avg") and "distilled" not in name:
         found["pool"] = pool
     labels = config.get("label_names") or pixels.get("label_names") or pixels.get("labels")
     return Sidecar("timm", ("config.json",), found, class_names=_names("label_names", labels), architecture=name)
+
+
+def _timm_rotary(stated: Stated, usual: Rotary) -> Rotary:
+    """Rotary positions of a model by its name's, and by what its arguments change."""
+    changes = {}
+    for key, name in {"rope_temperature": "theta", "rope_grid_offset": "offset"}.items():
+        if key in stated:
+            changes[name] = _take(stated, key, int, float)
+    if "ref_feat_shape" in stated:
+        changes["reference"] = _size("ref_feat_shape", stated["ref_feat_shape"])
+    return replace(usual, **changes)
 
 
 def _fields(stated: Stated, table: Mapping[str, str]) -> dict[str, Any]:
@@ -178,7 +233,7 @@ def _read_huggingface_pixels(stated: Stated, model_type: str | None) -> Preproce
     name = stated.get("image_processor_type", stated.get("feature_extractor_type"))
     family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(name))
     if name is None and model_type:
-        family = _MODEL_TYPES[model_type][1]
+        family = _MODEL_TYPES[_TOWERS.get(model_type, model_type)][1]
     if family not in _PROCESSORS:
         raise InputError(f"image_processor_type {reprlib.repr(name)}, supported are {', '.join(_PROCESSORS)}")
     resample, crops, square = _PROCESSORS[family]

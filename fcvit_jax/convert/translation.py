@@ -15,7 +15,7 @@ import numpy as np
 from flax import traverse_util
 
 from fcvit_jax.checkpoint import abstract_params, leaf_shapes
-from fcvit_jax.convert.layouts import Arrays, Layout, detect_layout
+from fcvit_jax.convert.layouts import Arrays, Layout, detect_layout, image_tower
 from fcvit_jax.convert.posembed import RESAMPLINGS, resample, resample_patch, sincos_2d
 from fcvit_jax.convert.wrappers import find_body, find_head, leftover, outside
 from fcvit_jax.errors import InputError
@@ -24,6 +24,7 @@ from fcvit_jax.models.config import ViTConfig
 _TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "copy": lambda x: x,
     "linear": lambda x: x.T if x.ndim == 2 else x,
+    "masked": lambda x: np.delete(x, slice(len(x) // 3, len(x) // 3 * 2)) if x.ndim == 1 else x,
     "conv": lambda x: x.transpose(2, 3, 1, 0) if x.ndim == 4 else x,
     "token": lambda x: x.reshape(1, -1, x.shape[-1]) if 1 <= x.ndim <= 3 and x.size else x,
     "grid": lambda x: x.reshape(1, -1, x.shape[-1]) if x.ndim == 2 or (x.ndim == 3 and 1 in x.shape[:2]) else x,
@@ -31,6 +32,8 @@ _TRANSFORMS: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "merge": lambda x: x.reshape(-1, x.shape[-1]) if x.ndim == 3 and x.size else x,
 }
 _HEADS = re.compile(r"head(_dist)?/|pre_logits/")
+_ORDER = ("", "q", "k", "v", "kv", "g", "x")  # of parts in a leaf
+_WHOLES = ([""], ["q", "k", "v"], ["q", "kv"], ["g", "x"])
 
 
 class Piece(NamedTuple):
@@ -72,6 +75,12 @@ class Translation:
         return (*first[:-1], sum(part.array.shape[-1] for part in parts))
 
     @property
+    def periods(self) -> tuple[float, ...] | None:
+        """Those of rotary positions, if the file stores them."""
+        pieces = self.leaves.get("rotary/periods")
+        return tuple(map(float, pieces[""].array.reshape(-1).astype(np.float32))) if pieces else None
+
+    @property
     def keys(self) -> tuple[MappedKey, ...]:
         keys = []
         for path, pieces in self.leaves.items():
@@ -106,20 +115,21 @@ def translate(arrays: Arrays, num_classes: int | None = None) -> Translation:
     Raises InputError naming the first key that is unknown or fills a leaf twice, or what the file is taken for.
     """
     arrays, prefix, beside = find_body(arrays)
-    layout, unknown = detect_layout(arrays), {**beside}
+    names, dropped = image_tower(arrays)
+    layout, unknown = detect_layout(names.values()), {**beside}
     leaves: dict[str, dict[str, Piece]] = {}
-    dropped: dict[str, str] = {}
     num_heads = None
-    for key, array in arrays.items():
-        if reason := layout.reason(key):
+    for key, name in names.items():
+        array = arrays[key]
+        if reason := layout.reason(name):
             dropped[key] = reason
             continue
-        target, number = layout.find(key)
+        target, number = layout.find(name)
         if target is None:
             unknown[prefix + key] = array
             continue
         pattern, transform = target
-        if transform == "heads" and array.ndim > 1:
+        if transform == "heads" and array.ndim > 1 and not pattern.startswith("pool/"):
             num_heads = array.shape[-2]
         stacked = "#" in pattern and not number
         if stacked and not array.ndim:
@@ -130,7 +140,8 @@ def translate(arrays: Arrays, num_classes: int | None = None) -> Translation:
             if part in pieces or "" in pieces or (pieces and not part):
                 raise InputError(f"{key!r} fills {path} a second time: the file holds two versions of one tensor")
             pieces[part] = Piece(key, array.shape, _TRANSFORMS[transform](block), transform)
-    outer = beside.keys() | {prefix + key for key in outside(arrays, layout)}
+    beyond = outside(names.values(), layout)
+    outer = beside.keys() | {prefix + key for key, name in names.items() if name in beyond}
     more, remarks = _place_unknown(unknown, outer, layout, leaves, num_classes)
     return Translation(layout, leaves, dropped | more, num_heads, remarks, prefix)
 
@@ -185,12 +196,18 @@ def assemble(
         if _HEADS.match(path) and not config.num_classes:
             dropped |= {piece.key: "the head was not asked for" for piece in pieces.values()}
             continue
-        parts = sorted(pieces, key="qkv".find)
+        if path.startswith("pool/") and config.pool != "map":
+            dropped |= {piece.key: f"the pooling is {config.pool!r}" for piece in pieces.values()}
+            continue
+        if path.startswith("rotary/"):  # in the configuration
+            continue
+        parts = sorted(pieces, key=_ORDER.index)
         first = pieces[parts[0]]
         if path not in wanted:
             raise InputError(f"{first.key!r} has no place in a {config.depth}-layer model with {config.pool} pooling")
-        if parts not in ([""], ["q", "k", "v"]):
-            lacking = next(part for part in "qkv" if part not in parts)
+        no_keys = parts == ["q", "v"] and path.endswith("attn/qkv/bias") and not config.key_bias
+        if parts not in _WHOLES and not no_keys:
+            lacking = next(part for part in ("gx" if parts[0] in "gx" else "qkv") if part not in parts)
             raise InputError(f"nothing in the file fills {path}:{lacking}, beside {first.key!r}: it is incomplete")
         value, remark = _numbers([pieces[part] for part in parts]), None
         if path == "embed/pos_embed" and grid is not None:
@@ -209,7 +226,7 @@ def assemble(
         filled["embed/cls_token"] = filled["embed/cls_token"] + class_position
     if translation.layout.note:
         remarks.append(translation.layout.note)
-    if "embed/pos_embed" not in filled and grid is None:
+    if "embed/pos_embed" in wanted and "embed/pos_embed" not in filled and grid is None:
         filled["embed/pos_embed"] = jnp.asarray(sincos_2d(config.grid, config.embed_dim))
         height, width = config.image_size
         remarks.append(

@@ -5,7 +5,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,11 @@ from fcvit_jax.models import zoo
 from fcvit_jax.models.config import ViTConfig
 
 # Fields in which a file may differ from the model that it is named after: its keys decide.
-_DECIDED_BY_KEYS = ("image_size", "num_classes", "pool", "fc_norm", "representation_size")
+_DECIDED_BY_KEYS = ("image_size", "num_classes", "pool", "fc_norm", "representation_size", "head_bias")
+
+
+# Fields that neither keys nor timm's config.json show.
+_NOT_SHOWN = ("num_heads", "gelu", "norm_eps", "rotary", "map_heads")
 
 
 def named_model(src: str, model: str | None) -> zoo.Model | None:
@@ -75,7 +79,7 @@ def _open_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:
     checkpoint = load_checkpoint(path)
     arrays, meta = flat_params(checkpoint.params), checkpoint.meta
     known: Any = dict(class_names=checkpoint.class_names, provenance=meta["provenance"])
-    sidecar = Sidecar("fcvit_jax", (), asdict(checkpoint.config), checkpoint.preprocess, **known)
+    sidecar = Sidecar("fcvit_jax", (), dict(vars(checkpoint.config)), checkpoint.preprocess, **known)
     return WeightFile(checkpoint.path, "checkpoint", arrays, meta["files"], None, ()), sidecar
 
 
@@ -117,13 +121,23 @@ class WeightSource:
         """The configuration, and the grid of the file's position embedding; `asked` as in `infer_config`."""
         stated = {}
         if self.model:
-            fields = asdict(self.model.config)
+            fields = vars(self.model.config)
             stated[f"a {self.model.name}"] = {name: fields[name] for name in fields if name not in _DECIDED_BY_KEYS}
         if self.sidecar.kind:
             # config.json names an architecture, and states or leaves to the keys what differs from it.
             named = zoo.ARCHITECTURES.get(self.sidecar.architecture or "")
-            usual = {name: getattr(named, name) for name in ("num_heads", "gelu", "norm_eps")} if named else {}
-            stated["what config.json describes"] = usual | self.sidecar.fields
+            usual = {name: getattr(named, name) for name in _NOT_SHOWN} if named else {}
+            described = usual | self.sidecar.fields
+            if self.model and self.sidecar.kind == "timm":  # whose names of CLIP imply a GELU, and share their files
+                described.pop("gelu", None)
+            stated["what config.json describes"] = described
+        if (
+            self.model
+            and self.model.config.learned_positions is False
+            and self.translation.layout.config_json == "timm"
+        ):
+            # timm pools DINOv3 by the patches' mean, beside a class token: no key shows it.
+            stated = {"its name": {"pool": self.model.config.pool}} | stated
         with naming(self.weights.path):
             return infer_config(self.translation, stated, asked)
 

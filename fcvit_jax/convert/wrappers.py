@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from fcvit_jax.convert.layouts import LAYOUTS, Arrays, Layout, check_family
+from fcvit_jax.convert.layouts import LAYOUTS, Arrays, Layout, before_tower, check_family
 from fcvit_jax.errors import InputError
 
 # What is never needed, inside or beside a body -> why.
@@ -32,7 +32,7 @@ def find_body(arrays: Arrays) -> tuple[Arrays, str, Arrays]:
     for key, array in arrays.items():
         places = (0, *(found.end() for found in re.finditer(r"\.", key))) if array.ndim == 4 else ()
         if (place := next((place for place in places if _is_patch_kernel(key[place:])), None)) is not None:
-            prefixes[key[:place]] = None
+            prefixes[before_tower(key[:place])] = None
     if not prefixes or "" in prefixes:
         return arrays, "", {}
     check_family(arrays)  # by the whole keys

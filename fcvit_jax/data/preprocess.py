@@ -164,6 +164,7 @@ PRESETS: dict[str, Preprocess] = {
     "timm/dinov2": Preprocess(crop_pct=1.0),
     "timm/miil": Preprocess(interpolation="bilinear", mean=(0, 0, 0), std=(1, 1, 1)),
     "timm/clip": Preprocess(crop_pct=0.9, mean=CLIP_MEAN, std=CLIP_STD),
+    "timm/siglip": Preprocess(crop_pct=1.0, crop_mode="squash", mean=HALF, std=HALF),  # as Google trained them
     "deit/official": Preprocess(),
     "torchvision/v1": Preprocess(interpolation="bilinear"),
     "torchvision/swag": Preprocess(crop_pct=1.0),

@@ -110,7 +110,7 @@ def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
     parallel.check_batch_size(batch_size, mesh)
     compute, precision = compiling.computation(config.dtype)
     schedule = model.schedule or MergeSchedule.dense(model.config.depth)
-    model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat, schedule))
+    model = model.clone(dtype=compute, kernels=choose_kernels(compute, mesh.devices.flat, schedule, model.config))
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
     several = (config.labels_per_image,) if config.labels_per_image > 1 else ()

@@ -102,7 +102,9 @@ class EvaluationInputs:
                 weights.update(path.encode() + array.tobytes())
         weights.update(json.dumps([checkpoint.config.to_dict(), checkpoint.preprocess.to_dict()]).encode())
         compute, devices = PRECISIONS[config.dtype][0], self.step_config.mesh.devices.flat
-        kernels = {choose_kernels(compute, devices, schedule) for schedule in self.schedules.values()}
+        kernels = {
+            choose_kernels(compute, devices, schedule, self.checkpoint.config) for schedule in self.schedules.values()
+        }
         return {
             "dataset": [self.source.spec, len(self.source), config.real_labels],
             "class_names": hashlib.sha256("\n".join(self.source.class_names).encode(errors="replace")).hexdigest(),

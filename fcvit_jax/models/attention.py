@@ -3,6 +3,8 @@
 Shape letters: b batch, n tokens, d width, h heads, w head width, q queries.
 """
 
+import dataclasses
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +13,8 @@ from flax import linen as nn
 
 from fcvit_jax.compiling import in_one_axis, largest_divisor
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.layers import Linear
+from fcvit_jax.models.layers import MLP, LayerNorm, Linear
+from fcvit_jax.models.positions import rotate
 from fcvit_jax.models.rules import Attended
 
 _LOGITS = 4 << 20  # of float32: 16 MiB
@@ -20,30 +23,70 @@ _LOGITS = 4 << 20  # of float32: 16 MiB
 class Attention(nn.Module):
     """Self-attention of tokens [b, n, d], optionally of the first `queries` tokens alone to all.
 
-    With `size`, float32 [b, n], attention is proportional to it, unless the configuration says otherwise.
+    With `size`, float32 [b, n], attention is proportional to it, unless the configuration says otherwise. With
+    `coordinates`, float32 [b, n, 2] or [1, n, 2], positions are rotary; queries and keys are returned as before that.
     """
 
     config: ViTConfig
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: jax.Array, size: jax.Array | None, queries: int = 0) -> Attended:
-        batch, _, width = x.shape
-        heads = self.config.num_heads
-        qkv = Linear(3 * width, self.dtype, self.config.qkv_bias, name="qkv")
-
-        def split(y: jax.Array) -> jax.Array:
-            """[b, n, parts * d] -> [parts, b, h, n, w]: heads next to the batch are twice as fast on CPU."""
-            return y.reshape(*y.shape[:2], -1, heads, width // heads).transpose(2, 0, 3, 1, 4)
-
+    def __call__(
+        self, x: jax.Array, size: jax.Array | None, coordinates: jax.Array | None = None, queries: int = 0
+    ) -> Attended:
+        config, (batch, _, width) = self.config, x.shape
+        qkv, split = (
+            project_qkv(config, self.dtype),
+            partial(split_heads, heads=config.num_heads, width=config.head_dim),
+        )
         if queries:
             (q,), (k, v) = split(qkv(x[:, :queries], slice(width))), split(qkv(x, slice(width, None)))
         else:
             q, k, v = split(qkv(x))
-        size = size if self.config.proportional_attention else None
-        y = attend(q, k, v, size)
-        y = Linear(width, self.dtype, name="proj")(y.transpose(0, 2, 1, 3).reshape(batch, -1, width))
-        return Attended(y, q, k, v, size)
+        turned = None
+        if config.rotary and coordinates is not None:
+            mine = coordinates[:, : queries or None]
+            turned = rotate(q, mine, config.rotary), rotate(k, coordinates, config.rotary)
+        size = size if config.proportional_attention else None
+        y = attend(*(turned or (q, k)), v, size)
+        y = y.transpose(0, 2, 1, 3).reshape(batch, -1, width)
+        y = LayerNorm(config.norm_eps, name="norm")(y) if config.attn_norm else y
+        return Attended(Linear(width, self.dtype, name="proj")(y), q, k, v, size, turned)
+
+
+class AttentionPool(nn.Module):
+    """Pool tokens [b, n, d] to [b, d]: a learned probe attends to all, y + MLP(norm(y)). "MAP", arXiv 2106.04560.
+
+    With `size`, float32 [b, n], its attention is proportional to that too.
+    """
+
+    config: ViTConfig
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array, size: jax.Array | None) -> jax.Array:
+        config, (batch, _, width) = self.config, x.shape
+        heads, qkv = config.map_heads or config.num_heads, Linear(3 * width, self.dtype, name="qkv")
+        split = partial(split_heads, heads=heads, width=width // heads)
+        probe = self.param("probe", nn.initializers.normal(width**-0.5), (1, 1, width)).astype(self.dtype)
+        (q,), (k, v) = split(qkv(probe, slice(width))), split(qkv(x, slice(width, None)))
+        q = jnp.broadcast_to(q, (batch, *q.shape[1:]))
+        y = attend(q, k, v, size if config.proportional_attention else None).reshape(batch, 1, width)
+        y = Linear(width, self.dtype, name="proj")(y)
+        mlp = dataclasses.replace(config, mlp_dim=config.map_mlp_dim or config.mlp_dim, gated=False, mlp_norm=False)
+        return (y + MLP(mlp, self.dtype, name="mlp")(LayerNorm(config.norm_eps, name="norm")(y)))[:, 0]
+
+
+def project_qkv(config: ViTConfig, dtype: Any) -> Linear:
+    """The projection to queries, keys and values side by side, [b, n, d] -> [b, n, 3 d]; a submodule "qkv"."""
+    width = config.embed_dim
+    keys = (0, 0) if config.key_bias else (width, 2 * width)
+    return Linear(3 * width, dtype, config.qkv_bias, unbiased=keys, name="qkv")
+
+
+def split_heads(y: jax.Array, heads: int, width: int) -> jax.Array:
+    """[b, n, parts * h * w] -> [parts, b, h, n, w]: heads next to the batch are twice as fast on CPU."""
+    return y.reshape(*y.shape[:2], -1, heads, width).transpose(2, 0, 3, 1, 4)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, size: jax.Array | None) -> jax.Array:

@@ -17,7 +17,7 @@ def layer_macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> tupl
         4 * layer.tokens_in * width**2
         + 2 * layer.tokens_in**2 * width
         + (layer.rule.macs(layer, config) if layer.removed else 0)
-        + 2 * layer.tokens_out * width * config.mlp_dim
+        + _mlp_products(config) * layer.tokens_out * width * config.mlp_dim
         for layer in (schedule or MergeSchedule.dense(config.depth)).plan(config)
     )
 
@@ -28,7 +28,20 @@ def macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> int:
     pooled = config.embed_dim * (2 if config.pool in ("dist_avg", "token_avg") else 1)
     hidden = config.representation_size if config.num_classes else 0
     head = pooled * hidden + (hidden or pooled) * config.num_classes
-    return patches + sum(layer_macs(config, schedule)) + head
+    return patches + sum(layer_macs(config, schedule)) + _pool_macs(config, schedule) + head
+
+
+def _mlp_products(config: ViTConfig) -> int:
+    """How many products of width and hidden width an MLP takes a token: a gate is one more."""
+    return 3 if config.gated else 2
+
+
+def _pool_macs(config: ViTConfig, schedule: MergeSchedule | None) -> int:
+    """Those of attention pooling: keys, values and attention of all tokens; projection and MLP of one; the probe's."""
+    if config.pool != "map":
+        return 0
+    width, tokens = config.embed_dim, (schedule or MergeSchedule.dense(config.depth)).tokens(config)[-1]
+    return 2 * tokens * (width + 1) * width + 2 * width * (width + (config.map_mlp_dim or config.mlp_dim))
 
 
 def executed_gmacs(config: ViTConfig, schedule: MergeSchedule | None = None) -> float:
@@ -43,7 +56,8 @@ def executed_gmacs(config: ViTConfig, schedule: MergeSchedule | None = None) -> 
         layer = (schedule or MergeSchedule.dense(config.depth)).plan(config)[-1]
         queries, outputs = layer.tokens_in - count, layer.tokens_out - count
         saved = layer.rule.macs(layer, config) if layer.removed else 0
-        saved += queries * (2 * width**2 + 2 * layer.tokens_in * width) + 2 * outputs * width * config.mlp_dim
+        saved += queries * (2 * width**2 + 2 * layer.tokens_in * width)
+        saved += _mlp_products(config) * outputs * width * config.mlp_dim
     return (macs(config, schedule) - saved) / 1e9
 
 

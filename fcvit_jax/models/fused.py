@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.attention import Attention
+from fcvit_jax.models.attention import Attention, project_qkv
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.layers import MLP, Linear, norm_params, scale_branch
 from fcvit_jax.models.merging import Matching
@@ -24,8 +24,10 @@ from fcvit_jax.models.schedule import Dense, MergeSchedule
 KERNELS = ("xla", "triton", "interpreted")
 
 
-def choose_kernels(dtype: Any, devices: Iterable[Any], schedule: MergeSchedule) -> str:
+def choose_kernels(dtype: Any, devices: Iterable[Any], schedule: MergeSchedule, config: ViTConfig) -> str:
     """Choose the fastest of `KERNELS` for inference: "triton" on NVIDIA GPUs in bfloat16, if it has the rules.
+
+    Models with rotary positions, or with a norm after attention, have no such programs.
 
     XLA cannot split these programs: each of several devices computes images of its own (`compiling.on_each_device`),
     which has not been run on several GPUs yet.
@@ -35,24 +37,26 @@ def choose_kernels(dtype: Any, devices: Iterable[Any], schedule: MergeSchedule) 
         capability = str(getattr(device, "compute_capability", ""))  # "9.0"; AMD's are named otherwise
         return device.platform == "gpu" and bool(re.fullmatch(r"\d+\.\d+", capability)) and float(capability) >= 8.0
 
-    fits = dtype == jnp.bfloat16 and _without_kernels(schedule) is None
+    fits = dtype == jnp.bfloat16 and _without_kernels(schedule, config) is None
     return "triton" if fits and all(map(runs_triton, devices)) else "xla"
 
 
-def check(kernels: str, dtype: Any, train: bool, schedule: MergeSchedule) -> None:
+def check(kernels: str, dtype: Any, train: bool, schedule: MergeSchedule, config: ViTConfig) -> None:
     """Raise InputError if these programs cannot compute what a model is asked for."""
     if kernels not in KERNELS:
         raise InputError(f"kernels is {kernels!r}: choose one of {', '.join(KERNELS)}")
     if train or dtype != jnp.bfloat16:
         raise InputError(f"kernels is {kernels!r}: it computes in bfloat16, and not in training; choose 'xla'")
-    if rule := _without_kernels(schedule):
-        raise InputError(f"kernels is {kernels!r}: it has no program for the merge rule {rule}; choose 'xla'")
+    if what := _without_kernels(schedule, config):
+        raise InputError(f"kernels is {kernels!r}: it has no program for {what}; choose 'xla'")
 
 
-def _without_kernels(schedule: MergeSchedule) -> str | None:
-    """The first rule of a schedule that has no fused program."""
+def _without_kernels(schedule: MergeSchedule, config: ViTConfig) -> str | None:
+    """What of a model or a schedule has no fused program, first of all."""
+    if config.rotary or config.attn_norm:
+        return "rotary positions" if config.rotary else "a norm after attention"
     rules = [stage.rule for stage in schedule.stages if not isinstance(stage, Dense)]
-    return next((str(rule) for rule in rules if type(rule) not in (ToMe, Nearest)), None)
+    return next((f"the merge rule {rule}" for rule in rules if type(rule) not in (ToMe, Nearest)), None)
 
 
 class Stream(NamedTuple):
@@ -99,7 +103,7 @@ class FusedBlock(nn.Module):
         x, normed = add_and_norm(*stream, norm1, self.interpret)
         sizes, qkv = size if layer.tokens_in < config.num_tokens else None, None
         if only:
-            y = Attention(config, jnp.bfloat16, name="attn")(normed, sizes, only).y
+            y = Attention(config, jnp.bfloat16, name="attn")(normed, sizes, queries=only).y
         else:
             y, qkv = FusedAttention(config, self.interpret, name="attn")(normed, sizes)
         stream = Stream(x[:, : only or None], scale_branch(self, "ls1", y, config))
@@ -135,7 +139,7 @@ class FusedAttention(nn.Module):
         from fcvit_jax.models.fused_kernels import attend
 
         config, (batch, tokens, width) = self.config, x.shape
-        qkv = Linear(3 * width, jnp.bfloat16, config.qkv_bias, name="qkv")(x)
+        qkv = project_qkv(config, jnp.bfloat16)(x)
         qkv = qkv.reshape(batch, tokens, 3, config.num_heads, width // config.num_heads)
         y = attend(qkv, size if config.proportional_attention else None, self.interpret)
         return Linear(width, jnp.bfloat16, name="proj")(y.reshape(x.shape)), qkv

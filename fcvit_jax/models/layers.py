@@ -18,19 +18,24 @@ from fcvit_jax.models.config import ViTConfig
 
 
 class Linear(nn.Module):
-    """activation(x W + b): [b, n, d] -> [b, n, features]."""
+    """activation(x W + b): [b, n, d] -> [b, n, features]; the features from `unbiased[0]` to `unbiased[1]` get no b."""
 
     features: int
     dtype: Any
     use_bias: bool = True
     activation: Callable[[jax.Array], jax.Array] | None = None
+    unbiased: tuple[int, int] = (0, 0)
 
     @nn.compact
     def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
         """columns: which of the features are computed."""
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
-        bias = self.param("bias", nn.initializers.zeros, (self.features,)) if self.use_bias else None
-        bias = None if bias is None else bias[columns].astype(self.dtype)
+        bias, (start, stop) = None, self.unbiased
+        if self.use_bias:
+            bias = self.param("bias", nn.initializers.zeros, (self.features - (stop - start),))
+            if stop:
+                bias = jnp.concatenate([bias[:start], jnp.zeros(stop - start, bias.dtype), bias[start:]])
+            bias = bias[columns].astype(self.dtype)
         return multiply(x, kernel.astype(self.dtype)[:, columns], bias, self.activation)
 
 
@@ -55,15 +60,21 @@ def multiply(
 
 
 class MLP(nn.Module):
-    """[b, n, d] -> [b, n, m] -> GELU -> [b, n, d]."""
+    """[b, n, d] -> [b, n, m] -> [b, n, d], with GELU between, or gated: SwiGLU, arXiv 2002.05202, silu(x W) * (x V)."""
 
     config: ViTConfig
     dtype: Any
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        x = Linear(self.config.mlp_dim, self.dtype, activation=_ACTIVATIONS[self.config.gelu], name="fc1")(x)
-        return Linear(self.config.embed_dim, self.dtype, name="fc2")(x)
+        config = self.config
+        if config.gated:  # the gate's columns come first
+            gate, x = jnp.split(Linear(2 * config.mlp_dim, self.dtype, name="fc1")(x), 2, axis=-1)
+            x = nn.silu(gate) * x
+        else:
+            x = Linear(config.mlp_dim, self.dtype, activation=_ACTIVATIONS[config.gelu], name="fc1")(x)
+        x = LayerNorm(config.norm_eps, name="norm")(x) if config.mlp_norm else x
+        return Linear(config.embed_dim, self.dtype, name="fc2")(x)
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:

@@ -276,7 +276,8 @@ def attention_to_patches(attended: Attended, layer: Layer, prefix: int) -> jax.A
     """
     if prefix and layer.class_token:
         return class_attention(attended, layer, prefix)[:, prefix:]
-    _, q, k, _, size = jax.lax.stop_gradient(attended)
+    attended = jax.lax.stop_gradient(attended)
+    (q, k), size = attended.turned or (attended.q, attended.k), attended.size
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     logits = jnp.einsum("bhqw,bhnw->bhqn", q, k, preferred_element_type=jnp.float32)
     logits += 0.0 if size is None else jnp.log(size)[:, None, None]

@@ -31,6 +31,7 @@ class Attended(NamedTuple):
     """What attention hands on: its output y [b, n, d], and queries, keys and values, [b, h, n, w] each.
 
     size: float32 [b, n], what attention was proportional to; None if it was not.
+    turned: queries and keys as attention compared them, if rotary positions turned them; q and k are those before.
     """
 
     y: jax.Array
@@ -38,6 +39,7 @@ class Attended(NamedTuple):
     k: jax.Array
     v: jax.Array
     size: jax.Array | None = None
+    turned: tuple[jax.Array, jax.Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +208,7 @@ def class_attention(attended: Attended, layer: "Layer", prefix: int) -> jax.Arra
 
     Without a class token, the attention of the mean query.
     """
-    q, k = (jax.lax.stop_gradient(part).astype(jnp.float32) for part in (attended.q, attended.k))
+    q, k = (jax.lax.stop_gradient(part).astype(jnp.float32) for part in attended.turned or (attended.q, attended.k))
     query = q[:, :, :1] if prefix and layer.class_token else q.mean(axis=2, keepdims=True)
     logits = (query * k).sum(axis=-1) * q.shape[-1] ** -0.5
     if attended.size is not None:

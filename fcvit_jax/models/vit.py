@@ -2,7 +2,7 @@
 
 ViT: arXiv 2010.11929; DeiT and its distillation token: arXiv 2012.12877; LayerScale: arXiv 2103.17239; stochastic
 depth: arXiv 1603.09382; registers: arXiv 2309.16588; token merging and proportional attention: arXiv 2210.09461,
-sections 3 and 4.1.
+sections 3 and 4.1. Rotary positions are in `models.positions`.
 
 Shape letters: b batch, n tokens, d width, p patches, c classes.
 """
@@ -16,10 +16,11 @@ from flax import linen as nn
 
 from fcvit_jax.errors import InputError
 from fcvit_jax.models import fused
-from fcvit_jax.models.attention import Attention
+from fcvit_jax.models.attention import Attention, AttentionPool
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.layers import MLP, LayerNorm, multiply, scale_branch
 from fcvit_jax.models.merging import Matching, follow_patches, follow_pruned, merge_tokens
+from fcvit_jax.models.positions import grid_coordinates, merge_coordinates
 from fcvit_jax.models.rules import Layer
 from fcvit_jax.models.schedule import MergeSchedule
 
@@ -74,13 +75,13 @@ class ViT(nn.Module):
         if self.kernels == "xla":
             pooled, layers = self._run_blocks(x, plan, train)
         else:
-            fused.check(self.kernels, self.dtype, train, schedule)
+            fused.check(self.kernels, self.dtype, train, schedule, config)
             pooled, layers = fused.run_blocks(config, x, plan, interpret=self.kernels == "interpreted")
 
         source = jnp.arange(config.num_prefix_tokens, config.num_tokens, dtype=jnp.int32)
         source = jnp.broadcast_to(source, (x.shape[0], config.num_patches))
         pruned = jnp.zeros(source.shape, jnp.bool_)
-        for tokens, size, matching in layers:
+        for tokens, size, matching, *_ in layers:
             if matching is not None:
                 pruned = follow_pruned(pruned, source, matching)
                 source = follow_patches(source, matching)
@@ -92,13 +93,18 @@ class ViT(nn.Module):
             tokens, pooled = last["tokens"], norm(_pool(config, pooled, last["size"]))
         else:
             tokens, pooled = norm(last["tokens"]), _pool(config, norm(pooled), last["size"])
+        if config.pool == "map":
+            merged = plan[-1].tokens_out < config.num_tokens
+            pooled = AttentionPool(config, self.dtype, name="pool")(tokens, last["size"] if merged else None)
         out |= {**last, "tokens": tokens, "pooled": pooled}
         if not config.num_classes:
             features = pooled.mean(axis=1) if config.pool == "dist_avg" else pooled
             return features.astype(jnp.float32), out
         if config.representation_size:
             pooled = nn.tanh(nn.Dense(config.representation_size, dtype=self.dtype, name="pre_logits")(pooled))
-        head = partial(nn.Dense, config.num_classes, dtype=self.dtype, kernel_init=nn.initializers.zeros)
+        head = partial(
+            nn.Dense, config.num_classes, config.head_bias, dtype=self.dtype, kernel_init=nn.initializers.zeros
+        )
         if config.pool != "dist_avg":
             return head(name="head")(pooled).astype(jnp.float32), out
         both = jnp.stack([head(name="head")(pooled[:, 0]), head(name="head_dist")(pooled[:, 1])], axis=1)
@@ -107,25 +113,31 @@ class ViT(nn.Module):
 
     def _run_blocks(self, x: jax.Array, plan: tuple[Layer, ...], train: bool) -> tuple[jax.Array, list["Merged"]]:
         """Apply the blocks; return the tokens to be pooled, and what leaves each layer."""
-        config, layers = self.config, [Merged(x, jnp.ones(x.shape[:2], jnp.float32))]
-        kind = nn.remat(Block, static_argnums=(3, 4, 5)) if self.remat else Block
+        config, coordinates = self.config, grid_coordinates(self.config)
+        coordinates = None if coordinates is None else jnp.asarray(coordinates)
+        layers = [Merged(x, jnp.ones(x.shape[:2], jnp.float32), coordinates=coordinates)]
+        kind = nn.remat(Block, static_argnums=(2, 3, 4)) if self.remat else Block
         pooled = None
         for index, layer in enumerate(plan):
             drop_path = self.drop_path * index / max(config.depth - 1, 1)
             block = kind(config, self.dtype, self.dropout, drop_path, name=f"blocks_{index}")
-            x, size, _ = layers[-1]
+            before = layers[-1]._replace(matching=None)
             if index == config.depth - 1 and config.pooled_tokens:
-                pooled = block(x, size, layer, train, config.pooled_tokens).x
-            layers.append(block(x, size, layer, train, 0))
+                pooled = block(before, layer, train, config.pooled_tokens).x
+            layers.append(block(before, layer, train, 0))
         return layers[-1].x if pooled is None else pooled, layers[1:]
 
 
 class Merged(NamedTuple):
-    """What leaves a layer: tokens [b, n, d], their sizes, float32 [b, n], and the matching, if any merged."""
+    """What leaves a layer: tokens [b, n, d], their sizes, float32 [b, n], and the matching, if any merged.
+
+    coordinates: float32 [b, n, 2], or [1, n, 2] before any has merged, if positions are rotary.
+    """
 
     x: jax.Array
     size: jax.Array
     matching: Matching | None = None
+    coordinates: jax.Array | None = None
 
 
 class Block(nn.Module):
@@ -140,21 +152,22 @@ class Block(nn.Module):
     drop_path: float
 
     @nn.compact
-    def __call__(self, x: jax.Array, size: jax.Array, layer: Layer, train: bool, only: int = 0) -> Merged:
-        config = self.config
+    def __call__(self, before: Merged, layer: Layer, train: bool, only: int = 0) -> Merged:
+        config, (x, size, _, coordinates) = self.config, before
         norm1, norm2 = (LayerNorm(config.norm_eps, name=name) for name in ("norm1", "norm2"))
         attention, mlp = Attention(config, self.dtype, name="attn"), MLP(config, self.dtype, name="mlp")
         # Before the first merge every size is 1, and its logarithm adds nothing.
-        attended = attention(norm1(x), size if layer.tokens_in < config.num_tokens else None, only)
+        attended = attention(norm1(x), size if layer.tokens_in < config.num_tokens else None, coordinates, only)
         x = x[:, : only or None] + self._branch(attended.y, "ls1", train)
 
         matching = None
         if layer.removed and not only:
             matching = layer.rule(attended, x, size, layer, config.num_prefix_tokens)
+            coordinates = None if coordinates is None else merge_coordinates(coordinates, size, matching)
             x, size = merge_tokens(x, size, matching)
 
         x = x + self._branch(mlp(norm2(x)), "ls2", train)
-        return Merged(x, size, matching)
+        return Merged(x, size, matching, coordinates)
 
     def _branch(self, y: jax.Array, scale: str, train: bool) -> jax.Array:
         """Apply dropout, LayerScale and stochastic depth to a residual branch."""
@@ -177,6 +190,7 @@ class Embedding(nn.Module):
         kernel = self.param("kernel", nn.initializers.lecun_normal((0, 1, 2)), (side, side, 3, width))
         # A convolution with a stride of its own width is one product of [b p, side side 3] with [side side 3, d].
         (down, across), pixels = config.grid, images.astype(self.dtype)
+        pixels = pixels[:, : down * side, : across * side]
         pixels = pixels.reshape(batch, down, side, across, side, 3).transpose(0, 1, 3, 2, 4, 5)
         bias = self.param("bias", nn.initializers.zeros, (width,)).astype(self.dtype) if config.patch_bias else None
         pixels = pixels.reshape(batch, config.num_patches, -1)
@@ -192,12 +206,15 @@ class Embedding(nn.Module):
             )
             if count
         ]
-        entries = config.num_patches if config.no_embed_class else config.num_tokens
-        positions = self.param("pos_embed", init, (1, entries, width)).astype(self.dtype)
-        if config.no_embed_class:
-            x = jnp.concatenate([*prefix, x + positions], axis=1)
+        if not config.learned_positions:
+            x = jnp.concatenate([*prefix, x], axis=1)
         else:
-            x = jnp.concatenate([*prefix, x], axis=1) + positions
+            entries = config.num_patches if config.no_embed_class else config.num_tokens
+            positions = self.param("pos_embed", init, (1, entries, width)).astype(self.dtype)
+            if config.no_embed_class:
+                x = jnp.concatenate([*prefix, x + positions], axis=1)
+            else:
+                x = jnp.concatenate([*prefix, x], axis=1) + positions
         x = nn.Dropout(self.dropout, deterministic=not train)(x)
         return LayerNorm(config.norm_eps, name="norm_pre")(x) if config.pre_norm else x
 

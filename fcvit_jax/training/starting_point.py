@@ -1,6 +1,6 @@
 """What a run starts from: fresh parameters, or a checkpoint made to fit the data sets and the image size."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def from_checkpoint(
     params: Any = checkpoint.params
     if image_size and image_size != config.image_size:
         translation = translate(flat_params(params))
-        config, grid = infer_config(translation, {str(path): asdict(config)}, {"image_size": image_size})
+        config, grid = infer_config(translation, {str(path): vars(config)}, {"image_size": image_size})
         converted = assemble(translation, config, grid)
         params, remarks = converted.params, [*converted.remarks]
         pixels = replace(pixels, image_size=image_size)
@@ -91,7 +91,7 @@ def _like(train_set: Source, test_set: Source) -> Source:
 
 
 def _new_head(params: Any, config: ViTConfig, num_classes: int) -> tuple[Any, ViTConfig]:
-    config = replace(config, num_classes=num_classes, representation_size=0)
+    config = replace(config, num_classes=num_classes, representation_size=0, head_bias=True)
     heads = {name: leaf for name, leaf in abstract_params(config).items() if name in ("head", "head_dist")}
     body = {name: leaf for name, leaf in params.items() if name not in ("head", "head_dist", "pre_logits")}
     return body | jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), heads), config

@@ -268,5 +268,5 @@ def test_a_checkpoint_is_a_source_too(weights, tmp_path, capsys):
 
 def test_a_model_that_config_json_names_is_refused_by_its_name(tmp_path, capsys):
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"layer.0.q": np.zeros((3, 3), np.float32)}))
-    (tmp_path / "config.json").write_text('{"model_type": "dinov3_vit"}')
-    assert "model_type 'dinov3_vit', supported are" in error(capsys, tmp_path, tmp_path / "out")
+    (tmp_path / "config.json").write_text('{"model_type": "siglip2"}')
+    assert "model_type 'siglip2', supported are" in error(capsys, tmp_path, tmp_path / "out")

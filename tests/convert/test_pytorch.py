@@ -14,7 +14,7 @@ from fcvit_jax.convert.sidecar import read_sidecar
 from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.data.preprocess import PRESETS, Preprocess
 from fcvit_jax.errors import InputError
-from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.config import Rotary, ViTConfig
 from states import CONFIG, in_layout
 
 SIZE = ((32, 32), 8, 128, 2, 2, 256, 5)
@@ -113,7 +113,17 @@ def test_class_names_go_along(tmp_path):
     ("changes", "lacks"),
     [
         ({"pool": "avg"}, "average pooling"),
-        ({"pre_norm": True}, "norm in front of the blocks"),
+        ({"pre_norm": True}, "transformers.CLIPVisionModelWithProjection has no patch_bias True"),
+        (
+            {"rotary": Rotary(x_first=True), "learned_positions": False, "num_classes": 0},
+            "DINOv3ViTModel has no rotary",
+        ),
+        (
+            {"class_token": False, "pool": "map", "map_heads": 1, "num_classes": 0},
+            "SiglipVisionModel has no map_heads 1",
+        ),
+        ({"key_bias": False}, "biases of queries and values alone"),
+        ({"gated": True}, "MLP that is gated"),
         ({"patch_bias": False}, "without a bias"),
         ({"representation_size": 8}, "layer in front of the head"),
         ({"num_registers": 2, "no_embed_class": True}, "registers without LayerScale"),

@@ -64,8 +64,12 @@ FIELDS = dict(embed_dim=32, depth=2, num_heads=4, mlp_dim=64, patch_size=8, imag
     [
         ("ViT", {"intermediate_size": 64}, {"norm_eps": 1e-12, "gelu": "exact"}),
         ("DeiT", {"intermediate_size": 64, "hidden_act": "quick_gelu"}, {"norm_eps": 1e-12, "gelu": "quick"}),
-        ("Dinov2", {"mlp_ratio": 2, "hidden_act": "gelu_new"}, {"norm_eps": 1e-6, "gelu": "tanh"}),
-        ("Dinov2WithRegisters", {"mlp_ratio": 2, "qkv_bias": True}, {"norm_eps": 1e-6, "gelu": "exact"}),
+        ("Dinov2", {"mlp_ratio": 2, "hidden_act": "gelu_new"}, {"norm_eps": 1e-6, "gelu": "tanh", "gated": False}),
+        (
+            "Dinov2WithRegisters",
+            {"mlp_ratio": 2, "qkv_bias": True},
+            {"norm_eps": 1e-6, "gelu": "exact", "gated": False},
+        ),
     ],
 )
 def test_what_transformers_saves(name, stated, expected, tmp_path):
@@ -159,9 +163,13 @@ def test_every_resized_size_is_met_exactly(read):
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"model_type": "beit"}, "config.json says model_type 'beit', supported are vit, deit, dinov2, dinov2_with"),
+        ({"model_type": "beit"}, "config.json says model_type 'beit', supported are vit, deit, ijepa, dinov2, dinov2_"),
+        ({"model_type": "siglip2"}, "model_type 'siglip2', supported are "),
+        ({"model_type": "swin"}, "model_type 'swin', supported are "),
+        ({"model_type": "siglip", "vision_config": {"hidden_size": "64"}}, "hidden_size '64', expected int"),
+        ({"model_type": "clip", "vision_config": []}, "vision_config [], expected dict"),
         ({"model_type": ["vit"]}, "says model_type ['vit']"),
-        (VIT | {"use_swiglu_ffn": True}, "SwiGLU models (DINOv2 giant) are not supported"),
+        ({"model_type": "dinov3_vit", "use_gated_mlp": True}, "use_gated_mlp with a hidden_act other than silu"),
         (VIT | {"hidden_act": "relu"}, "config.json says hidden_act 'relu', supported are gelu, "),
         (VIT | {"hidden_act": 3}, "hidden_act 3, expected str"),
         (VIT | {"num_attention_heads": "12"}, "num_attention_heads '12', expected int"),
@@ -306,7 +314,9 @@ def test_files_of_another_model_are_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"architecture": "vit_small_patch16_rope_224"}, "rotary positions"),
+        ({"architecture": "vit_small_patch16_rope_224"}, "rotary positions in a way that the zoo does not know"),
+        ({"architecture": "vit_small_patch16_rope_mixed_224"}, "rotary frequencies of its own in each layer"),
+        ({"architecture": "naflexvit_base_patch16_siglip"}, "images of sizes of their own"),
         ({"architecture": "vit_base_patch16_rpn_224"}, "norms behind its branches"),
         ({"global_pool": "avgmax"}, "global_pool 'avgmax'"),
         ({"model_args": {"pool_include_prefix": True}}, "pool_include_prefix"),
@@ -323,7 +333,8 @@ def test_what_timm_has_and_we_have_not_is_refused_by_name(changes, says, tmp_pat
     [
         ("vit_base_patch16_clip_384", {"gelu": "exact", "norm_eps": 1e-5}),
         ("vit_base_patch16_clip_quickgelu_224", {"gelu": "quick", "norm_eps": 1e-5}),
-        ("vit_base_patch16_siglip_gap_224", {"gelu": "tanh"}),
+        ("vit_base_patch16_siglip_gap_224", {}),
+        ("vit_base_patch32_siglip_gap_256", {"gelu": "tanh"}),
         ("vit_base_patch16_224", {}),
     ],
 )
@@ -331,6 +342,20 @@ def test_a_name_of_timm_tells_gelu_and_epsilon(name, fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIMM | {"architecture": name}))
     found = read_sidecar(tmp_path / "model.safetensors").fields
     assert {key: found[key] for key in ("gelu", "norm_eps") if key in found} == fields
+
+
+def test_the_gelu_of_each_siglip_is_that_of_timm(tmp_path):
+    """timm trains none of them: some of its models approximate GELU by tanh, as Google's do, and some do not."""
+    timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
+    names = timm.list_models("vit_*siglip*")
+    assert len(names) > 30
+    for name in names:
+        with torch.device("meta"):
+            activation = timm.create_model(name).blocks[0].mlp.act
+        (tmp_path / "config.json").write_text(json.dumps(TIMM | {"architecture": name}))
+        expected = "tanh" if type(activation).__name__ == "GELUTanh" else "exact"
+        assert read_sidecar(tmp_path / "model.safetensors").fields.get("gelu", "exact") == expected, name
+        assert name not in zoo.ARCHITECTURES or zoo.ARCHITECTURES[name].gelu == expected, name
 
 
 def test_what_timm_publishes_with_each_name_of_the_zoo_agrees_with_it(read):
@@ -344,4 +369,8 @@ def test_what_timm_publishes_with_each_name_of_the_zoo_agrees_with_it(read):
         found = read(published)
         fields = {field: value for field, value in found.fields.items() if field != "pool"}
         assert fields == {field: getattr(model.config, field) for field in fields}, name
-        assert found.preprocess == model.preprocess, name
+        if "siglip" in name:  # timm states a centre crop, Google trained on squashed images
+            assert model.preprocess is not None
+            assert (model.preprocess.crop_mode, model.preprocess.image_size) == ("squash", found.preprocess.image_size)
+        else:
+            assert found.preprocess == model.preprocess, name

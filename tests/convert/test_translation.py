@@ -174,6 +174,16 @@ def test_a_grid_that_is_not_square_is_asked_for():
     assert infer(arrays, num_heads=2).no_embed_class
 
 
+def test_registers_are_not_counted_to_the_positions_because_a_size_is_asked_for():
+    # 8x8 patches and a class entry: 65 entries, as many as 6x10 patches, a class token and four registers.
+    arrays = state_dict(ViTConfig((64, 64), 8, 128, 2, 2, 256, num_classes=5))
+    arrays |= {"register_tokens": np.ones((1, 4, 128), np.float32), "mask_token": np.ones((1, 128), np.float32)}
+    for known in ({}, {"image_size": (64, 64)}):
+        translation = translate(arrays)
+        config, grid = infer_config(translation, {"a model": known}, {"num_heads": 2, "image_size": (48, 80)})
+        assert (grid, config.no_embed_class, config.grid) == ((8, 8), True, (6, 10))
+
+
 def test_of_two_grids_of_as_many_patches_the_one_that_is_asked_for_is_taken():
     config, grid = infer_config(translate(state_dict()), {}, {"num_heads": 2, "image_size": (16, 64)})
     assert (grid, config.grid) == ((2, 8), (2, 8))

@@ -13,6 +13,7 @@ import fcvit_jax as fc
 from attention_oracle import by_numpy, draw, float64
 from fcvit_jax.compiling import on_each_device
 from fcvit_jax.models import fused_kernels
+from fcvit_jax.models.config import Rotary
 from fcvit_jax.models.fused import choose_kernels
 from fcvit_jax.models.fused_kernels import Affine
 from fcvit_jax.models.fused_matching import match
@@ -245,11 +246,14 @@ def test_triton_is_chosen_for_new_gpus_in_bfloat16():
     merging = fc.MergeSchedule((fc.Dense(1), fc.Global(1, 3)))
     own = fc.MergeSchedule((fc.Global(1, 3), fc.Global(1, 3, Reversed())))
 
-    def chosen(dtype, *devices, schedule=merging):
-        return choose_kernels(dtype, devices, schedule)
+    def chosen(dtype, *devices, schedule=merging, config=None):
+        return choose_kernels(dtype, devices, schedule, config or fc.ViTConfig())
 
     assert chosen(jnp.bfloat16, new) == "triton"
     assert chosen(jnp.bfloat16, new, schedule=own) == "xla"
+    assert chosen(jnp.bfloat16, new, config=fc.ViTConfig(gated=True, key_bias=False, pool="map")) == "triton"
+    assert chosen(jnp.bfloat16, new, config=fc.ViTConfig(rotary=Rotary())) == "xla"
+    assert chosen(jnp.bfloat16, new, config=fc.ViTConfig(attn_norm=True)) == "xla"
     assert chosen(jnp.float32, new) == "xla"
     assert chosen(jnp.bfloat16, new, new) == "triton"
     assert chosen(jnp.bfloat16, new, old) == "xla"

@@ -1,7 +1,11 @@
+import math
 import re
+from dataclasses import replace
 
+import jax
 import pytest
 
+from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.errors import InputError
 from fcvit_jax.models import zoo
 
@@ -43,6 +47,19 @@ def test_an_unknown_name_offers_the_nearest():
         zoo.get("deit_small_patch16_224.fb")
 
 
+def check_rotary(rotary, rope, attention, name):
+    """Ours against timm's module, which keeps the sines and cosines of its grid, or computes them."""
+    assert (rotary is None) == (rope is None), name
+    if rope is None:
+        return
+    assert (rotary.rotation == "half") == bool(getattr(attention, "rotate_half", False)), name
+    assert (rotary.theta, rotary.offset, rotary.x_first) == (
+        rope.temperature, rope.grid_offset, rope.grid_indexing == "xy"
+    ), name  # fmt: skip
+    assert (rotary.coordinates == "centred") == (type(rope).__name__ == "RotaryEmbeddingDinoV3"), name
+    assert rotary.coordinates == "centred" or list(rotary.reference) == list(rope.ref_feat_shape), name
+
+
 @pytest.mark.filterwarnings("ignore")
 def test_every_name_agrees_with_timm():
     timm = pytest.importorskip("timm")
@@ -57,22 +74,39 @@ def test_every_name_agrees_with_timm():
         with torch.device("meta"):
             model = timm.create_model(name, pretrained=False)
         block = model.blocks[0]
-        assert config.image_size == model.patch_embed.img_size, name
+        qkv = block.attn.qkv if block.attn.qkv is not None else block.attn.q_proj
+        scale = getattr(block, "gamma_1", None) if hasattr(block, "gamma_1") else getattr(block.ls1, "gamma", None)
+        positions = model.pos_embed
+        assert config.image_size == model.patch_embed.img_size or "dinov3" in name, name  # which takes any size
         assert (config.patch_size, config.patch_size) == model.patch_embed.patch_size
         assert config.embed_dim == model.embed_dim
         assert config.depth == len(model.blocks)
         assert config.num_heads == block.attn.num_heads
-        assert config.mlp_dim == block.mlp.fc1.out_features
+        assert config.mlp_dim == block.mlp.fc2.in_features, name
         assert config.norm_eps == block.norm1.eps
         assert config.num_prefix_tokens == model.num_prefix_tokens
         assert config.num_registers == (0 if model.reg_token is None else model.reg_token.shape[1])
-        assert config.no_embed_class == (model.pos_embed.shape[1] == config.num_patches)
-        assert config.qkv_bias == (block.attn.qkv.bias is not None)
+        assert config.learned_positions == (positions is not None)
+        assert positions is None or config.no_embed_class == (
+            config.num_prefix_tokens > 0 and positions.shape[1] == config.num_patches
+        )
+        biased = qkv.bias is not None or getattr(block.attn, "q_bias", None) is not None
+        assert config.qkv_bias == biased, name
+        assert not biased or config.key_bias == (block.attn.qkv is not None and qkv.bias is not None), name
         assert config.patch_bias == (model.patch_embed.proj.bias is not None)
         assert config.pre_norm == isinstance(model.norm_pre, torch.nn.LayerNorm)
-        assert (config.layer_scale is None) == isinstance(block.ls1, torch.nn.Identity), name
-        assert (config.gelu == "quick") == (type(block.mlp.act).__name__ == "QuickGELU"), name
+        assert (config.layer_scale is None) == (scale is None), name
+        activation = {"QuickGELU": "quick", "GELUTanh": "tanh", "GELU": "exact"}.get(type(block.mlp.act).__name__)
+        assert config.gated == (activation is None), name
+        assert config.gated or config.gelu == activation, name
         assert config.dist_token == hasattr(model, "head_dist")
+        assert config.dist_token or config.pool == model.global_pool, name
+        assert config.fc_norm == isinstance(model.fc_norm, torch.nn.LayerNorm), name
+        check_rotary(config.rotary, getattr(model, "rope", None), block.attn, name)
+        classes = model.num_classes  # of the name's own weights, where timm and the zoo differ
+        ours = abstract_params(replace(config, num_classes=classes, head_bias=True))
+        counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(ours))
+        assert counted == sum(parameter.numel() for parameter in model.parameters()), name
     # Sizes that timm leaves out of the ViT grid, and nothing else.
     assert len(missing) == 19
     assert all(re.fullmatch(r"vit_(tiny|small|base|large|huge)_patch\d+_(224|384|512|518)", name) for name in missing)
@@ -84,12 +118,13 @@ def test_every_name_agrees_with_timm():
         assert known is not None, name
         assert model.preprocess is not None
         assert model.preprocess.image_size == known.input_size[1:]
-        assert model.preprocess.crop_pct == known.crop_pct, name
-        assert model.preprocess.crop_mode == known.crop_mode
+        if "siglip" not in name:  # timm states a centre crop, Google trained on squashed images
+            assert model.preprocess.crop_pct == known.crop_pct, name
+            assert model.preprocess.crop_mode == known.crop_mode
         assert model.preprocess.interpolation == known.interpolation
         assert model.preprocess.mean == pytest.approx(known.mean)
         assert model.preprocess.std == pytest.approx(known.std)
-        assert model.source == f"hf-hub:{known.hf_hub_id}", name
+        assert model.source == (f"hf-hub:{known.hf_hub_id}" if known.hf_hub_id else known.url), name
 
 
 def test_torchvision_names_agree_with_torchvision():
