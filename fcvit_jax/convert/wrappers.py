@@ -32,7 +32,7 @@ def find_body(arrays: Arrays) -> tuple[Arrays, str, Arrays]:
     for key, array in arrays.items():
         places = (0, *(found.end() for found in re.finditer(r"\.", key))) if array.ndim == 4 else ()
         if (place := next((place for place in places if _is_patch_kernel(key[place:])), None)) is not None:
-            prefixes[before_tower(key[:place])] = None
+            prefixes[key[:place]] = None
     if not prefixes or "" in prefixes:
         return arrays, "", {}
     check_family(arrays)  # by the whole keys
@@ -40,6 +40,11 @@ def find_body(arrays: Arrays) -> tuple[Arrays, str, Arrays]:
         listed = ", ".join(prefix.rstrip(".") for prefix in prefixes)
         raise InputError(f"the file holds several models ({listed}): choose one with --key NAME")
     prefix = next(iter(prefixes))
+    outer = before_tower(prefix)
+    if any(key.startswith(outer) and not key.startswith(prefix) for key in arrays):
+        prefix = outer  # text towers and projections are the layout's business
+    elif all(key.startswith(f"{prefix}trunk.") for key in arrays):
+        prefix += "trunk."  # open_clip's tower around a timm model, alone
     body = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
     return body, prefix, {key: array for key, array in arrays.items() if not key.startswith(prefix)}
 
