@@ -10,6 +10,7 @@ JAX reads programs with flatbuffers, which it does not install by itself; Pillow
 import argparse
 import collections
 import functools
+import io
 import json
 import os
 import sys
@@ -156,7 +157,8 @@ def main():
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a picture, or .npy of uint8 [n, height, width, 3]")
     parser.add_argument("--program", choices=tuple(META["programs"]), help="by default the first of these")
     args = parser.parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     try:
         classify(args.images, args.program or next(iter(META["programs"])))
     except BrokenPipeError:  # whoever read the output, such as head, has gone

@@ -210,6 +210,7 @@ class PPT(Rule):
         target, order = (
             jnp.where(spread, getattr(pruned, part), getattr(merged, part)) for part in ("target", "order")
         )
+        assert pruned.weight is not None
         return Matching(target, layer.tokens_out, order, weight=jnp.where(spread, pruned.weight, size))
 
     def macs(self, layer: Layer, config: ViTConfig) -> int:
@@ -308,6 +309,7 @@ def match_windows(find: Callable[[Any], Matching], inputs: Any, layer: Layer, pr
         return jnp.concatenate([jnp.broadcast_to(leading.astype(x.dtype), (batch, prefix)), x], axis=1)
 
     found = find(jax.tree.map(split, inputs))
+    assert found.order is not None
     kept, leading, ones = found.tokens_out, np.arange(prefix), np.ones(prefix)
     window = np.arange(windows, dtype=np.int32)[None, :, None]
     target, order = (part.reshape(batch, windows, length) for part in (found.target, found.order))
