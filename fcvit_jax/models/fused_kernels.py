@@ -162,7 +162,9 @@ def merge_and_norm(
     tile = pl.BlockSpec((None, rows, wide), lambda i, image: (image, i, 0))
     merged = jax.ShapeDtypeStruct((b, tokens_out, d), x.dtype)
     mean, normed, total = pl.pallas_call(
-        functools.partial(_merge_and_norm, width=d, eps=norm.eps, tokens_out=tokens_out, keep_norm=matching.keep_norm),
+        functools.partial(
+            _merge_and_norm, width=d, eps=norm.eps, tokens_out=tokens_out, keep_norm=bool(matching.keep_norm)
+        ),
         grid=(pl.cdiv(tokens_out, rows), b),
         in_specs=[whole, whole, each, each, each, vector, vector],
         out_specs=[tile, tile, pl.BlockSpec((None, rows), lambda i, image: (image, i))],
