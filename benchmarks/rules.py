@@ -14,6 +14,7 @@ Writes rules.md, rules.csv and rules.png into --out, beside what evaluate.py wri
 
 import argparse
 import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ import fcvit_jax as fc
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import OneLineParser, one_line_errors
 from fcvit_jax.files import file_name
-from fcvit_jax.models.schedule import parse_schedules
+from fcvit_jax.models.schedule import cross_rules, parse_schedules
 
 COLUMNS = ("schedule", "rule", "GMACs", "KL", "ratio", "95 %", "agree", "top-1", "speed")
 
@@ -34,12 +35,14 @@ COLUMNS = ("schedule", "rule", "GMACs", "KL", "ratio", "95 %", "agree", "top-1",
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     keep_freed_memory()
-    rules, depth = args.rules.split(","), fc.load_checkpoint(args.checkpoint).config.depth
-    pairs = [(base, rule) for base in parse_schedules(args.schedules, depth) for rule in rules]
+    rules = re.split(r",(?![^(]*\))", args.rules)  # not at a comma between options
+    bases = parse_schedules(args.schedules, fc.load_checkpoint(args.checkpoint).config.depth)
+    pairs = [(base, rule) for base in bases for rule in rules]
+    name = {(base, rule): next(iter(cross_rules({base: bases[base]}, rule))) for base, rule in pairs}
     rows = fc.evaluate(
         args.checkpoint,
         args.dataset,
-        ["dense", *(name_of(*pair) for pair in pairs)],
+        ["dense", *name.values()],
         workdir=args.out,
         batch_size=args.batch_size,
         limit=args.limit,
@@ -48,10 +51,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     named = {row["schedule"]: row for row in rows}
     dense = logits(args.out, "dense")
-    kl = {pair: divergence(dense, logits(args.out, name_of(*pair))) for pair in pairs}
+    kl = {pair: divergence(dense, logits(args.out, name[pair])) for pair in pairs}
     table = []
     for base, rule in pairs:
-        row, first = named[name_of(base, rule)], named[name_of(base, rules[0])]
+        row, first = named[name[base, rule]], named[name[base, rules[0]]]
         ratio, low, high = ratio_of_means(kl[base, rule], kl[base, rules[0]])
         speed = row["images_per_second"] / first["images_per_second"] if args.throughput_blocks else None
         values = base, rule, row["gmacs"], row["kl"], ratio, (low, high), row["agreement"], row["top1"], speed
@@ -62,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    about, _, details = __doc__.partition("\n")
-    parser = OneLineParser(description=about, epilog=details, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoint", help="a checkpoint directory or packaged:NAME")
     parser.add_argument("dataset", help="labelled images: folder:PATH, digits:test or tfds:NAME/SPLIT")
     parser.add_argument("--rules", default="tome,nearest", help="merge rules; the first is the reference")
@@ -73,11 +75,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="the first images only")
     parser.add_argument("--throughput_blocks", type=int, default=0, help="timed blocks a schedule; 0: none")
     return parser.parse_args(argv)
-
-
-def name_of(base: str, rule: str) -> str:
-    """The name of a schedule under a rule; Token Merging's own is not written."""
-    return base if rule == "tome" else f"{base}@{rule}"
 
 
 def logits(workdir: Path, name: str) -> np.ndarray:
@@ -102,7 +99,7 @@ def write(table: list[dict[str, Any]], directory: Path) -> None:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
         writer.writerows(row.values() for row in table)
-    formats = ("", "", ".2f", ".4f", ".2f", "", ".1%", ".1%", ".2f")
+    formats = ("", "", ".3g", ".3g", ".2f", "", ".1%", ".1%", ".2f")
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in table:
         shown = row | {"95 %": "{:.2f} to {:.2f}".format(*row["95 %"])}

@@ -1,5 +1,6 @@
 """benchmarks/inference.py on a tiny checkpoint: its sums, its checks, and Token Merging in PyTorch."""
 
+import csv
 import importlib
 import json
 import re
@@ -228,3 +229,21 @@ def test_the_schedules_that_compare_stages_leave_equal_numbers_of_tokens():
     assert not any(layer.windows for layer in everywhere.plan(config))
     assert windows.tokens(config) == everywhere.tokens(config)
     assert fc.flops.gmacs(config, windows) == fc.flops.gmacs(config, everywhere)
+
+
+def test_rules_are_compared_with_the_first(tmp_path):
+    rules = importlib.import_module("rules")
+    rules.main(
+        f"packaged:digits digits:test --rules tome,nearest(attention=0,size=0) --schedules tome_r24 --limit 32 "
+        f"--out {tmp_path}".split()
+    )
+    table = list(csv.DictReader((tmp_path / "rules.csv").open()))
+    assert [row["rule"] for row in table] == ["tome", "nearest(attention=0,size=0)"]
+    assert {"rules.md", "rules.png"} <= {path.name for path in tmp_path.iterdir()}
+    results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    dense, *merged = (rules.logits(tmp_path, row["schedule"]) for row in results)
+    for row, result, logits in zip(table, results[1:], merged, strict=True):
+        assert float(row["KL"]) == pytest.approx(result["kl"])
+        assert rules.divergence(dense, logits).mean() == pytest.approx(result["kl"], rel=1e-3)
+    assert float(table[1]["ratio"]) == pytest.approx(float(table[1]["KL"]) / float(table[0]["KL"]))
+    assert rules.ratio_of_means(np.arange(9.0) * 3, np.arange(9.0)) == pytest.approx((3, 3, 3))
