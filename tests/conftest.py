@@ -139,6 +139,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_every_kind_of_schedule_equals_the_real_model[more than 256 tokens",
         "test_every_kind_of_schedule_equals_the_real_model[not proportional",
         "test_every_kind_of_schedule_equals_the_real_model[registers",
+        "test_every_kind_of_schedule_equals_the_real_model[rotary",
         "test_options_of_the_rule",
     ),
     "test_own_model.py": ("test_the_linen_model_merges_as_ours[dense", "test_the_nnx_model_merges_as_ours[dense"),

@@ -134,9 +134,7 @@ def test_a_speed_is_measured(digits, monkeypatch):
     (each,) = report.found
     assert each.speedup == pytest.approx(flops.gmacs(digits.config) / each.gmacs)
     assert (each.speedup or 0) >= 0.99 * 1.5
-    with pytest.raises(
-        fc.InputError, match=r"budget 9x: the fastest schedule reaches about [2-5]\.\d\dx, \S+ "
-    ):
+    with pytest.raises(fc.InputError, match=r"budget 9x: the fastest schedule reaches about [2-5]\.\d\dx, \S+ "):
         fc.search(digits, "digits:train", "9x", limit=32)
 
 

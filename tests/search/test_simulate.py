@@ -10,6 +10,7 @@ import pytest
 import fcvit_jax as fc
 from fcvit_jax.data.preprocess import decode
 from fcvit_jax.data.sources import open_source
+from fcvit_jax.models.config import Rotary
 from fcvit_jax.models.rules import Nearest, ToMe
 from fcvit_jax.models.schedule import Global, MergeSchedule
 from fcvit_jax.search.simulate import Rates, SimulatedViT, rates
@@ -26,6 +27,7 @@ CONFIGS = {
     "mean of the patches": replace(CONFIG, class_token=False, pool="avg", fc_norm=True, num_classes=0),
     "registers": replace(CONFIG, num_registers=3, no_embed_class=True, pool="token_avg"),
     "not proportional": replace(CONFIG, proportional_attention=False),
+    "rotary": replace(CONFIG, rotary=Rotary(), gated=True, learned_positions=False),
     "more than 256 tokens": replace(CONFIG, image_size=(72, 64), depth=5),
 }
 
@@ -120,6 +122,7 @@ def test_the_packaged_digits(rule):
 def test_what_does_not_fit_has_no_rates():
     assert rates(with_rule("global:5:r9", ToMe()), CONFIG, Nearest()) is None
     assert rates(MergeSchedule.parse("local:5:r9:w4x1", 5), CONFIG, ToMe()) is None
+    assert rates(MergeSchedule.parse("global:5:r9", 5), replace(CONFIG, pool="map"), ToMe()) is None
 
     class Own(ToMe):
         pass
