@@ -9,10 +9,10 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Protocol
 
 from fcvit_jax.errors import InputError, naming
+from fcvit_jax.files import local_path
 from fcvit_jax.models.published import DIFFRATE_KEPT, diffrate_layers
 from fcvit_jax.models.rules import DEFAULT, Layer, Rule, parse_rule
 
@@ -340,9 +340,9 @@ def _offers(text: str, recommended: Mapping[str, str] | None) -> dict[str, str]:
     """The explicit forms that `search:DIR` or `recommended` stands for, by name; a budget may follow."""
     name, budget, found = text, "", recommended
     if text.startswith("search:"):
-        if not (Path(text.removeprefix("search:")) / "search.json").expanduser().is_file():
+        if not (local_path(text.removeprefix("search:")) / "search.json").is_file():
             name, _, budget = text.rpartition(":")
-        place = Path(name.removeprefix("search:") if name != "search" else budget).expanduser() / "search.json"
+        place = local_path(name.removeprefix("search:") if name != "search" else budget) / "search.json"
         try:
             found = json.loads(place.read_text())["recommended"]
             assert all(isinstance(form, str) for form in found.values())

@@ -21,7 +21,7 @@ from fcvit_jax.data.records import Source
 from fcvit_jax.data.sources import open_images
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import StepConfig
-from fcvit_jax.files import writable_directory
+from fcvit_jax.files import local_path, writable_directory
 from fcvit_jax.models import flops
 from fcvit_jax.models.rules import Rule, parse_rule
 from fcvit_jax.search.budgets import Budget, parse_budgets, share_cost
@@ -87,7 +87,9 @@ def search(
     cost = share_cost(opened.config)
     for each in budgets:
         _check_budget(each, tried, opened, cost)
-    folder = None if workdir is None else writable_directory(Path(workdir).expanduser())
+    for line in source.remarks:
+        print(f"warning: {line}")
+    folder = None if workdir is None else writable_directory(local_path(workdir))
     if write:
         recommend(opened, None)
 
