@@ -22,7 +22,7 @@ from flax import traverse_util
 from fcvit_jax.data.labels import ORDERS, ClassNames
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError, naming
-from fcvit_jax.files import check_room, check_target, local_path, staged, utf8_path
+from fcvit_jax.files import check_room, check_target, local_path, staged, utf8_path, writable_directory, write_whole
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
 
@@ -38,6 +38,7 @@ class Checkpoint:
     params: nested dict of float32 arrays, as `ViT(config).init` gives under "params".
     meta: the JSON object of meta.json: "config", "preprocess", "class_names" (list or None), "provenance", "versions",
     and "class_order" if the head has the classes of a data set in one of `labels.ORDERS`.
+        "recommended": after a search with --write.
     """
 
     path: Path
@@ -51,6 +52,11 @@ class Checkpoint:
         """Names of the head's outputs, or the order in which it has a data set's classes; None if neither is known."""
         names = self.meta.get("class_names")
         return tuple(names) if names else self.meta.get("class_order")
+
+    @property
+    def recommended(self) -> dict[str, str]:
+        """Explicit forms of the schedules that a search recommends for this checkpoint, by budget; often none."""
+        return self.meta.get("recommended", {})
 
 
 def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = None) -> Checkpoint:
@@ -132,6 +138,22 @@ def save_checkpoint(
         meta["files"] = {file.relative_to(staging / "params").as_posix(): file_sha256(file) for file in files}
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path
+
+
+def recommend(checkpoint: Checkpoint, schedules: Mapping[str, str] | None) -> None:
+    """Write recommended schedules, explicit forms by budget, into meta.json of a checkpoint directory.
+
+    None checks that this can be done. Raises InputError if it cannot, and for a packaged checkpoint.
+    """
+    path = checkpoint.path / "meta.json"
+    if PACKAGED in path.resolve().parents:
+        raise InputError(f"{checkpoint.path} belongs to the library: leave --write out, and use search:DIR")
+    if not path.is_file():
+        raise InputError(f"{path} does not exist: leave --write out, or save the checkpoint first")
+    writable_directory(path.parent)
+    if schedules is not None:
+        meta = json.loads(path.read_text()) | {"recommended": dict(schedules)}
+        write_whole(path, (json.dumps(meta, indent=2) + "\n").encode())
 
 
 def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:

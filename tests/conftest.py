@@ -132,6 +132,16 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_run_is_measured_into_its_own_directory",
     ),
     "flatness/test_measurement.py": ("test_a_checkpoint_under_a_schedule", "test_the_loss_is_plain_cross_entropy"),
+    "search/test_search.py": ("test_killed_and_resumed_it_finds_the_same",),
+    "search/test_simulate.py": (
+        "test_every_kind_of_schedule_equals_the_real_model[distillation",
+        "test_every_kind_of_schedule_equals_the_real_model[mean of the patches",
+        "test_every_kind_of_schedule_equals_the_real_model[more than 256 tokens",
+        "test_every_kind_of_schedule_equals_the_real_model[not proportional",
+        "test_every_kind_of_schedule_equals_the_real_model[registers",
+        "test_every_kind_of_schedule_equals_the_real_model[rotary",
+        "test_options_of_the_rule",
+    ),
     "test_own_model.py": ("test_the_linen_model_merges_as_ours[dense", "test_the_nnx_model_merges_as_ours[dense"),
     "test_own_rule.py": ("test_under_vmap_and_grad",),
     "test_parallel.py": (

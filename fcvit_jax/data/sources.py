@@ -1,11 +1,12 @@
 """Open a data set by its spec: a folder of images, scikit-learn's digits, or one that TensorFlow Datasets prepared."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fcvit_jax.data.listing import BESIDE, EXTENSIONS, list_images
+from fcvit_jax.data.listing import BESIDE, EXTENSIONS, list_below, list_images
 from fcvit_jax.data.prepared import open_prepared
 from fcvit_jax.data.records import Record, Source
 from fcvit_jax.errors import InputError
@@ -30,6 +31,27 @@ def open_source(spec: str) -> Source:
     if scheme not in openers:
         raise InputError(f"data set {spec!r} has no known form: write one of {FORMS}")
     return openers[scheme](spec, rest)
+
+
+def open_images(path: str) -> Source:
+    """Open a file, the images of a folder at any depth in the order of their names, or a data set by its spec.
+
+    Raises InputError if nothing exists there, or it holds no image.
+    """
+    root = Path(os.path.expanduser(path))
+    if not os.path.exists(root):
+        if ":" in path:
+            return open_source(path)
+        raise InputError(f"images {path!r}: there is no such file or folder; give one, or a data set: {FORMS}")
+    if root.is_file():
+        root, names, remarks = root.parent, [root.name], ()
+    else:
+        listing = list_below(root)
+        names, remarks = listing.names, tuple(f"{path}: {line}" for line in listing.remarks)
+    if not names:
+        raise InputError(f"images {path!r}: none in this folder; accepted are {' '.join(EXTENSIONS)}")
+
+    return Source(path, (), len(names), lambda index: read_record(root, names[index], 0), remarks=remarks)
 
 
 def _open_folder(spec: str, path: str) -> Source:

@@ -139,7 +139,7 @@ def open_inputs(
     model = checkpoint.config
     names = read_class_names(config.class_names, model.num_classes) if config.class_names else checkpoint.class_names
     source = sample(match_head(labelled, model.num_classes, names, str(checkpoint.path)), config.limit)
-    named, left_out = fit_schedules(schedules, model)
+    named, left_out = fit_schedules(schedules, model, checkpoint.recommended)
     named = cross_rules(named, config.rules)
     reported = None if config.real_labels else reported_top1(opened, checkpoint, config.limit)
     step_config = StepConfig(

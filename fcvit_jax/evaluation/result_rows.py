@@ -31,11 +31,12 @@ def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules, rules: 
     """
     name = str(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
     if not isinstance(checkpoint, Checkpoint) and name in zoo.names() and not Path(name).exists():
-        config, model = zoo.get(name).config, name
+        config, model, recommended = zoo.get(name).config, name, {}
     else:
         loaded = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
         config, model = loaded.config, loaded.meta.get("provenance", {}).get("model")
-    named, remarks = fit_schedules(schedules, config)
+        recommended = loaded.recommended
+    named, remarks = fit_schedules(schedules, config, recommended)
     return [
         {
             "schedule": key,

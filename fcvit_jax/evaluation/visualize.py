@@ -30,10 +30,10 @@ from tqdm import tqdm
 from fcvit_jax import compiling
 from fcvit_jax.checkpoint import Checkpoint, load_checkpoint
 from fcvit_jax.data.batches import eval_batches
-from fcvit_jax.data.listing import EXTENSIONS, list_below
+from fcvit_jax.data.listing import EXTENSIONS
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.records import Source, sample
-from fcvit_jax.data.sources import FORMS, open_source, read_record
+from fcvit_jax.data.sources import FORMS, open_images
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.files import file_name, local_path, writable_directory, write_whole
 from fcvit_jax.models.schedule import Dense, MergeSchedule, fit_schedules
@@ -239,27 +239,6 @@ def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
     return sheet
 
 
-def open_images(path: str) -> Source:
-    """Open a file, the images of a folder at any depth in the order of their names, or a data set by its spec.
-
-    Raises InputError if nothing exists there, or it holds no image.
-    """
-    root = Path(os.path.expanduser(path))
-    if not os.path.exists(root):
-        if ":" in path:
-            return open_source(path)
-        raise InputError(f"images {path!r}: there is no such file or folder; give one, or a data set: {FORMS}")
-    if root.is_file():
-        root, names, remarks = root.parent, [root.name], ()
-    else:
-        listing = list_below(root)
-        names, remarks = listing.names, tuple(f"{path}: {line}" for line in listing.remarks)
-    if not names:
-        raise InputError(f"images {path!r}: none in this folder; accepted are {' '.join(EXTENSIONS)}")
-
-    return Source(path, (), len(names), lambda index: read_record(root, names[index], 0), remarks=remarks)
-
-
 def main(argv: list[str] | None = None) -> None:
     """The command line; see the module's docstring."""
     parser = OneLineParser(prog="python -m fcvit_jax.evaluation.visualize", description=__doc__)
@@ -283,7 +262,7 @@ def main(argv: list[str] | None = None) -> None:
                 raise InputError(f"--{option}: {value} is not positive")
         source = open_images(args.images)
         checkpoint = load_checkpoint(args.checkpoint)
-        schedules, remarks = fit_schedules(args.schedules, checkpoint.config)
+        schedules, remarks = fit_schedules(args.schedules, checkpoint.config, checkpoint.recommended)
         for line in (*source.remarks, *remarks):
             print(f"warning: {line}")
         images, names = first_images(source, checkpoint, args.limit, args.on_bad)

@@ -72,7 +72,7 @@ def export(
     if not isinstance(checkpoint, Checkpoint):
         checkpoint = load_checkpoint(checkpoint)
     config = checkpoint.config
-    named, _ = fit_schedules(schedules, config)
+    named, _ = fit_schedules(schedules, config, checkpoint.recommended)
     weights = cast_params(flat_params(checkpoint.params), compute)
 
     with staged(path) as staging:

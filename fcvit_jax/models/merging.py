@@ -22,7 +22,7 @@ class Matching:
     """Where every token of a sequence goes, and what it contributes there. A pytree.
 
     target: int32 [b, n], the position in the output. Every position from 0 to tokens_out - 1 needs a token of positive
-        weight.
+        weight; without an order, one that has none is empty: zeros of size 0.
     tokens_out: the length of the output, t.
     order: int32 [b, n], each of 0 to n - 1 once: first the t tokens that stay, in the order of the output, then those
         that are merged away. Optional: float32 merging is faster with it.
@@ -115,7 +115,8 @@ class _SumsByProduct:
     def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         into = jnp.where(self.here, weight[:, None, :], 0.0)
         total = into.sum(axis=-1)
-        merged = einsum("btn,bnd->btd", (into / total[..., None]).astype(x.dtype), x)
+        share = into / jnp.where(total > 0, total, 1.0)[..., None]
+        merged = einsum("btn,bnd->btd", share.astype(x.dtype), x)
         return merged, total, into.max(axis=-1) == total
 
 

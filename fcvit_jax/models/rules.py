@@ -104,16 +104,22 @@ class Nearest(Rule):
     keep_norm: bool = True
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
-        metric = all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
-        pairs = propose_pairs(metric, layer, prefix, self.checkerboard)
-        own, other = pairs.take(self.weights(attended, size, layer, prefix))
-        cost = (1.0 - pairs.cosine) * own * other
+        pairs = propose_pairs(self.metric(attended), layer, prefix, self.checkerboard)
+        cost = self.cost(pairs.cosine, *pairs.take(self.weights(attended, size, layer, prefix)))
         matching = merge_ranked(pairs, rank_pairs(-cost), layer)
         return dataclasses.replace(matching, keep_norm=self.keep_norm)
 
     def weights(self, attended: Attended, size: jax.Array, layer: "Layer", prefix: int) -> jax.Array:
         """Weigh tokens in the cost of a pair: float32 [b, n]."""
         return jax.lax.stop_gradient(size**self.size * class_attention(attended, layer, prefix) ** self.attention)
+
+    def metric(self, attended: Attended) -> jax.Array:
+        """What tokens are compared by, [b, n, k]."""
+        return all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
+
+    def cost(self, cosine: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
+        """The cost of pairs by their similarity and the `weights` of both tokens, float32 of one shape."""
+        return (1.0 - cosine) * own * other
 
     def macs(self, layer: "Layer", config: ViTConfig) -> int:
         """Count those of the other heads' similarities, and of the class token's attention."""

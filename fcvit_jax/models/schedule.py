@@ -4,6 +4,7 @@ DFE (dense first layers) and LGTM (local, then global merging) follow arXiv 2303
 Merging, arXiv 2210.09461. Schedules are hashable, as static arguments of jitted functions must be.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -11,6 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from fcvit_jax.errors import InputError, naming
+from fcvit_jax.files import local_path
 from fcvit_jax.models.published import DIFFRATE_KEPT, diffrate_layers
 from fcvit_jax.models.rules import DEFAULT, Layer, Rule, parse_rule
 
@@ -170,19 +172,22 @@ class MergeSchedule:
 Schedules = str | MergeSchedule | Iterable[str | MergeSchedule] | Mapping[str, MergeSchedule]
 
 
-def fit_schedules(schedules: Schedules, config: Geometry) -> tuple[dict[str, MergeSchedule], tuple[str, ...]]:
+def fit_schedules(
+    schedules: Schedules, config: Geometry, recommended: Mapping[str, str] | None = None
+) -> tuple[dict[str, MergeSchedule], tuple[str, ...]]:
     """Give schedules names, in order, and check that each fits a model.
 
     schedules: text as `parse_schedules` reads it; a schedule, named by its explicit form, or `dense` if it merges
     nothing; several of either; or a mapping from names. Of those in text that end in `?`, what does not fit is left
     out, and a line of text that says so is returned too. Raises InputError if another does not fit.
+    recommended: of the checkpoint, by budget.
     """
     given = [*schedules.items()] if isinstance(schedules, Mapping) else schedules
     named: dict[str, MergeSchedule] = {}
     unfit: dict[str, list[str]] = {}
     for each in [given] if isinstance(given, str | MergeSchedule) else [*given] or [""]:
         if isinstance(each, str):
-            _read(each, config, named, unfit)
+            _read(each, config, named, unfit, recommended)
             continue
         dense = "dense" if each == MergeSchedule.dense(config.depth) else str(each)
         name, schedule = (dense, each) if isinstance(each, MergeSchedule) else (str(each[0]), each[1])
@@ -220,26 +225,42 @@ def _swap_rule(schedule: MergeSchedule, rule: Rule) -> MergeSchedule:
     return MergeSchedule(tuple(replace(stage, rule=rule) if stage in merging else stage for stage in schedule.stages))
 
 
-def parse_schedules(text: str, depth: int) -> dict[str, MergeSchedule]:
+def parse_schedules(text: str, depth: int, recommended: Mapping[str, str] | None = None) -> dict[str, MergeSchedule]:
     """Read a comma-separated list of schedules into {name: schedule}, in order; a name given twice counts once.
 
     A range of rates, LOW-HIGH or LOW-HIGH:STEP with both ends included, stands for the names that it spells:
     `tome:0-16` for `tome_r0` to `tome_r16`, `s2dfe@RULE:2-20:2` for `s2dfe_r2@RULE`, `s2dfe_r4@RULE` and so on. An
     explicit form contains commas itself: it ends where its layers reach the depth. A `?` after a schedule or a range
     leaves out what does not fit the depth.
+
+    `search:DIR` stands for what the search in DIR recommends, and `recommended` for what the checkpoint does, a
+    schedule a budget; `search:DIR:BUDGET` and `recommended:BUDGET` for one of them. recommended: explicit forms, by
+    budget.
     """
     schedules: dict[str, MergeSchedule] = {}
-    _read(text, depth, schedules, {})
+    _read(text, depth, schedules, {}, recommended)
     return schedules
 
 
-def _read(text: str, model: Geometry | int, schedules: dict[str, MergeSchedule], unfit: dict[str, list[str]]) -> None:
+def _read(
+    text: str,
+    model: Geometry | int,
+    schedules: dict[str, MergeSchedule],
+    unfit: dict[str, list[str]],
+    recommended: Mapping[str, str] | None,
+) -> None:
     """Add the schedules in a text that fit a model, or its depth; those that end in `?` and do not: to `unfit`."""
     depth = model if isinstance(model, int) else model.depth
     pending: list[str] = []
     parts = [*filter(None, map(str.strip, re.split(_COMMA, text)))]
     for typed in parts:
         optional, part = typed.endswith("?"), typed.removesuffix("?")
+        if re.match(r"search:|recommended(:|$)", part):
+            for name, form in _offers(part, recommended).items():
+                schedules[name] = MergeSchedule.parse(form, depth)
+                if not isinstance(model, int):
+                    schedules[name].plan(model, name)
+            continue
         for name in _expand(part):
             pending.append(name)
             if ":" in name and sum(_parse_stage(stage).layers for stage in pending) < depth and not optional:
@@ -313,6 +334,30 @@ def _expand(text: str) -> list[str]:
         why = f"has {len(rates):,} schedules; at most {_LONGEST_RANGE:,} will do" if rates else "is empty"
         raise InputError(f"the range {text!r} {why}: write LOW-HIGH or LOW-HIGH:STEP, such as tome:0-16")
     return [f"{family[1]}_r{r}{family[2] or ''}" for r in rates]
+
+
+def _offers(text: str, recommended: Mapping[str, str] | None) -> dict[str, str]:
+    """The explicit forms that `search:DIR` or `recommended` stands for, by name; a budget may follow."""
+    name, budget, found = text, "", recommended
+    if text.startswith("search:"):
+        if not (local_path(text.removeprefix("search:")) / "search.json").is_file():
+            name, _, budget = text.rpartition(":")
+        place = local_path(name.removeprefix("search:") if name != "search" else budget) / "search.json"
+        try:
+            found = json.loads(place.read_text())["recommended"]
+            assert all(isinstance(form, str) for form in found.values())
+        except OSError:
+            raise InputError(f"{text}: there is no {place}: run python -m fcvit_jax.search first") from None
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError):
+            raise InputError(f"{text}: {place} is not the file of a search: run python -m fcvit_jax.search") from None
+    elif ":" in text:
+        name, _, budget = text.partition(":")
+    if not found:
+        raise InputError(f"{text}: the checkpoint recommends none: run python -m fcvit_jax.search with --write")
+    if budget and budget not in found:
+        raise InputError(f"{text}: there is no budget {budget!r}: choose one of {', '.join(found)}")
+    chosen = {budget: found[budget]} if budget else found
+    return {name if len(found) == 1 else f"{name}:{each}": form for each, form in chosen.items()}
 
 
 def _parse_stage(text: str) -> Stage:

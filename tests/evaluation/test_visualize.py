@@ -8,7 +8,7 @@ from PIL import Image
 
 from fcvit_jax.checkpoint import Checkpoint, abstract_params
 from fcvit_jax.data.preprocess import Preprocess, decode, preset
-from fcvit_jax.data.sources import open_source
+from fcvit_jax.data.sources import open_images, open_source
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation import visualize
 from fcvit_jax.evaluation.visualize import (
@@ -18,7 +18,6 @@ from fcvit_jax.evaluation.visualize import (
     draw_regions,
     fill,
     main,
-    open_images,
     outline,
     regions,
     stage_layers,

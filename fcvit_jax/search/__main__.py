@@ -1,0 +1,61 @@
+"""Find the best merge schedule for a budget, on unlabelled images.
+
+  python -m fcvit_jax.search                                         the packaged digits model, offline
+  python -m fcvit_jax.search --checkpoint DIR --images photos --budget 0.6 --workdir found
+  python -m fcvit_jax.search --checkpoint DIR --images photos --budget 2.8G,2.3G --workdir found
+  python -m fcvit_jax.search --checkpoint DIR --images photos --budget 1.7x --batch_size 8 --workdir found
+  python evaluate.py --config.checkpoint=DIR --config.dataset=... --config.schedules=dense,tome_r13,search:found
+
+Candidates differ in the merge rule, in how many layers stay dense, in where windows end, and in how rates rise over the
+layers. Half of the images chooses, by how far predictions move from the dense model's; the other half judges the choice
+against the best of tome_rN, sNdfe_rN and sNwincN_rN within the budget. If the choice is not better beyond chance, the
+simple schedule is recommended. No labels are read. Rerun the same command to resume an interrupted search.
+
+Writes search.json and search.png.
+"""
+
+import argparse
+import dataclasses
+from pathlib import Path
+
+from fcvit_jax.allocator import keep_freed_memory
+from fcvit_jax.errors import OneLineParser, one_line_errors
+from fcvit_jax.search import SearchConfig, search
+from fcvit_jax.search.budgets import FORMS
+from fcvit_jax.search.findings import FILES
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line; see the module's docstring."""
+    args = _parser().parse_args(argv)
+    with one_line_errors():
+        report = search(**vars(args))
+        print(report)
+        print(f"\nwritten into {args.workdir}: {', '.join(FILES)}")
+        if args.write:
+            print(f"added to {args.checkpoint}: merge as recommended by --config.schedules=dense,recommended")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = OneLineParser(prog="python -m fcvit_jax.search", description=__doc__)
+    where = "checkpoint, train_sam.py working directory, or packaged:NAME (default: packaged:digits)"
+    parser.add_argument("--checkpoint", metavar="DIR", default="packaged:digits", help=where)
+    images = "a folder, images at any depth, or a data set: folder:PATH, digits:train or tfds:NAME/SPLIT"
+    parser.add_argument("--images", metavar="PATH", default="digits:train", help=images)
+    budget = f"one or several, separated by commas: {FORMS} (default: 0.6)"
+    parser.add_argument("--budget", metavar="B", default="0.6", help=budget)
+    place = "where to write, and from where to resume (default: workdir/search)"
+    parser.add_argument("--workdir", metavar="W", type=Path, default=Path("workdir/search"), help=place)
+    parser.add_argument("--write", action="store_true", help="add the result to the checkpoint, as `recommended`")
+    for field in dataclasses.fields(SearchConfig):
+        kind = int if field.default is None else type(field.default)
+        default = "" if field.default is None else f" (default: {field.default})"
+        metavar = "N" if kind is int else "NAME"
+        text = f"{field.metadata['help']}{default}"
+        parser.add_argument(f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=text)
+    return parser
+
+
+if __name__ == "__main__":
+    keep_freed_memory()
+    main()

@@ -1,0 +1,162 @@
+"""What a search has found: judged on images that chose nothing, written, read, and shown."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fcvit_jax.files import write_whole
+
+FILES = ("search.json", "search.png")
+FEWEST = 32  # images below which a bootstrap takes chance for better too often
+_DRAWS = 10_000
+
+
+@dataclass(frozen=True)
+class Judgement:
+    """A found schedule against a simple one, on the same images.
+
+    ratio: of the mean scores, found over simple, with its 95 % interval (paired bootstrap over images). better: beyond
+    chance. reason: why or why not, for a person.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    better: bool
+    reason: str
+
+
+def judge(found: Sequence[float], simple: Sequence[float], seed: int) -> Judgement:
+    """Compare the scores of two schedules, image by image."""
+    pairs = np.stack([np.asarray(found), np.asarray(simple)], axis=1)
+    count = len(pairs)
+    drawn = np.random.default_rng(seed).integers(count, size=(_DRAWS, count))
+    sums = np.stack([pairs[:, side][drawn].mean(axis=1) for side in (0, 1)], axis=1)
+    (ratio, (low, high)) = _ratio(*pairs.mean(axis=0)), np.quantile(_ratio(sums[:, 0], sums[:, 1]), (0.025, 0.975))
+    within = f"{ratio:.2f} of it, 95 % interval {low:.2f} to {high:.2f}"
+    if count < FEWEST:
+        reason = f"{count} images cannot tell: give at least {2 * FEWEST}"
+        return Judgement(float(ratio), float(low), float(high), False, reason)
+    better = bool(high < 1)
+    reason = f"better: {within}" if better else f"not better beyond chance: {within}"
+    return Judgement(float(ratio), float(low), float(high), better, reason)
+
+
+def _ratio(mine: Any, other: Any) -> Any:
+    tiny = 1e-12  # both zero: equal
+    return (mine + tiny) / (other + tiny)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome at one budget.
+
+    recommended: `schedule` if it is better than the best simple family beyond chance, else that. score: of both on the
+    judging images. families: name of a simple schedule -> its score. gmacs: of the recommended, as is `speedup`, which
+    is measured for speed budgets alone.
+    """
+
+    budget: str
+    recommended: str
+    schedule: str
+    score: float
+    simple: str
+    simple_score: float
+    families: Mapping[str, float]
+    judgement: Judgement
+    gmacs: float
+    share: float
+    speedup: float | None = None
+    images_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """Everything that a search has found. measure: "KL" or "1 - cosine". candidates: all trials, as JSON-able rows."""
+
+    conditions: Mapping[str, Any]
+    measure: str
+    found: tuple[Found, ...]
+    candidates: tuple[Mapping[str, Any], ...]
+
+    @property
+    def recommended(self) -> dict[str, str]:
+        """The explicit form of the recommended schedule, by budget."""
+        return {each.budget: each.recommended for each in self.found}
+
+    def write(self, workdir: Path) -> None:
+        """Write search.json and search.png."""
+        text = {"format": 1, "recommended": self.recommended, **asdict(self)}
+        write_whole(workdir / "search.json", (json.dumps(text, indent=1, allow_nan=False) + "\n").encode())
+        write_whole(workdir / "search.png", plot_search(self))
+
+    def __str__(self) -> str:
+        where = self.conditions
+        lines = [
+            f"{where['checkpoint']} on {where['images']}: "
+            f"{where['chosen_by']} images chose, {where['judged_by']} judge",
+            "",
+            *_table(self),
+            "",
+        ]
+        for each in self.found:
+            lines.append(f"budget {each.budget}: {each.judgement.reason.replace('of it', f'of {each.simple}')}")
+            lines.append(f"  recommended: {each.recommended}")
+        return "\n".join(lines)
+
+
+def _table(report: SearchReport) -> list[str]:
+    rows = [("budget", "schedule", "GMACs", "of dense", report.measure, "speed-up")]
+    for each in report.found:
+        speed = "-" if each.speedup is None else f"{each.speedup:.2f}x"
+        chosen = "found" if each.recommended == each.schedule else each.simple
+        score = each.score if chosen == "found" else each.simple_score
+        rows.append((each.budget, f"{chosen} *", f"{each.gmacs:.3g}", f"{each.share:.2f}", f"{score:.4g}", speed))
+        others = dict(each.families) if chosen == "found" else {"found": each.score} | dict(each.families)
+        rows += [("", name, "", "", f"{score:.4g}", "") for name, score in others.items() if name != chosen]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:], "* recommended"]
+
+
+def plot_search(report: SearchReport) -> bytes:
+    """PNG: the score of every candidate and simple family over GMACs, the recommended ones marked."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    whole = [row for row in report.candidates if row["images"] == report.conditions["chosen_by"]]
+    for rows, alpha, label in (
+        (report.candidates, 0.25, "candidates, on some of the images that choose"),
+        (whole, 0.9, "on all of them"),
+    ):
+        x, y = [row["gmacs"] for row in rows], [max(row["score"], 1e-9) for row in rows]
+        axes.scatter(x, y, s=14, color="#56b4e9" if alpha < 0.5 else "#0072b2", alpha=alpha, label=label, linewidth=0)
+    families = report.conditions["families"]
+    for index, name in enumerate(families):
+        points = [
+            (families[name][each.budget], each.families) for each in report.found if each.budget in families[name]
+        ]
+        x, y = [gmacs for (_, gmacs), _ in points], [max(scores[text], 1e-9) for (text, _), scores in points]
+        axes.plot(x, y, marker="s^v"[index % 3], color="#d55e00", linestyle="--", alpha=0.8, label=name)
+    judged = [
+        (each.gmacs, max(each.score if each.recommended == each.schedule else each.simple_score, 1e-9))
+        for each in report.found
+    ]
+    axes.plot(*zip(*judged, strict=True), "k*", markersize=12, label="recommended, on the images that judge")
+    axes.set_yscale("log")
+    axes.set_xlabel("GMACs an image (fewer is cheaper)")
+    axes.set_ylabel(f"{report.measure} from dense")
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.legend(fontsize=8, frameon=False)
+    axes.set_title(f"{report.conditions['checkpoint']} on {report.conditions['images']}", fontsize=9, parse_math=False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    return picture.getvalue()
