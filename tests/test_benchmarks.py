@@ -237,7 +237,7 @@ def test_rules_are_compared_with_the_first(tmp_path):
         f"packaged:digits digits:test --rules tome,nearest(attention=0,size=0) --schedules tome_r24 --limit 32 "
         f"--out {tmp_path}".split()
     )
-    table = list(csv.DictReader((tmp_path / "rules.csv").open()))
+    table = list(csv.DictReader((tmp_path / "rules.csv").read_text().splitlines()))
     assert [row["rule"] for row in table] == ["tome", "nearest(attention=0,size=0)"]
     assert {"rules.md", "rules.png"} <= {path.name for path in tmp_path.iterdir()}
     results = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
@@ -245,5 +245,5 @@ def test_rules_are_compared_with_the_first(tmp_path):
     for row, result, logits in zip(table, results[1:], merged, strict=True):
         assert float(row["KL"]) == pytest.approx(result["kl"])
         assert rules.divergence(dense, logits).mean() == pytest.approx(result["kl"], rel=1e-3)
-    assert float(table[1]["ratio"]) == pytest.approx(float(table[1]["KL"]) / float(table[0]["KL"]))
+    assert float(table[1]["ratio"]) == pytest.approx(float(table[1]["KL"]) / float(table[0]["KL"]), rel=1e-3)
     assert rules.ratio_of_means(np.arange(9.0) * 3, np.arange(9.0)) == pytest.approx((3, 3, 3))

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.outcomes import Journal, Outcomes, concatenate, save_logits
+from fcvit_jax.evaluation.outcomes import FOUND, Journal, Outcomes, concatenate, save_logits
 
 NAMES = ("dense", "dense:1,global:2:r3")
 RNG = np.random.default_rng(0)
@@ -15,6 +15,7 @@ PARTS = [
         rank=np.zeros((2, rows), np.int32),
         prediction=np.zeros((2, rows), np.int32),
         kl=np.zeros((2, rows), np.float32),
+        found=np.zeros(len(FOUND), np.int32),
     )
     for batch, rows in enumerate(ROWS)
 ]
