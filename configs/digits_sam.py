@@ -39,7 +39,7 @@ def get_config() -> Any:
     config.optimizer.weight_decay = 0.05
     config.sam.rho = 0.05
 
-    config.schedules = "tome_r8,s2winc5_r8"
+    config.schedules = "tome_r8,s2winc5_r8?"
     config.eval_every = 440  # ten epochs
     config.save_every = 220
     config.log_every = 44
