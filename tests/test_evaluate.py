@@ -687,7 +687,8 @@ def test_where_one_process_fails_the_others_end_at_once_and_each_says_a_line(che
     ended = time.monotonic()
     two[0].wait(timeout=60)
     assert time.monotonic() - ended < 10  # and not when the exchange gives up, after 30 seconds
-    assert complaints(two) == [f"{OTHER}\n", "error: image c/05.png cannot be decoded: no known image format\n"]
+    why = "no known image format; repair it, or leave it out with on_bad=skip, and resume"
+    assert complaints(two) == [f"{OTHER}\n", f"error: image c/05.png cannot be decoded: {why}\n"]
     # What the first process alone finds out, before it begins and when the others are done.
     (tmp_path / "file").write_text("")
     (tmp_path / "late").mkdir()
