@@ -99,7 +99,8 @@ def _parse(argv: list[str]) -> list[str]:
         # The parsers of numbers know no "none".
         nothing = [re.fullmatch(r"--?config\.([\w.]+)=none", each, re.IGNORECASE) for each in argv]
         rest = app.parse_flags_with_usage([each for each, found in zip(argv, nothing, strict=True) if not found])
-        config = flags.FLAGS.config  # a file that cannot be loaded raises at its first use
+        config = flags.FLAGS.config
+        _ = config.items  # a file that cannot be loaded raises at its first use
         for *parents, name in (found[1].split(".") for found in nothing if found):
             fields = functools.reduce(getattr, parents, config)
             # Text stays: "none" may be one of its values.
