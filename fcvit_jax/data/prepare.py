@@ -91,7 +91,7 @@ def _check_target(target: Path, source: Source, split: str) -> Source:
         raise InputError(f"{target} has a split {split!r} already: choose another --split or --name")
     other = open_source(f"tfds:{target.parent.name}:{VERSION}/{present[0]}@{target.parents[1]}").class_names
     try:
-        return label_by_name(source, other, str(target))
+        return label_by_name(dataclasses.replace(source, class_names=_class_names(source)), other, str(target))
     except InputError as error:
         why = f"{target} has other classes than {source.spec}, so no split is added: choose another --name"
         raise InputError(f"{why} ({error})") from None

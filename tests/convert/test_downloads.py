@@ -351,7 +351,8 @@ def test_timm_publishes_every_other_name_of_the_zoo_on_the_hub():
     cfg = pytest.importorskip("timm.models").get_pretrained_cfg
     names = [name for name in zoo.names() if "." in name and ".tv_" not in name]
     assert len(names) > 50
-    assert {name: cfg(name).hf_hub_id for name in names} == {name: f"timm/{name}" for name in names}
+    published = {name: f"hf-hub:{hub}" if (hub := cfg(name).hf_hub_id) else cfg(name).url for name in names}
+    assert {name: zoo.get(name).source for name in names} == published
 
 
 def test_unknown_names():
