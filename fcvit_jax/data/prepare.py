@@ -8,6 +8,7 @@ folder:photos/val. TensorFlow is not needed. Run it again with another --split t
 class folders must be the same.
 """
 
+import dataclasses
 import io
 import json
 import math
