@@ -3,6 +3,7 @@ import os
 import re
 import zipfile
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -235,7 +236,8 @@ def test_a_key_chooses_one_of_several_models(tmp_path, capsys):
 
 
 def test_a_head_that_is_not_understood_is_left_out_on_request(tmp_path, capsys):
-    arrays = {f"encoder.{key}": array for key, array in state_dict().items()} | {"neck.weight": np.ones(3, np.float32)}
+    arrays: Any = {f"encoder.{key}": array for key, array in state_dict().items()}
+    arrays["neck.weight"] = np.ones(3, np.float32)
     np.savez(tmp_path / "w.npz", **arrays)
     assert "pass --num_classes 0 to convert the backbone" in error(capsys, tmp_path / "w.npz", tmp_path / "out", *GIVEN)
     main([str(tmp_path / "w.npz"), str(tmp_path / "out"), *GIVEN, "--num_classes", "0"])

@@ -1,4 +1,6 @@
+import importlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +30,8 @@ from states import refusal, state_dict, write
     ],
 )
 def test_the_tool_for_weights_in_parts_is_named(tmp_path, name, tool):
-    np.savez(tmp_path / "w.npz", **state_dict(), **{name: np.ones(3)})
+    arrays: Any = state_dict() | {name: np.ones(3)}
+    np.savez(tmp_path / "w.npz", **arrays)
     message = refusal(tmp_path / "w.npz")
     assert message.startswith(f"has {name!r}, ")
     assert tool in message
@@ -74,7 +77,7 @@ def test_files_and_folders_of_parts_name_their_tool(tmp_path, name, tool, folder
 
 def test_a_directory_of_torch_distributed_as_torch_writes_it(tmp_path):
     torch = pytest.importorskip("torch")
-    import torch.distributed.checkpoint as dcp
+    dcp: Any = importlib.import_module("torch.distributed.checkpoint")
 
     state = {name: torch.tensor(array) for name, array in state_dict().items()}
     with pytest.warns(UserWarning, match="torch.distributed"):

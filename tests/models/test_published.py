@@ -93,7 +93,7 @@ class Window(NamedTuple):
 
 
 def windows_of(tokens: Tokens, image: int, layer: Layer, prefix: int) -> list[Window]:
-    _, q, k, v, size = (np.asarray(part, np.float64)[image] for part in tokens.attended)
+    _, q, k, v, size = (np.asarray(part, np.float64)[image] for part in tokens.attended[:5])
     logits = np.einsum("hqw,hnw->hqn", q, k) / WIDTH**0.5 + np.log(size)
     weights = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
     attention = weights[:, 0].mean(axis=0) if prefix and layer.class_token else weights.mean(axis=(0, 1))
