@@ -82,7 +82,7 @@ def test_values_become_what_the_annotation_says(field, given, kept):
         ("rate", math.inf, "it must be a number, above 0"),
         ("flip", 50, "it must be a number from 0 to 1 (a probability)"),
         ("decay", 2, "it must be a number, above 0 and 1 or less, or none"),
-        ("decay", "none", "it must be a number, above 0 and 1 or less, or none"),
+        ("decay", "many", "it must be a number, above 0 and 1 or less, or none"),
         ("mode", "medium", "choose one of fast, slow"),
         ("mode", None, "choose one of fast, slow"),
         ("name", 3, "it must be text"),
