@@ -21,12 +21,11 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from scipy.special import log_softmax, softmax
 
 import fcvit_jax as fc
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import OneLineParser, one_line_errors
-from fcvit_jax.files import file_name
+from fcvit_jax.evaluation.statistics import ratio_of_means
 from fcvit_jax.models.schedule import cross_rules, parse_schedules
 
 COLUMNS = ("schedule", "rule", "GMACs", "KL", "ratio", "95 %", "agree", "top-1", "speed")
@@ -35,27 +34,26 @@ COLUMNS = ("schedule", "rule", "GMACs", "KL", "ratio", "95 %", "agree", "top-1",
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     keep_freed_memory()
-    rules = re.split(r",(?![^(]*\))", args.rules)  # not at a comma between options
-    bases = parse_schedules(args.schedules, fc.load_checkpoint(args.checkpoint).config.depth)
+    rules, checkpoint = re.split(r",(?![^(]*\))", args.rules), fc.load_checkpoint(args.checkpoint)
+    bases = parse_schedules(args.schedules, checkpoint.config.depth)
     pairs = [(base, rule) for base in bases for rule in rules]
     name = {(base, rule): next(iter(cross_rules({base: bases[base]}, rule))) for base, rule in pairs}
     rows = fc.evaluate(
-        args.checkpoint,
+        checkpoint,
         args.dataset,
         ["dense", *name.values()],
         workdir=args.out,
         batch_size=args.batch_size,
         limit=args.limit,
-        save_logits=True,
         throughput_blocks=args.throughput_blocks,
     )
     named = {row["schedule"]: row for row in rows}
-    dense = logits(args.out, "dense")
-    kl = {pair: divergence(dense, logits(args.out, name[pair])) for pair in pairs}
+    with np.load(args.out / "outcomes.npz") as outcomes:
+        kl = dict(zip(outcomes["schedules"].tolist(), outcomes["kl"].astype(np.float64), strict=True))
     table = []
     for base, rule in pairs:
         row, first = named[name[base, rule]], named[name[base, rules[0]]]
-        ratio, low, high = ratio_of_means(kl[base, rule], kl[base, rules[0]])
+        ratio, low, high = ratio_of_means(kl[name[base, rule]], kl[name[base, rules[0]]])
         speed = row["images_per_second"] / first["images_per_second"] if args.throughput_blocks else None
         values = base, rule, row["gmacs"], row["kl"], ratio, (low, high), row["agreement"], row["top1"], speed
         table.append(dict(zip(COLUMNS, values, strict=True)))
@@ -75,23 +73,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--limit", type=int, help="the first images only")
     parser.add_argument("--throughput_blocks", type=int, default=0, help="timed blocks a schedule; 0: none")
     return parser.parse_args(argv)
-
-
-def logits(workdir: Path, name: str) -> np.ndarray:
-    return np.load(workdir / f"logits_{file_name(name)}.npz")["logits"]
-
-
-def divergence(dense: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    """KL(dense || merged) of each image."""
-    p, q = (log_softmax(each.astype(np.float64), axis=-1) for each in (dense, merged))
-    return (softmax(dense.astype(np.float64), axis=-1) * (p - q)).sum(axis=-1)
-
-
-def ratio_of_means(values: np.ndarray, reference: np.ndarray) -> tuple[float, float, float]:
-    """mean(values) / mean(reference), and its 95 % interval by bootstrap over images, both drawn together."""
-    draws = np.random.default_rng(0).integers(0, len(values), (10_000, len(values)))
-    low, high = np.percentile(values[draws].mean(axis=1) / reference[draws].mean(axis=1), [2.5, 97.5])
-    return values.mean() / reference.mean(), low, high
 
 
 def write(table: list[dict[str, Any]], directory: Path) -> None:

@@ -1,5 +1,6 @@
 """The one validator of configuration dataclasses: types come from annotations, bounds and choices from the field."""
 
+import argparse
 import contextlib
 import dataclasses
 import difflib
@@ -38,6 +39,27 @@ def setting(
     """
     limits = {"help": help, "choices": tuple(choices), "rising": rising, "hint": hint, "bounds": bounds}
     return dataclasses.field(default=default, metadata=limits)
+
+
+def add_options(parser: Any, config: type) -> None:
+    """Add an option for each field of a configuration to an argparse parser or group: its help, type and default.
+
+    Numbers of a tuple are separated by commas; a field whose default is None takes a whole number.
+    """
+    for field in dataclasses.fields(config):
+        default = field.default
+        kind: Any = _numbers if isinstance(default, tuple) else int if default is None else type(default)
+        shown = ",".join(f"{x:g}" for x in default) if isinstance(default, tuple) else default
+        metavar = "X" if kind in (_numbers, float) else "N" if kind is int else "NAME"
+        text = field.metadata["help"] + ("" if default is None else f" (default: {shown})")
+        parser.add_argument(f"--{field.name}", type=kind, default=default, metavar=metavar, help=text)
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(map(float, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0.05,0.2") from None
 
 
 def check_settings(config: Any, where: str = "") -> None:

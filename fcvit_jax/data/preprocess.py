@@ -40,7 +40,7 @@ _TURNS = {
 MAX_RESIZED_PIXELS = 2**26  # a strip one pixel wide would otherwise take all memory
 CROP_MODES = ("center", "squash", "border")
 OVERRIDES = ("crop_pct", "crop_mode", "interpolation", "mean", "std", "exif_transpose")
-# What `decode` notes in an image's `info["oddities"]`: a kind, and what a reader is told of so many images.
+# What `decode` notes in an image's `info["oddities"]`: a kind, and the warning for a number of images.
 ODDITIES = {
     "sixteen_bit": "{} of 16 bits a pixel scaled to 8 bits",
     "turned": "{} with an EXIF orientation read unturned, as timm does (preprocess field exif_transpose turns them)",

@@ -19,7 +19,6 @@ Writes flatness.json and flatness.png; with --compare also comparison.json, and 
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import load_checkpoint
@@ -32,6 +31,7 @@ from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
 from fcvit_jax.flatness.measurement import measure
 from fcvit_jax.flatness.presentation import FILES, present
 from fcvit_jax.models.schedule import MergeSchedule
+from fcvit_jax.settings import add_options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,13 +77,6 @@ def _workdir(args: argparse.Namespace) -> Path:
     return local_path(args.workdir) if args.workdir else given if runs else Path("workdir/flatness")
 
 
-def _numbers(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(map(float, text.split(",")))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0.05,0.2") from None
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         prog="python -m fcvit_jax.flatness", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -97,13 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--schedule", default="dense", help="merge schedule under which the loss is taken")
     place = "where results are written; by default a train_sam.py working directory itself, or workdir/flatness"
     parser.add_argument("--workdir", help=place)
-    how = parser.add_argument_group("what is measured")
-    for field in dataclasses.fields(FlatnessConfig):
-        kind: Any = _numbers if isinstance(field.default, tuple) else type(field.default)
-        shown = ",".join(f"{x:g}" for x in field.default) if isinstance(field.default, tuple) else field.default
-        metavar = "X" if kind in (_numbers, float) else "N" if kind is int else "NAME"
-        text = f"{field.metadata['help']} (default: {shown})"
-        how.add_argument(f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=text)
+    add_options(parser.add_argument_group("what is measured"), FlatnessConfig)
     return parser
 
 

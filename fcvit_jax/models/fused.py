@@ -18,7 +18,7 @@ from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.layers import MLP, Linear, norm_params, scale_branch
 from fcvit_jax.models.merging import Matching
 from fcvit_jax.models.rules import Layer, Nearest, ToMe
-from fcvit_jax.models.schedule import Dense, MergeSchedule
+from fcvit_jax.models.schedule import MergeSchedule
 
 # "xla": the plain blocks. "triton": these, on NVIDIA GPUs. "interpreted": these, without a GPU, slowly.
 KERNELS = ("xla", "triton", "interpreted")
@@ -55,8 +55,7 @@ def _without_kernels(schedule: MergeSchedule, config: ViTConfig) -> str | None:
     """What of a model or a schedule has no fused program, first of all."""
     if config.rotary or config.attn_norm:
         return "rotary positions" if config.rotary else "a norm after attention"
-    rules = [stage.rule for stage in schedule.stages if not isinstance(stage, Dense)]
-    return next((f"the merge rule {rule}" for rule in rules if type(rule) not in (ToMe, Nearest)), None)
+    return next((f"the merge rule {rule}" for rule in schedule.rules if type(rule) not in (ToMe, Nearest)), None)
 
 
 class Stream(NamedTuple):

@@ -73,12 +73,12 @@ class _SumsByOrder:
         order, self.count = matching.order, matching.tokens_out
         assert order is not None
         self.staying, self.leaving = order[:, : self.count], order[:, self.count :]
-        goals = _take_rows(matching.target, self.leaving)
+        goals = take_rows(matching.target, self.leaving)
         self.joins = goals[:, None] == np.arange(self.count)[None, :, None]
 
     def _split(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         """[b, n] -> [b, t] of those that stay, and [b, t, n - t] of those that each gets."""
-        return _take_rows(values, self.staying), jnp.where(self.joins, _take_rows(values, self.leaving)[:, None], 0.0)
+        return take_rows(values, self.staying), jnp.where(self.joins, take_rows(values, self.leaving)[:, None], 0.0)
 
     def add(self, values: jax.Array) -> jax.Array:
         """Float32 [b, n] -> [b, t]."""
@@ -92,7 +92,7 @@ class _SumsByOrder:
 
     def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """The weighted means, [b, t, d], the sums of the weights, and which tokens have one member: [b, t] each."""
-        kept, gone = _take_rows(x, self.staying), _take_rows(x, self.leaving)
+        kept, gone = take_rows(x, self.staying), take_rows(x, self.leaving)
         own, joining = self._split(weight)
         added = joining.sum(axis=-1)
         sums = jnp.einsum("btr,brd->btd", joining, gone, precision=jax.lax.Precision.HIGHEST)
@@ -125,7 +125,7 @@ def _norms(x: jax.Array) -> jax.Array:
     return jnp.sqrt(jnp.maximum(jnp.square(x.astype(jnp.float32)).sum(axis=-1), 1e-30))
 
 
-def _take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
+def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
     """Rows [b, m, ...] of [b, n, ...], by an index [b, m]."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1, mode="clip")
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.merging import Matching
+from fcvit_jax.models.merging import Matching, take_rows
 from fcvit_jax.models.rules import (
     RULES,
     Attended,
@@ -53,9 +53,9 @@ class EViT(Rule):
             order = _by_score(attention)
             kept = order.shape[1] - layer.removed
             into = jnp.full((len(order), layer.removed), kept - 1, jnp.int32)
-            weight = gain = jnp.where(np.arange(order.shape[1])[None] < kept, _take(size, order), 0.0)
+            weight = gain = jnp.where(np.arange(order.shape[1])[None] < kept, take_rows(size, order), 0.0)
             if self.fuse:
-                weight = weight.at[:, kept - 1 :].set(jnp.maximum(_take(attention, order)[:, kept - 1 :], 1e-20))
+                weight = weight.at[:, kept - 1 :].set(jnp.maximum(take_rows(attention, order)[:, kept - 1 :], 1e-20))
                 gain = gain.at[:, kept - 1].set(1.0)
             return dataclasses.replace(_arrange(order, into, weight, gain), summed=self.fuse)
 
@@ -111,11 +111,11 @@ class PiToMe(Rule):
             order = _by_score(jax.nn.elu(cosine - margin, self.alpha).mean(axis=-1))
             if layer.index < self.open * layer.depth:
                 length = order.shape[1]
-                inner = match_tokens(_take(metric, order), Layer(length, length - r, r), 0)
+                inner = match_tokens(take_rows(metric, order), Layer(length, length - r, r), 0)
                 assert inner.order is not None
-                return _arrange(_take(order, inner.order), _take(inner.target, inner.order)[:, length - r :])
+                return _arrange(take_rows(order, inner.order), take_rows(inner.target, inner.order)[:, length - r :])
             a, b, protected = order[:, : 2 * r : 2], order[:, 1 : 2 * r : 2], order[:, 2 * r :]
-            among = jnp.take_along_axis(_take(cosine, a), b[:, None, :], axis=2)
+            among = jnp.take_along_axis(take_rows(cosine, a), b[:, None, :], axis=2)
             into = protected.shape[1] + jnp.argmax(among, axis=-1).astype(jnp.int32)
             return _arrange(jnp.concatenate([protected, b, a], axis=1), into)
 
@@ -152,7 +152,7 @@ class DiffRate(Rule):
             attention, features, size = inputs
             order = _by_score(attention)
             kept, last = order.shape[1] - layer.removed, order.shape[1] - pruned
-            features, size = _take(features, order[:, :last]), _take(size, order)
+            features, size = take_rows(features, order[:, :last]), take_rows(size, order)
             cosine = _cosine(features[:, kept:], features[:, :kept])
             into = jnp.argmax(cosine, axis=-1).astype(jnp.int32) if last > kept else order[:, :0]
             into = jnp.pad(into, ((0, 0), (0, pruned)), constant_values=kept - 1)
@@ -235,7 +235,7 @@ class Random(Rule):
             score, goal = inputs
             order = _by_score(score)
             kept = order.shape[1] - layer.removed
-            into = jnp.floor(_take(goal, order)[:, kept:] * kept).astype(jnp.int32)
+            into = jnp.floor(take_rows(goal, order)[:, kept:] * kept).astype(jnp.int32)
             return _arrange(order, jnp.minimum(into, kept - 1))
 
         matching = match_windows(find, (score, goal), layer, prefix)
@@ -347,7 +347,8 @@ def _arrange(
     kept, back = order.shape[1] - into.shape[1], jnp.argsort(order, axis=1)
     places = jnp.broadcast_to(np.arange(kept, dtype=np.int32), (len(order), kept))
     target, weight, gain = (
-        None if part is None else _take(part, back) for part in (jnp.concatenate([places, into], axis=1), weight, gain)
+        None if part is None else take_rows(part, back)
+        for part in (jnp.concatenate([places, into], axis=1), weight, gain)
     )
     assert target is not None
     return Matching(target, kept, order, weight, gain)
@@ -364,8 +365,3 @@ def _cosine(x: jax.Array, y: jax.Array) -> jax.Array:
     """Cosines of all pairs: float32 [b, i, d] and [b, j, d] -> [b, i, j]."""
     x, y = (z / jnp.sqrt(jnp.maximum(jnp.square(z).sum(axis=-1, keepdims=True), 1e-30)) for z in (x, y))
     return jnp.einsum("bik,bjk->bij", x, y, precision=jax.lax.Precision.HIGHEST)
-
-
-def _take(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows [b, m, ...] of [b, l, ...], by an index [b, m]."""
-    return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1, mode="clip")

@@ -104,6 +104,11 @@ class MergeSchedule:
         """The number of layers that the stages cover."""
         return sum(stage.layers for stage in self.stages)
 
+    @property
+    def rules(self) -> tuple[Rule, ...]:
+        """The different rules of the stages that are not dense, in order."""
+        return tuple(dict.fromkeys(stage.rule for stage in self.stages if not isinstance(stage, Dense)))
+
     @classmethod
     def dense(cls, depth: int) -> "MergeSchedule":
         """The schedule that merges nothing."""
@@ -179,7 +184,7 @@ def fit_schedules(
 
     schedules: text as `parse_schedules` reads it; a schedule, named by its explicit form, or `dense` if it merges
     nothing; several of either; or a mapping from names. Of those in text that end in `?`, what does not fit is left
-    out, and a line of text that says so is returned too. Raises InputError if another does not fit.
+    out, and a line that reports it is returned too. Raises InputError if another does not fit.
     recommended: of the checkpoint, by budget.
     """
     given = [*schedules.items()] if isinstance(schedules, Mapping) else schedules

@@ -15,7 +15,6 @@ Writes search.json and search.png.
 """
 
 import argparse
-import dataclasses
 from pathlib import Path
 
 from fcvit_jax.allocator import keep_freed_memory
@@ -23,6 +22,7 @@ from fcvit_jax.errors import OneLineParser, one_line_errors
 from fcvit_jax.search import SearchConfig, search
 from fcvit_jax.search.budgets import FORMS
 from fcvit_jax.search.findings import FILES
+from fcvit_jax.settings import add_options
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -47,12 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     place = "where to write, and from where to resume (default: workdir/search)"
     parser.add_argument("--workdir", metavar="W", type=Path, default=Path("workdir/search"), help=place)
     parser.add_argument("--write", action="store_true", help="add the result to the checkpoint, as `recommended`")
-    for field in dataclasses.fields(SearchConfig):
-        kind = int if field.default is None else type(field.default)
-        default = "" if field.default is None else f" (default: {field.default})"
-        metavar = "N" if kind is int else "NAME"
-        text = f"{field.metadata['help']}{default}"
-        parser.add_argument(f"--{field.name}", type=kind, default=field.default, metavar=metavar, help=text)
+    add_options(parser, SearchConfig)
     return parser
 
 

@@ -7,13 +7,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from fcvit_jax.evaluation.statistics import ratio_of_means
 from fcvit_jax.files import write_whole
 
 FILES = ("search.json", "search.png")
 FEWEST = 32  # images below which a bootstrap takes chance for better too often
-_DRAWS = 10_000
 
 
 @dataclass(frozen=True)
@@ -33,23 +31,14 @@ class Judgement:
 
 def judge(found: Sequence[float], simple: Sequence[float], seed: int) -> Judgement:
     """Compare the scores of two schedules, image by image."""
-    pairs = np.stack([np.asarray(found), np.asarray(simple)], axis=1)
-    count = len(pairs)
-    drawn = np.random.default_rng(seed).integers(count, size=(_DRAWS, count))
-    sums = np.stack([pairs[:, side][drawn].mean(axis=1) for side in (0, 1)], axis=1)
-    (ratio, (low, high)) = _ratio(*pairs.mean(axis=0)), np.quantile(_ratio(sums[:, 0], sums[:, 1]), (0.025, 0.975))
+    count, (ratio, low, high) = len(found), ratio_of_means(found, simple, seed)
     within = f"{ratio:.2f} of it, 95 % interval {low:.2f} to {high:.2f}"
     if count < FEWEST:
         reason = f"{count} images cannot tell: give at least {2 * FEWEST}"
-        return Judgement(float(ratio), float(low), float(high), False, reason)
-    better = bool(high < 1)
+        return Judgement(ratio, low, high, False, reason)
+    better = high < 1
     reason = f"better: {within}" if better else f"not better beyond chance: {within}"
-    return Judgement(float(ratio), float(low), float(high), better, reason)
-
-
-def _ratio(mine: Any, other: Any) -> Any:
-    tiny = 1e-12  # both zero: equal
-    return (mine + tiny) / (other + tiny)
+    return Judgement(ratio, low, high, better, reason)
 
 
 @dataclass(frozen=True)

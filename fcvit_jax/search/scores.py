@@ -111,8 +111,7 @@ class Scorer:
         return self.memory.keep(key, np.maximum(found, 0.0))
 
     def _rates(self, schedule: MergeSchedule) -> tuple[Rule, Rates] | None:
-        rules = {stage.rule for stage in schedule.stages if hasattr(stage, "rule")}  # pyright: ignore[reportAttributeAccessIssue]
-        found = {rule: rates(schedule, self.config, rule) for rule in rules}
+        found = {rule: rates(schedule, self.config, rule) for rule in schedule.rules}
         return next(((rule, layers) for rule, layers in found.items() if layers is not None), None)
 
     @functools.cache  # noqa: B019  (a scorer lives as long as a search)

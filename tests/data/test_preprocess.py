@@ -346,7 +346,7 @@ def test_grey_of_sixteen_bits_is_the_same_photo(tmp_path):
 
 
 def test_grey_of_twelve_bits_in_a_tiff():
-    """A hand-made TIFF: no library at hand writes 12 bits."""
+    """A hand-made TIFF: no available library writes 12 bits."""
     grey = np.arange(0, 256, 2, dtype=np.uint16).reshape(8, 16)
     deep = (grey * 16 + 5).ravel()
     first, second = deep[::2], deep[1::2]

@@ -206,7 +206,7 @@ def test_logits_are_those_of_the_program_in_float64(family, kind):
     expected = np.array([program(image, stages) for image in images])
     found = np.asarray(logits_of(config, schedule, params, images))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
-    if kind != "dense":  # another position of the merged tokens is told apart
+    if kind != "dense":  # another position of the merged tokens gives other logits
         other = np.array([program(image, stages, carry="target") for image in images])
         assert np.abs(other - expected).max() > 20 * 2e-5 * np.abs(expected).max()
 
