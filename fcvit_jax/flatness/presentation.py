@@ -102,7 +102,7 @@ def plot_flatness(reports: Sequence[FlatnessReport]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = [report.conditions.get("checkpoint", "parameters") for report in reports]
+    names = [_shorten(report.conditions.get("checkpoint", "parameters")) for report in reports]
     styled = [(report, style | {"label": name}) for report, style, name in zip(reports, _STYLES, names, strict=False)]
     figure = Figure(figsize=(13, 7.4), layout="constrained")
     FigureCanvasAgg(figure)
@@ -127,6 +127,11 @@ def plot_flatness(reports: Sequence[FlatnessReport]) -> bytes:
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=130)
     return picture.getvalue()
+
+
+def _shorten(name: str, longest: int = 36) -> str:
+    """The end of a long path: a legend wider than its axes would leave them no room."""
+    return name if len(name) <= longest else "…" + name[1 - longest :]
 
 
 def _plot_curve(axes: Any, report: FlatnessReport, name: str, style: dict[str, Any]) -> None:

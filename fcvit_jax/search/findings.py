@@ -145,7 +145,8 @@ def plot_search(report: SearchReport) -> bytes:
     axes.set_ylabel(f"{report.measure} from dense")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.legend(fontsize=8, frameon=False)
-    axes.set_title(f"{report.conditions['checkpoint']} on {report.conditions['images']}", fontsize=9, parse_math=False)
+    title = f"{report.conditions['checkpoint']} on {report.conditions['images']}"
+    figure.suptitle(title, fontsize=9, parse_math=False)
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

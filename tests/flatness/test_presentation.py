@@ -53,3 +53,9 @@ def test_rises_that_have_no_logarithm_are_left_out():
     curves["average"] = RadiusCurve((0.1, 0.2), np.array([[[-1.0, -1.0, -1.0]], [[1.0, 2.0, -0.5]]]))
     curves["worst"] = RadiusCurve((0.1, 0.2), np.zeros((2, 1, 3)))
     assert drawn(picture(dataclasses.replace(report(1.5), curves=curves)), BLUE) > 500
+
+
+def test_a_long_path_leaves_the_axes_their_room():
+    """A legend wider than its axes makes matplotlib give up the layout, with a warning."""
+    long = dataclasses.replace(report(1.5), conditions={"checkpoint": "/very" * 40 + "/end"})
+    assert drawn(picture(long), BLUE) > 2000
