@@ -41,6 +41,10 @@ class Attended(NamedTuple):
     size: jax.Array | None = None
     turned: tuple[jax.Array, jax.Array] | None = None
 
+    def keys(self, turned: bool = False) -> jax.Array:
+        """Keys [b, h, n, w]; with `turned`, as rotary positions have turned them, if the model has any."""
+        return self.turned[1] if turned and self.turned else self.k
+
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
@@ -77,10 +81,19 @@ class Rule:
 
 @dataclasses.dataclass(frozen=True)
 class ToMe(Rule):
-    """Token Merging's own rule: bipartite soft matching by the cosine of the keys, averaged over heads."""
+    """Token Merging's own rule: bipartite soft matching by the cosine of the keys, averaged over heads.
+
+    turned: compare keys as rotary positions have turned them; models without such positions are not affected.
+    """
+
+    turned: bool = False
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
-        return match_tokens(mean_over_heads(attended.k), layer, prefix)
+        return match_tokens(self.metric(attended), layer, prefix)
+
+    def metric(self, attended: Attended) -> jax.Array:
+        """What tokens are compared by, [b, n, k]."""
+        return mean_over_heads(attended.keys(self.turned))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +108,7 @@ class Nearest(Rule):
     size, attention: a pair is ranked by its cost, (1 - cosine) w_i w_j, with w = s^size c^attention of a token's size s
         and the class token's attention c to it: clusters stay small, and what the class token looks at stays apart.
     keep_norm: the merged token has the mean of its members' norms (in the spirit of MLERP, arXiv 2312.01026).
+    turned: compare keys as rotary positions have turned them, as in `ToMe`.
     """
 
     heads: str = setting("all", choices=("all", "mean"))
@@ -102,6 +116,7 @@ class Nearest(Rule):
     size: float = setting(0.25, low=0)
     attention: float = setting(0.15, low=0)
     keep_norm: bool = True
+    turned: bool = False
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
         pairs = propose_pairs(self.metric(attended), layer, prefix, self.checkerboard)
@@ -115,7 +130,7 @@ class Nearest(Rule):
 
     def metric(self, attended: Attended) -> jax.Array:
         """What tokens are compared by, [b, n, k]."""
-        return all_heads(attended.k) if self.heads == "all" else mean_over_heads(attended.k)
+        return (all_heads if self.heads == "all" else mean_over_heads)(attended.keys(self.turned))
 
     def cost(self, cosine: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
         """The cost of pairs by their similarity and the `weights` of both tokens, float32 of one shape."""

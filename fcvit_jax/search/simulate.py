@@ -23,7 +23,7 @@ from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.layers import MLP, LayerNorm
 from fcvit_jax.models.merging import Matching, merge_tokens
 from fcvit_jax.models.positions import grid_coordinates, merge_coordinates
-from fcvit_jax.models.rules import Attended, Layer, Nearest, Rule, ToMe, mean_over_heads, window_order
+from fcvit_jax.models.rules import Attended, Layer, Nearest, Rule, ToMe, window_order
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import Block, Merged, ViT
 
@@ -161,8 +161,8 @@ def _merge(rule: Rule, config: ViTConfig, attended: Attended, tokens: Tokens, la
         in_a = jnp.where(intact, jnp.concatenate([jnp.zeros(prefix, jnp.bool_), cells])[None], in_a)
     in_a, in_b = in_a & left, ~in_a & left
 
-    metric = rule.metric(attended) if isinstance(rule, Nearest) else mean_over_heads(attended.k)
-    metric = metric.astype(jnp.float32)
+    assert isinstance(rule, ToMe | Nearest)
+    metric = rule.metric(attended).astype(jnp.float32)
     metric /= jnp.sqrt(jnp.maximum(jnp.sum(metric * metric, axis=-1, keepdims=True), 1e-30))
     similarity = jnp.einsum("bik,bjk->bij", metric, metric, precision=jax.lax.Precision.HIGHEST)
     near = window[:, :, None] == window[:, None, :]

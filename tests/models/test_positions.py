@@ -1,7 +1,7 @@
 """Rotary positions, and merging with them, against a program in float64 that is written from their definition.
 
 In a layer tokens attend, queries and keys turned by the angles of their coordinates; then tokens merge by the cosine of
-the keys before that; a merged token is the size-weighted mean of its members, and lies at the size-weighted mean of
+the keys before that, or after it if the rule says so; a merged token is the size-weighted mean of its members, and lies at the size-weighted mean of
 their coordinates, of which the next layer computes its angles.
 """
 
@@ -110,7 +110,7 @@ class Program:
                     places.append([(row + rotary.offset) / rows * down, (column + rotary.offset) / columns * across])
         return np.array(places)
 
-    def __call__(self, image, stages, carry="mean", metric="before"):
+    def __call__(self, image, stages, carry="mean", metric="before", apart=False):
         config, at, heads = self.config, self.at, self.config.num_heads
         side, width, prefix = config.patch_size, config.embed_dim, config.num_prefix_tokens
         rows, columns = config.grid
@@ -137,7 +137,8 @@ class Program:
             y = self.linear(f"{block}/attn/proj", self.norm(f"{block}/attn/norm", y) if config.attn_norm else y)
             x = x + y * at.get(f"{block}/ls1", 1.0)
             if kind != "dense":
-                keys = (k if metric == "before" else turned).mean(0)
+                keys = k if metric == "before" else turned
+                keys = keys.swapaxes(0, 1).reshape(len(x), -1) if apart else keys.mean(0)
                 keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
                 if kind == "local" and groups is None:
                     groups = [
@@ -209,6 +210,39 @@ def test_logits_are_those_of_the_program_in_float64(family, kind):
     if kind != "dense":  # another position of the merged tokens gives other logits
         other = np.array([program(image, stages, carry="target") for image in images])
         assert np.abs(other - expected).max() > 20 * 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("family", CONFIGS)
+@pytest.mark.parametrize(
+    ("rule", "apart"),
+    [
+        ("tome(turned=true)", False),
+        ("nearest(turned=true,heads=all,checkerboard=false,size=0.0,attention=0.0,keep_norm=false)", True),
+    ],
+)
+def test_keys_may_be_compared_after_their_rotation(family, rule, apart):
+    config = CONFIGS[family]
+    params, images = random_params(config), draw(config)
+    program, stages = Program(config, params), [("dense", 0, None), *[("local", 4, (2, 2))] * 2, ("global", 4, None)]
+    text = f"dense:1,local:2:r4:w2x2@{rule},global:1:r4@{rule}"
+    expected, before = (
+        np.array([program(image, stages, metric=metric, apart=apart) for image in images])
+        for metric in ("after", "before")
+    )
+    found = np.asarray(logits_of(config, fc.MergeSchedule.parse(text, 4), params, images))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
+    assert np.abs(before - expected).max() > 20 * 2e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name", ["tome", "nearest"])
+def test_without_rotary_positions_keys_are_compared_as_they_are(name):
+    config = fc.ViTConfig((48, 32), 8, 32, 4, 4, 48, 5)
+    params, images = random_params(config), draw(config)
+    plain, turned = (
+        logits_of(config, fc.MergeSchedule.parse(f"tome_r4@{name}{option}", 4), params, images)
+        for option in ("", "(turned=true)")
+    )
+    np.testing.assert_array_equal(np.asarray(turned), np.asarray(plain))
 
 
 @pytest.mark.parametrize("family", CONFIGS)

@@ -115,6 +115,7 @@ def optioned(monkeypatch):
     [
         ("tome", ToMe(), "tome"),
         ("tome()", ToMe(), "tome"),
+        ("tome(turned=true)", ToMe(turned=True), "tome(turned=true)"),
         ("optioned", Optioned(), "optioned"),
         ("optioned(fuse=true)", Optioned(fuse=True), "optioned(fuse=true)"),
         (
@@ -138,7 +139,7 @@ def test_a_rule_is_read_from_text_and_printed_back(text, rule, printed):
         ("tme", "unknown merge rule 'tme': choose tome"),
         ("optined(fuse=true)", "unknown merge rule 'optined': choose optioned"),
         ("", "unknown merge rule ''"),
-        ("tome(x=1)", r"'x=1' is not one of its options; there are: none"),
+        ("tome(x=1)", r"'x=1' is not one of its options; there are: turned=..."),
         ("optioned(power)", "'power' is not one of its options; there are: fuse=..., power=..., count=..., by=..."),
         ("optioned(fuse=yes)", "fuse is 'yes': it must be true or false"),
         ("optioned(count=1.5)", "count is '1.5': it must be a whole number"),

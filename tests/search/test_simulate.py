@@ -97,6 +97,13 @@ def test_options_of_the_rule(rule):
     assert compare(CONFIG, rule, schedules, params, images) < 1e-4
 
 
+def test_keys_that_are_turned():
+    params, images = random_model(CONFIGS["rotary"], seed=2)
+    for rule in (ToMe(turned=True), Nearest(turned=True)):
+        schedules = [with_rule(SCHEDULES["windows, then global"], rule)]
+        assert compare(CONFIGS["rotary"], rule, schedules, params, images) < 1e-4
+
+
 def test_the_comparison_can_fail():
     """Another rate in one layer, or windows in place of none, is far from equal."""
     params, images = random_model(CONFIG)
