@@ -52,6 +52,14 @@ def huggingface(config=TINY):
     return {key if key.startswith("classifier") else f"vit.{key}": array for key, array in arrays.items()}
 
 
+def tips():
+    arrays = in_layout("DINOv2 with registers", replace(BACKBONE, num_registers=1, layer_scale=1.0))
+    arrays["register_tokens"] = arrays.pop("reg_token")
+    arrays["pos_embed"] = arrays["pos_embed"][:, :197]
+    text = {"text_encoder.token_embedding.weight": np.zeros((5, 64), np.float32), "temperature": np.ones(1)}
+    return {f"vision_encoder.{key}": array for key, array in arrays.items()} | text
+
+
 V3 = replace(BACKBONE, num_registers=4, layer_scale=1.0, learned_positions=False, rotary=Rotary(), key_bias=False)
 CLIP = replace(TINY, pre_norm=True, patch_bias=False, norm_eps=1e-5, gelu="quick", head_bias=False)
 SIGLIP = replace(BACKBONE, class_token=False, pool="map")
@@ -67,12 +75,14 @@ HUBS: dict[str, tuple[str, fc.ViTConfig, dict, str]] = {
     "openai/clip-vit-base-patch32": (
         "Hugging Face CLIP", CLIP, {"model_type": "clip", "vision_config": TOWER, "projection_dim": 10}, "CLIP"
     ),
+    "google/tipsv2-b14": ("", TINY, {"model_type": "tipsv2", "vision_config": TOWER}, "Tipsv2"),
 }  # fmt: skip
 
 
 def save_huggingface(folder, repository=""):
     layout, config, stated, processor = HUBS.get(repository, ("", TINY, HUGGINGFACE, "ViT"))
-    save(folder / "model.safetensors", in_layout(layout, config) if layout else huggingface())
+    arrays = tips() if "tips" in repository else in_layout(layout, config) if layout else huggingface()
+    save(folder / "model.safetensors", arrays)
     (folder / "config.json").write_text(json.dumps(stated))
     pixels = PIXELS | {"image_processor_type": f"{processor}ImageProcessor", "crop_size": 224}
     (folder / "preprocessor_config.json").write_text(json.dumps(pixels))
@@ -116,6 +126,11 @@ def make(source, home):
         save(here, in_layout("timm", zoo("deit_tiny_patch16_224")), "model")
     elif source == "dino_vitsmall16.pth":
         save(here, in_layout("timm", BACKBONE))
+    elif source == "dinov2_vitg14_pretrain.pth":
+        arrays = in_layout("DINOv2", replace(BACKBONE, gated=True, layer_scale=1.0))
+        for ours, theirs in (("mlp.fc1", "mlp.w12"), ("mlp.fc2", "mlp.w3")):
+            arrays = {key.replace(ours, theirs): array for key, array in arrays.items()}
+        save(here, arrays | {"mask_token": np.zeros((1, 192), np.float32)})
     elif source.startswith("dinov2"):
         config = zoo("vit_small_patch14_reg4_dinov2")
         arrays = in_layout("DINOv2 with registers", config)
@@ -141,15 +156,18 @@ def make(source, home):
     elif source == "PE-Core-T16-384.pt":
         arrays = in_layout("PE", replace(zoo("vit_pe_core_tiny_patch16_384"), head_bias=False))
         save(here, {f"visual.{key}": array for key, array in arrays.items()})
+    elif source == "pe_core_t_open_clip.safetensors":
+        arrays = in_layout("timm", replace(zoo("vit_pe_core_tiny_patch16_384"), head_bias=True))
+        arrays = {f"visual.trunk.{key}": array for key, array in arrays.items()}
+        save(here, arrays | {"text.token_embedding.weight": np.zeros((5, 64), np.float32)})
     elif source == "tipsv2.pth":
-        arrays = in_layout("DINOv2 with registers", replace(BACKBONE, num_registers=1, layer_scale=1.0))
-        arrays["register_tokens"] = arrays.pop("reg_token")
-        arrays["pos_embed"] = arrays["pos_embed"][:, :197]
-        save(here, {f"vision_encoder.{key}": array for key, array in arrays.items()} | {"temperature": np.ones(1)})
+        save(here, tips())
     elif source == "ijepa.pth.tar":
         arrays = in_layout("timm", replace(BACKBONE, class_token=False, pool="avg"))
         save(here.with_suffix(".pth"), {f"module.{key}": array for key, array in arrays.items()}, "encoder")
         here.with_suffix(".pth").rename(here)
+    elif source == "mae_pretrain_vit_base.pth":
+        save(here, in_layout("timm", BACKBONE), "model")
     elif source == "mae_finetuned.pth":
         save(here, in_layout("timm", replace(TINY, pool="avg", fc_norm=True)), "model")
     elif source == "clip_tower.safetensors":
@@ -203,14 +221,14 @@ def test_the_command_runs_as_written(command, home, capsys):
         assert "in PyTorch: " in capsys.readouterr().out
     else:
         loaded = fc.load_checkpoint(out)
-        backbone = re.search("dino|siglip|webli|tips|ijepa", source)
+        backbone = re.search("dino|siglip|webli|tips|ijepa|mae_pretrain", source)
         assert loaded.config.num_classes == (0 if backbone else loaded.params["head"]["kernel"].shape[1])
         assert loaded.preprocess.image_size == loaded.config.image_size
 
 
 def test_there_is_a_command_for_every_kind_of_source():
-    assert len(COMMANDS) == 35
-    assert len(set(COMMANDS)) == 35
+    assert len(COMMANDS) == 39
+    assert len(set(COMMANDS)) == 39
 
 
 def test_the_python_example_runs_as_written(home, capsys):

@@ -134,7 +134,9 @@ def inspect(src: PathLike, **options: Unpack[ConversionOptions]) -> Inspection:
         source = WeightSource.understand(weights, sidecar, named, **known)
         config, grid = source.infer(asked)
         with naming(weights.path):
-            converted = assemble(source.translation, config, grid, options.get("pos_embed"))
+            converted = assemble(
+                source.translation, config, grid, options.get("pos_embed") or source.sidecar.resampling
+            )
     except InputError as error:
         return Inspection(weights, source, problem=error)
     return Inspection(weights, source, config, converted)

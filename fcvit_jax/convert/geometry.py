@@ -82,6 +82,12 @@ def infer_config(
             "(OpenAI's weights: quick, LAION's: exact) and --norm_eps 1e-5"
         )
 
+    if not (sources or rotary) and ((gated and not scaled) or (found["pre_norm"] and "pool/probe" in leaves)):
+        raise InputError(
+            "an EVA-02 or a PE, whose positions are rotary, which timm's keys do not show: pass --model with timm's "
+            "name, such as eva02_base_patch14_448"
+        )
+
     image_size = known.get("image_size", (224, 224))
     if grid and grid != (image_size[0] // patch, image_size[1] // patch):
         image_size = grid[0] * patch, grid[1] * patch
@@ -99,7 +105,8 @@ def infer_config(
         "fc_norm": fc_norm,
         "rotary": rotary,
         "key_bias": _keys_biased(translation, known),
-        "head_bias": known.get("head_bias", True) and (not num_classes or layout.fills("head/bias")),
+        "head_bias": known.get("head_bias", True)
+        and (not num_classes or "head/bias" in leaves or layout.fills("head/bias")),
         "map_mlp_dim": pooling if (pooling := _columns(translation, "pool/mlp/fc1/kernel")) != found["mlp_dim"] else 0,
     }
     if asked.get("num_heads", heads) != heads and heads:

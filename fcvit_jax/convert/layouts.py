@@ -112,6 +112,8 @@ TIMM = _table(
         **_parts("blocks_#/mlp/fc1", ("blocks.#.mlp.w1", "blocks.#.mlp.w2")),  # DINOv3
         "blocks.#.mlp.w12": "blocks_#/mlp/fc1",  # DINOv2
         "blocks.#.mlp.w3": "blocks_#/mlp/fc2",
+        "blocks.#.mlp.c_fc": "blocks_#/mlp/fc1",  # TIPS v2, as transformers saves it
+        "blocks.#.mlp.c_proj": "blocks_#/mlp/fc2",
         **_pool("attn_pool.", "latent", ("q", "kv"), "proj", "norm", "mlp.fc1", "mlp.fc2"),
     }
 ) | {
@@ -183,14 +185,16 @@ HF_DINOV3, HF_DINOV3_GATED = _hf_dinov3("mlp.up_proj"), _hf_dinov3(("mlp.gate_pr
 
 _QKV = tuple(f"self_attn.{part}_proj" for part in "qkv")
 _HF_TOWER = {
-    "embeddings.class_embedding": "embed/cls_token",
     "embeddings.patch_embedding": "embed",
-    "pre_layrnorm": "embed/norm_pre",  # the misspelling is theirs
     **_block("encoder.layers.#.", "layer_norm1", _QKV, "self_attn.out_proj", "layer_norm2", "mlp.fc1", "mlp.fc2"),
     "post_layernorm": "norm",
 }
 _HF_POSITIONS = {"embeddings.position_embedding.weight": ("embed/pos_embed", "grid")}
-HF_CLIP = _table(_HF_TOWER) | _HF_POSITIONS | {"visual_projection.weight": ("head/kernel", "linear")}
+_HF_CLIP = {
+    "embeddings.class_embedding": "embed/cls_token",
+    "pre_layrnorm": "embed/norm_pre",  # the misspelling is theirs
+}
+HF_CLIP = _table(_HF_CLIP | _HF_TOWER) | _HF_POSITIONS | {"visual_projection.weight": ("head/kernel", "linear")}
 _HF_HEAD = _pool("head.", "probe", "attention.in_proj_", "attention.out_proj", "layernorm", "mlp.fc1", "mlp.fc2")
 HF_SIGLIP = _table(_HF_TOWER | _HF_HEAD | {"classifier": "head"}) | _HF_POSITIONS
 
@@ -322,8 +326,8 @@ LAYOUTS = (
         implies=_DINOV3,
         note=PERIODS,
     ),
-    Layout("timm", TIMM, dropped=_PRETRAINING | _MAE | _ROPE, config_json="timm"),
-    Layout("open_clip", OPEN_CLIP, r"trunk\.", _PRETRAINING | _ROPE, sign=r"^(trunk\.|head\.proj\.weight$)"),
+    Layout("timm", TIMM, r"trunk\.", _PRETRAINING | _MAE | _ROPE, config_json="timm"),  # open_clip's, with timm's head
+    Layout("open_clip", OPEN_CLIP, r"trunk\.", _PRETRAINING | _ROPE, sign=r"^head\.proj\.weight$"),
     Layout("PE", OPENAI, dropped=_ROPE, sign=r"^attn_pool\.probe$", implies=_PE | {"norm_eps": 1e-5, "gelu": "exact"}),
     Layout("OpenAI CLIP", OPENAI, implies={"norm_eps": 1e-5}),
     Layout("Hugging Face DINOv2 with registers", HF_DINOV2, *_HF, sign=_HF_REGISTERS, config_json="huggingface"),

@@ -11,6 +11,7 @@ from fcvit_jax.errors import InputError
 RESAMPLINGS: dict[str, str] = {
     "timm": "bicubic, antialiased, as timm",  # resample_abs_pos_embed; also DINOv2 with registers
     "timm-npz": "bilinear, as timm does with .npz files",  # timm's _load_weights
+    "bilinear": "bilinear, antialiased, as Hugging Face's TIPS v2",  # its interpolate_pos_encoding
     "torch-bicubic": "bicubic, as DeiT and Hugging Face",  # DeiT's --finetune, interpolate_pos_encoding
     "dino": "bicubic with an offset of 0.1, as DINO and DINOv2",  # interpolate_pos_encoding of both
     "align-corners": "bicubic with aligned corners, as torchvision",  # interpolate_embeddings
@@ -68,13 +69,18 @@ def _matrix(old: int, new: int, convention: str) -> np.ndarray:
     else:
         # DINO asks torch for a factor of (new + 0.1) / old, lest rounding down lose a row; it moves every sample too.
         centre = (index + 0.5) * old / (new + 0.1 * (convention == "dino")) - 0.5
-    if convention == "timm":  # antialiased: wider when shrinking, and what lies outside is left out
-        weights = _cubic((centre - np.arange(old)) / max(old / new, 1), -0.5)
+    if convention in ("timm", "bilinear"):  # antialiased: wider when shrinking, and what lies outside is left out
+        distance = (centre - np.arange(old)) / max(old / new, 1)
+        weights = _cubic(distance, -0.5) if convention == "timm" else _linear(distance)
         return weights / weights.sum(axis=1, keepdims=True)
     entries = np.arange(-2, old + 2)  # as far as a kernel reaches; what lies outside counts for the edge
     distance = centre - entries
-    weights = np.maximum(1 - abs(distance), 0) if convention in ("timm-npz", "zoom") else _cubic(distance, -0.75)
+    weights = _linear(distance) if convention in ("timm-npz", "zoom") else _cubic(distance, -0.75)
     return weights @ (entries.clip(0, old - 1)[:, None] == np.arange(old))
+
+
+def _linear(distance: np.ndarray) -> np.ndarray:
+    return np.maximum(1 - abs(distance), 0)
 
 
 def _cubic(distance: np.ndarray, a: float) -> np.ndarray:

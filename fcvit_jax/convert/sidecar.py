@@ -47,6 +47,7 @@ _MODEL_TYPES: dict[str, tuple[dict[str, Any], str]] = {
 }
 # Models of an image and a text: what describes the image tower is under "vision_config".
 _TOWERS = {"siglip": "siglip_vision_model", "clip": "clip_vision_model", "tipsv2": "tipsv2_vision_model"}
+_DINOV2_KEYS = "tipsv2"  # whose files have DINOv2's own keys, not those of transformers' modules
 # Image processor -> default filter and centre crop; whether a size of one number, in files from before transformers
 # 4.25, is a square or the shorter side.
 _PROCESSORS = {
@@ -56,6 +57,7 @@ _PROCESSORS = {
     "CLIP": (3, True, False),
     "Siglip": (3, False, True),
     "DINOv3ViT": (2, False, True),
+    "Tipsv2": (2, False, True),
 }
 
 # Key -> field of `ViTConfig`.
@@ -101,7 +103,8 @@ class Sidecar:
     """kind: "huggingface" or "timm", by config.json; "fcvit_jax" for a checkpoint of ours; else None.
 
     files: names of those read. fields: of `ViTConfig`, stated in config.json. architecture: timm's name, whether or not
-    the zoo knows it. provenance: that of a checkpoint of ours. None where something is not stated.
+    the zoo knows it. resampling: of positions, if not the layout's. provenance: that of a checkpoint of ours. None
+    where something is not stated.
     """
 
     kind: str | None = None
@@ -110,6 +113,7 @@ class Sidecar:
     preprocess: Preprocess | None = None
     class_names: ClassNames | None = None
     architecture: str | None = None
+    resampling: str | None = None
     provenance: dict[str, Any] | None = None
 
 
@@ -127,13 +131,13 @@ def read_sidecar(weights: Path, kinds: tuple[str, ...] = ("timm", "huggingface")
     with _naming(path):
         if "timm" in kinds and "architecture" in config and {"pretrained_cfg", "input_size"} & config.keys():
             sidecar = _read_timm(config)
-        elif "huggingface" in kinds and "model_type" in config:
+        elif "model_type" in config and ("huggingface" in kinds or str(config["model_type"]).startswith(_DINOV2_KEYS)):
             sidecar = _read_huggingface(config)
     if pixels and sidecar.kind == "timm":
         with _naming(path, fix=": pass --preprocess"):
             return replace(sidecar, preprocess=_read_timm_pixels(_pretrained_cfg(config)))
     path = path.with_name("preprocessor_config.json")
-    if pixels and "huggingface" in kinds and (stated := _load(path)) is not None:
+    if pixels and "huggingface" in (*kinds, sidecar.kind) and (stated := _load(path)) is not None:
         with _naming(path, fix=": pass --preprocess"):
             preprocess = _read_huggingface_pixels(stated, config.get("model_type"))
         return replace(sidecar, files=(*sidecar.files, path.name), preprocess=preprocess)
@@ -162,7 +166,8 @@ def _read_huggingface(config: Stated) -> Sidecar:
     names = _names("id2label", config.get("id2label"))
     if names and all(name == f"LABEL_{index}" for index, name in enumerate(names)):
         names = None  # placeholders
-    return Sidecar("huggingface", ("config.json",), found, class_names=names)
+    resampling = "bilinear" if kind == "tipsv2_vision_model" else None
+    return Sidecar("huggingface", ("config.json",), found, class_names=names, resampling=resampling)
 
 
 def _read_timm(config: Stated) -> Sidecar:
@@ -238,7 +243,12 @@ def _read_huggingface_pixels(stated: Stated, model_type: str | None) -> Preproce
         raise InputError(f"image_processor_type {reprlib.repr(name)}, supported are {', '.join(_PROCESSORS)}")
     resample, crops, square = _PROCESSORS[family]
     only = {"do_resize": True, "do_rescale": True, "do_pad": False}
-    defaults = {"resample": resample, "do_center_crop": crops, "do_normalize": True, "rescale_factor": 1 / 255}
+    defaults = {
+        "resample": resample,
+        "do_center_crop": crops,
+        "do_normalize": family != "Tipsv2",
+        "rescale_factor": 1 / 255,
+    }
     stated = only | defaults | stated
     for key, value in only.items():
         if stated[key] is not value:

@@ -160,9 +160,12 @@ def _place_unknown(
     rest = {key: array for key, array in unknown.items() if key not in dropped}
     remarks, width = [], leaves["embed/kernel"][""].array.shape[-1]
     heads = {key: array for key, array in rest.items() if key in outer}
-    if "head/kernel" not in leaves and (head := find_head(heads, layout, width, num_classes)):
+    transforms = {"head/kernel": "linear", "head/bias": "copy"} | dict(layout.table.values())
+    projects = layout.fills("head/kernel") and not layout.fills("head/bias")  # classifiers on CLIP pool otherwise
+    sought = "head/kernel" not in leaves and not projects
+    if sought and (head := find_head(heads, layout, width, num_classes)):
         for key, name in ((head.weight, "kernel"), (head.bias, "bias")):
-            transform = next(transform for path, transform in layout.table.values() if path == f"head/{name}")
+            transform = transforms[f"head/{name}"]
             leaves[f"head/{name}"] = {"": Piece(key, rest[key].shape, _TRANSFORMS[transform](rest.pop(key)), transform)}
         dropped |= dict.fromkeys(head.others, "another head")
         rest = {key: array for key, array in rest.items() if key not in dropped}

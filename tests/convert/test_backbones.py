@@ -340,13 +340,21 @@ def open_clip(
     folder, size, name="vit_base_patch16_clip_224", flags=("--gelu", "exact", "--norm_eps", "1e-5"), **changes
 ):
     """A tower of timm in a model of open_clip, which puts a projection beside it."""
-    filtering = eva if name.startswith("eva") else vision_transformer
-    model, other = timm_pair(name, size, filtering, **changes)
+    model, other = timm_pair(name, size, **changes)
     state = {f"visual.trunk.{key}": value for key, value in model.state_dict().items() if not key.startswith("head.")}
     state["visual.head.proj.weight"] = model.state_dict()["head.weight"]
     text = {f"text.{key}": value for key, value in TEXT.items() if key != "logit_scale"}
     source = save(folder / "open_clip_model.safetensors", state | text | {"logit_scale": TEXT["logit_scale"]})
     return Backbone(source, (*PIXELS, *flags, *resized(size)), run_timm(other))
+
+
+def open_clip_headed(folder, size, name, **changes):
+    """The same where timm's own head is the projection, or there is none; timm's config.json stands beside it."""
+    backbone = of_timm(folder, size, name, **changes)
+    state = {f"visual.trunk.{key}": value for key, value in load_file(backbone.source).items()}
+    text = {f"text.{key}": value for key, value in TEXT.items() if key != "logit_scale"}
+    source = save(folder / "open_clip_model.safetensors", state | text | {"logit_scale": TEXT["logit_scale"]})
+    return backbone._replace(source=source)
 
 
 def hf_clip(folder, size, kind="CLIPVisionModel", act="quick_gelu"):
@@ -379,6 +387,9 @@ CASES |= {
     "SigLIP, open_clip": partial(
         open_clip, name="vit_base_patch16_siglip_224", flags=("--gelu", "exact", "--num_heads", "4")
     ),
+    "EVA-02 CLIP, open_clip": partial(open_clip_headed, name="eva02_base_patch16_clip_224", num_classes=24),
+    "PE, open_clip": partial(open_clip_headed, name="vit_pe_core_base_patch16_224", embed_dim=128, num_classes=24),
+    "SigLIP, open_clip, no projection": partial(open_clip_headed, name="vit_base_patch16_siglip_224"),
     "CLIP, Hugging Face": hf_clip,
     "CLIP, Hugging Face, projected": partial(hf_clip, kind="CLIPVisionModelWithProjection"),
     "CLIP, Hugging Face, both towers": partial(hf_clip, kind="CLIPModel"),
@@ -421,6 +432,17 @@ def hf_dinov2(folder, size, registers=False, way="saved"):
     return Backbone(source, (*PIXELS, *resized(size)), run_hf(model))
 
 
+def hf_tips(folder, size, both=False, **changes):
+    shape = {key: value for key, value in HF_SMALL.items() if key != "intermediate_size"} | changes
+    if both:
+        text = dict(hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+        model = transformers.Tipsv2Model(transformers.Tipsv2Config(vision_config=shape, text_config=text))
+    else:
+        model = transformers.Tipsv2VisionModel(transformers.Tipsv2VisionConfig(**shape))
+    randomise(model).save_pretrained(folder)
+    return Backbone(folder, (*PIXELS, *resized(size)), run_hf(getattr(model, "vision_model", model)))
+
+
 CASES |= {
     "DINOv2 giant": partial(dinov2_giant, registers=0, name="vit_giant_patch14_dinov2", flags=("--pos_embed", "timm")),
     "DINOv2 giant, registers": dinov2_giant,
@@ -430,6 +452,9 @@ CASES |= {
     "DINOv2 giant, Hugging Face, registers": partial(hf_dinov2, registers=True),
     "TIPS": partial(dinov2_giant, registers=1, name="vit_base_patch14_reg1_tipsv2", prefix="vision_encoder."),
     "TIPS, giant": partial(dinov2_giant, registers=1, name="vit_giant_patch14_reg1_tipsv2", prefix="vision_encoder."),
+    "TIPS, Hugging Face": hf_tips,
+    "TIPS, Hugging Face, gated": partial(hf_tips, use_swiglu_ffn=True),
+    "TIPS, Hugging Face, both towers": partial(hf_tips, both=True),
     "TIPS, timm": partial(of_timm, name="vit_base_patch14_reg1_tipsv2"),
 }
 
@@ -616,11 +641,37 @@ def test_the_key_bias_counts(tmp_path, photos):
     assert np.abs(logits - theirs(backbone.run, images)[1]).max() > 100 * TOLERANCE
 
 
-def test_a_file_of_rotary_positions_alone_asks_for_the_name(tmp_path):
-    model = create_model("vit_small_patch16_dinov3", **SMALL)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_small_patch16_dinov3",
+        "eva02_tiny_patch14_224",
+        "eva02_base_patch14_224",
+        "eva02_base_patch16_clip_224",
+        "vit_pe_core_base_patch16_224",
+    ],
+)
+def test_a_file_of_rotary_positions_alone_asks_for_the_name(name, tmp_path):
+    model = create_model(name, **(SMALL | dict(embed_dim=128)))
     source = save(tmp_path / "weights.safetensors", model.state_dict())
-    with pytest.raises(InputError, match="its positions are rotary: pass --model"):
-        fc.convert(source, tmp_path / "out", preprocess="timm/dinov2")
+    with pytest.raises(InputError, match=r"positions are rotary.*pass --model"):
+        fc.convert(source, tmp_path / "out", preprocess="timm/clip", num_heads=4, gelu="exact", norm_eps=1e-5)
+
+
+def test_a_classifier_beside_a_backbone_without_one_is_found_and_one_beside_clip_is_refused(tmp_path, photos):
+    images, head = photos(SIZES[0]), {"classifier.weight": random(7, 64), "classifier.bias": random(7)}
+    backbone = hf_dinov3(tmp_path / "dinov3", SIZES[0])
+    save(backbone.source / "model.safetensors", load_file(backbone.source / "model.safetensors") | head)
+    checkpoint = convert(backbone.source, tmp_path / "out", *backbone.flags)
+    expected = theirs(backbone.run, images)[1] @ head["classifier.weight"].numpy().T + head["classifier.bias"].numpy()
+    np.testing.assert_allclose(ours(checkpoint, images)[1], expected, rtol=0, atol=TOLERANCE)
+    backbone = hf_clip(tmp_path / "clip", SIZES[0])  # whose classifier takes the mean of patches without a norm
+    save(backbone.source / "model.safetensors", load_file(backbone.source / "model.safetensors") | head)
+    with pytest.raises(InputError, match=r"'classifier\.weight' is no key of the Hugging Face CLIP layout"):
+        fc.convert(backbone.source, tmp_path / "clip_out", preprocess="timm/clip")
+
+
+def test_a_file_that_lacks_a_key_bias_is_incomplete(tmp_path):
     incomplete = hf_dinov3(tmp_path / "hf", SIZES[0], key_bias=True)
     state = load_file(incomplete.source / "model.safetensors")
     del state["layer.1.attention.k_proj.bias"]

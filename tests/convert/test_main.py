@@ -1,6 +1,9 @@
 import json
 import os
 import re
+import shutil
+import subprocess
+import sys
 import zipfile
 from dataclasses import replace
 from typing import Any
@@ -11,7 +14,8 @@ from ml_dtypes import bfloat16
 
 import fcvit_jax as fc
 from fcvit_jax.convert.__main__ import main
-from states import CONFIG, state_dict
+from fcvit_jax.convert.pytorch import write_safetensors
+from states import CONFIG, in_layout, state_dict
 
 NUMBERS = np.random.default_rng(0)
 SHAPES = {name: array.shape for name, array in state_dict(replace(CONFIG, depth=1)).items()}
@@ -272,3 +276,22 @@ def test_a_model_that_config_json_names_is_refused_by_its_name(tmp_path, capsys)
     (tmp_path / "model.safetensors").write_bytes(safetensors_bytes({"layer.0.q": np.zeros((3, 3), np.float32)}))
     (tmp_path / "config.json").write_text('{"model_type": "siglip2"}')
     assert "model_type 'siglip2', supported are" in error(capsys, tmp_path, tmp_path / "out")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM of /proc")
+def test_a_dinov3_of_vit_l_s_size_converts_within_three_times_its_size(tmp_path):
+    source = tmp_path / "model.safetensors"
+    write_safetensors(source, in_layout("timm", fc.zoo.get("vit_large_patch16_dinov3").config))
+    size = source.stat().st_size
+    assert 1.2e9 < size < 1.25e9
+    program = (
+        "import sys; from fcvit_jax.convert.__main__ import main; main(sys.argv[1:]); "
+        "print(open('/proc/self/status').read())"
+    )
+    flags = ["--model", "vit_large_patch16_dinov3.lvd1689m"]
+    command = [sys.executable, "-c", program, str(source), str(tmp_path / "out"), *flags]
+    done = subprocess.run(command, capture_output=True, text=True)
+    shutil.rmtree(tmp_path)
+    assert done.returncode == 0, done.stderr
+    (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", done.stdout)
+    assert int(peak) * 1024 < 3 * size

@@ -81,6 +81,12 @@ def test_dino(old, new):
     assert_close(resample(grid, new, "dino"), interpolate(grid, scale_factor=scale, mode="bicubic"))
 
 
+@pytest.mark.parametrize(("old", "new"), ANY)
+def test_bilinear_antialiased(old, new):
+    grid = random_grid(old)
+    assert_close(resample(grid, new, "bilinear"), interpolate(grid, size=new, mode="bilinear", antialias=True))
+
+
 @pytest.mark.parametrize(("old", "new"), SQUARE)
 def test_torchvision(old, new):
     torch = pytest.importorskip("torch")

@@ -22,13 +22,14 @@ from fcvit_jax.evaluation.visualize import (
     regions,
     stage_layers,
 )
-from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.config import Rotary, ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 
 # 4x6 patches of 4 pixels; a class token and two registers in front.
 CONFIG = ViTConfig((16, 24), 4, 16, 3, 2, 32, num_classes=0, num_registers=2)
 BARE = dataclasses.replace(CONFIG, class_token=False, num_registers=0, pool="avg")
+NEWER = dataclasses.replace(CONFIG, learned_positions=False, rotary=Rotary(), gated=True, pool="map")
 
 
 def checkpoint_of(config):
@@ -122,8 +123,8 @@ def test_the_caption_counts_pruned_patches(checkpoint, monkeypatch):
 
 @pytest.mark.parametrize(
     ("config", "schedule"),
-    [(CONFIG, "tome_r5"), (CONFIG, "s2winc2_r6"), (BARE, "s2winc2_r6")],
-    ids=["global", "windows", "no prefix"],
+    [(CONFIG, "tome_r5"), (CONFIG, "s2winc2_r6"), (BARE, "s2winc2_r6"), (NEWER, "s2winc2_r6")],
+    ids=["global", "windows", "no prefix", "rotary, gate and probe"],
 )
 def test_regions_are_the_tokens_left_and_of_their_size(config, schedule):
     checkpoint, schedule = checkpoint_of(config), MergeSchedule.parse(schedule, 3)

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -23,6 +24,8 @@ from fcvit_jax.checkpoint import abstract_params, save_checkpoint
 from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.data.preprocess import CROP_MODES, INTERPOLATIONS, Preprocess, decode
 from fcvit_jax.export.__main__ import main
+from fcvit_jax.files import file_name
+from fcvit_jax.models.config import Rotary
 
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "serving.md").read_text()
@@ -203,6 +206,16 @@ def test_pooled_features_come_along_on_demand(checkpoint, tmp_path):
     wanted = by_the_model(checkpoint, "tome_r5", images)
     np.testing.assert_allclose(logits, wanted[0], rtol=0, atol=1e-5)
     np.testing.assert_allclose(features, wanted[1], rtol=0, atol=1e-5)
+
+
+def test_rotary_positions_a_gate_and_a_probe(tmp_path):
+    newer = dict(learned_positions=False, rotary=Rotary(), gated=True, key_bias=False, pool="map")
+    checkpoint, name = random_checkpoint(replace(CONFIG, **newer)), "tome_r5@nearest(turned=true)"
+    program, params = read(fc.export(checkpoint, name, 2, tmp_path / "out"), f"{file_name(name)}_b2")
+    images = some_images(2)
+    wanted = by_the_model(checkpoint, name, images)[0]
+    np.testing.assert_allclose(jax.jit(program.call)(params, images), wanted, rtol=0, atol=1e-5)
+    assert np.abs(wanted - by_the_model(checkpoint, "dense", images)[0]).max() > 0.001
 
 
 def test_an_export_of_vit_s_is_hardly_larger_than_its_weights(tmp_path):

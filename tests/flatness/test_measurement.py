@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import fcvit_jax as fc
+from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError
@@ -17,7 +18,7 @@ from fcvit_jax.flatness.measurement import (
     measure,
     measure_surface,
 )
-from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.config import Rotary, ViTConfig
 from fcvit_jax.models.vit import ViT
 
 TINY = ViTConfig((8, 8), 4, 8, 1, 2, 16, num_classes=10, pool="avg")  # a last merge does not change the class token
@@ -165,6 +166,19 @@ def test_a_checkpoint_under_a_schedule(checkpoint, digits):
     assert conditions["preprocess"] == PIXELS.to_dict()
     assert conditions["versions"]["jax"] == jax.__version__
     assert len(conditions["params_sha256"]) == 64
+
+
+def test_rotary_positions_a_gate_and_a_probe_are_measured(digits):
+    config = dataclasses.replace(TINY, learned_positions=False, rotary=Rotary(), gated=True, pool="map")
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: np.float32(0.5 * rng.standard_normal(leaf.shape)), abstract_params(config))
+    loss_fn, batches = ClassificationLoss(ViT(config), PIXELS), draw_batches(digits, PIXELS, QUICK)[0][:1]
+    surface = LossSurface(loss_fn, params, batches)
+    report = measure_surface(surface, dataclasses.replace(QUICK, line_points=0, plane_points=0))
+    assert all(np.isfinite(curve.samples).all() for curve in report.curves.values())
+    gradient = jax.jit(jax.grad(lambda params: loss_fn(params, batches[0])[0]))
+    norm = np.sqrt(sum((leaf**2).sum() for leaf in jax.tree.leaves(gradient(params))))
+    np.testing.assert_allclose(report.gradient_norm, norm, rtol=1e-4)
 
 
 def test_data_that_do_not_fit_are_refused(checkpoint, digits):

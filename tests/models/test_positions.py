@@ -1,11 +1,12 @@
 """Rotary positions, and merging with them, against a program in float64 that is written from their definition.
 
 In a layer tokens attend, queries and keys turned by the angles of their coordinates; then tokens merge by the cosine of
-the keys before that, or after it if the rule says so; a merged token is the size-weighted mean of its members, and lies at the size-weighted mean of
-their coordinates, of which the next layer computes its angles.
+the keys before that, or after it if the rule says so; a merged token is the size-weighted mean of its members, and lies
+at the size-weighted mean of their coordinates, of which the next layer computes its angles.
 """
 
 import math
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -253,6 +254,57 @@ def test_without_merging_any_schedule_is_dense(family, name):
     found = logits_of(config, fc.MergeSchedule.parse(name, 4), params, images)
     dense = logits_of(config, fc.MergeSchedule.parse("dense", 4), params, images)
     np.testing.assert_array_equal(np.asarray(found), np.asarray(dense))
+
+
+def by_every_rule(r, last):
+    """Every published rule in one model; of those before the last, sizes are numbers of patches."""
+    rules = ("tofu(prune=0.0)", "tofu(prune=1.0)", "ppt(threshold=0.0)", "ppt(threshold=1.0)", "evit", "random")
+    local = [f"local:1:r{4 * r}:w2x2@{rule}" for rule in ("pitome", "random(prune=true)")]
+    return ",".join([*local, *(f"global:1:r{r}@{rule}" for rule in rules), f"global:1:r{3 * r}@{last}"])
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def run_layers(config, schedule, params, images):
+    """Logits and `out`, and what leaves the last layer, its coordinates too."""
+    model = fc.ViT(config, schedule)
+    logits, out = model.apply({"params": params}, images)
+    plan = schedule.plan(config)
+    _, layers = model.apply({"params": params}, out["embedded"], plan, False, method=model._run_blocks)
+    return logits, out, layers[-1]
+
+
+@pytest.mark.parametrize("last", ["diffrate", "evit(fuse=true)"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        replace(DINOV3, depth=9),
+        replace(EVA, depth=9, class_token=False),
+        replace(PE, depth=9),
+        fc.ViTConfig((48, 32), 8, 32, 9, 4, 48, 5, class_token=False, pool="map", map_heads=2),
+    ],
+    ids=["class token and registers", "rotary, no class token", "rotary, attention pooling", "no class token, probe"],
+)
+def test_published_rules_keep_mass_and_merge_positions(config, last):
+    params, images, prefix = random_params(config), draw(config), config.num_prefix_tokens
+    logits, out, end = run_layers(config, fc.MergeSchedule.parse(by_every_rule(1, last), 9), params, images)
+    assert np.isfinite(logits).all()
+    before, after = out["layers"][-2:]
+    left = np.asarray(~before["pruned"]).sum(axis=1)
+    assert (left <= 24 - 4 - 1 - 1 - 1).all()  # those pruned take their patches along
+    np.testing.assert_allclose(before["size"][:, prefix:].sum(axis=1), left, rtol=1e-6)
+    assert (after["size"][:, prefix:].sum(axis=1) < left).all()
+    if config.rotary:
+        grid = Program(config, params).coordinates()[prefix:]
+        for image in range(len(images)):
+            source, pruned, places = (np.asarray(x[image]) for x in (after["source"], after["pruned"], end.coordinates))
+            np.testing.assert_array_equal(places[:prefix], 0)
+            for token in range(prefix, len(places)):
+                expected = grid[(source == token) & ~pruned].mean(axis=0)
+                np.testing.assert_allclose(places[token], expected, rtol=0, atol=1e-5)
+    dense = logits_of(config, fc.MergeSchedule.dense(9), params, images)
+    same = logits_of(config, fc.MergeSchedule.parse(by_every_rule(0, last), 9), params, images)
+    np.testing.assert_array_equal(np.asarray(same), np.asarray(dense))
+    assert np.abs(logits - dense).max() > 1e-2
 
 
 def test_prefix_tokens_are_not_turned_and_angles_follow_from_differences():

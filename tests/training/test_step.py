@@ -13,7 +13,7 @@ from fcvit_jax import parallel
 from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.losses import cross_entropy
-from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.config import Rotary, ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.optimizer import OptimizerConfig, frozen_mask, make_optimizer
@@ -23,6 +23,9 @@ from fcvit_jax.training.targets import TargetConfig, soft_targets
 
 CONFIG = ViTConfig((16, 16), 4, 16, 1, 2, 32, num_classes=3)
 DEEPER = dataclasses.replace(CONFIG, depth=2)
+NEWER = dataclasses.replace(  # what DINOv3, EVA-02 and SigLIP have
+    DEEPER, learned_positions=False, rotary=Rotary(), gated=True, key_bias=False, pool="map", map_heads=2
+)
 PREPROCESS = preset("timm/augreg", (16, 16))
 STEPS = 40
 ADAMW = OptimizerConfig(learning_rate=3e-3, weight_decay=0.01)
@@ -81,11 +84,12 @@ def assert_close(one: Any, other: Any, atol):
     [
         (SAMConfig(rho=0.05, start_step=5, rho_final=0.02), {"dtype": jnp.bfloat16}),
         (SAMConfig(rho=0.05), {"schedule": MergeSchedule.parse("global:2:r4", 2), "remat": True}),
+        (SAMConfig(rho=0.05), {"schedule": MergeSchedule.parse("global:2:r4", 2), "vit": NEWER}),
     ],
-    ids=["bfloat16", "merging"],
+    ids=["bfloat16", "merging", "rotary, gate and probe"],
 )
 def test_training_learns_in_one_compilation(sam, model):
-    state, step = make(ADAMW, sam, TargetConfig(label_smoothing=0.1), vit=DEEPER, **model)
+    state, step = make(ADAMW, sam, TargetConfig(label_smoothing=0.1), **({"vit": DEEPER} | model))
     history = []
     for seed in range(STEPS):
         state, metrics = step(state, batch(seed))

@@ -60,6 +60,9 @@ TINY = {
 FEW = dict(limit=8, batch_size=4, ascent_steps=1, draws=1, eigen_steps=1, probes=1, line_points=0, plane_points=0)
 
 
+NEWER: Any = dict(model__learned_positions=False, model__rotary={"theta": 100.0}, model__gated=True, model__pool="map")
+
+
 def tiny(**changes):
     config = digits_sam.get_config()
     config.update_from_flattened_dict(TINY | {name.replace("__", "."): value for name, value in changes.items()})
@@ -371,7 +374,8 @@ def test_a_checkpoint_goes_on_where_it_ended_on_several_devices(whole, tmp_path,
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), params(tmp_path), ended.params)
 
 
-def test_sharded_leaves_are_trained_to_the_same(tmp_path, devices, monkeypatch):
+@pytest.mark.parametrize("family", [{}, NEWER], ids=["ViT", "rotary, gate and probe"])
+def test_sharded_leaves_are_trained_to_the_same(family, tmp_path, devices, monkeypatch):
     devices(2)
     monkeypatch.setattr(parallel, "_SMALLEST_SHARDED", 1)
     original, shards = loop.loop, {}
@@ -384,7 +388,7 @@ def test_sharded_leaves_are_trained_to_the_same(tmp_path, devices, monkeypatch):
 
         monkeypatch.setattr(loop, "loop", watched)
         changes = dict(optimizer__name="sgd", optimizer__learning_rate=0.1, epochs=0.25, warmup_epochs=0.0)
-        train(tiny(fsdp=fsdp, **changes), tmp_path / str(fsdp))
+        train(tiny(fsdp=fsdp, **changes, **family), tmp_path / str(fsdp))
     assert all(shards[False])
     assert sum(shards[True]) < 0.1 * len(shards[True])  # all but counters and the like
     close = lambda a, b: np.testing.assert_allclose(a, b, atol=5e-5)  # noqa: E731
