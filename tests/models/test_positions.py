@@ -263,14 +263,19 @@ def by_every_rule(r, last):
     return ",".join([*local, *(f"global:1:r{r}@{rule}" for rule in rules), f"global:1:r{3 * r}@{last}"])
 
 
+class Placed(fc.ViT):
+    """Its `out` has the coordinates of what leaves the last layer too."""
+
+    def _run_blocks(self, x, plan, train):
+        pooled, layers = super()._run_blocks(x, plan, train)
+        self.sow("intermediates", "places", layers[-1].coordinates)
+        return pooled, layers
+
+
 @partial(jax.jit, static_argnums=(0, 1))
-def run_layers(config, schedule, params, images):
-    """Logits and `out`, and what leaves the last layer, its coordinates too."""
-    model = fc.ViT(config, schedule)
-    logits, out = model.apply({"params": params}, images)
-    plan = schedule.plan(config)
-    _, layers = model.apply({"params": params}, out["embedded"], plan, False, method=model._run_blocks)
-    return logits, out, layers[-1]
+def run_placed(config, schedule, params, images):
+    (logits, out), seen = Placed(config, schedule).apply({"params": params}, images, mutable="intermediates")
+    return logits, out, seen["intermediates"]["places"][0]
 
 
 @pytest.mark.parametrize("last", ["diffrate", "evit(fuse=true)"])
@@ -286,7 +291,7 @@ def run_layers(config, schedule, params, images):
 )
 def test_published_rules_keep_mass_and_merge_positions(config, last):
     params, images, prefix = random_params(config), draw(config), config.num_prefix_tokens
-    logits, out, end = run_layers(config, fc.MergeSchedule.parse(by_every_rule(1, last), 9), params, images)
+    logits, out, places = run_placed(config, fc.MergeSchedule.parse(by_every_rule(1, last), 9), params, images)
     assert np.isfinite(logits).all()
     before, after = out["layers"][-2:]
     left = np.asarray(~before["pruned"]).sum(axis=1)
@@ -296,11 +301,11 @@ def test_published_rules_keep_mass_and_merge_positions(config, last):
     if config.rotary:
         grid = Program(config, params).coordinates()[prefix:]
         for image in range(len(images)):
-            source, pruned, places = (np.asarray(x[image]) for x in (after["source"], after["pruned"], end.coordinates))
-            np.testing.assert_array_equal(places[:prefix], 0)
-            for token in range(prefix, len(places)):
+            source, pruned, found = (np.asarray(x[image]) for x in (after["source"], after["pruned"], places))
+            np.testing.assert_array_equal(found[:prefix], 0)
+            for token in range(prefix, len(found)):
                 expected = grid[(source == token) & ~pruned].mean(axis=0)
-                np.testing.assert_allclose(places[token], expected, rtol=0, atol=1e-5)
+                np.testing.assert_allclose(found[token], expected, rtol=0, atol=1e-5)
     dense = logits_of(config, fc.MergeSchedule.dense(9), params, images)
     same = logits_of(config, fc.MergeSchedule.parse(by_every_rule(0, last), 9), params, images)
     np.testing.assert_array_equal(np.asarray(same), np.asarray(dense))
