@@ -107,7 +107,15 @@ class FusedBlock(nn.Module):
             y, qkv = FusedAttention(config, self.interpret, name="attn")(normed, sizes)
         stream = Stream(x[:, : only or None], scale_branch(self, "ls1", y, config))
         if layer.removed and qkv is not None:
-            matching = match(qkv, size, layer, config.num_prefix_tokens, config.proportional_attention, self.interpret)
+            matching = match(
+                qkv,
+                stream.total,
+                size,
+                layer,
+                config.num_prefix_tokens,
+                config.proportional_attention,
+                self.interpret,
+            )
             x, normed, size = merge_and_norm(*stream, size, matching, norm2, self.interpret)
         else:
             x, normed = add_and_norm(*stream, norm2, self.interpret)

@@ -18,13 +18,19 @@ _MOST = 128  # tokens that propose, and that are proposed to
 
 
 def match(
-    qkv: jax.Array, size: jax.Array, layer: Layer, prefix: int, proportional: bool = True, interpret: bool = False
+    qkv: jax.Array,
+    x: jax.Array,
+    size: jax.Array,
+    layer: Layer,
+    prefix: int,
+    proportional: bool = True,
+    interpret: bool = False,
 ) -> Matching:
     """Match as the layer's rule does, `rules.ToMe` or `rules.Nearest`, by a program for each window of an image.
 
-    qkv: [b, n, 3, h, k], bfloat16. size: float32 [b, n]. proportional: whether attention is. The rule itself is called
-    if more than 128 tokens of a window propose, or are proposed to: all similarities of a window are in registers at
-    once.
+    qkv: [b, n, 3, h, k], bfloat16. x: [b, n, h k], the tokens, attention added. size: float32 [b, n]. proportional:
+    whether attention is. The rule itself is called if more than 128 tokens of a window propose, or are proposed to: all
+    similarities of a window are in registers at once.
     """
     b, n, _, h, k = qkv.shape
     rule = layer.rule
@@ -40,21 +46,31 @@ def match(
             # Behind the barrier, which keeps XLA from computing the mean twice.
             mean = jax.lax.optimization_barrier(qkv[:, :, 1].astype(jnp.float32).mean(axis=2))
             return match_tokens(mean, layer, prefix)
-        return rule(attended, values, size, layer, prefix)
+        return rule(attended, x, size, layer, prefix)
     weights = [] if nearest is None else [nearest.weights(attended, size, layer, prefix)]
     apart = nearest is not None and nearest.heads == "all"
+    share = nearest.features if nearest else 0.0
+    features = [x.reshape(b, n, h, k)] if share else []
 
     side = pl.BlockSpec((None, tall), lambda window, image: (window, 0))
     tokens = pl.BlockSpec((None, n), lambda window, image: (image, 0))
     target, order = pl.pallas_call(
         functools.partial(
-            _match, counts=counts, width=k, removed=layer.removed, prefix=prefix, apart=apart, exact=interpret
+            _match,
+            counts=counts,
+            width=k,
+            removed=layer.removed,
+            prefix=prefix,
+            apart=apart,
+            share=share,
+            exact=interpret,
         ),
         grid=(windows, b),
         in_specs=[
             side,
             side,
             pl.BlockSpec((None, n, None, h, wide), lambda window, image: (image, 0, 1, 0, 0)),
+            *[pl.BlockSpec((None, n, h, wide), lambda window, image: (image, 0, 0, 0))] * len(features),
             *[tokens] * len(weights),
         ],
         out_specs=[tokens] * 2,
@@ -62,16 +78,25 @@ def match(
         compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="match",
-    )(*(np.pad(part, ((0, 0), (0, tall - part.shape[1])), constant_values=n) for part in sides), qkv, *weights)
+    )(
+        *(np.pad(part, ((0, 0), (0, tall - part.shape[1])), constant_values=n) for part in sides),
+        qkv,
+        *features,
+        *weights,
+    )
     return Matching(target, layer.tokens_out, order, keep_norm=nearest is not None and nearest.keep_norm)
 
 
 def _match(
     rows_a_ref, rows_b_ref, k_ref, *refs,
-    counts: tuple[int, int], width: int, removed: int, prefix: int, apart: bool, exact: bool
+    counts: tuple[int, int], width: int, removed: int, prefix: int, apart: bool, share: float, exact: bool
 ) -> None:  # fmt: skip
-    """apart: compare the keys of all heads, not their mean. refs: weights, if pairs have a cost, and two outputs."""
-    *weight_ref, target_ref, order_ref = refs
+    """apart: compare the keys of all heads, not their mean. share: weight of the cosine of the features.
+
+    refs: features, if these are compared; weights, if pairs have a cost; and two outputs.
+    """
+    *refs, target_ref, order_ref = refs
+    x_ref, weight_ref = refs[: bool(share)], refs[bool(share) :]
     window, windows = pl.program_id(0), pl.num_programs(0)
     columns = jnp.arange(k_ref.shape[-1])
     index = jnp.arange(rows_a_ref.shape[0])
@@ -79,9 +104,9 @@ def _match(
     rows_a, rows_b = rows_a_ref[...], rows_b_ref[...]
     heads = k_ref.shape[1]
 
-    def keys(rows, there, head):
+    def part(ref, rows, there, head):
         mask = there[:, None] & (columns < width)[None, :]
-        where = k_ref.at[rows[:, None], head, columns[None, :]]
+        where = ref.at[rows[:, None], head, columns[None, :]]
         return plgpu.load(where, mask=mask, other=0.0).astype(jnp.float32)
 
     def inverse_norm(squares):
@@ -93,25 +118,28 @@ def _match(
         axes = (((1,), (1,)), ((), ()))
         return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
-    if apart:
+    def cosine(ref):
+        """Of all heads side by side."""
 
         def add(head, totals):
-            a, b = keys(rows_a, there_a, head), keys(rows_b, there_b, head)
+            a, b = part(ref, rows_a, there_a, head), part(ref, rows_b, there_b, head)
             return totals[0] + products(a, b), totals[1] + (a * a).sum(axis=1), totals[2] + (b * b).sum(axis=1)
 
         zero = jnp.zeros(index.shape, jnp.float32)
-        similarity, squares_a, squares_b = jax.lax.fori_loop(
+        total, squares_a, squares_b = jax.lax.fori_loop(
             0, heads, add, (jnp.zeros((len(index), len(index)), jnp.float32), zero, zero)
         )
-        similarity *= inverse_norm(squares_a)[:, None] * inverse_norm(squares_b)[None, :]
-    else:
+        return total * (inverse_norm(squares_a)[:, None] * inverse_norm(squares_b)[None, :])
 
-        def directions(rows, there):
-            first = jnp.zeros((len(index), len(columns)), jnp.float32)
-            total = jax.lax.fori_loop(0, heads, lambda head, sums: sums + keys(rows, there, head), first) / heads
-            return total / jnp.sqrt(jnp.maximum((total * total).sum(axis=1), 1e-30))[:, None]
+    def directions(rows, there):
+        """Of the mean over heads."""
+        first = jnp.zeros((len(index), len(columns)), jnp.float32)
+        total = jax.lax.fori_loop(0, heads, lambda head, sums: sums + part(k_ref, rows, there, head), first) / heads
+        return total * inverse_norm((total * total).sum(axis=1))[:, None]
 
-        similarity = products(directions(rows_a, there_a), directions(rows_b, there_b))
+    similarity = cosine(k_ref) if apart else products(directions(rows_a, there_a), directions(rows_b, there_b))
+    for ref in x_ref:
+        similarity = (similarity + share * cosine(ref)) / (1.0 + share)
     # Below any cosine: what is no number, and then what is not there. Every token so has a place of its own.
     similarity = jnp.where(similarity == similarity, similarity, -2.0)
     similarity = jnp.where(there_b[None, :], similarity, -3.0)

@@ -89,11 +89,12 @@ class ToMe(Rule):
     turned: bool = False
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
-        return match_tokens(self.metric(attended), layer, prefix)
+        ((_, metric),) = self.metrics(attended, x)
+        return match_tokens(metric, layer, prefix)
 
-    def metric(self, attended: Attended) -> jax.Array:
-        """What tokens are compared by, [b, n, k]."""
-        return mean_over_heads(attended.keys(self.turned))
+    def metrics(self, attended: Attended, x: jax.Array) -> "Metrics":
+        """Return what tokens are compared by: the keys."""
+        return ((1.0, mean_over_heads(attended.keys(self.turned))),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,14 +105,17 @@ class Nearest(Rule):
     has what each is worth.
 
     heads: compare the keys of all heads side by side ("all"), or their mean ("mean").
+    features: weight of the cosine of the tokens' features beside that of their keys, which has weight 1.
     checkerboard: split the grid of the first merging layer by row + column, so that all neighbours can merge.
-    size, attention: a pair is ranked by its cost, (1 - cosine) w_i w_j, with w = s^size c^attention of a token's size s
-        and the class token's attention c to it: clusters stay small, and what the class token looks at stays apart.
+    size, attention: a pair is ranked by its cost, (1 - similarity) w_i w_j, with w = s^size c^attention of a token's
+        size s and the class token's attention c to it: clusters stay small, and what the class token looks at stays
+        apart.
     keep_norm: the merged token has the mean of its members' norms (in the spirit of MLERP, arXiv 2312.01026).
     turned: compare keys as rotary positions have turned them, as in `ToMe`.
     """
 
     heads: str = setting("all", choices=("all", "mean"))
+    features: float = setting(0.5, low=0)
     checkerboard: bool = True
     size: float = setting(0.25, low=0)
     attention: float = setting(0.15, low=0)
@@ -119,8 +123,8 @@ class Nearest(Rule):
     turned: bool = False
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
-        pairs = propose_pairs(self.metric(attended), layer, prefix, self.checkerboard)
-        cost = self.cost(pairs.cosine, *pairs.take(self.weights(attended, size, layer, prefix)))
+        pairs = propose_pairs(self.metrics(attended, x), layer, prefix, self.checkerboard)
+        cost = self.cost(pairs.similarity, *pairs.take(self.weights(attended, size, layer, prefix)))
         matching = merge_ranked(pairs, rank_pairs(-cost), layer)
         return dataclasses.replace(matching, keep_norm=self.keep_norm)
 
@@ -128,19 +132,20 @@ class Nearest(Rule):
         """Weigh tokens in the cost of a pair: float32 [b, n]."""
         return jax.lax.stop_gradient(size**self.size * class_attention(attended, layer, prefix) ** self.attention)
 
-    def metric(self, attended: Attended) -> jax.Array:
-        """What tokens are compared by, [b, n, k]."""
-        return (all_heads if self.heads == "all" else mean_over_heads)(attended.keys(self.turned))
+    def metrics(self, attended: Attended, x: jax.Array) -> "Metrics":
+        """Return what tokens are compared by: keys and features."""
+        keys = (all_heads if self.heads == "all" else mean_over_heads)(attended.keys(self.turned))
+        return ((1.0, keys), (self.features, x)) if self.features else ((1.0, keys),)
 
-    def cost(self, cosine: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
-        """The cost of pairs by their similarity and the `weights` of both tokens, float32 of one shape."""
-        return (1.0 - cosine) * own * other
+    def cost(self, similarity: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
+        """Return the cost of pairs by their similarity and the `weights` of both tokens, float32 of one shape."""
+        return (1.0 - similarity) * own * other
 
     def macs(self, layer: "Layer", config: ViTConfig) -> int:
-        """Count those of the other heads' similarities, and of the class token's attention."""
+        """Count those of the other heads' and the features' similarities, and of the class token's attention."""
         a, b = split_tokens(layer, config.num_prefix_tokens, self.checkerboard)
-        heads = config.num_heads - 1 if self.heads == "all" else 0
-        similarity = heads * (config.embed_dim // config.num_heads) * a.size * b.shape[1]
+        beside = (config.num_heads - 1 if self.heads == "all" else 0) + (config.num_heads if self.features else 0)
+        similarity = beside * (config.embed_dim // config.num_heads) * a.size * b.shape[1]
         return similarity + (layer.tokens_in * config.embed_dim if self.attention else 0)
 
 
@@ -244,22 +249,25 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     `removed` above 0; its windows are matched separately. prefix: how many leading tokens never merge; they count in
     the alternation of global matching, and not in that of windows.
     """
-    pairs = propose_pairs(metric, layer, prefix)
-    return merge_ranked(pairs, rank_pairs(pairs.cosine), layer)
+    pairs = propose_pairs(((1.0, metric),), layer, prefix)
+    return merge_ranked(pairs, rank_pairs(pairs.similarity), layer)
+
+
+Metrics = tuple[tuple[float, jax.Array], ...]  # weights, and what tokens are compared by: [b, n, k] each
 
 
 class Pairs(NamedTuple):
     """Proposals: each token of a set A proposes to move into the most similar token of a set B of its window.
 
     a, b: int32 NumPy arrays [v, i] and [v, j], the positions of the tokens in the sequence; v is 1 for global matching.
-    best: int32 [b, v, i], the index in `b` of the token proposed to; of equal ones the first. cosine: float32
-    [b, v, i], their similarity. prefix: how many tokens lead the sequence, in neither set.
+    best: int32 [b, v, i], the index in `b` of the token proposed to; of equal ones the first.
+    similarity: float32 [b, v, i], see `compare`. prefix: how many tokens lead the sequence, in neither set.
     """
 
     a: np.ndarray
     b: np.ndarray
     best: jax.Array
-    cosine: jax.Array
+    similarity: jax.Array
     prefix: int
 
     def take(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -277,18 +285,30 @@ class Pairs(NamedTuple):
         return jnp.concatenate(list(parts), axis=1)[:, np.argsort(np.concatenate(sequence))]
 
 
-def propose_pairs(metric: jax.Array, layer: Layer, prefix: int, checkerboard: bool = False) -> Pairs:
-    """Split the tokens of every window into A and B, and propose pairs by the cosine of the metric, [b, n, k].
+def propose_pairs(metrics: Metrics, layer: Layer, prefix: int, checkerboard: bool = False) -> Pairs:
+    """Split the tokens of every window into A and B, and propose pairs by their similarity, see `compare`.
 
     Even positions are A, odd ones B. With `checkerboard`, if the tokens still lie on their grid, A are the cells whose
     row and column add up to an even number: all four neighbours of a token are then in the other set.
     """
     a, b = split_tokens(layer, prefix, checkerboard)
-    metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-    squares = jnp.sum(metric * metric, axis=-1)
-    metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
-    similarity = jnp.einsum("bvik,bvjk->bvij", _pick(metric, a), _pick(metric, b), precision=jax.lax.Precision.HIGHEST)
+    similarity = compare(metrics, a, b)
     return Pairs(a, b, jnp.argmax(similarity, axis=-1).astype(jnp.int32), jnp.max(similarity, axis=-1), prefix)
+
+
+def compare(metrics: Metrics, a: np.ndarray, b: np.ndarray) -> jax.Array:
+    """Return the similarity of the tokens at positions a, [v, i], and b, [v, j]: float32 [b, v, i, j].
+
+    It is the cosine, or the weighted mean of several, and constant to gradients.
+    """
+    total, similarities = sum(weight for weight, _ in metrics), []
+    for weight, metric in metrics:
+        metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
+        squares = jnp.sum(metric * metric, axis=-1) * (total / weight)
+        metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
+        tokens = _pick(metric, a), _pick(metric, b)
+        similarities.append(jnp.einsum("bvik,bvjk->bvij", *tokens, precision=jax.lax.Precision.HIGHEST))
+    return functools.reduce(operator.add, similarities)
 
 
 def _pick(x: jax.Array, positions: np.ndarray) -> jax.Array:

@@ -23,7 +23,7 @@ from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.layers import MLP, LayerNorm
 from fcvit_jax.models.merging import Matching, merge_tokens
 from fcvit_jax.models.positions import grid_coordinates, merge_coordinates
-from fcvit_jax.models.rules import Attended, Layer, Nearest, Rule, ToMe, window_order
+from fcvit_jax.models.rules import Attended, Layer, Nearest, Rule, ToMe, compare, window_order
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import Block, Merged, ViT
 
@@ -162,17 +162,16 @@ def _merge(rule: Rule, config: ViTConfig, attended: Attended, tokens: Tokens, la
     in_a, in_b = in_a & left, ~in_a & left
 
     assert isinstance(rule, ToMe | Nearest)
-    metric = rule.metric(attended).astype(jnp.float32)
-    metric /= jnp.sqrt(jnp.maximum(jnp.sum(metric * metric, axis=-1, keepdims=True), 1e-30))
-    similarity = jnp.einsum("bik,bjk->bij", metric, metric, precision=jax.lax.Precision.HIGHEST)
+    everything = np.arange(config.num_tokens)[None]
+    similarity = compare(rule.metrics(attended, x), everything, everything)[:, 0]
     near = window[:, :, None] == window[:, None, :]
     similarity = jnp.where(near & in_a[:, :, None] & in_b[:, None, :], similarity, -jnp.inf)
-    cosine = similarity.max(axis=2)
+    closest = similarity.max(axis=2)
     within = window * config.num_tokens + index  # orders the tokens by window and index
-    ties = jnp.where(similarity == cosine[:, :, None], within[:, None, :], jnp.iinfo(jnp.int32).max)
+    ties = jnp.where(similarity == closest[:, :, None], within[:, None, :], jnp.iinfo(jnp.int32).max)
     best = ties.argmin(axis=2).astype(jnp.int32)
 
-    score = cosine
+    score = closest
     if isinstance(rule, Nearest):
         if not config.class_token:  # the mean query stands in for the class token's, and only those left count
             share = jnp.where(size > 0, size.shape[1] / (size > 0).sum(axis=1, keepdims=True), 0.0)[:, None, :, None]
@@ -181,7 +180,7 @@ def _merge(rule: Rule, config: ViTConfig, attended: Attended, tokens: Tokens, la
             attended = attended._replace(q=q * share.astype(q.dtype), turned=turned)
         here = Layer(config.num_tokens, config.num_tokens, class_token=config.class_token)
         own = rule.weights(attended, _left(size), here, prefix)
-        score = -rule.cost(cosine, own, jnp.take_along_axis(own, best, axis=1))
+        score = -rule.cost(closest, own, jnp.take_along_axis(own, best, axis=1))
     mine, other = score[:, :, None], score[:, None, :]
     ahead = (other > mine) | ((other == mine) & (within[:, None, :] < within[:, :, None]))
     rank = jnp.sum(ahead & near & in_a[:, None, :], axis=2, dtype=jnp.float32)

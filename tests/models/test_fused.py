@@ -63,10 +63,11 @@ def test_triton_matches_as_xla(layer, prefix, width, rule):
     patches = (layer.tokens_in - prefix) // (layer.windows or 1)
     layer = layer._replace(rule=rule, grid=(2, patches // 2) if patches % 2 == 0 else (1, patches))
     qkv = jax.random.normal(jax.random.key(7), (3, layer.tokens_in, 3, 3, width)).astype(jnp.bfloat16)
+    x = jax.random.normal(jax.random.key(9), (3, layer.tokens_in, 3 * width)).astype(jnp.bfloat16)
     size = jax.random.randint(jax.random.key(8), (3, layer.tokens_in), 1, 5).astype(jnp.float32)
-    found = match(qkv, size, layer, prefix, interpret=INTERPRET)
+    found = match(qkv, x, size, layer, prefix, interpret=INTERPRET)
     q, k, v = qkv.transpose(2, 0, 3, 1, 4)
-    expected = rule(Attended(v, q, k, v, size), v, size, layer, prefix)
+    expected = rule(Attended(x, q, k, v, size), x, size, layer, prefix)
     assert found.keep_norm == expected.keep_norm
     for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(ours, theirs)
@@ -77,7 +78,8 @@ def test_triton_matches_each_token_once_whatever_the_keys_are(layer):
     keys = jax.random.normal(jax.random.key(8), (3, 33, 3, 3, 16)).astype(jnp.bfloat16)
     size, damaged = jnp.ones((3, 33)), keys.at[1, 5:9].set(jnp.nan).at[1, 11].set(jnp.inf)
     expected, equal, found = (
-        match(each, size, layer, 1, interpret=INTERPRET) for each in (keys, jnp.ones_like(keys), damaged)
+        match(each, each[:, :, 0].reshape(3, 33, -1), size, layer, 1, interpret=INTERPRET)
+        for each in (keys, jnp.ones_like(keys), damaged)
     )
     for matching in (equal, found):
         assert matching.order is not None
@@ -187,7 +189,7 @@ def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done(layer, w
         norm = Affine(scale, scale, 1e-6)
         x, normed = fused_kernels.add_and_norm(x, x, norm)
         y = fused_kernels.attend(qkv, size)
-        return y, normed, fused_kernels.merge_and_norm(x, x, size, match(qkv, size, layer, 1), norm)
+        return y, normed, fused_kernels.merge_and_norm(x, x, size, match(qkv, x, size, layer, 1), norm)
 
     lowered = jax.jit(everything).trace(*shapes, size, vector).lower(lowering_platforms=("cuda",))
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == programs
