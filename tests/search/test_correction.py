@@ -140,7 +140,7 @@ def test_a_corrected_checkpoint_is_refused_under_another_schedule(corrected, tmp
     )
     refused = [
         lambda: fc.evaluate(out, "digits:test", "recommended,dense"),
-        lambda: fc.export(out, tmp_path / "programs", "dense"),
+        lambda: fc.export(out, "dense", 1, tmp_path / "programs"),
         lambda: fc.convert(out, tmp_path / "again"),
         lambda: fc.search(out, "digits:train", 0.5),
     ]
