@@ -10,6 +10,7 @@ from sklearn.linear_model import Ridge
 
 import fcvit_jax as fc
 from fcvit_jax.data.preprocess import preset
+from fcvit_jax.flatness.measurement import measure
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.search.correction import (
     STRENGTHS,
@@ -106,51 +107,46 @@ def test_what_is_not_better_is_not_written(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture(scope="module")
-def corrected(tmp_path_factory):
-    """A search of the digits with a correction, and the checkpoint that it wrote."""
-    out = tmp_path_factory.mktemp("corrected") / "out"
+def test_a_corrected_checkpoint_is_closer_on_other_images(tmp_path):
     small = {"limit": 256, "candidates": 1, "rules": "nearest"}
-    return fc.search("packaged:digits", "digits:train", 0.5, correct=out, **small), out
-
-
-def test_a_corrected_checkpoint_is_closer_on_other_images(corrected, tmp_path):
-    report, out = corrected
-    ratio = report.correction.judgement
-    assert ratio.better
-    assert ratio.high < 1
+    report = fc.search("packaged:digits", "digits:train", 0.5, correct=tmp_path / "out", **small)
+    assert report.correction
+    assert report.correction.judgement.high < 1
     assert "corrected head: better: 0." in str(report)
+    common = {"save_logits": True, "throughput_blocks": 0}
     plain = ["dense", report.recommended["0.5"]]
-    rows = fc.evaluate(
-        "packaged:digits", "digits:test", plain, workdir=tmp_path / "a", save_logits=True, throughput_blocks=0
-    )
-    (row,) = fc.evaluate(
-        out, "digits:test", "recommended", workdir=tmp_path / "b", save_logits=True, throughput_blocks=0
-    )
+    rows = fc.evaluate("packaged:digits", "digits:test", plain, workdir=tmp_path / "a", **common)
+    (row,) = fc.evaluate(tmp_path / "out", "digits:test", "recommended", workdir=tmp_path / "b", **common)
     assert row["stages"] == rows[1]["stages"] == report.correction.schedule
-    read = [np.load(path)["logits"] for path in sorted(tmp_path.glob("*/*.npz")) if path.name.startswith("logits")]
+    read = [np.load(path)["logits"] for path in sorted(tmp_path.glob("[ab]/logits_*.npz"))]
     dense, before, after = read
     assert divergences(dense, after).mean() < 0.9 * divergences(dense, before).mean()
 
 
-def test_a_corrected_checkpoint_is_refused_under_another_schedule(corrected, tmp_path):
-    _, out = corrected
+def test_a_corrected_checkpoint_is_refused_under_another_schedule(tmp_path):
+    opened, out = fc.load_checkpoint("packaged:digits"), tmp_path / "out"
+    form = "global:6:r9@nearest"
+    found = correct_head(opened, form, "0.6", Logits(*logits(128, classes=10), 64), out, seed=0)
+    assert found.checkpoint == str(out)
+    copy = fc.load_checkpoint(out)
+    assert copy.recommended == {"0.6": form}
+    copy.check_correction([MergeSchedule.parse("recommended", 6, copy.recommended)])
     message = (
-        "its head is corrected for the schedule global:.*, and wrong under dense:6: use the schedule `recommended`"
+        f"out: its head is corrected for the schedule {form}, and wrong under dense:6: use the schedule `recommended`"
     )
     refused = [
         lambda: fc.evaluate(out, "digits:test", "recommended,dense"),
         lambda: fc.export(out, "dense", 1, tmp_path / "programs"),
         lambda: fc.convert(out, tmp_path / "again"),
         lambda: fc.search(out, "digits:train", 0.5),
+        lambda: measure(out, "digits:train"),
     ]
     for call in refused:
-        with pytest.raises(fc.InputError, match=message) as error:
+        with pytest.raises(fc.InputError) as error:
             call()
+        assert message in str(error.value)
         assert "\n" not in str(error.value)
-    fc.load_checkpoint(out).check_correction(
-        [MergeSchedule.parse("recommended", 6, fc.load_checkpoint(out).recommended)]
-    )
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
 
 
 @pytest.mark.parametrize(
