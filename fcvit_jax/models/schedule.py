@@ -127,7 +127,7 @@ class MergeSchedule:
             found = _offers(text, recommended)
             if len(found) > 1:
                 raise InputError(f"{text} stands for {len(found)} schedules: choose {' or '.join(found)}")
-            return cls.parse(*found.values(), depth)
+            return cls.parse(next(iter(found.values())), depth)
         schedule = cls(tuple(map(_parse_stage, re.split(_COMMA, text))) if ":" in text else _named_stages(text, depth))
         if schedule.depth != depth:
             raise InputError(f"schedule {text!r} covers {schedule.depth} layers, the model has {depth}")
