@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     keep_freed_memory()
     rules, checkpoint = re.split(r",(?![^(]*\))", args.rules), fc.load_checkpoint(args.checkpoint)
-    bases = parse_schedules(args.schedules, checkpoint.config.depth)
+    bases = parse_schedules(args.schedules, checkpoint.config.depth, checkpoint.recommended)
     pairs = [(base, rule) for base in bases for rule in rules]
     name = {(base, rule): next(iter(cross_rules({base: bases[base]}, rule))) for base, rule in pairs}
     rows = fc.evaluate(

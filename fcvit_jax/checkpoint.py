@@ -9,7 +9,7 @@ A directory is written under a temporary name beside its place and renamed at th
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.files import check_room, check_target, local_path, staged, utf8_path, writable_directory, write_whole
 from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 
 FORMAT = 1
@@ -52,6 +53,16 @@ class Checkpoint:
         """Names of the head's outputs, or the order in which it has a data set's classes; None if neither is known."""
         names = self.meta.get("class_names")
         return tuple(names) if names else self.meta.get("class_order")
+
+    def check_correction(self, schedules: Iterable[MergeSchedule]) -> None:
+        """Raise InputError if the head was corrected for another schedule than these."""
+        form = self.meta.get("provenance", {}).get("corrected_for")
+        for schedule in schedules if form else ():
+            if str(schedule) != form:
+                raise InputError(
+                    f"{self.path}: its head is corrected for the schedule {form}, and wrong under {schedule}: use the "
+                    f"schedule `recommended` alone, or the checkpoint {self.meta['provenance']['corrected_from']}"
+                )
 
     @property
     def recommended(self) -> dict[str, str]:

@@ -136,6 +136,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_run_is_measured_into_its_own_directory",
     ),
     "flatness/test_measurement.py": ("test_a_checkpoint_under_a_schedule", "test_the_loss_is_plain_cross_entropy"),
+    "search/test_correction.py": ("test_a_corrected_checkpoint_is_closer_on_other_images",),
     "search/test_search.py": ("test_killed_and_resumed_it_finds_the_same",),
     "search/test_simulate.py": (
         "test_every_kind_of_schedule_equals_the_real_model[distillation",

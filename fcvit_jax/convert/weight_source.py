@@ -20,6 +20,7 @@ from fcvit_jax.data.preprocess import PRESETS, Preprocess, preset
 from fcvit_jax.errors import InputError, naming
 from fcvit_jax.models import zoo
 from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.schedule import MergeSchedule
 
 # Fields in which a file may differ from the model that it is named after: its keys decide.
 _DECIDED_BY_KEYS = ("image_size", "num_classes", "pool", "fc_norm", "representation_size", "head_bias")
@@ -77,6 +78,7 @@ def expected_sha256(name: str, local: bool) -> str | None:
 
 def _open_checkpoint(path: str | Path) -> tuple[WeightFile, Sidecar]:
     checkpoint = load_checkpoint(path)
+    checkpoint.check_correction([MergeSchedule.dense(checkpoint.config.depth)])
     arrays, meta = flat_params(checkpoint.params), checkpoint.meta
     known: Any = dict(class_names=checkpoint.class_names, provenance=meta["provenance"])
     sidecar = Sidecar("fcvit_jax", (), dict(vars(checkpoint.config)), checkpoint.preprocess, **known)

@@ -141,6 +141,7 @@ def open_inputs(
     source = sample(match_head(labelled, model.num_classes, names, str(checkpoint.path)), config.limit)
     named, left_out = fit_schedules(schedules, model, checkpoint.recommended)
     named = cross_rules(named, config.rules)
+    checkpoint.check_correction(named.values())
     reported = None if config.real_labels else reported_top1(opened, checkpoint, config.limit)
     step_config = StepConfig(
         checkpoint.preprocess, mesh, config.batch_size, config.dtype, source.scored, source.labels_per_image

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fcvit_jax.evaluation import published
-from fcvit_jax.evaluation.families import family, rate
+from fcvit_jax.evaluation.families import family, point_label
 from fcvit_jax.evaluation.runs import ResultRow, Run, titled
 
 if TYPE_CHECKING:
@@ -165,8 +165,8 @@ def _label_rates(axes: Any, drawn: Sequence[Line], key: str) -> None:
             spot, inner = (row[key], 100 * row["top1"]), min(index, len(rows) - 1 - index)
             x, y = axes.transData.transform(spot)
             taken.append(Bbox.from_bounds(x - size / 2, y - size / 2, size, size))
-            if (r := rate(row["schedule"])) is not None:
-                spots.append(((inner > 0, inner % 2), f"r={r}", spot, line.colour))
+            if text := point_label(row["schedule"]):
+                spots.append(((inner > 0, inner % 2), text, spot, line.colour))
     halo = [withStroke(linewidth=2, foreground="white")]
     for _, text, spot, colour in sorted(spots, key=lambda spot: spot[0]):
         for right, above in ((1, 1), (-1, -1), (1, -1), (-1, 1)):

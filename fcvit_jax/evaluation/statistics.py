@@ -42,9 +42,11 @@ def ratio_of_means(mine: Sequence[float], other: Sequence[float], seed: int = 0)
     mine, other: a number of each image, 0 or more, in one order. Two means of 0 are equal.
     """
     pairs = np.stack([np.asarray(mine), np.asarray(other)], axis=1)
-    drawn = np.random.default_rng(seed).integers(len(pairs), size=(_DRAWS, len(pairs)))
-    sums = np.stack([pairs[:, side][drawn].mean(axis=1) for side in (0, 1)], axis=1)
-    low, high = np.quantile(_ratio(sums[:, 0], sums[:, 1]), (0.025, 0.975))
+    generator, count = np.random.default_rng(seed), len(pairs)
+    rows = max(1, 1_000_000 // count)  # at a time: memory does not grow with the images
+    sizes = [min(rows, _DRAWS - done) for done in range(0, _DRAWS, rows)]
+    means = np.concatenate([pairs[generator.integers(count, size=(size, count))].mean(axis=1) for size in sizes])
+    low, high = np.quantile(_ratio(means[:, 0], means[:, 1]), (0.025, 0.975))
     return float(_ratio(*pairs.mean(axis=0))), float(low), float(high)
 
 

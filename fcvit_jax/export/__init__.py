@@ -73,6 +73,7 @@ def export(
         checkpoint = load_checkpoint(checkpoint)
     config = checkpoint.config
     named, _ = fit_schedules(schedules, config, checkpoint.recommended)
+    checkpoint.check_correction(named.values())
     weights = cast_params(flat_params(checkpoint.params), compute)
 
     with staged(path) as staging:

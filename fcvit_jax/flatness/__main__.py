@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     for checkpoint in checkpoints.values():
         where = str(checkpoint.path)
         matched = match_head(source, checkpoint.config.num_classes, checkpoint.class_names, where)
-        MergeSchedule.parse(args.schedule, checkpoint.config.depth)
+        MergeSchedule.parse(args.schedule, checkpoint.config.depth, checkpoint.recommended)
         remarks |= dict.fromkeys(matched.remarks)
     for line in remarks:
         print(f"warning: {line}")

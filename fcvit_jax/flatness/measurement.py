@@ -48,8 +48,9 @@ def measure(
     source = match_head(source, checkpoint.config.num_classes, checkpoint.class_names, str(checkpoint.path))
     typed = str(schedule)
     if isinstance(schedule, str):
-        schedule = MergeSchedule.parse(schedule, checkpoint.config.depth)
+        schedule = MergeSchedule.parse(schedule, checkpoint.config.depth, checkpoint.recommended)
     schedule.plan(checkpoint.config, typed)
+    checkpoint.check_correction([schedule])
     batches, fingerprint = draw_batches(source, checkpoint.preprocess, config)
     conditions = {
         "checkpoint": printable(name),

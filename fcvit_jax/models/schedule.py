@@ -115,14 +115,19 @@ class MergeSchedule:
         return cls((Dense(depth),))
 
     @classmethod
-    def parse(cls, text: str, depth: int) -> "MergeSchedule":
+    def parse(cls, text: str, depth: int, recommended: Mapping[str, str] | None = None) -> "MergeSchedule":
         """Read a name (`dense`, `tome_r13`, `s2dfe_r18`, `s2winc7_r16`) or an explicit form, for `depth` layers.
 
         The explicit form is what `str` gives: `dense:2,local:5:r16:w2x2,global:5:r16`. `@RULE` after a name or a stage
-        chooses a merge rule of `rules.RULES`. Raises InputError for other text, unknown rules, and stages that do not
-        add up to the depth.
+        chooses a merge rule of `rules.RULES`. `search:DIR` and `recommended` are as in `parse_schedules`, if they stand
+        for one schedule. Raises InputError for other text, unknown rules, and stages that do not add up to the depth.
         """
         text = text.strip()
+        if is_reference(text):
+            found = _offers(text, recommended)
+            if len(found) > 1:
+                raise InputError(f"{text} stands for {len(found)} schedules: choose {' or '.join(found)}")
+            return cls.parse(next(iter(found.values())), depth)
         schedule = cls(tuple(map(_parse_stage, re.split(_COMMA, text))) if ":" in text else _named_stages(text, depth))
         if schedule.depth != depth:
             raise InputError(f"schedule {text!r} covers {schedule.depth} layers, the model has {depth}")
@@ -260,7 +265,7 @@ def _read(
     parts = [*filter(None, map(str.strip, re.split(_COMMA, text)))]
     for typed in parts:
         optional, part = typed.endswith("?"), typed.removesuffix("?")
-        if re.match(r"search:|recommended(:|$)", part):
+        if is_reference(part):
             for name, form in _offers(part, recommended).items():
                 schedules[name] = MergeSchedule.parse(form, depth)
                 if not isinstance(model, int):
@@ -339,6 +344,11 @@ def _expand(text: str) -> list[str]:
         why = f"has {len(rates):,} schedules; at most {_LONGEST_RANGE:,} will do" if rates else "is empty"
         raise InputError(f"the range {text!r} {why}: write LOW-HIGH or LOW-HIGH:STEP, such as tome:0-16")
     return [f"{family[1]}_r{r}{family[2] or ''}" for r in rates]
+
+
+def is_reference(text: str) -> bool:
+    """Whether a text names what a search has found, which may change, and no schedule itself."""
+    return bool(re.match(r"search:|recommended(:|$)", text))
 
 
 def _offers(text: str, recommended: Mapping[str, str] | None) -> dict[str, str]:

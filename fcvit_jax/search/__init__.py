@@ -21,11 +21,13 @@ from fcvit_jax.data.records import Source
 from fcvit_jax.data.sources import open_images
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import StepConfig
-from fcvit_jax.files import local_path, writable_directory
+from fcvit_jax.files import check_target, local_path, writable_directory
 from fcvit_jax.models import flops
 from fcvit_jax.models.rules import Rule, parse_rule
+from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.search.budgets import Budget, parse_budgets, share_cost
 from fcvit_jax.search.candidates import Candidate, Cost, check_reachable
+from fcvit_jax.search.correction import Logits, correct_head
 from fcvit_jax.search.findings import SearchReport
 from fcvit_jax.search.front import Front, SearchConfig
 from fcvit_jax.search.scores import Memory, Scorer, placed_params
@@ -42,6 +44,7 @@ def search(
     *,
     workdir: str | Path | None = None,
     write: bool = False,
+    correct: str | Path | None = None,
     limit: int = SearchConfig.limit,
     candidates: int = SearchConfig.candidates,
     batch_size: int = SearchConfig.batch_size,
@@ -67,6 +70,8 @@ def search(
       workdir: write search.json and search.png there; a killed search resumes when it is called again with the same
         arguments. None: write nothing.
       write: add the recommended schedules to the checkpoint's meta.json, by the name `recommended`.
+      correct: correct the head for the recommended schedule, in closed form; if that is better beyond chance on the
+        images that judge, write the checkpoint there. It fits that schedule alone.
       limit, candidates, batch_size, dtype, rules, seed, workers: see `SearchConfig`.
 
     Raises:
@@ -90,6 +95,8 @@ def search(
     for line in source.remarks:
         print(f"warning: {line}")
     folder = None if workdir is None else writable_directory(local_path(workdir))
+    opened.check_correction([MergeSchedule.dense(opened.config.depth)])
+    target = None if correct is None else _check_correctable(opened, budgets, correct)
     if write:
         recommend(opened, None)
 
@@ -112,12 +119,26 @@ def search(
         "versions": versions(),
     }
     report = Front(scorer, config, tried, budgets, half, cost).report(conditions)
+    if target:
+        ((text, form),) = report.recommended.items()
+        dense, merged = MergeSchedule.dense(opened.config.depth), MergeSchedule.parse(form, opened.config.depth)
+        logits = Logits(scorer.logits(dense), scorer.logits(merged), (count + 1) // 2)
+        correction = correct_head(opened, form, text, logits, target, seed)
+        report = dataclasses.replace(report, correction=correction)
     if folder:
         report.write(folder)
         (folder / MEMORY).unlink(missing_ok=True)
     if write:
         recommend(opened, report.recommended)
     return report
+
+
+def _check_correctable(checkpoint: Checkpoint, budgets: Sequence[Budget], out: str | Path) -> Path:
+    if not checkpoint.config.num_classes:
+        raise InputError(f"{checkpoint.path} has no head to correct: leave --correct out")
+    if len(budgets) > 1:
+        raise InputError("a head is corrected for one schedule: give one budget, or leave --correct out")
+    return check_target(out, False, frozenset())
 
 
 def _parse_rules(text: str) -> list[Rule]:

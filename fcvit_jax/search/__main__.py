@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     place = "where to write, and from where to resume (default: workdir/search)"
     parser.add_argument("--workdir", metavar="W", type=Path, default=Path("workdir/search"), help=place)
     parser.add_argument("--write", action="store_true", help="add the result to the checkpoint, as `recommended`")
+    corrected = "write a checkpoint there whose head is corrected for the recommended schedule, if that is better"
+    parser.add_argument("--correct", metavar="OUT", type=Path, help=corrected)
     add_options(parser, SearchConfig)
     return parser
 

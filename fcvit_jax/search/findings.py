@@ -42,6 +42,19 @@ def judge(found: Sequence[float], simple: Sequence[float], seed: int) -> Judgeme
 
 
 @dataclass(frozen=True)
+class Correction:
+    """The head corrected for a schedule, against the head unchanged, under that schedule, on the images that judge.
+
+    strength: of the ridge; None: the mean shift alone. checkpoint: where it was written; None if it is not better.
+    """
+
+    schedule: str
+    strength: float | None
+    judgement: Judgement
+    checkpoint: str | None
+
+
+@dataclass(frozen=True)
 class Found:
     """The outcome at one budget.
 
@@ -66,12 +79,16 @@ class Found:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """Everything that a search has found. measure: "KL" or "1 - cosine". candidates: all trials, as JSON-able rows."""
+    """Everything that a search has found. measure: "KL" or "1 - cosine". candidates: all trials, as JSON-able rows.
+
+    correction: None unless one was tried.
+    """
 
     conditions: Mapping[str, Any]
     measure: str
     found: tuple[Found, ...]
     candidates: tuple[Mapping[str, Any], ...]
+    correction: Correction | None = None
 
     @property
     def recommended(self) -> dict[str, str]:
@@ -96,6 +113,10 @@ class SearchReport:
         for each in self.found:
             lines.append(f"budget {each.budget}: {each.judgement.reason.replace('of it', f'of {each.simple}')}")
             lines.append(f"  recommended: {each.recommended}")
+        if self.correction:
+            reason = self.correction.judgement.reason.replace("of it", "of the head unchanged")
+            lines.append(f"corrected head: {reason}")
+            lines.append(f"  {self.correction.checkpoint or 'not'} written")
         return "\n".join(lines)
 
 

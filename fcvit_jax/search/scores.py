@@ -110,6 +110,11 @@ class Scorer:
             raise InputError(f"schedule {schedule}: the logits of an image are not finite; try another dtype")
         return self.memory.keep(key, np.maximum(found, 0.0))
 
+    def logits(self, schedule: MergeSchedule) -> np.ndarray:
+        """The logits of all images, by the real program: float32 [n, c]."""
+        step = self.compiled(schedule)
+        return np.concatenate([np.asarray(step(self.params, rows)[1])[np.asarray(rows.mask)] for rows in self.batches])
+
     def _rates(self, schedule: MergeSchedule) -> tuple[Rule, Rates] | None:
         found = {rule: rates(schedule, self.config, rule) for rule in schedule.rules}
         return next(((rule, layers) for rule, layers in found.items() if layers is not None), None)

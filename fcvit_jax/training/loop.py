@@ -50,7 +50,7 @@ def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
             tell(line)
         state, accuracy = start(run, params)
     if config.flatness and accuracy:
-        measure_flatness(config, workdir)
+        measure_flatness(run.config, workdir)
     return TrainResult(state, accuracy, workdir / "checkpoint")
 
 

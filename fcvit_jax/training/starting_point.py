@@ -1,6 +1,7 @@
 """What a run starts from: fresh parameters, or a checkpoint made to fit the data sets and the image size."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ class StartingPoint:
     test_set: Source
     provenance: dict[str, Any] | None = None  # of the checkpoint
     remarks: tuple[str, ...] = ()  # what was changed in it, lines to print
+    recommended: Mapping[str, str] = field(default_factory=dict)  # schedules, by budget
 
 
 def from_scratch(model: ViTConfig, preprocess: str, train_set: Source, test_set: Source) -> StartingPoint:
@@ -81,7 +83,8 @@ def from_checkpoint(
         remarks.append(f"{path} has {why}: its head is replaced by zeros{which}")
         params, config = _new_head(params, config, wanted)
         test_set = _like(train_set, test_set)
-    return StartingPoint(config, pixels, train_set, test_set, checkpoint.meta["provenance"], tuple(remarks)), params
+    origin = checkpoint.meta["provenance"], tuple(remarks), checkpoint.recommended
+    return StartingPoint(config, pixels, train_set, test_set, *origin), params
 
 
 def _like(train_set: Source, test_set: Source) -> Source:

@@ -19,7 +19,7 @@ from fcvit_jax.errors import InputError, naming
 from fcvit_jax.evaluation.accuracy import Accuracy
 from fcvit_jax.files import local_path, sweep
 from fcvit_jax.models import zoo
-from fcvit_jax.models.schedule import MergeSchedule, fit_schedules
+from fcvit_jax.models.schedule import MergeSchedule, fit_schedules, is_reference
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training import sam
 from fcvit_jax.training.optimizer import frozen_mask, make_optimizer
@@ -103,11 +103,13 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
     steps, warmup = round(config.epochs * an_epoch), round(config.warmup_epochs * an_epoch)
 
     start, initial = begin(config, workdir, train_set, test_set)
-    schedules, left_out = fit_schedules(f"dense,{config.schedules}", start.config)
-    schedule = config.schedule
+    schedules, left_out = fit_schedules(f"dense,{config.schedules}", start.config, start.recommended)
+    schedule, typed = config.schedule, str(config.schedule)
     if not isinstance(schedule, MergeSchedule):
-        schedule = MergeSchedule.parse(schedule, start.config.depth)
-    schedule.plan(start.config, str(config.schedule))
+        schedule = MergeSchedule.parse(schedule, start.config.depth, start.recommended)
+    schedule.plan(start.config, typed)
+    if is_reference(typed):  # another search may change what it stands for
+        config = replace(config, schedule=schedule)
     model = ViT(start.config, schedule, PRECISIONS[config.dtype][0], config.dropout, config.drop_path, config.remat)
     params = abstract_params(start.config)
     sam_config = replace(config.sam, start_step=max(config.sam.start_step, warmup * config.sam_after_warmup))

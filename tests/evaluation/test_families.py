@@ -1,6 +1,6 @@
 import pytest
 
-from fcvit_jax.evaluation.families import family, rate
+from fcvit_jax.evaluation.families import family, point_label, rate
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,18 @@ from fcvit_jax.evaluation.families import family, rate
         ("diffrate_s_g2.9", ("diffrate_s", None)),
         ("tome_r16@diffrate(prune=0.4)", ("tome@diffrate(prune=0.4)", 16)),
         ("my own", ("my own", None)),
+        # What a search has found at several budgets is a family; the digits of its directory are no rate.
+        ("search:found_r16:0.6", ("search:found_r16", None)),
+        ("search:/a:b/c@x_r2:2.8G", ("search:/a:b/c@x_r2", None)),
+        ("search:found_r16", ("search:found_r16", None)),
+        ("recommended:900/s", ("recommended", None)),
+        ("recommended", ("recommended", None)),
     ],
 )
 def test_family_and_rate(schedule, expected):
     assert (family(schedule), rate(schedule)) == expected
+
+
+def test_a_point_is_labelled_by_its_rate_or_its_budget():
+    names = ("tome_r13", "search:found_r2:0.6", "recommended:1.7x", "search:found_r2", "recommended", "dense")
+    assert list(map(point_label, names)) == ["r=13", "0.6", "1.7x", None, None, None]

@@ -146,6 +146,7 @@ def test_what_is_not_a_run_goes_into_the_working_directory(runs, tmp_path, monke
         (["--rho", "a"], "argument --rho: 'a' is not numbers such as 0.05,0.2"),
         (["--limit", "3", "--batch_size", "4"], "batch_size is 4: limit is 3 and digits:train has 1437 images"),
         (["--schedule", "tome"], "schedule"),
+        (["--schedule", "recommended"], "recommended: the checkpoint recommends none"),
         (["--compare", "none.json"], "none.json cannot be read: No such file or directory"),
         (["--compare", "packaged:none"], "no packaged checkpoint 'packaged:none'"),
         (["--compare", "packaged:digits", "--loss_tolerance", "-1"], "loss_tolerance is -1.0"),

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import fcvit_jax as fc
-from fcvit_jax.models.schedule import fit_schedules, parse_schedules
+from fcvit_jax.models.schedule import MergeSchedule, fit_schedules, parse_schedules
 from fcvit_jax.search.findings import FEWEST, judge
 
 
@@ -57,6 +57,18 @@ def test_a_list_of_schedules_may_name_what_the_checkpoint_recommends():
     assert list(named) == ["dense", "recommended:0.6", "recommended:0.5"]
     assert str(fit_schedules("recommended:0.5", CONFIG, FORMS)[0]["recommended:0.5"]) == FORMS["0.5"]
     assert list(fit_schedules("recommended", CONFIG, {"0.6": FORMS["0.6"]})[0]) == ["recommended"]
+
+
+def test_one_schedule_may_be_named_too(tmp_path):
+    (tmp_path / "search.json").write_text(json.dumps({"recommended": FORMS}))
+    for text in (f"search:{tmp_path}:0.6", "recommended:0.6"):
+        assert str(MergeSchedule.parse(text, 2, FORMS)) == FORMS["0.6"]
+    assert str(MergeSchedule.parse("recommended", 2, {"0.6": FORMS["0.6"]})) == FORMS["0.6"]
+    for text in (f"search:{tmp_path}", "recommended"):
+        with pytest.raises(fc.InputError, match=f"{text} stands for 2 schedules: choose {text}:0.6 or {text}:0.5"):
+            MergeSchedule.parse(text, 2, FORMS)
+    with pytest.raises(fc.InputError, match="the checkpoint recommends none"):
+        MergeSchedule.parse("recommended", 2)
 
 
 @pytest.mark.parametrize(

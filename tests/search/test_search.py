@@ -160,6 +160,7 @@ def test_layer_times_add_up():
         (["--batch_size", "3"], "batch_size is 3: it must be a positive multiple of the 2 devices"),
         (["--limit", "1"], "limit is 1: it must be a whole number, 2 or more"),
         (["--write"], "belongs to the library"),
+        (["--correct", "/proc/none/out"], "/proc/none cannot be written"),
     ],
 )
 def test_bad_input_is_one_line(argv, message, tmp_path, capsys):

@@ -504,6 +504,18 @@ def test_a_run_from_nowhere_asks_for_a_checkpoint_and_one_over_its_source_is_ref
             train(config, tmp_path)
 
 
+def test_the_schedule_may_be_what_a_search_has_found_and_is_kept_as_it_was(tmp_path, devices):
+    form = "dense:1,global:5:r3@nearest"
+    (tmp_path / "search.json").write_text(json.dumps({"recommended": {"0.6": form}}))
+    config = tiny(checkpoint="packaged:digits", schedule=f"search:{tmp_path}", schedules=f"search:{tmp_path}:0.6")
+    opened, _ = training_run.open_run(TrainConfig.from_dict(config.to_dict()), tmp_path / "run")
+    assert str(opened.model.schedule) == opened.facts()["config"]["schedule"] == form
+    assert list(map(str, opened.schedules.values())) == ["dense:6", form]
+    config.schedule = "recommended"
+    with pytest.raises(fc.InputError, match="the checkpoint recommends none"):
+        training_run.open_run(TrainConfig.from_dict(config.to_dict()), tmp_path / "run")
+
+
 def test_folders_of_different_classes_are_told(tmp_path, devices):
     config = tiny(train=photos(tmp_path / "train"), test=photos(tmp_path / "test"), batch_size=16)
     (tmp_path / "test" / "dark").rename(tmp_path / "test" / "dusk")
