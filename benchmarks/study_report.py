@@ -1,9 +1,9 @@
-"""The tables and plots of docs/flatness_and_compression.md, made of the rows that are stored beside it.
+"""The tables and plots of docs/flatness_and_compression.md and docs/training.md, made of the stored rows.
 
     python benchmarks/study_report.py           rewrites them
     python benchmarks/study_report.py --check   writes nothing, and fails where a table is not what the rows make
 
-A table stands in the page between `<!-- SETTING: TABLE -->` and `<!-- end -->`. A value is the mean over the seeds with
+A table stands in a page between `<!-- SETTING: TABLE -->` and `<!-- end -->`. A value is the mean over the seeds with
 the half width of its 95 % interval (Student's t); a difference is taken seed by seed, and its p is that of the paired
 t-test. Intervals and tests are about the seeds of training: the test images are the same throughout.
 """
@@ -25,7 +25,8 @@ from fcvit_jax.files import write_whole
 from study import ARMS, ROWS, read
 
 PAGE = ROWS.parents[1] / "flatness_and_compression.md"
-ABLATION = ROWS.with_name("ablation.jsonl")
+PAGES = (PAGE, PAGE.with_name("training.md"))
+ABLATION, COST = ROWS.with_name("ablation.jsonl"), ROWS.with_name("cost.jsonl")
 BLOCK = re.compile(r"(<!-- (\w+): (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 TITLES = {
     "adamw": "AdamW",
@@ -34,6 +35,9 @@ TITLES = {
     "sam_twice": "SAM, twice as long",
     "asam": "ASAM",
     "gsam": "GSAM",
+    "sam_last25": "SAM, last 25 %",
+    "sam_last10": "SAM, last 10 %",
+    "msam": "MSAM",
 }
 MEASURES = {
     "worst": "worst case, radius",
@@ -51,27 +55,31 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--check", action="store_true", help="compare, and write nothing")
     args = parser.parse_args(argv)
     with one_line_errors():
-        if absent := [path for path in (PAGE, ROWS, ABLATION) if not path.exists()]:
+        if absent := [path for path in (*PAGES, ROWS, ABLATION) if not path.exists()]:
             raise InputError(f"{absent[0]} is absent: run benchmarks/study.py, and write the page around its tables")
-        before = PAGE.read_text()
-        after = fill(before, read(ROWS), read(ABLATION))
+        for page in PAGES:
+            before = page.read_text()
+            after = fill(before, read(ROWS), read(ABLATION), read(COST))
+            if args.check and after != before:
+                raise InputError(f"{page} is not what the rows make: run benchmarks/study_report.py")
+            if not args.check:
+                write_whole(page, after.encode())
         if args.check:
-            if after != before:
-                raise InputError(f"{PAGE} is not what the rows make: run benchmarks/study_report.py")
             return
-        write_whole(PAGE, after.encode())
         for setting in dict.fromkeys(row["setting"] for row in read(ROWS)):
             write_whole(ROWS.with_name(f"{setting}.png"), plot(select(read(ROWS), setting)))
         write_whole(ABLATION.with_suffix(".png"), plot_ablation(read(ABLATION)))
 
 
-def fill(page: str, runs: Rows, ablation: Rows) -> str:
+def fill(page: str, runs: Rows, ablation: Rows, costs: Rows) -> str:
     """The page with every table between its marks rewritten."""
 
     def table(found: re.Match[str]) -> str:
         _, setting, name, _ = found.groups()
         if setting == "ablation":
             return f"{found[1]}{ABLATIONS[name](ablation)}{found[4]}"
+        if name == "choice":
+            return f"{found[1]}{choice(select(runs, setting), costs)}{found[4]}"
         return f"{found[1]}{TABLES[name](select(runs, setting))}{found[4]}"
 
     return BLOCK.sub(table, page)
@@ -182,7 +190,7 @@ def paired(rows: Rows) -> str:
     """Differences of the other arms from both AdamWs, over the seeds that both have."""
     arms, body = by_arm(rows), []
     columns = {"dense, points": dense, "merged, points": merged, "drop, points": drop, "ln KL": log_divergence}
-    for arm in ("sam", "sam_twice", "asam", "gsam", "adamw_twice"):
+    for arm in (*(arm for arm in arms if not arm.startswith("adamw")), "adamw_twice"):
         for base in ("adamw", "adamw_twice"):
             if arm == base or arm not in arms or base not in arms:
                 continue
@@ -221,7 +229,122 @@ def relation(rows: Rows) -> str:
     return markdown([f"over {len(rows)} runs", "drop of top-1", "KL to dense", "merged top-1"], body)
 
 
+def fit(rows: Rows) -> str:
+    """How well each arm fits when it stops, beside the AdamW of its seed, and what that took."""
+    arms, body = by_arm(rows), []
+    theirs = {row["seed"]: row["gradients"] for row in arms["adamw"]}
+    for arm, members in arms.items():
+        apart = [row["fit"]["loss"] / row["fit"]["target"] - 1 for row in members if row["fit"]["target"]]
+        late = [row for row in members if row["fit"]["target"] and row["fit"]["loss"] > row["fit"]["target"]]
+        body.append(
+            [
+                TITLES[arm],
+                f"{members[0]['config']['sam']['rho']:g}",
+                mean([row["steps"] for row in members], ".0f"),
+                mean([row["gradients"] / theirs[row["seed"]] for row in members], ".2f"),
+                mean([row["fit"]["loss"] for row in members], ".4f"),
+                f"{100 * max(apart, key=abs):+.1f} %" if apart else "",
+                str(len(late)) if apart else "",
+                ", ".join(str(row["seed"]) for row in members),
+            ]
+        )
+    head = ["", "radius", "steps", "gradients, of AdamW's", "loss on training images", "furthest from AdamW's"]
+    return markdown([*head, "never got there", "seeds"], body)
+
+
+def pairs(rows: Rows, arm: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """The runs of an arm, each with the AdamW of its seed."""
+    arms = by_arm(rows)
+    theirs = {row["seed"]: row for row in arms["adamw"]}
+    return [(row, theirs[row["seed"]]) for row in arms[arm] if row["seed"] in theirs]
+
+
+def against_adamw(values: Callable[[dict[str, Any]], dict[str, float]], first: str) -> Callable[[Rows], str]:
+    """Differences from AdamW, seed by seed: a line a value, a column an arm."""
+
+    def table(rows: Rows) -> str:
+        others = [arm for arm in by_arm(rows) if arm != "adamw"]
+        body = []
+        for name in values(rows[0]):
+            found = [[values(a)[name] - values(b)[name] for a, b in pairs(rows, arm)] for arm in others]
+            body.append([name, *map(difference, found)])
+        return markdown([first, *(TITLES[arm] for arm in others)], body)
+
+    return table
+
+
+def each_top1(row: dict[str, Any]) -> dict[str, float]:
+    return {f"`{each['schedule']}`": 100 * each["top1"] for each in row["schedules"]}
+
+
+def each_log_kl(row: dict[str, Any]) -> dict[str, float]:
+    return {f"`{each['schedule']}`": float(np.log(each["kl"])) for each in row["schedules"][1:]}
+
+
+def log_measures(row: dict[str, Any]) -> dict[str, float]:
+    return {title: float(np.log(value)) for title, value in measures(row).items()}
+
+
+def halfway(rows: Rows) -> str:
+    """How far each arm goes from AdamW's sharpness to SAM's: 0 as sharp as AdamW, 1 as flat as SAM.
+
+    Of means over the seeds that all arms have.
+    """
+    arms = by_arm(rows)
+    common = set.intersection(*({row["seed"] for row in members} for members in arms.values()))
+    arms = by_arm([row for row in rows if row["seed"] in common])
+    others = [arm for arm in arms if arm not in ("adamw", "sam")]
+    body = []
+    for title in measures(rows[0]):
+        means = {arm: np.mean([measures(row)[title] for row in members]) for arm, members in arms.items()}
+        way = means["sam"] - means["adamw"]
+        body.append([title, f"{means['sam'] / means['adamw']:.2f}"])
+        body[-1] += [f"{(means[arm] - means['adamw']) / way:.2f}" for arm in others]
+    return markdown(["", "SAM's, of AdamW's", *(f"{TITLES[arm]}: share of the way" for arm in others)], body)
+
+
+METHODS = {"adamw": "AdamW", "msam": "MSAM", "sam_last25": "SAM-last-25%", "sam": "SAM", "asam": "SAM"}  # of cost rows
+
+
+def choice(rows: Rows, costs: Rows) -> str:
+    """What each method costs and gives, beside AdamW; means over the seeds."""
+    arms, body = by_arm(rows), []
+    sharpest = next(reversed([title for title in measures(rows[0]) if title.startswith(MEASURES["worst"] + " ")]))
+    for arm, method in METHODS.items():
+        if arm not in arms:
+            continue
+        both = pairs(rows, arm)
+        kl = np.exp(np.mean([log_divergence(a) - log_divergence(b) for a, b in both]))
+        sharpness = np.exp(np.mean([log_measures(a)[sharpest] - log_measures(b)[sharpest] for a, b in both]))
+        body.append(
+            [
+                TITLES[arm],
+                next((f"{row['ratio']:.2f} ± {row['half']:.2f}" for row in costs if row["method"] == method), ""),
+                f"{np.mean([a['gradients'] / b['gradients'] for a, b in both]):.2f}",
+                f"{sharpness:.2f}",
+                f"{kl:.2f}",
+                f"{np.mean([dense(row) for row in arms[arm]]):.1f}",
+                f"{np.mean([merged(row) for row in arms[arm]]):.1f}",
+            ]
+        )
+    head = [
+        "method",
+        "time of a run",
+        "gradients to fit as well",
+        f"{sharpest}",
+        "KL when merged",
+        "dense, %",
+        "merged, %",
+    ]
+    return markdown(head, body)
+
+
 TABLES: dict[str, Callable[[Rows], str]] = {
+    "fit": fit,
+    "paired_top1": against_adamw(each_top1, "top-1, points"),
+    "paired_kl": against_adamw(each_log_kl, "ln KL"),
+    "paired_flatness": against_adamw(log_measures, "ln"),
+    "halfway": halfway,
     "conditions": conditions,
     "accuracy": per_schedule(lambda row, i: 100 * row["schedules"][i]["top1"], ".2f"),
     "drop": per_schedule(lambda row, i: dense(row) - 100 * row["schedules"][i]["top1"], "+.2f"),

@@ -3,33 +3,41 @@
     python benchmarks/training.py
     python benchmarks/training.py --methods AdamW,SAM --schedules dense,tome_r13,s2dfe_r18
     python benchmarks/training.py --model vit_base_patch16_224 --batch_size 64 --dataset folder:photos/train
+    python benchmarks/training.py --model packaged:digits --batch_size 32 --json rows.jsonl
 
-Blocks of all contenders alternate, so that what else the machine does falls on all alike; the median counts. A block
-is five steps, in which LookSAM takes its second gradient once; SAM/4 is SAM in four micro-batches. Weights are random:
-cost does not depend on them. Activations are the memory that grows with the batch: what the compiled step needs for
-twice the batch, less what it needs for the batch. Ratios are to the first method under the first schedule.
+Blocks of all contenders alternate, so that what else the machine does falls on all alike; the median counts. A block is
+twenty steps, in which LookSAM-5 takes its second gradient four times, and SAM-last-25% in the last five; SAM/4 is SAM
+in four micro-batches. Weights are random: cost does not depend on them. Activations are the memory that grows with the
+batch: what the compiled step needs for twice the batch, less what it needs for the batch. Ratios are to the first
+method under the first schedule; the row that --json stores has that of time with its 95 % interval over the blocks.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import itertools
+import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from datetime import date
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from scipy import stats
 from tqdm import tqdm
 
 from fcvit_jax.allocator import keep_freed_memory
-from fcvit_jax.checkpoint import abstract_params, versions
+from fcvit_jax.checkpoint import abstract_params, load_checkpoint, versions
 from fcvit_jax.data.augment import Augment
 from fcvit_jax.data.batches import device_batches, train_batches
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
+from fcvit_jax.flags import keep_programs
 from fcvit_jax.models import zoo
 from fcvit_jax.models.flops import gmacs
 from fcvit_jax.models.schedule import parse_schedules
@@ -37,52 +45,58 @@ from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fcvit_jax.training.recent_steps import WaitingTime
 from fcvit_jax.training.sam import SAMConfig, rho_schedule
-from fcvit_jax.training.step import Recipe, StepInputs, init_state, make_train_step
+from fcvit_jax.training.step import Recipe, StepInputs, init_state, make_train_step, phases
 from fcvit_jax.training.targets import TargetConfig
 
-BLOCK = 5  # steps
+BLOCK = 20  # steps
 METHODS = {
     "AdamW": SAMConfig(rho=0.0),
     "SAM": SAMConfig(rho=0.05),
+    "SAM-last-25%": SAMConfig(rho=0.05, start=0.75 * BLOCK),
+    "MSAM": SAMConfig(rho=0.75, direction="momentum"),
     "LookSAM-5": SAMConfig(rho=0.05, refresh_every=5),
     "SAM/4": SAMConfig(rho=0.05, microbatches=4),
 }
 
 
 class Contender:
-    """One compiled step with its own state."""
+    """A training run with its own state; its compiled steps by the step of a block from which each is taken."""
 
     def __init__(self, model: ViT, preprocess: Preprocess, sam: SAMConfig, batch: Any):
         params = abstract_params(model.config)
         optimizer, learning_rate = make_optimizer(OptimizerConfig(learning_rate=1e-4), params, 10_000)
         recipe = Recipe(optimizer, learning_rate, sam, rho_schedule(sam, 10_000), TargetConfig())
         self.state = init_state(model, recipe, seed=0)
-        step = jax.jit(make_train_step(model, preprocess, recipe), donate_argnums=0)
-        self.step = step.lower(self.state, batch).compile()
+        self.steps = {}
+        for first, each in phases(recipe).items():
+            step = jax.jit(make_train_step(model, preprocess, each), donate_argnums=0)
+            self.steps[first] = step.lower(self.state, batch).compile()
 
     def block(self, batches: Iterator[Any], on_step: Callable[[Any], None] = lambda metrics: None) -> float:
-        """Seconds that five steps and their batches take. on_step: called with the metrics of each dispatched step."""
+        """Seconds that a block and its batches take. on_step: called with the metrics of each dispatched step."""
         started = time.perf_counter()
-        for _ in range(BLOCK):
-            self.state, metrics = self.step(self.state, next(batches))
+        for index in range(BLOCK):
+            step = self.steps[max(first for first in self.steps if first <= index)]
+            self.state, metrics = step(self.state, next(batches))
             on_step(metrics)
         jax.block_until_ready(metrics)
         return time.perf_counter() - started
 
     def memory(self) -> int:
         """Bytes that the step needs beside its arguments and results: activations, and gradients."""
-        analysis: Any = self.step.memory_analysis()
-        return analysis.temp_size_in_bytes
+        analyses: list[Any] = [step.memory_analysis() for step in self.steps.values()]
+        return max(analysis.temp_size_in_bytes for analysis in analyses)
 
 
 def main() -> None:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="vit_small_patch16_224", help="architecture, by timm's name")
+    parser.add_argument("--model", default="vit_small_patch16_224", help="architecture: timm's name, or a checkpoint")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--image_size", type=int, help="pixels; the model's own by default")
     parser.add_argument("--methods", default=",".join(METHODS), help="default: %(default)s")
     parser.add_argument("--schedules", default="dense", help="merge schedules to train under (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each contender")
+    parser.add_argument("--json", type=Path, help="append a row for each contender to this file")
     parser.add_argument("--dataset", help="photos to augment and feed to the first contender: how long does it wait?")
     args = parser.parse_args()
     with one_line_errors():
@@ -98,12 +112,14 @@ def measure(args: argparse.Namespace) -> None:
     if args.batch_size % max(METHODS[name].microbatches for name in methods):
         raise InputError(f"--batch_size: {args.batch_size} images do not make four micro-batches: leave SAM/4 out")
     source = open_source(args.dataset) if args.dataset else None  # before anything is compiled
-    config = zoo.get(args.model).config
+    stored = args.model.startswith("packaged:") or Path(args.model).exists()
+    config = load_checkpoint(args.model).config if stored else zoo.get(args.model).config
     size = (args.image_size, args.image_size) if args.image_size is not None else config.image_size
     config = dataclasses.replace(config, image_size=size)
     schedules = parse_schedules(args.schedules, config.depth)
     preprocess = Preprocess(image_size=size)
     keep_freed_memory()
+    keep_programs(None)
     rng = np.random.default_rng(0)
 
     def batch_of(rows: int) -> Any:
@@ -129,7 +145,7 @@ def measure(args: argparse.Namespace) -> None:
 
     device = jax.devices()[0].device_kind
     print(f"{args.model} at {size[0]} px, batch {args.batch_size}, float32, {device}, JAX {versions()['jax']}")
-    layout = f"{{:<12}}{{:<{max(map(len, schedules)) + 2}}}{{:>15}}{{:>17}}{{:>9}}{{:>20}}"
+    layout = f"{{:<14}}{{:<{max(map(len, schedules)) + 2}}}{{:>15}}{{:>17}}{{:>9}}{{:>20}}"
     print(layout.format("", "schedule", "GMACs", "ms/step", "spread", "activations"))
     first, *_ = contenders
     base = gmacs(config, schedules[first[1]]), statistics.median(seconds[first]), activations[first]
@@ -146,6 +162,16 @@ def measure(args: argparse.Namespace) -> None:
                 f"{found[2] / 2**20:.0f} MiB ({ratios[2]:.2f}x)",
             )
         )
+    if args.json:
+        conditions = {"model": args.model, "image_size": size, "batch_size": args.batch_size, "steps": BLOCK}
+        conditions |= {"device": f"{device} ({os.cpu_count()} cores)", "versions": versions()}
+        conditions |= {"date": date.today().isoformat()}
+        with args.json.open("a") as file:
+            for (name, schedule), times in seconds.items():
+                ratios = np.array(times) / np.array(seconds[first])
+                half = stats.t.ppf(0.975, len(times) - 1) * stats.sem(ratios) if len(times) > 1 else float("nan")
+                row = {"method": name, "schedule": schedule, "seconds": times, "ratio": ratios.mean(), "half": half}
+                file.write(json.dumps(row | conditions) + "\n")
     if source:
         share = waiting(args, contenders[first], preprocess, source)
         print(f"{' under '.join(first)} waits for photos {share:.1%} of the time")

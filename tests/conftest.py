@@ -150,6 +150,7 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "test_own_model.py": ("test_the_linen_model_merges_as_ours[dense", "test_the_nnx_model_merges_as_ours[dense"),
     "test_own_rule.py": ("test_under_vmap_and_grad",),
+    "test_study.py": ("test_training_ends_at_the_first_measurement_that_fits",),
     "test_parallel.py": (
         "test_those_who_are_done_wait_for_the_others",
         "test_nothing_but_an_exit_at_once_ends_a_process_that_waits_in_an_exchange",
@@ -177,6 +178,7 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for",
         "test_flatness_is_measured_at_the_end_if_asked_for",
         "test_killed_at_any_moment_it_ends_in_the_same_parameters",
+        "test_killed_before_at_and_after_the_start_of_sam_it_ends_in_the_same_parameters",
         "test_sharded_leaves_are_trained_to_the_same",
         "test_sigterm_saves_and_loses_no_step",
         "test_two_processes_equal_one",

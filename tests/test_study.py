@@ -1,14 +1,21 @@
-"""The tables of benchmarks/study_report.py, on rows made by hand, and the page that is made of the stored ones."""
+"""The tables of benchmarks/study_report.py, on rows made by hand, the pages that are made of the stored ones, and the
+training of benchmarks/study.py that ends at a loss."""
 
 import importlib
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
+import pytest
+
+import fcvit_jax as fc
+from configs import digits_sam
+from fcvit_jax.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-report = importlib.import_module("study_report")
+report, study = importlib.import_module("study_report"), importlib.import_module("study")
 
 
 def row(arm, seed, top1, kl, worst, verdict=None):
@@ -81,11 +88,74 @@ def test_verdicts_are_counted_and_measures_ranked():
 
 def test_only_what_stands_between_the_marks_is_written():
     page = "before\n<!-- digits: conditions -->\nold\n<!-- end -->\nafter\n"
-    filled = report.fill(page, ROWS, [])
+    filled = report.fill(page, ROWS, [], [])
     assert filled.startswith("before\n<!-- digits: conditions -->\n|  | radius |")
     assert filled.endswith("|\n<!-- end -->\nafter\n")
     assert "old" not in filled
-    assert report.fill(filled, ROWS, []) == filled
+    assert report.fill(filled, ROWS, [], []) == filled
+
+
+def fitted(row, loss, target, steps, gradients):
+    return row | {"fit": {"loss": loss, "target": target}, "steps": steps, "gradients": gradients}
+
+
+FITTED = [
+    fitted(ROWS[0], 0.20, None, 100, 100),
+    fitted(ROWS[1], 0.30, None, 100, 100),
+    fitted(ROWS[2], 0.19, 0.20, 150, 300),
+    fitted(ROWS[3], 0.33, 0.30, 250, 500),
+    fitted(row("sam_last25", 0, (0.90, 0.90, 0.88), (0.05, 0.29), 2.5), 0.20, 0.20, 110, 145),
+]
+
+
+def test_arms_at_equal_fit_stand_beside_the_adamw_of_their_seed():
+    _, _, adamw, sam, late = cells(report.TABLES["fit"](FITTED))
+    assert adamw[:2] + adamw[5:] == ["AdamW", "0.05", "", "", "0, 1"]
+    assert sam[2].startswith("200 ± ")
+    assert sam[3].startswith("4.00 ± ")  # 300 / 100 and 500 / 100 gradients
+    assert sam[5:] == ["+10.0 %", "1", "0, 1"]
+    assert late == ["SAM, last 25 %", "0.05", "110", "1.45", "0.2000", "+0.0 %", "0", "0"]
+
+
+def test_differences_from_adamw_a_line_a_schedule_and_the_share_of_the_way_to_sam():
+    head, _, *body = cells(report.TABLES["paired_top1"](FITTED))
+    assert head == ["top-1, points", "SAM", "SAM, last 25 %"]
+    assert body[2] == ["`tome_r16`", "+6.00 ± 0.00", "+8.00"]  # 86 less 80, 90 less 84; 88 less 80
+    body = cells(report.TABLES["paired_kl"](FITTED))[2:]
+    assert body[0] == ["`tome_r8`", f"{np.log(0.5):+.2f} ± 0.00", f"{np.log(0.5):+.2f}"]
+    lines = {line[0]: line[1:] for line in cells(report.TABLES["halfway"](FITTED))[2:]}
+    assert lines["worst case, radius 0.1"] == ["0.25", "0.50"]  # of seed 0, which all have: 4, 1 and 2.5
+
+
+def test_what_each_method_costs_and_gives():
+    others = [row(arm, 0, (0.90, 0.88, 0.80), (0.1, 0.3), 4.0) for arm in ("msam", "asam")]
+    costs = [
+        {"method": name, "ratio": 1.0 + i, "half": 0.1 * i}
+        for i, name in enumerate(("AdamW", "MSAM", "SAM-last-25%", "SAM"))
+    ]
+    table = report.choice([*FITTED, *(fitted(each, 0.2, 0.2, 90, 90) for each in others)], costs)
+    _, _, *body = cells(table)
+    assert [line[0] for line in body] == ["AdamW", "MSAM", "SAM, last 25 %", "SAM", "ASAM"]
+    assert body[0][1:5] == ["1.00 ± 0.00", "1.00", "1.00", "1.00"]
+    assert body[2] == ["SAM, last 25 %", "3.00 ± 0.20", "1.45", "0.62", "0.85", "90.0", "89.0"]  # 2.5 / 4, 0.17 / 0.2
+
+
+@pytest.mark.parametrize(("target", "steps"), [(None, 22), (100.0, 4), (0.0, 44)])
+def test_training_ends_at_the_first_measurement_that_fits(target, steps, tmp_path):
+    config = digits_sam.get_config()
+    size = {"model.embed_dim": 16, "model.depth": 1, "model.mlp_dim": 32, "model.image_size": (16, 16)}
+    config.update_from_flattened_dict(
+        size | {"epochs": 1.0, "warmup_epochs": 0.25, "ema_decay": 0.9, "sam.start": 10.0}
+    )
+    fit = study.Fit(epochs=0.5, most=2, every=4, images=64)
+    with jax.numpy_dtype_promotion("standard"):  # as users have it
+        found = study.train_until(TrainConfig.from_dict(config.to_dict()), tmp_path, fit, target)
+    checkpoint = fc.load_checkpoint(tmp_path)
+    assert checkpoint.meta["provenance"]["steps"] == steps
+    assert found["gradients"] == steps + max(steps - 10, 0)
+    assert [step for step, _ in found["losses"]] == [*range(4, steps, 4), steps]
+    assert found["losses"][-1][1] == pytest.approx(found["loss"], abs=1e-5)
+    assert 1 < found["loss"] < 3
 
 
 def test_the_ablation_has_a_line_a_rate_and_a_column_a_family():

@@ -20,7 +20,7 @@ from fcvit_jax.training.assessment import Assessment
 from fcvit_jax.training.log import Log
 from fcvit_jax.training.recent_steps import RecentSteps
 from fcvit_jax.training.saved_states import SavedStates
-from fcvit_jax.training.step import StepInputs, TrainState, make_train_step
+from fcvit_jax.training.step import StepInputs, TrainState, make_train_step, phases
 from fcvit_jax.training.train_config import TrainConfig
 from fcvit_jax.training.training_run import WRITTEN, TrainingRun, check_same, open_run
 
@@ -60,8 +60,14 @@ def start(run: TrainingRun, params: Any) -> tuple[TrainState, Accuracy | None]:
     everywhere = parallel.replicated(run.mesh)
     fsdp = run.config.fsdp
     place = parallel.fully_sharded(run.mesh, abstract) if fsdp else jax.tree.map(lambda _: everywhere, abstract)
-    step = make_train_step(run.model, run.start.preprocess, run.recipe)
-    step = jax.jit(step, donate_argnums=0, out_shardings=(place, everywhere))
+    steps = {
+        first: jax.jit(
+            make_train_step(run.model, run.start.preprocess, recipe),
+            donate_argnums=0,
+            out_shardings=(place, everywhere),
+        )
+        for first, recipe in phases(run.recipe).items()
+    }
     facts = run.facts()
     with contextlib.closing(SavedStates(run.workdir / "states", run.config.keep)) as states:
         states.check_shared()
@@ -74,17 +80,18 @@ def start(run: TrainingRun, params: Any) -> tuple[TrainState, Accuracy | None]:
             state = states.restore(shapes)
         del params
         try:
-            return loop(run, state, step, states, {"best": 0.0, "skipped": 0, **notes, **facts})
+            return loop(run, state, steps, states, {"best": 0.0, "skipped": 0, **notes, **facts})
         except BadImage as error:
             raise InputError(f"{error}; repair it, or leave it out with --config.on_bad=skip") from None
 
 
 def loop(
-    run: TrainingRun, state: TrainState, step: Any, states: SavedStates, notes: dict[str, Any]
+    run: TrainingRun, state: TrainState, steps: dict[int, Any], states: SavedStates, notes: dict[str, Any]
 ) -> tuple[TrainState, Accuracy | None]:
     """Steps until the end or a signal; logs, saves and tests at their intervals.
 
     A state is saved before it is tested. A run that resumes from a state that was due to be tested tests it first.
+    steps: of each of `phases`, jitted; those that are still to come are compiled at once.
     """
     config, done, skips = run.config, int(state.step), run.config.on_bad == "skip"
     accuracy = None
@@ -94,7 +101,8 @@ def loop(
     with contextlib.ExitStack() as stack:
         stopping = stack.enter_context(parallel.stop_signal())
         assess = Assessment(run, state.weights, notes, stopping)
-        compiled = step.lower(state, inputs).compile()
+        now = max(first for first in steps if first <= done)
+        ahead = {max(first, done): step.lower(state, inputs).compile() for first, step in steps.items() if first >= now}
         log = Log(run.workdir, done, config.tensorboard) if jax.process_index() == 0 else None
         recent = RecentSteps(log, config.batch_size, run.steps, done, notes["skipped"] if skips else None)
         stack.enter_context(contextlib.closing(recent))
@@ -111,6 +119,10 @@ def loop(
         batches = stack.enter_context(contextlib.closing(training_batches(run, done)))
         odd = run.start.preprocess.oddities
         for batch in recent.waiting.timed(batches):
+            if done in ahead:
+                compiled = ahead.pop(done)
+                if done and done == run.recipe.sam.start:
+                    recent.tell(f"SAM starts after step {done:,}")
             state, metrics = parallel.settled(compiled(state, StepInputs(*batch[:3])))
             done += 1
             recent.add(batch, metrics)

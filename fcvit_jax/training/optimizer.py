@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from fcvit_jax.errors import InputError
@@ -72,6 +73,14 @@ def make_optimizer(
     # Frozen parameters count neither in the norm that is clipped nor in the optimizer's memory.
     labels = jax.tree.map(lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.freeze))
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels), schedule
+
+
+def momentum(opt_state: Any, params: Any) -> Any:
+    """The optimizer's momentum, before any scaling: a tree like the parameters, zero where they are frozen."""
+    found = optax.tree.get(opt_state, "mu")  # of adamw and lion
+    found = optax.tree.get(opt_state, "trace") if found is None else found
+    # `optax.partition` leaves out what is frozen.
+    return jax.tree.map(lambda w, m: jnp.zeros_like(w) if isinstance(m, optax.MaskedNode) else m, params, found)
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:

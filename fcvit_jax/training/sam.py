@@ -9,6 +9,7 @@ g(w) is the gradient of the batch, unit(x) = x / ||x|| over all leaves:
     LookSAM  arXiv 2203.02714, algorithm 1          SAM every k-th step; between, g(w) + alpha ||g(w)|| v, with v the
                                                     unit(part of g(w + e) orthogonal to g(w)) of the last SAM step
     SAM-ON   arXiv 2306.04226                       SAM that perturbs the norms only
+    MSAM     arXiv 2401.12033, algorithm 1          g(w + e) alone, e = -rho unit(m), with m the optimizer's momentum
 """
 
 import dataclasses
@@ -37,9 +38,10 @@ class SAMConfig:
     """
 
     rho: float = setting(0.05, low=0)  # radius; 0: the plain gradient in one pass, bit for bit
-    # None: constant; otherwise a cosine from rho to rho_final over the steps from start_step.
+    # None: constant; otherwise a cosine from rho to rho_final over the steps from `start`.
     rho_final: float | None = setting(None, low=0)
-    start_step: int = setting(0, low=0)  # rho is 0 before it, in the warm-up of the learning rate
+    start: float = setting(0.0, low=0)  # plain gradients before it; below 1: a share of the run, from 1 on: a step
+    direction: str = setting("gradient", choices=("gradient", "momentum"))  # of the perturbation; momentum: MSAM
     adaptive: bool = False  # ASAM
     eta: float = setting(0.01, low=0)  # ASAM's floor, below which small weights are perturbed like 0
     gap_weight: float = setting(0.0, low=0)  # GSAM's alpha
@@ -54,6 +56,24 @@ class SAMConfig:
         check_settings(self, "sam.")
         if self.rho_final and not self.rho:
             raise InputError(f"sam.rho_final is {self.rho_final}: it requires a rho above 0, since 0 turns SAM off")
+        if self.start > 1 and self.start % 1:
+            raise InputError(f"sam.start is {self.start}: a share of the run is below 1, and a step a whole number")
+        if self.direction == "momentum":
+            own = {field.name: field.default for field in dataclasses.fields(self)}
+            for name in ("gap_weight", "refresh_every", "scope"):
+                if getattr(self, name) != own[name]:
+                    raise InputError(
+                        f"sam.{name} is {getattr(self, name)}: it requires the gradient at the parameters, which "
+                        f"sam.direction=momentum does not take; leave it at {own[name]}"
+                    )
+
+
+def with_start(cfg: SAMConfig, total_steps: int, earliest: int = 0) -> SAMConfig:
+    """The configuration with `start` as a step, which is `earliest` or later. Raises InputError if SAM never starts."""
+    start = max(cfg.start if cfg.start >= 1 else round(cfg.start * total_steps), earliest)
+    if cfg.rho and start >= total_steps:
+        raise InputError(f"sam.start is {cfg.start:g}: the run ends after {total_steps} steps, without SAM")
+    return dataclasses.replace(cfg, start=float(start))
 
 
 def warnings(cfg: SAMConfig) -> tuple[str, ...]:
@@ -69,10 +89,11 @@ def warnings(cfg: SAMConfig) -> tuple[str, ...]:
 class SAMInfo(NamedTuple):
     """What the two passes saw; float32 scalars. With scope "microbatch", means over the micro-batches.
 
-    A step without a second pass (a rho of 0, LookSAM between refreshes) has gap 0, rho 0, cosine 1 and one norm twice.
+    A step with one pass (a rho of 0, LookSAM between refreshes, MSAM) has gap 0, cosine 1 and one norm twice; rho is 0,
+    but for MSAM, whose pass is that at the perturbed parameters.
     """
 
-    loss: jax.Array  # at the parameters
+    loss: jax.Array  # at the parameters; MSAM: at the perturbed ones
     gap: jax.Array  # the loss at the perturbed parameters less `loss`
     grad_norm: jax.Array  # of the gradient at the parameters
     rho: jax.Array  # the radius of this step's perturbation
@@ -81,7 +102,10 @@ class SAMInfo(NamedTuple):
 
 
 class SAMState(NamedTuple):
-    """direction: LookSAM's unit vector v, a tree like the parameters, zero before the first refresh; else ()."""
+    """direction: a tree like the parameters, or () if the method uses none.
+
+    LookSAM: its unit vector v, zero before the first refresh. MSAM: the optimizer's momentum, set by the caller.
+    """
 
     direction: Params
 
@@ -92,17 +116,16 @@ def init_sam(cfg: SAMConfig, params: Params) -> SAMState:
 
 
 def rho_schedule(cfg: SAMConfig, total_steps: int) -> optax.Schedule:
-    """The radius at a step: 0 before start_step; then rho, or a cosine from rho to rho_final at total_steps.
+    """The radius at a step: 0 before `start`; then rho, or a cosine from rho to rho_final at total_steps.
 
     Raises InputError if SAM would never start.
     """
-    if cfg.rho and cfg.start_step >= total_steps:
-        raise InputError(f"sam.start_step is {cfg.start_step}: the run ends after {total_steps} steps, without SAM")
+    start = int(with_start(cfg, total_steps).start)
     if not cfg.rho:
         return optax.constant_schedule(0.0)
     share = 1.0 if cfg.rho_final is None else cfg.rho_final / cfg.rho
-    falling = optax.cosine_decay_schedule(cfg.rho, total_steps - cfg.start_step, share)
-    return optax.join_schedules([optax.constant_schedule(0.0), falling], [cfg.start_step])
+    falling = optax.cosine_decay_schedule(cfg.rho, total_steps - start, share)
+    return optax.join_schedules([optax.constant_schedule(0.0), falling], [start])
 
 
 def perturb_mask(params: Params, perturb: str, frozen: Params | None = None) -> Params:
@@ -151,16 +174,19 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
     params: float32, otherwise InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches`
     (otherwise InputError), best of `microbatches` times the devices. Micro-batch i of c holds the rows i, i + c ... and
-    key i of `jax.random.split(key, c)`, in both passes. rho: of `rho_schedule`; if it is 0, the second pass is skipped
-    at run time. Loss and aux are those at the parameters. With micro-batches, leaves of aux with a leading axis of
-    B / c come back as B rows in the batch's order; all others are averaged.
+    key i of `jax.random.split(key, c)`, in both passes. rho: of `rho_schedule`. Before cfg.start use
+    `jax.value_and_grad`, which costs half: the second pass is left out for a cfg.rho of 0, and by LookSAM. LookSAM
+    refreshes at cfg.start and every k steps after it. state: of `init_sam`, or of the call before; for MSAM
+    `SAMState(momentum)`, and () comes back. Loss and aux are those at the parameters, but for MSAM. With micro-batches,
+    leaves of aux with a leading axis of B / c come back as B rows in the batch's order; all others are averaged.
     """
+    if 0 < cfg.start < 1:
+        raise InputError(f"sam.start is {cfg.start}, a share of the run: replace it by a step, see `with_start`")
     # jit: both passes and the scans' shape inference share one trace.
     value_and_grad = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))
     parts = {"batch": 1, "microbatch": 1} | {cfg.scope: cfg.microbatches}
     looks = cfg.rho > 0 and cfg.refresh_every > 1
-    # Where the radius is never 0, a conditional would only hinder the compiler.
-    always = cfg.start_step == 0 and not looks and cfg.rho_final != 0
+    along_momentum = cfg.rho > 0 and cfg.direction == "momentum"
 
     def of_part(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[jax.Array, Params], Any]:
         (loss, aux), grads = value_and_grad(params, batch, key)
@@ -170,37 +196,40 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
     def function(params: Params, batch: Any, key: jax.Array, rho: Any, step: Any, state: SAMState) -> Any:
         rho = jnp.asarray(rho, jnp.float32)
-        sharp = (rho > 0) & ((step - cfg.start_step) % cfg.refresh_every == 0)  # this step has a second pass
+        sharp = (rho > 0) & ((step - int(cfg.start)) % cfg.refresh_every == 0)  # this step has a second pass
+
+        def perturbed(params: Params, direction: Params, radius: jax.Array) -> Params:
+            check_float32(params, "stored parameters must be float32, otherwise rounding undoes SAM")
+            leaves = perturb_mask(params, cfg.perturb) if mask is None else mask
+            away = perturbation(params, direction, radius, mask=leaves, adaptive=cfg.adaptive, eta=cfg.eta)
+            return optax.tree.add(params, away)
 
         def estimate(params: Params, batch: Any, key: jax.Array) -> tuple[tuple[Params, Params, SAMInfo], Any]:
-            (loss, clean), aux = gradient(params, batch, key)
+            at = perturbed(params, state.direction, -rho) if along_momentum else params
+            (loss, clean), aux = gradient(at, batch, key)
             length, zero = optax.tree.norm(clean), jnp.float32(0)
 
             def plain() -> tuple[Params, SAMInfo]:
-                return clean, SAMInfo(loss, zero, length, zero, length, jnp.float32(1))
+                radius = rho if along_momentum else zero
+                return clean, SAMInfo(loss, zero, length, radius, length, jnp.float32(1))
 
             def adversarial() -> tuple[Params, SAMInfo]:
-                check_float32(params, "stored parameters must be float32, otherwise rounding undoes SAM")
-                perturbed = perturb_mask(params, cfg.perturb) if mask is None else mask
-                ascent = perturbation(params, clean, rho, mask=perturbed, adaptive=cfg.adaptive, eta=cfg.eta)
-                (adv_loss, adv), _ = gradient(optax.tree.add(params, ascent), batch, key)
+                (adv_loss, adv), _ = gradient(perturbed(params, clean, rho), batch, key)
                 info = SAMInfo(loss, adv_loss - loss, length, rho, optax.tree.norm(adv), dot(unit(clean), unit(adv)))
                 if cfg.gap_weight:
                     adv = optax.tree.add_scale(adv, -cfg.gap_weight, orthogonal(clean, adv))
                 return adv, info
 
-            if not cfg.rho:
-                grads, info = plain()
-            elif always:
-                grads, info = adversarial()
-            else:
+            if looks:
                 grads, info = jax.lax.cond(sharp, adversarial, plain)
+            else:  # a conditional would only hinder the compiler
+                grads, info = adversarial() if cfg.rho and not along_momentum else plain()
             return (grads, clean if looks else (), info), aux
 
         (grads, clean, info), aux = _averaged(estimate, parts["microbatch"])(params, batch, key)
         if looks:
             grads, state = jax.lax.cond(sharp, partial(_refresh, grads, clean), partial(_reuse, cfg, clean, rho, state))
-        return (info.loss, aux), grads, state, info
+        return (info.loss, aux), grads, SAMState(()) if along_momentum else state, info
 
     return function
 

@@ -14,6 +14,7 @@ import optax
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.losses import cross_entropy
 from fcvit_jax.models.vit import ViT
+from fcvit_jax.training.optimizer import momentum
 from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, sam_value_and_grad
 from fcvit_jax.training.targets import TargetConfig, mix, row_weights, soft_targets
 
@@ -54,11 +55,18 @@ class Recipe:
 
     optimizer: optax.GradientTransformation  # and the next: of `make_optimizer`
     learning_rate: optax.Schedule
-    sam: SAMConfig
+    sam: SAMConfig  # of `with_start`
     rho: optax.Schedule  # of `rho_schedule`
     targets: TargetConfig
     frozen: Any = None  # of `frozen_mask`, for the optimizer's pattern
     ema_decay: float = 0.0  # of the average of the parameters; 0: there is none
+
+
+def phases(recipe: Recipe) -> dict[int, Recipe]:
+    """The recipe to follow from each of these steps on: plain gradients before `sam.start`, and SAM after it."""
+    start = int(recipe.sam.start) if recipe.sam.rho else 0
+    plain = dataclasses.replace(recipe, sam=dataclasses.replace(recipe.sam, rho=0.0, rho_final=None))
+    return {0: plain, start: recipe}  # one phase if SAM starts at step 0
 
 
 def init_state(model: ViT, recipe: Recipe, seed: int, params: Any = None) -> TrainState:
@@ -87,6 +95,8 @@ def make_train_step(
 ) -> Callable[[TrainState, StepInputs], tuple[TrainState, Metrics]]:
     """The pure function (state, inputs) -> (state, metrics), to be compiled with the state donated.
 
+    It takes SAM's gradient at every step: compile one function for each of `phases`.
+
     The keys of a step come from the run's key and the step's number, so that a resumed run draws the same.
 
     If the loss or the gradient is not finite, the state comes back unchanged, its step number included, and "finite" is
@@ -112,8 +122,10 @@ def make_train_step(
         targets = soft_targets(labels, model.config.num_classes, targets_config.label_smoothing)
         pixels, targets = mix(mix_key, preprocess.normalize(images), targets, mask, targets_config)
 
+        along = recipe.sam.rho > 0 and recipe.sam.direction == "momentum"
+        sam = SAMState(momentum(state.opt_state, state.params)) if along else state.sam
         (loss, predictions), grads, sam, info = value_and_grad(
-            state.params, (pixels, targets, weights), model_key, recipe.rho(state.step), state.step, state.sam
+            state.params, (pixels, targets, weights), model_key, recipe.rho(state.step), state.step, sam
         )
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

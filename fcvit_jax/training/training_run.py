@@ -1,6 +1,6 @@
 """A training run: what its configuration names, opened and found to fit together."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +112,7 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
         config = replace(config, schedule=schedule)
     model = ViT(start.config, schedule, PRECISIONS[config.dtype][0], config.dropout, config.drop_path, config.remat)
     params = abstract_params(start.config)
-    sam_config = replace(config.sam, start_step=max(config.sam.start_step, warmup * config.sam_after_warmup))
+    sam_config = sam.with_start(config.sam, steps, warmup * config.sam_after_warmup)
     optimizer, learning_rate = make_optimizer(config.optimizer, params, steps, warmup)
     recipe = Recipe(
         optimizer,
@@ -126,7 +126,9 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
     unused = ("config.model is not used: the checkpoint has its own",) if config.checkpoint and config.model else ()
     sources = dict.fromkeys((*start.train_set.remarks, *start.test_set.remarks))
     notes = (*sources, *sam.warnings(sam_config), *left_out)
-    remarks = (*start.remarks, *unused, *(f"warning: {line}" for line in notes))
+    first = int(sam_config.start) if sam_config.rho else 0
+    begins = (f"SAM starts after step {first:,} of {steps:,}",) if first else ()
+    remarks = (*start.remarks, *unused, *begins, *(f"warning: {line}" for line in notes))
     return TrainingRun(config, workdir, mesh, start, model, schedules, recipe, steps, remarks), initial
 
 

@@ -187,4 +187,4 @@ def test_the_benchmark_feeds_one_device_of_several(tmp_path):
     contender = benchmark.Contender(ViT(config), pixels, SAMConfig(), rows)
     args, source = Namespace(batch_size=4, blocks=2), benchmark.open_source(f"folder:{tmp_path}")
     assert 0 <= benchmark.waiting(args, contender, pixels, source) < 1
-    assert int(contender.state.step) == 15
+    assert int(contender.state.step) == 3 * benchmark.BLOCK

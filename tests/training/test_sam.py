@@ -17,7 +17,8 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training import sam
-from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, perturbation, rho_schedule
+from fcvit_jax.training.optimizer import OptimizerConfig, frozen_mask, make_optimizer, momentum
+from fcvit_jax.training.sam import SAMConfig, SAMState, init_sam, perturb_mask, perturbation, rho_schedule, with_start
 
 KEY = jax.random.key(7)
 
@@ -159,8 +160,8 @@ def test_rho_zero_is_the_plain_gradient_bit_for_bit():
     value_and_grad = jax.value_and_grad(dropout_loss, has_aux=True)
     expected = jax.jit(value_and_grad)(params, batch, KEY)
     counted, calls = counting(dropout_loss)
-    # 0 by configuration, and 0 by a schedule: then too, the second pass is not run.
-    for cfg in (SAMConfig(rho=0.0), SAMConfig(start_step=3), SAMConfig(rho_final=0.0), SAMConfig(refresh_every=3)):
+    # 0 by configuration, and, with LookSAM, 0 by a schedule: then too, the second pass is not run.
+    for cfg in (SAMConfig(rho=0.0), SAMConfig(refresh_every=3)):
         value, grads, state, info = estimate(cfg, params, batch, counted, rho=0.0)
         jax.effects_barrier()
         assert len(calls) == 1
@@ -276,7 +277,7 @@ def test_a_batch_that_does_not_divide_is_refused():
 @pytest.mark.devices(8)
 @pytest.mark.parametrize("scope", ["batch", "microbatch"])
 def test_eight_devices_equal_one_and_do_not_gather_the_batch(scope):
-    cfg = SAMConfig(rho=0.3, microbatches=4, scope=scope, gap_weight=0.4, start_step=1)
+    cfg = SAMConfig(rho=0.3, microbatches=4, scope=scope, gap_weight=0.4, start=1)
     params, batch, mesh = mlp_params(), mlp_batch(64), parallel.data_mesh()
     assert mesh.size == 8
     expected = estimate(cfg, params, batch, dropout_loss, step=1)
@@ -397,12 +398,12 @@ def test_gsam_that_takes_nothing_off_is_sam():
 @pytest.mark.parametrize("parts", [{}, {"microbatches": 4}, {"microbatches": 4, "scope": "microbatch"}])
 def test_looksam_reuses_the_direction_of_its_last_refresh(parts):
     params, batch = mlp_params(), mlp_batch()
-    cfg = SAMConfig(rho=0.5, start_step=2, refresh_every=3, reuse_scale=0.6, **parts)
+    cfg = SAMConfig(rho=0.5, start=2, refresh_every=3, reuse_scale=0.6, **parts)
     clean, _ = mlp_gradient(params, batch, KEY)
-    _, expected, _, _ = estimate(dataclasses.replace(cfg, start_step=0, refresh_every=1), params, batch)
+    _, expected, _, _ = estimate(dataclasses.replace(cfg, start=0, refresh_every=1), params, batch)
     part = across(expected, clean)
 
-    _, grads, state, info = estimate(cfg, params, batch, step=2)  # the first refresh is at start_step
+    _, grads, state, info = estimate(cfg, params, batch, step=2)  # the first refresh is at start
     assert error(grads, expected) < 1e-6
     np.testing.assert_allclose(flat(state), part / np.linalg.norm(part), atol=1e-5)
     assert info.rho == 0.5
@@ -447,6 +448,54 @@ def test_looksam_adds_nothing_to_a_linear_loss():
     assert error(moved, jax.tree.map(lambda s: 0.7 * s, slope)) < 1e-5
 
 
+def momentum_sam(w, curvature, rho, name, steps=6, rate=0.1):
+    """MSAM on w'Hw / 2 in float64: every gradient is H (w - rho m / |m|), which the momentum m then takes in."""
+    m, v = np.zeros_like(w), np.zeros_like(w)
+    for t in range(1, steps + 1):
+        g = curvature * (w - rho * m / (np.linalg.norm(m) or 1.0))
+        if name == "sgd":
+            m = 0.9 * m + g
+            w = w - rate * m
+        else:
+            m, v = 0.9 * m + 0.1 * g, 0.99 * v + 0.01 * g**2
+            w = w - rate * (m / (1 - 0.9**t) / (np.sqrt(v / (1 - 0.99**t)) + 1e-8) + 0.05 * w)
+    return w
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+@pytest.mark.parametrize("freeze", [None, "b"])
+def test_momentum_sam_in_closed_form(name, freeze):
+    params: Any = {"a": {"kernel": jnp.asarray([[1.0, -2.0]])}, "b": {"kernel": jnp.asarray([[3.0]])}}
+    curvature = {"a": {"kernel": jnp.asarray([[3.0, 0.5]])}, "b": {"kernel": jnp.asarray([[1.0]])}}
+
+    def quadratic(w, batch, key):
+        return 0.5 * jnp.asarray(optax.tree.sum(jax.tree.map(lambda h, x: jnp.sum(h * x**2), curvature, w))), ()
+
+    decay = 0.05 if name == "adamw" else 0.0
+    config = OptimizerConfig(
+        name=name, learning_rate=0.1, schedule="constant", b2=0.99, weight_decay=decay, clip_norm=None, freeze=freeze
+    )
+    optimizer, _ = make_optimizer(config, params, 10)
+    cfg = SAMConfig(rho=0.7, direction="momentum")
+    mask = None if freeze is None else perturb_mask(params, "all", frozen_mask(params, freeze))
+    function = jax.jit(sam.sam_value_and_grad(quadratic, cfg, mask))
+    start, state = params, optimizer.init(params)
+    for step in range(6):
+        along = momentum(state, params)
+        (loss, _), grads, left, info = function(params, None, KEY, cfg.rho, step, SAMState(along))
+        # One pass, at the perturbed parameters: the first has no momentum yet.
+        there = optax.tree.add_scale(params, -0.7 / (norm(along) or 1.0), along)
+        assert float(loss) == pytest.approx(float(quadratic(there, None, None)[0]), rel=1e-5)
+        assert (left, float(info.gap), float(info.rho)) == (SAMState(()), 0.0, pytest.approx(0.7))
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    trained = 2 if freeze else 3
+    expected = momentum_sam(flat(start)[:trained], flat(curvature)[:trained], 0.7, name)
+    np.testing.assert_allclose(flat(params), [*expected, *flat(start)[trained:]], rtol=1e-5)
+    plain = momentum_sam(flat(start)[:trained], flat(curvature)[:trained], 0.0, name)
+    assert np.abs(plain - expected).max() > 0.01
+
+
 # ---------------------------------------------------------------------------- configuration and schedule
 
 
@@ -457,8 +506,9 @@ def test_looksam_adds_nothing_to_a_linear_loss():
         ("rho", float("nan"), "it must be a number"),
         ("rho", True, "it must be a number"),
         ("rho_final", -0.1, "it must be a number, 0 or more, or none"),
-        ("start_step", -1, "it must be a whole number, 0 or more"),
-        ("start_step", 0.5, "it must be a whole number"),
+        ("start", -1, "it must be a number, 0 or more"),
+        ("start", 1.5, "a share of the run is below 1, and a step a whole number"),
+        ("direction", "velocity", "choose one of gradient, momentum"),
         ("adaptive", 1, "it must be true or false"),
         ("eta", -0.1, "it must be a number, 0 or more"),
         ("gap_weight", -0.1, "it must be a number, 0 or more"),
@@ -477,6 +527,9 @@ def test_a_bad_field_is_named(field, value, reason):
 def test_contradictions_are_refused_and_doubtful_choices_told():
     with pytest.raises(InputError, match=r"sam\.rho_final is 0\.1: it requires a rho above 0"):
         SAMConfig(rho=0.0, rho_final=0.1)
+    for name, value in (("gap_weight", 0.4), ("refresh_every", 5), ("scope", "microbatch")):
+        with pytest.raises(InputError, match=rf"sam\.{name} is {value}: it requires the gradient at the parameters"):
+            SAMConfig(direction="momentum", **{name: value})
     assert sam.warnings(SAMConfig()) == ()
     (line,) = sam.warnings(SAMConfig(perturb="norms"))
     assert "may raise sharpness" in line
@@ -488,7 +541,7 @@ def test_contradictions_are_refused_and_doubtful_choices_told():
 def test_the_schedule_starts_late_and_is_never_negative():
     steps = jnp.arange(120)
     for final in (None, 0.0, 0.05, 0.4):
-        cfg = SAMConfig(rho=0.2, rho_final=final, start_step=20)
+        cfg = SAMConfig(rho=0.2, rho_final=final, start=20)
         rho = np.asarray(jax.vmap(rho_schedule(cfg, 100))(steps))
         last = 0.2 if final is None else final
         assert rho.dtype == np.float32
@@ -496,9 +549,20 @@ def test_the_schedule_starts_late_and_is_never_negative():
         assert (rho >= 0).all()
         np.testing.assert_allclose(rho[[20, 60, 100, 119]], [0.2, (0.2 + last) / 2, last, last], rtol=1e-5)
         np.testing.assert_allclose(rho[40], last + (0.2 - last) * (1 + np.cos(np.pi / 4)) / 2, rtol=1e-5)
-    with pytest.raises(InputError, match=r"sam\.start_step is 100: the run ends after 100 steps"):
-        rho_schedule(SAMConfig(start_step=100), 100)
-    assert rho_schedule(SAMConfig(rho=0.0, start_step=100), 100)(100) == 0
+    for start in (100, 0.996):
+        with pytest.raises(InputError, match=rf"sam\.start is {start}: the run ends after 100 steps"):
+            rho_schedule(SAMConfig(start=start), 100)
+    assert rho_schedule(SAMConfig(rho=0.0, start=100), 100)(100) == 0
+
+
+def test_the_start_is_a_share_or_a_step():
+    starts = {0: 0, 0.25: 30, 0.9: 108, 1: 1, 30: 30}
+    assert {start: with_start(SAMConfig(start=start), 120).start for start in starts} == starts
+    assert with_start(SAMConfig(start=0.25), 120, earliest=40).start == 40
+    share, step = (jax.vmap(rho_schedule(SAMConfig(rho_final=0.01, start=s), 120))(jnp.arange(120)) for s in (0.25, 30))
+    np.testing.assert_array_equal(share, step)
+    with pytest.raises(InputError, match=r"sam\.start is 0\.25, a share of the run: replace it by a step"):
+        sam.sam_value_and_grad(mlp_loss, SAMConfig(start=0.25))
 
 
 # ------------------------------------------------------------------------------------- in a training step
@@ -506,7 +570,7 @@ def test_the_schedule_starts_late_and_is_never_negative():
 
 @pytest.mark.parametrize("refresh_every", [1, 3])
 def test_a_step_compiles_once_donates_its_state_and_moves_nothing_at_rate_zero(refresh_every):
-    cfg = SAMConfig(rho=0.3, rho_final=0.1, start_step=2, refresh_every=refresh_every, gap_weight=0.2)
+    cfg = SAMConfig(rho=0.3, rho_final=0.1, start=2, refresh_every=refresh_every, gap_weight=0.2)
     schedule, function = rho_schedule(cfg, 10), sam.sam_value_and_grad(dropout_loss, cfg)
     optimizer = optax.adamw(0.0, weight_decay=0.5)
 
@@ -545,15 +609,18 @@ def test_the_second_pass_costs_one_more_and_micro_batches_save_memory():
     for name, cfg in {
         "rho 0": SAMConfig(rho=0.0),
         "sam": SAMConfig(),
-        "all": SAMConfig(adaptive=True, gap_weight=0.4, refresh_every=5, start_step=5),
+        "msam": SAMConfig(direction="momentum"),
+        "all": SAMConfig(adaptive=True, gap_weight=0.4, refresh_every=5, start=5),
         "chunks": SAMConfig(microbatches=4),
     }.items():
-        traced = jnp.float32(0.1), jnp.int32(0), init_sam(cfg, params)
+        state = SAMState(params) if cfg.direction == "momentum" else init_sam(cfg, params)
+        traced = jnp.float32(0.1), jnp.int32(0), state
         flops, temporary = cost(
             sam.sam_value_and_grad(mlp_loss, cfg), params, mlp_batch(4096), KEY, *traced, conditional=name == "all"
         )
         ratios[name] = flops / plain, temporary / memory
     assert ratios["rho 0"][0] == pytest.approx(1, abs=0.01)
+    assert ratios["msam"][0] == pytest.approx(1, abs=0.02)
     assert 1.95 < ratios["sam"][0] < 2.05
     assert 1.95 < ratios["all"][0] < 2.05  # of a conditional, the dearer branch is counted
     assert ratios["sam"][1] < 1.2  # the passes follow one another: activations are not there twice

@@ -17,8 +17,8 @@ from fcvit_jax.models.config import Rotary, ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT
 from fcvit_jax.training.optimizer import OptimizerConfig, frozen_mask, make_optimizer
-from fcvit_jax.training.sam import SAMConfig, rho_schedule
-from fcvit_jax.training.step import Recipe, init_state, make_train_step
+from fcvit_jax.training.sam import SAMConfig, SAMState, rho_schedule
+from fcvit_jax.training.step import Recipe, init_state, make_train_step, phases
 from fcvit_jax.training.targets import TargetConfig, soft_targets
 
 CONFIG = ViTConfig((16, 16), 4, 16, 1, 2, 32, num_classes=3)
@@ -82,7 +82,7 @@ def assert_close(one: Any, other: Any, atol):
 @pytest.mark.parametrize(
     ("sam", "model"),
     [
-        (SAMConfig(rho=0.05, start_step=5, rho_final=0.02), {"dtype": jnp.bfloat16}),
+        (SAMConfig(rho=0.05, start=5, rho_final=0.02), {"dtype": jnp.bfloat16}),
         (SAMConfig(rho=0.05), {"schedule": MergeSchedule.parse("global:2:r4", 2), "remat": True}),
         (SAMConfig(rho=0.05), {"schedule": MergeSchedule.parse("global:2:r4", 2), "vit": NEWER}),
     ],
@@ -100,13 +100,50 @@ def test_training_learns_in_one_compilation(sam, model):
     np.testing.assert_allclose(seen["rho"], rho_schedule(sam, STEPS)(steps), rtol=1e-6)
     np.testing.assert_allclose(seen["learning_rate"], make_optimizer(ADAMW, PARAMS, STEPS, 5)[1](steps), rtol=1e-5)
     for name in ("gap", "gap_over_rho"):
-        np.testing.assert_array_equal(seen[name] > 0, steps >= sam.start_step)
+        np.testing.assert_array_equal(seen[name] > 0, steps >= sam.start)
     assert seen["accuracy"][-1] == 1
     assert seen["loss"][-1] < 0.7
     assert seen["finite"].all()
     assert int(state.step) == STEPS
     assert step._cache_size() == 1
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype("float32")}
+
+
+def test_the_gradient_is_plain_before_the_start_and_sams_after_it():
+    late = SAMConfig(rho=0.3, rho_final=0.1, start=2.0)
+    recipe, _ = compiled(ViT(CONFIG), SGD, late, PLAIN, 0.0)
+    by_step = phases(recipe)
+    assert list(by_step) == [0, 2]
+    steps = {first: jax.jit(make_train_step(ViT(CONFIG), PREPROCESS, each)) for first, each in by_step.items()}
+    state, plain = make(SGD, SAMConfig(rho=0.0), params=PARAMS)
+    expected, sharp = make(SGD, SAMConfig(rho=0.3, rho_final=0.1), params=PARAMS)
+    flops = [steps[first].lower(state, batch()).compile().cost_analysis()["flops"] for first in (0, 2)]
+    assert 1.9 < flops[1] / flops[0] < 2.1
+    for seed in range(2):
+        state, metrics = steps[0](state, batch(seed))
+        expected, _ = plain(expected, batch(seed))
+        assert (metrics["rho"], metrics["gap"]) == (0, 0)
+    assert_close(state.params, expected.params, atol=1e-6)
+    state, metrics = steps[2](state, batch(2))
+    assert metrics["rho"] == pytest.approx(0.3)  # the schedule starts here
+    assert metrics["gap"] > 0
+    expected, _ = sharp(expected._replace(step=jnp.int32(0)), batch(2))  # whose schedule starts at 0
+    assert_close(state.params, expected.params, atol=1e-6)
+    assert list(phases(dataclasses.replace(recipe, sam=SAMConfig(rho=0.0, start=2.0)))) == [0]
+
+
+@pytest.mark.parametrize("config", [ADAMW, SGD], ids=["adamw", "sgd"])
+def test_momentum_sam_steps_from_unperturbed_parameters(config):
+    still = dataclasses.replace(config, learning_rate=0.0)
+    state, step = make(still, SAMConfig(rho=0.5, direction="momentum"), params=PARAMS)
+    unperturbed, plain = make(still, SAMConfig(rho=0.0), params=PARAMS)
+    for seed in range(3):
+        state, metrics = step(state, batch(seed))
+        unperturbed, expected = plain(unperturbed, batch(seed))
+        assert (float(metrics["loss"]) == pytest.approx(float(expected["loss"]), rel=1e-5)) == (seed == 0)
+        assert metrics["rho"] == 0.5
+    jax.tree.map(np.testing.assert_array_equal, state.params, PARAMS)
+    assert state.sam == SAMState(())
 
 
 def test_remat_changes_nothing():

@@ -220,6 +220,28 @@ def test_killed_at_any_moment_it_ends_in_the_same_parameters(whole, tmp_path):
     assert litter == []
 
 
+@pytest.mark.parametrize("method", ["gradient", "momentum"])
+def test_killed_before_at_and_after_the_start_of_sam_it_ends_in_the_same_parameters(method, tmp_path):
+    late = dict(sam__start=0.5, sam__direction=method, sam__refresh_every=1, schedules="dense", save_every=1, keep=50)
+    output = finish(start(tmp_path / "whole", **late))
+    assert "SAM starts after step 22 of 44" in output
+    logged = {row["step"]: row["rho"] for row in rows(tmp_path / "whole") if "rho" in row}
+    assert [step for step, rho in logged.items() if rho] == [step for step in logged if step > 22]
+    place = tmp_path / "killed"
+    for at in (20, 22, 24):  # a state of this step is there, and no later one
+        train_to_kill = start(place, **late)
+        wait_for(lambda: (place / "states" / str(at)).exists(), train_to_kill)  # noqa: B023
+        train_to_kill.kill()
+        train_to_kill.communicate()
+        assert train_to_kill.returncode == -signal.SIGKILL
+        for step in states_in(place):
+            if step > at:
+                shutil.rmtree(place / "states" / str(step))
+        assert states_in(place)[-1] == at
+    finish(start(place, **late))
+    assert_equals_whole(place, tmp_path / "whole")
+
+
 def test_sigterm_saves_and_loses_no_step(tmp_path, devices, monkeypatch, capsys):
     config = tiny(epochs=0.25, warmup_epochs=0.0, save_every=1000)
     train(config, tmp_path / "whole")
