@@ -36,6 +36,9 @@ from fcvit_jax.models.schedule import Global as Global
 from fcvit_jax.models.schedule import Local as Local
 from fcvit_jax.models.schedule import MergeSchedule as MergeSchedule
 from fcvit_jax.models.vit import ViT as ViT
+from fcvit_jax.probe import ProbeReport as ProbeReport
+from fcvit_jax.probe import probe as probe
+from fcvit_jax.probe import zero_shot as zero_shot
 from fcvit_jax.search import SearchReport as SearchReport
 from fcvit_jax.search import search as search
 from fcvit_jax.training import OptimizerConfig as OptimizerConfig
