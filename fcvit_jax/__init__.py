@@ -29,6 +29,8 @@ from fcvit_jax.models.merging import Matching as Matching
 from fcvit_jax.models.merging import follow_patches as follow_patches
 from fcvit_jax.models.merging import merge_tokens as merge_tokens
 from fcvit_jax.models.merging import unmerge_tokens as unmerge_tokens
+from fcvit_jax.models.patch_features import PatchFeatures as PatchFeatures
+from fcvit_jax.models.patch_features import patch_features as patch_features
 from fcvit_jax.models.rules import Layer as Layer
 from fcvit_jax.models.rules import match_tokens as match_tokens
 from fcvit_jax.models.schedule import Dense as Dense

@@ -50,7 +50,7 @@ def collect(batch: Batch, outcomes: Mapping[str, Outcome]) -> Outcomes:
         rows, labels = multihost_utils.process_allgather((rows, labels), tiled=True)
         names = np.array([row.decode(errors="replace") for row in rows.view(f"S{NAME_BYTES}").ravel().tolist()])
     rank, prediction = (np.stack([each[field] for each in outcomes.values()]) for field in (0, 1))
-    none = np.full(rank.shape[1], np.nan, np.float32)
+    none = np.full(rank.shape[1], 0 if "dense" in outcomes else np.nan, np.float32)  # dense differs from itself by 0
     kl = np.stack([none if outcome.kl is None else outcome.kl for outcome in outcomes.values()])
     none = np.zeros((rank.shape[1], 0), np.float32)
     distances = np.stack([none if each.distances is None else each.distances for each in outcomes.values()])

@@ -156,8 +156,8 @@ def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> Resul
     here, there = outcomes.rank[index] == 0, outcomes.rank[dense] == 0
     gained, lost = int((here & ~there).sum()), int((there & ~here).sum())
     agreement = (outcomes.prediction[index] == outcomes.prediction[dense]).mean()
-    kl = float(outcomes.kl[index].mean(dtype=np.float64))
-    values = gained, lost, mcnemar(gained, lost), float(agreement), None if np.isnan(kl) else kl
+    kl = None if outcomes.distances.shape[-1] else float(outcomes.kl[index].mean(dtype=np.float64))  # of features none
+    values = gained, lost, mcnemar(gained, lost), float(agreement), kl
     return fields | dict(zip(compared, values, strict=True))
 
 

@@ -12,6 +12,8 @@ an interrupted pass, or with --overwrite and another --head to use them again. d
 
 import argparse
 
+import jax
+
 from fcvit_jax import parallel
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
@@ -30,10 +32,11 @@ def main(argv: list[str] | None = None) -> None:
             if dataset:
                 raise InputError("--classes makes a head without images: leave --dataset out")
             zero_shot(checkpoint, classes, out, overwrite=args["overwrite"])
-        else:
-            report = probe(checkpoint, dataset or "digits:train", out, **args)
-            print(report)
-        print(f"written: {out}")
+            print(f"written: {out}")
+            return
+        report = probe(checkpoint, dataset or "digits:train", out, **args)
+        if jax.process_index() == 0:
+            print(f"{report}\nwritten: {out}")
 
 
 def _parser() -> argparse.ArgumentParser:
