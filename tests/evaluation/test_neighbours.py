@@ -7,7 +7,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from fcvit_jax.evaluation import features
 from fcvit_jax.evaluation.features import Features
-from fcvit_jax.evaluation.neighbours import K, TEMPERATURE, rank_labels, vote
+from fcvit_jax.evaluation.neighbours import TEMPERATURE, K, rank_labels, vote
 
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, 6, 150).astype(np.int32)

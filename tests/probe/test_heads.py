@@ -64,7 +64,7 @@ def test_ridge_regression_is_scikit_learn_s(rows):
 def test_class_means_by_hand():
     head = heads.class_means(chunks(), CLASSES)("fit", 0.0)
     unit = VALUES / np.linalg.norm(VALUES, axis=1, keepdims=True)
-    means = np.stack([unit[FIT & (LABELS == label)].mean(axis=0) for label in range(CLASSES)])
+    means = np.stack([unit[FIT & (label == LABELS)].mean(axis=0) for label in range(CLASSES)])
     expected = unit @ (means / np.linalg.norm(means, axis=1, keepdims=True)).T
     np.testing.assert_allclose(logits(head, VALUES), expected, atol=1e-5)
 

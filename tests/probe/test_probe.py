@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -222,3 +223,26 @@ def test_two_processes_find_the_head_of_one(tmp_path):
     about = [head.meta["provenance"]["probe"] for head in heads]
     assert about[0] == about[1] | {"held_out": about[0]["held_out"]}
     shutil.rmtree(tmp_path / "two")
+
+
+def test_the_documentation_runs_as_written(tmp_path, monkeypatch, capsys):
+    transformers, torch = pytest.importorskip("transformers"), pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    python, text_tower = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "probing.md").read_text(), re.DOTALL)
+    names: dict = {}
+    exec(python, names)
+    assert len(names["rows"]) == 2
+    assert names["rows"][0]["top1"] > 0.8
+    # A small random model stands in for the published one.
+    text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
+    config = transformers.CLIPConfig(text_config=text | {"eos_token_id": 2}, vision_config={}, projection_dim=24)
+    config.vision_config.update(dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+    model = transformers.CLIPModel(config).eval()
+    monkeypatch.setattr(transformers.AutoModel, "from_pretrained", lambda name: model)
+    tokens = {"input_ids": torch.tensor([[5, 6, 7, 2], [8, 9, 2, 2], [10, 11, 12, 2]])}
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda name: lambda prompts, **_: tokens)
+    exec(text_tower, {})
+    found = np.load("prompts.npz")
+    assert found["embeddings"].shape == (3, 24)
+    assert found["names"].tolist() == ["hat", "shirt", "shoes"]
+    assert found["logit_scale"] == pytest.approx(model.logit_scale.item())
