@@ -144,7 +144,7 @@ def _collect_neighbours(
     """The features of the neighbours under each schedule; their files last as long as the stack, or the run."""
     folder = workdir / NEIGHBOURS if workdir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
     assert inputs.neighbours
-    return collect_features(replace(inputs, source=inputs.neighbours), steps, folder, times)[0]
+    return collect_features(replace(inputs, source=inputs.neighbours), steps, folder, times)
 
 
 def _classify_all(

@@ -82,24 +82,27 @@ class Chunks:
 
 def collect_features(
     inputs: EvaluationInputs, steps: Mapping[str, CompiledStep], folder: Path, times: Times | None = None
-) -> tuple[dict[str, Features], int]:
-    """Compute the features of the images under every schedule, or read those that the folder has; all processes call.
+) -> dict[str, Features]:
+    """Compute the features of the images by schedule, or read those that the folder has; all processes call this.
 
-    steps: of a model without a head. Returns the features by schedule, and how many images were skipped. An interrupted
-    pass resumes after its last finished batch. Raises InputError as `classify` does, and if the folder cannot be
-    written.
+    steps: of a model without a head. An interrupted pass resumes after its last finished batch. Raises InputError as
+    `classify` does, and if the folder cannot be written.
     """
     here, count, batch_size = jax.process_index(), jax.process_count(), inputs.config.batch_size
-    rows, total, skipped = batch_size // count, math.ceil(inputs.num_records / batch_size), 0
+    rows, total = batch_size // count, math.ceil(inputs.num_records / batch_size)
     suffix = f".{here}-of-{count}" if count > 1 else ""
     progress, run = folder / f"progress{suffix}.json", inputs.fingerprint | {"processes": count}
     state = _read_progress(writable_directory(folder) / progress.name)
-    finished = state["batches"] if state.get("run") == run else 0
-    if state and not finished:
-        print(f"{folder}: features of another run there are replaced", flush=True)
-    finished = int(np.min(multihost_utils.process_allgather(np.int32(finished)))) if count > 1 else finished
     shapes = dict.fromkeys(steps, (total * rows, inputs.checkpoint.config.output_dim)) | {"": (total * rows,)}
     paths = {name: folder / f"{f'features_{file_name(name)}' if name else 'labels'}{suffix}.npy" for name in shapes}
+    finished = state["batches"] if state.get("run") == run and all(path.exists() for path in paths.values()) else 0
+    finished = int(np.min(multihost_utils.process_allgather(np.int32(finished)))) if count > 1 else finished
+    done = min(finished * batch_size, inputs.num_records)
+    if state and here == 0:
+        how = (
+            f"{done:,} of {inputs.num_records:,} images are there" if finished else "those of another run are replaced"
+        )
+        print(f"{folder}: features, {how}", flush=True)
     with contextlib.ExitStack() as stack:
         stack.enter_context(told_in_one_line(folder))
         files = {name: stack.enter_context(path.open("r+b" if finished else "wb")) for name, path in paths.items()}
@@ -110,7 +113,6 @@ def collect_features(
             file.seek(0, 2)
         if finished < total:
             batches = stack.enter_context(inputs.batches(finished))
-            done = min(finished * batch_size, inputs.num_records)
             bar = stack.enter_context(
                 parallel.progress(desc="features", total=inputs.num_records, initial=done, unit="img")
             )
@@ -122,14 +124,13 @@ def collect_features(
                     files[name].write(np.ascontiguousarray(mine, "<f4").tobytes())
                 for file in files.values():
                     file.flush()
-                finished, skipped = finished + 1, skipped + len(batch.skipped)
+                finished += 1
                 for why in batch.skipped:
                     bar.write(f"skipped: {why}")
                 write_whole(progress, json.dumps({"run": run, "batches": finished}).encode())
                 bar.update(min(batch_size, bar.total - bar.n))
     labels = np.load(paths[""])
-    found = {name: Features(np.load(paths[name], mmap_mode="r"), labels) for name in steps}
-    return found, parallel.sum_over_processes(skipped)
+    return {name: Features(np.load(paths[name], mmap_mode="r"), labels) for name in steps}
 
 
 def _read_progress(path: Path) -> dict[str, Any]:

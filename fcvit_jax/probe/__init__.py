@@ -106,7 +106,17 @@ def probe(
     *,
     features: str | Path | None = None,
     overwrite: bool = False,
-    **options: Any,
+    head: str = ProbeConfig.head,
+    pool: str = ProbeConfig.pool,
+    schedule: str = ProbeConfig.schedule,
+    strengths: tuple[float, ...] = ProbeConfig.strengths,
+    held_out: float = ProbeConfig.held_out,
+    limit: int | None = ProbeConfig.limit,
+    batch_size: int = ProbeConfig.batch_size,
+    dtype: str = ProbeConfig.dtype,
+    seed: int = ProbeConfig.seed,
+    on_bad: str = ProbeConfig.on_bad,
+    workers: int | None = ProbeConfig.workers,
 ) -> ProbeReport:
     """Fit a linear head on the features of labelled images, and write the model with it as a checkpoint directory.
 
@@ -123,15 +133,19 @@ def probe(
       features: the folder that keeps the features, OUT.features by default. An interrupted pass resumes from there, and
         another head for the same features needs no pass.
       overwrite: replace a checkpoint at `out`.
-      options: fields of `ProbeConfig`. head: "logistic", multinomial logistic regression; "ridge", in closed form; or
-        "means", the cosine to each class's mean. pool: "token", "avg", "token_avg" or "map"; by default the
-        checkpoint's own. schedule: merges tokens while the features are computed. strengths, held_out, seed: of the
-        choice of the regularisation. limit, batch_size, dtype, on_bad, workers: as `evaluate` takes them.
+      head: "logistic", multinomial logistic regression; "ridge", in closed form; or "means", the cosine to each class's
+        mean.
+      pool: "token", "avg", "token_avg" or "map"; by default the checkpoint's own.
+      schedule: merges tokens while the features are computed.
+      strengths: of the regularisation, of which the one that is best on the images held out is chosen.
+      held_out, seed: the share of each class that is held out, and which of its images.
+      limit, batch_size, dtype, on_bad, workers: as `evaluate` takes them.
 
     Raises:
       InputError: in one line, if an argument does not fit, a class has a single image, or an image cannot be read.
     """
-    config, path, times = ProbeConfig(**options), check_target(out, overwrite, ENTRIES), Times()
+    chosen = head, pool, schedule, tuple(strengths), held_out, limit, batch_size, dtype, seed, on_bad, workers
+    config, path, times = ProbeConfig(*chosen), check_target(out, overwrite, ENTRIES), Times()
     whole = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
     source = dataset if isinstance(dataset, Source) else open_source(dataset)
     if source.labels_per_image > 1 or not source.class_names:
@@ -153,7 +167,7 @@ def probe(
     with times("compiling"):
         steps = compile_steps(backbone, inputs.schedules, inputs.params, inputs.step_config)
     try:
-        (found,) = collect_features(inputs, steps, folder, times)[0].values()
+        (found,) = collect_features(inputs, steps, folder, times).values()
     except BadImage as error:
         raise InputError(f"{error}; repair it, or leave it out with on_bad=skip, and resume") from None
     held = hold_out(found, source.class_names, config)
@@ -161,15 +175,15 @@ def probe(
     with times("neighbours"):
         neighbours = _count_neighbours(found, held, len(source.class_names), mesh)
     with times("fitting"):
-        head, strength, tried = _fit(Chunks(found, mesh, held), len(source.class_names), config)
+        fitted, strength, tried = _fit(Chunks(found, mesh, held), len(source.class_names), config)
     count = int((found.all_labels() >= 0).sum())
     results = dict(tried)[strength], neighbours, tried, times.seconds
-    fitted = None if config.head == "means" else strength
-    facts = path, config, backbone.pool, printable(source.spec), count, len(source.class_names), fitted
+    shown = None if config.head == "means" else strength
+    facts = path, config, backbone.pool, printable(source.spec), count, len(source.class_names), shown
     report = ProbeReport(*facts, *results)
-    about = dataclasses.asdict(config) | {"dataset": report.dataset, "num_images": count, "strength": fitted}
+    about = dataclasses.asdict(config) | {"dataset": report.dataset, "num_images": count, "strength": shown}
     score = {"correct": report.held_out.correct, "num_images": report.held_out.count}
-    save_with_head(path, whole, (backbone, params), head, source.class_names, about | {"held_out": score}, overwrite)
+    save_with_head(path, whole, (backbone, params), fitted, source.class_names, about | {"held_out": score}, overwrite)
     return report
 
 
