@@ -100,9 +100,10 @@ def test_the_report_draws_any_of_the_measures(evaluated, tmp_path, capsys):
 
 
 def test_a_folder_without_labels(backbone, tmp_path):
+    (tmp_path / "photos").mkdir()
     for index in range(5):
-        Image.fromarray(IMAGES[index].image).save(tmp_path / f"{index}.png")
-    spec = f"folder:{tmp_path}"
+        Image.fromarray(IMAGES[index].image).save(tmp_path / "photos" / f"{index}.png")
+    spec = f"folder:{tmp_path / 'photos'}"
     rows = fc.evaluate(backbone, spec, "dense,tome_r10", throughput_blocks=0, batch_size=4, workdir=tmp_path / "out")
     cosine, _ = compared(*(by_hand(backbone, spread(5), name)[0] for name in ("dense", "tome_r10")))
     assert rows[1]["cosine"] == pytest.approx(cosine.mean(), abs=1e-4)

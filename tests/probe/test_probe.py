@@ -189,9 +189,9 @@ def test_a_folder_without_labels_is_one_line(tmp_path, capsys):
 
 
 def test_the_command_line(tmp_path, capsys):
-    main(["--limit", "40", "--head", "ridge", "--strengths", "1,0.1", str(tmp_path / "out")])
+    main(["--limit", "90", "--head", "ridge", "--strengths", "1,0.1", str(tmp_path / "out")])
     told = capsys.readouterr().out
-    assert "digits:train: 40 images of 10 classes" in told
+    assert "digits:train: 90 images of 10 classes" in told
     assert told.endswith(f"written: {tmp_path / 'out'}\n")
     assert fc.load_checkpoint(tmp_path / "out").config.num_classes == 10
     with pytest.raises(SystemExit):
