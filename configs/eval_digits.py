@@ -29,4 +29,6 @@ def get_config() -> ConfigDict:
     # Of the head, instead of the checkpoint's: a text file, or the order in which it has the data set's classes: timm,
     # imagefolder (torchvision's), numeric or dataset.
     config.class_names = ""
+    # Of a checkpoint without a head: labelled images, whose nearest classify the data set's.
+    config.neighbours = ""
     return config

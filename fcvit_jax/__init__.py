@@ -29,6 +29,8 @@ from fcvit_jax.models.merging import Matching as Matching
 from fcvit_jax.models.merging import follow_patches as follow_patches
 from fcvit_jax.models.merging import merge_tokens as merge_tokens
 from fcvit_jax.models.merging import unmerge_tokens as unmerge_tokens
+from fcvit_jax.models.patch_features import PatchFeatures as PatchFeatures
+from fcvit_jax.models.patch_features import patch_features as patch_features
 from fcvit_jax.models.rules import Layer as Layer
 from fcvit_jax.models.rules import match_tokens as match_tokens
 from fcvit_jax.models.schedule import Dense as Dense
@@ -36,6 +38,9 @@ from fcvit_jax.models.schedule import Global as Global
 from fcvit_jax.models.schedule import Local as Local
 from fcvit_jax.models.schedule import MergeSchedule as MergeSchedule
 from fcvit_jax.models.vit import ViT as ViT
+from fcvit_jax.probe import ProbeReport as ProbeReport
+from fcvit_jax.probe import probe as probe
+from fcvit_jax.probe import zero_shot as zero_shot
 from fcvit_jax.search import SearchReport as SearchReport
 from fcvit_jax.search import search as search
 from fcvit_jax.training import OptimizerConfig as OptimizerConfig

@@ -6,6 +6,7 @@
 A directory is written under a temporary name beside its place and renamed at the end: it never exists in part.
 """
 
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -149,6 +150,19 @@ def save_checkpoint(
         meta["files"] = {file.relative_to(staging / "params").as_posix(): file_sha256(file) for file in files}
         (staging / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     return path
+
+
+def without_head(config: ViTConfig, params: Mapping[str, Any], pool: str | None = None) -> tuple[ViTConfig, Any]:
+    """The backbone alone: pooled features are its output. pool: another way of pooling, for which it needs no weights.
+
+    Raises InputError if the model cannot pool like that.
+    """
+    bare = dict(num_classes=0, representation_size=0, projection_dim=0, head_bias=True, unit_features=False)
+    config = dataclasses.replace(config, **bare, pool=pool or config.pool)
+    wanted = abstract_params(config)
+    if lacking := wanted.keys() - params.keys():
+        raise InputError(f"pool {pool!r} needs weights that the model lacks ({', '.join(lacking)}): choose another")
+    return config, {name: params[name] for name in wanted}
 
 
 def recommend(checkpoint: Checkpoint, schedules: Mapping[str, str] | None) -> None:

@@ -137,6 +137,10 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "flatness/test_measurement.py": ("test_a_checkpoint_under_a_schedule", "test_the_loss_is_plain_cross_entropy"),
     "search/test_correction.py": ("test_a_corrected_checkpoint_is_closer_on_other_images",),
+    "probe/test_probe.py": (
+        "test_the_documentation_runs_as_written",
+        "test_two_processes_find_the_head_of_one",
+    ),
     "search/test_search.py": ("test_killed_and_resumed_it_finds_the_same",),
     "search/test_simulate.py": (
         "test_every_kind_of_schedule_equals_the_real_model[distillation",

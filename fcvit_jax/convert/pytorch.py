@@ -107,6 +107,7 @@ def timm_call(config: ViTConfig) -> str:
     pooling = config.pool == "map" and (config.map_heads or config.map_mlp_dim)
     lacking = {
         "layer in front of the head": config.representation_size > 0,
+        "head for class embeddings": config.projection_dim > 0 or config.unit_features,
         "head on the class token and the patches' mean": config.pool == "token_avg",
         "patch embedding with this bias but without this norm after it": config.patch_bias == config.pre_norm,
         "distilled model that pools otherwise": config.dist_token and (eva or config.pool != "dist_avg"),
@@ -213,6 +214,7 @@ def to_huggingface(
         "norm in front of the blocks": config.pre_norm,
         "patch embedding without a bias": not config.patch_bias,
         "layer in front of the head": config.representation_size > 0,
+        "head for class embeddings": config.projection_dim > 0 or config.unit_features,
         "distillation token beside LayerScale": dinov2 and config.dist_token,
         "positions for registers": config.num_registers > 0 and not config.no_embed_class,
         "registers without LayerScale": not dinov2 and config.num_registers > 0,

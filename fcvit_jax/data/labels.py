@@ -36,7 +36,7 @@ def match_head(source: Source, num_classes: int, class_names: ClassNames | None,
     something else, `UnknownOrder` if the order must be stated.
     """
     if not num_classes:
-        raise InputError(f"{where} has no head: it gives features, not classes")
+        raise InputError(f"{where} has no head: it gives features, not classes; python -m fcvit_jax.probe fits one")
     if isinstance(class_names, str) and len(source.class_names) == num_classes:
         return label_by_name(source, class_order(source, class_names), where)
     names = None if isinstance(class_names, str) else class_names

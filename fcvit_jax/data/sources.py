@@ -1,5 +1,7 @@
 """Open a data set by its spec: a folder of images, scikit-learn's digits, or one that TensorFlow Datasets prepared."""
 
+import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,21 @@ def open_images(path: str) -> Source:
         raise InputError(f"images {path!r}: none in this folder; accepted are {' '.join(EXTENSIONS)}")
 
     return Source(path, (), len(names), lambda index: read_record(root, names[index], 0), remarks=remarks)
+
+
+def open_labelled_or_not(spec: str) -> Source:
+    """Open a data set by its spec, or a folder without class folders as images without labels.
+
+    Raises InputError as `open_source` does.
+    """
+    try:
+        return open_source(spec)
+    except InputError:
+        if not spec.startswith("folder:"):
+            raise
+        with contextlib.suppress(InputError):
+            return dataclasses.replace(open_images(spec.removeprefix("folder:")), spec=spec)
+        raise
 
 
 def _open_folder(spec: str, path: str) -> Source:

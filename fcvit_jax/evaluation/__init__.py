@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,16 @@ from fcvit_jax.checkpoint import Checkpoint
 from fcvit_jax.data.batches import BadImage
 from fcvit_jax.data.sources import Source
 from fcvit_jax.errors import InputError
-from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_divergence, compile_steps
+from fcvit_jax.evaluation.accuracy import CompiledStep, classify, compile_comparison, compile_steps
+from fcvit_jax.evaluation.features import Features, collect_features
 from fcvit_jax.evaluation.inputs import EvaluationConfig, EvaluationInputs, open_inputs
+from fcvit_jax.evaluation.neighbours import BLOCK, rank_labels, vote
 from fcvit_jax.evaluation.outcomes import Journal, Outcomes, collect, concatenate, save_logits, save_outcomes
 from fcvit_jax.evaluation.result_rows import class_table, cost_rows, image_remarks, result_rows
 from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.throughput import Rate, measure_throughput
 from fcvit_jax.evaluation.times import Times
-from fcvit_jax.evaluation.workdir import forget, open_journal
+from fcvit_jax.evaluation.workdir import JOURNAL, NEIGHBOURS, forget, open_journal
 from fcvit_jax.files import local_path, writable_directory, write_whole
 from fcvit_jax.models.schedule import Schedules
 
@@ -49,6 +52,7 @@ def evaluate(
     rules: str = EvaluationConfig.rules,
     on_bad: str = EvaluationConfig.on_bad,
     class_names: str | Path | Sequence[str] = EvaluationConfig.class_names,
+    neighbours: str | Source = EvaluationConfig.neighbours,
 ) -> list[ResultRow]:
     """Evaluate a checkpoint under merge schedules, in one pass over the data; returns one row a schedule.
 
@@ -56,6 +60,10 @@ def evaluate(
 
     Every process of a run calls this; the first gets the rows, the others an empty list. Everything that can be checked
     is checked before the first compilation.
+
+    Of a checkpoint without a head, features are compared with the dense model's instead: the cosine, and the length of
+    the difference over the dense one's, of its output and of the patches' features. With `neighbours`, images are
+    classified by the nearest of these too.
 
     Args:
       checkpoint: a checkpoint directory, a `train_sam.py` working directory, `packaged:NAME`, or a loaded checkpoint.
@@ -78,13 +86,15 @@ def evaluate(
         when an interrupted evaluation is resumed.
       class_names: of the head, instead of the checkpoint's: a text file with one a line, a sequence, or, if the head
         has the data set's classes, in which order: "timm", "imagefolder" (torchvision's), "numeric" or "dataset".
+      neighbours: for a checkpoint without a head: labelled images, whose features each schedule computes too. An image
+        gets the class for which its 20 nearest vote, each of them with the weight exp(cosine / 0.07).
 
     Raises:
       InputError: in one line, if an argument does not fit or an image cannot be read.
     """
     names: Any = str(class_names) if isinstance(class_names, str | Path) else tuple(class_names)
     numbers = batch_size, dtype, limit, real_labels, save_logits, gallery, throughput_blocks, workers
-    config = EvaluationConfig(*numbers, rules, on_bad, names)
+    config = EvaluationConfig(*numbers, rules, on_bad, names, neighbours)
     if workdir is None and (save_logits or gallery):
         raise InputError("save_logits and gallery write files: pass a workdir")
     if save_logits and jax.process_count() > 1:
@@ -98,7 +108,9 @@ def evaluate(
     with times("compiling"):
         steps = compile_steps(inputs.checkpoint.config, inputs.schedules, inputs.params, inputs.step_config)
     try:
-        outcomes = _classify_all(inputs, folder, steps, times)
+        with contextlib.ExitStack() as stack:
+            galleries = _collect_neighbours(inputs, folder, steps, times, stack) if inputs.neighbours else None
+            outcomes = _classify_all(inputs, folder, steps, times, galleries)
     except BadImage as error:
         raise InputError(f"{error}; repair it, or leave it out with on_bad=skip, and resume") from None
     rates = _measure_speed(inputs, steps, times)
@@ -114,45 +126,85 @@ def evaluate(
         from fcvit_jax.evaluation.report import write_report  # a command too, which must not be imported before it runs
 
         save_outcomes(folder / "outcomes.npz", list(inputs.schedules), outcomes)
-        table = class_table(outcomes, inputs.schedules, inputs.source.class_names)
-        write_whole(folder / "per_class.json", json.dumps(table).encode())
+        if inputs.judged:
+            table = class_table(outcomes, inputs.schedules, inputs.source.class_names)
+            write_whole(folder / "per_class.json", json.dumps(table).encode())
         write_report(rows, folder)
         forget(folder)
     return rows
 
 
+def _collect_neighbours(
+    inputs: EvaluationInputs,
+    workdir: Path | None,
+    steps: Mapping[str, CompiledStep],
+    times: Times,
+    stack: contextlib.ExitStack,
+) -> dict[str, Features]:
+    """The features of the neighbours under each schedule; their files last as long as the stack, or the run."""
+    folder = workdir / NEIGHBOURS if workdir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    assert inputs.neighbours
+    return collect_features(replace(inputs, source=inputs.neighbours), steps, folder, times)
+
+
 def _classify_all(
-    inputs: EvaluationInputs, workdir: Path | None, steps: Mapping[str, CompiledStep], times: Times
+    inputs: EvaluationInputs,
+    workdir: Path | None,
+    steps: Mapping[str, CompiledStep],
+    times: Times,
+    galleries: Mapping[str, Features] | None = None,
 ) -> Outcomes | None:
-    """The pass over the data; returns the outcomes of all images, None to any process but the first."""
-    size, total, first = inputs.config.batch_size, inputs.num_records, jax.process_index() == 0
-    others, compare = [name for name in steps if name != "dense"], None
-    if others and "dense" in steps:
+    """The pass over the data; returns the outcomes of all images, None to any process but the first.
+
+    galleries: features by schedule, among which to look for neighbours.
+    """
+    size, total, first, compare = inputs.config.batch_size, inputs.num_records, jax.process_index() == 0, None
+    keeps = inputs.config.save_logits or galleries is not None
+    if "dense" in steps and (len(steps) > 1 or inputs.checkpoint.config.headless):
         with times("compiling"):
-            compare = compile_divergence(others, inputs.checkpoint.config.num_classes, inputs.step_config)
+            compare = compile_comparison(inputs.checkpoint.config, inputs.step_config)
     journal = open_journal(workdir, inputs) if workdir and first else Journal(None, {})
     done = int(multihost_utils.broadcast_one_to_all(np.int32(len(journal.parts))))
     with contextlib.ExitStack() as stack:
         if workdir and first:  # without a finished batch there is nothing to resume from
-            stack.callback(lambda: None if journal.parts else forget(workdir))
+            stack.callback(lambda: None if journal.parts else forget(workdir, JOURNAL))
         batches = stack.enter_context(inputs.batches(done))
         bar = parallel.progress(desc="evaluating", total=total, initial=min(done * size, total), unit="img")
         stack.enter_context(bar)
         for batch, outcomes, logits in classify(steps, inputs.params, batches, compare, times):
             with times("on the host"):
-                part, saved = collect(batch, outcomes), steps if inputs.config.save_logits else ()
+                part, saved = collect(batch, outcomes), steps if keeps else ()
                 if first:
                     journal.append(part, [np.asarray(logits[name])[np.asarray(batch.mask)] for name in saved])
             for why in batch.skipped:
                 bar.write(f"skipped: {why}")
             bar.update(min(size, total - bar.n))
-    if not first:
-        return None
     with times("on the host"):
-        whole = concatenate(journal.parts)
-        if workdir and inputs.config.save_logits:
-            save_logits(workdir, list(steps), inputs.checkpoint.config.num_classes, journal, whole)
+        whole = concatenate(journal.parts) if first else None
+        if galleries:
+            whole = _find_neighbours(inputs, galleries, journal, whole)
+        if workdir and whole and inputs.config.save_logits:
+            save_logits(workdir, list(steps), inputs.checkpoint.config.output_dim, journal, whole)
     return whole
+
+
+def _find_neighbours(
+    inputs: EvaluationInputs, galleries: Mapping[str, Features], journal: Journal, outcomes: Outcomes | None
+) -> Outcomes | None:
+    """Classify the images by their neighbours. Every process has some of these, and the first one the images."""
+    mesh, classes = inputs.step_config.mesh, len(inputs.source.class_names)
+    count = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcomes.names) if outcomes else 0)))
+    width = inputs.checkpoint.config.output_dim
+    for start in range(0, count, BLOCK):
+        part = slice(start, min(start + BLOCK, count))
+        nothing = np.zeros((part.stop - start, width), np.float32)
+        queries = journal.logits_between(start, part.stop) if outcomes else [nothing] * len(galleries)
+        for index, (gallery, block) in enumerate(zip(galleries.values(), queries, strict=True)):
+            votes = vote(gallery.chunks(mesh), multihost_utils.broadcast_one_to_all(block), classes, mesh)
+            if outcomes:
+                outcomes.prediction[index, part] = votes.argmax(axis=1)
+                outcomes.rank[index, part] = rank_labels(votes, outcomes.labels[part])
+    return outcomes
 
 
 def _measure_speed(inputs: EvaluationInputs, steps: Mapping[str, CompiledStep], times: Times) -> dict[str, Rate]:

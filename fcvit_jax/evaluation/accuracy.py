@@ -17,8 +17,9 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.times import Times
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.fused import choose_kernels
+from fcvit_jax.models.merging import unmerge_tokens
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViT
+from fcvit_jax.models.vit import ViT, unit_rows
 
 
 class Outcome(NamedTuple):
@@ -29,12 +30,19 @@ class Outcome(NamedTuple):
     prediction: int32 [b], the scored class that comes first.
     finite: bool [b], false if a row that counts has a logit that is not finite.
     kl: float32 [b], `divergence` from dense; None if it is not computed.
+    distances: float32 [b, 4], of features from dense, in the order of `DISTANCES`; None likewise.
     """
 
     rank: Any
     prediction: Any
     finite: Any
     kl: Any = None
+    distances: Any = None
+
+
+# How far features are from the dense model's: the cosine of the two and the length of their difference over the dense
+# one's, of the output, and of the patches after unmerging (the mean cosine; the length over all patches together).
+DISTANCES = ("cosine", "distance", "patch_cosine", "patch_distance")
 
 
 def eval_step(
@@ -62,6 +70,39 @@ def eval_step(
     return Outcome(jnp.where(mask, rank, -1), classes[scores.argmax(axis=1)], finite | ~mask), logits
 
 
+def feature_step(
+    model: ViT,
+    preprocess: Preprocess,
+    patches: bool,
+    params: Any,
+    images: jax.Array,
+    labels: jax.Array,
+    mask: jax.Array,
+) -> tuple[Outcome, Any]:
+    """Compute the features of one batch, with a model that has no head; arguments as in `eval_step`.
+
+    Returns an outcome of rank 0 for rows that count, and the features, float32 [b, d]; with `patches` in a pair with
+    the features of all patches, unmerged, [b, p, d].
+    """
+    found: Any = model.apply({"params": params}, preprocess.normalize(images))
+    features, out = found
+    counts = jnp.where(mask, 0, -1).astype(jnp.int32)
+    outcome = Outcome(counts, jnp.zeros_like(counts), jnp.isfinite(features).all(axis=1) | ~mask)
+    return outcome, (features, unmerge_tokens(out["tokens"], out["source"])) if patches else features
+
+
+def distances(dense: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`DISTANCES` of what `feature_step` returns with `patches`, float32 [b, 4]."""
+
+    def compare(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:  # [b, rows, d]
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        apart = jnp.square(a - b).sum(axis=(1, 2)) / jnp.maximum(jnp.square(a).sum(axis=(1, 2)), 1e-30)
+        return jnp.sum(unit_rows(a) * unit_rows(b), axis=-1).mean(axis=1), jnp.sqrt(apart)
+
+    pooled = compare(dense[0][:, None], other[0][:, None])
+    return jnp.stack([*pooled, *compare(dense[1], other[1])], axis=1)
+
+
 def divergence(scored: tuple[int, ...] | None, dense: jax.Array, logits: jax.Array) -> jax.Array:
     """KL(dense || other) in nats, float32 [b], of the softmax over the scored outputs. Both logits: float32 [b, c]."""
     p, q = (jax.nn.log_softmax(_select(values, scored)[0]) for values in (dense, logits))
@@ -80,7 +121,8 @@ def _select(logits: jax.Array, scored: tuple[int, ...] | None) -> tuple[jax.Arra
 class StepConfig:
     """What steps are compiled for: batches of one size, their rows spread over the devices of the mesh.
 
-    dtype: a key of `compiling.PRECISIONS`. scored, labels_per_image: as in the `Source` of the images.
+    dtype: a key of `compiling.PRECISIONS`. scored, labels_per_image: as in the `Source` of the images. patches: of a
+    model without a head, compute the features of the patches too.
     """
 
     preprocess: Preprocess
@@ -89,23 +131,27 @@ class StepConfig:
     dtype: str = "float32"
     scored: tuple[int, ...] | None = None
     labels_per_image: int = 1
+    patches: bool = False
 
 
 @dataclass(frozen=True)
 class CompiledStep:
-    """`eval_step` of one schedule, compiled ahead of time for one batch shape: it cannot compile a second time."""
+    """`eval_step` of one schedule, or `feature_step` without a head, compiled ahead of time for one batch shape.
+
+    It cannot compile a second time.
+    """
 
     model: ViT
     call: jax.stages.Compiled
     compile_seconds: float
 
-    def __call__(self, params: Any, batch: Batch) -> tuple[Outcome, jax.Array]:
-        """Start the step. Every device gets the whole outcome; the logits are spread by rows."""
+    def __call__(self, params: Any, batch: Batch) -> tuple[Outcome, Any]:
+        """Start the step. Every device gets the whole outcome, and features; logits and patches are spread by rows."""
         return parallel.settled(self.call(params, batch.images, batch.labels, batch.mask))
 
 
 def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
-    """Compile `eval_step`, for parameters placed as these are; replaces the model's dtype and kernels."""
+    """Compile the step of a model, for parameters placed as these are; replaces the model's dtype and kernels."""
     batch_size, mesh = config.batch_size, config.mesh
     parallel.check_batch_size(batch_size, mesh)
     compute, precision = compiling.computation(config.dtype)
@@ -114,9 +160,13 @@ def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
     everywhere, rows = parallel.replicated(mesh), parallel.batched(mesh)
     shape = partial(jax.ShapeDtypeStruct, sharding=rows)
     several = (config.labels_per_image,) if config.labels_per_image > 1 else ()
-    call = partial(eval_step, model, config.preprocess, config.scored)
+    if model.config.headless:
+        call = partial(feature_step, model, config.preprocess, config.patches)
+        placing = (everywhere, rows) if config.patches else everywhere
+    else:
+        call, placing = partial(eval_step, model, config.preprocess, config.scored), rows
     call = compiling.on_each_device(call, model.config.num_tokens, mesh)
-    step = jax.jit(call, out_shardings=(everywhere, rows))
+    step = jax.jit(call, out_shardings=(everywhere, placing))
     started = time.perf_counter()
     with jax.default_matmul_precision(precision):
         call = step.lower(
@@ -136,19 +186,25 @@ def compile_steps(
     return {name: compile_step(ViT(model, schedule), params, config) for name, schedule in bar}
 
 
-def compile_divergence(names: Iterable[str], num_classes: int, config: StepConfig) -> jax.stages.Compiled:
-    """Compile `divergence` from dense for all schedules named: (logits, logits by name) to values by name.
+def compile_comparison(model: ViTConfig, config: StepConfig) -> jax.stages.Compiled:
+    """Compile how far a schedule is from dense: (output of dense, output) to fields of `Outcome`.
 
-    The program takes logits from steps that were compiled for the same configuration.
+    The program takes what steps return that were compiled for the same configuration: `divergence` of logits, or
+    `distances` of features, which need `patches`.
     """
 
-    def divergences(dense: jax.Array, others: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        return {name: divergence(config.scored, dense, logits) for name, logits in others.items()}
+    def compare(dense: Any, other: Any) -> dict[str, jax.Array]:
+        if model.headless:
+            return {"distances": distances(dense, other)}
+        return {"kl": divergence(config.scored, dense, other)}
 
-    sharding = parallel.batched(config.mesh)
-    logits = jax.ShapeDtypeStruct((config.batch_size, num_classes), jnp.float32, sharding=sharding)
-    program = jax.jit(divergences, out_shardings=parallel.replicated(config.mesh))
-    return program.lower(logits, dict.fromkeys(names, logits)).compile()
+    everywhere, rows = parallel.replicated(config.mesh), parallel.batched(config.mesh)
+    shape = (config.batch_size, model.output_dim)
+    output: Any = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=everywhere if model.headless else rows)
+    if model.headless:
+        shape = (config.batch_size, model.num_patches, model.embed_dim)
+        output = output, jax.ShapeDtypeStruct(shape, compiling.computation(config.dtype)[0], sharding=rows)
+    return jax.jit(compare, out_shardings=everywhere).lower(output, output).compile()
 
 
 def classify(
@@ -164,7 +220,8 @@ def classify(
     would pile up in the device's memory.
 
     steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
-    compare: from `compile_divergence`, for all schedules but dense; requires dense among the steps. times: gets the
+    compare: from `compile_comparison`; requires dense among the steps. Of features, those of patches are not yielded.
+    times: gets the
     seconds that the host waits. Raises InputError if a model's logits are not finite.
     """
     times, waiting, computing, bad = times or Times(), iter(batches), None, None
@@ -197,13 +254,13 @@ def classify(
 def _start(
     steps: Mapping[str, CompiledStep], params: Any, batch: Batch, compare: jax.stages.Compiled | None
 ) -> tuple[dict[str, Outcome], dict[str, jax.Array]]:
-    outcomes, logits = {}, {}
-    for name, step in steps.items():
-        outcomes[name], logits[name] = step(params, batch)
-    if compare:
-        others = {name: logits[name] for name in steps if name != "dense"}
-        for name, kl in compare(logits["dense"], others).items():
-            outcomes[name] = outcomes[name]._replace(kl=kl)
+    outcomes, logits, dense = {}, {}, None
+    for name in sorted(steps, key=lambda name: name != "dense"):
+        outcome, output = steps[name](params, batch)
+        dense = output if name == "dense" else dense
+        if compare:
+            outcome = outcome._replace(**compare(dense, output))
+        outcomes[name], logits[name] = outcome, output[0] if isinstance(output, tuple) else output
     return outcomes, logits
 
 

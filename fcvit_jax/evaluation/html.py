@@ -14,6 +14,7 @@ from typing import Any
 from jinja2 import Environment
 
 from fcvit_jax.evaluation import plot, table
+from fcvit_jax.evaluation.accuracy import DISTANCES
 from fcvit_jax.evaluation.runs import MEASURED, ResultRow, Run, differences, titled
 
 GALLERY_BYTES = 48 << 20  # of pictures: a page much larger than that is slow to open
@@ -25,13 +26,7 @@ _AXES = {
         "speedup": "speed-up over dense",
         "tokens_out": "tokens after the last layer",
     },
-    "y": {
-        "top1": "top-1 (%)",
-        "top5": "top-5 (%)",
-        "drop": "points of top-1 lost",
-        "agreement": "first guesses as dense (%)",
-        "kl": "KL divergence from dense (nats)",
-    },
+    "y": plot.MEASURES | {"drop": "points of top-1 lost"},
 }
 
 
@@ -94,7 +89,8 @@ def _line(line: plot.Line, runs: Sequence[Run]) -> dict[str, Any]:
 
 def _point(run: Run, row: ResultRow, runs: Sequence[Run]) -> dict[str, Any]:
     """A row's numbers in the units of the axes, and the text that pointing at it shows: the row of the table."""
-    point = {key: row.get(key) for key in ("gmacs", "images_per_second", "speedup", "tokens_out", "kl")}
+    plain = "gmacs", "images_per_second", "speedup", "tokens_out", "kl", *DISTANCES
+    point = {key: row.get(key) for key in plain}
     for key in ("top1", "top1_low", "top1_high", "top5", "agreement"):
         point[key] = None if row.get(key) is None else 100 * row[key]
     change = run.change(row)

@@ -18,9 +18,10 @@ from fcvit_jax.checkpoint import Checkpoint, flat_params, load_checkpoint, versi
 from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.batches import Batch, device_batches, eval_batches
-from fcvit_jax.data.labels import match_head, read_class_names, real_labels
+from fcvit_jax.data.labels import label_by_name, match_head, read_class_names, real_labels
 from fcvit_jax.data.records import sample
-from fcvit_jax.data.sources import Source, open_source
+from fcvit_jax.data.sources import Source, open_labelled_or_not, open_source
+from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import StepConfig
 from fcvit_jax.models import zoo
 from fcvit_jax.models.fused import choose_kernels
@@ -44,6 +45,7 @@ class EvaluationConfig:
     rules: str = setting("")
     on_bad: str = setting("stop", choices=("stop", "skip"))
     class_names: str | tuple[str, ...] = ""
+    neighbours: str | Source = ""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -53,9 +55,10 @@ class EvaluationConfig:
 class EvaluationInputs:
     """Everything that an evaluation reads.
 
-    source: its labels index the head's outputs. checkpoint_name: as it was given. files: sha256 of the checkpoint's
-    files, None for a checkpoint in memory. reported: top-1 that is published for these weights and images, or None.
-    remarks: what was assumed or left out, one line each.
+    source: its labels index the head's outputs. neighbours: labelled images among which a model without a head looks
+    for the nearest; the source has their classes then. checkpoint_name: as it was given. files: sha256 of the
+    checkpoint's files, None for a checkpoint in memory. reported: top-1 that is published for these weights and images,
+    or None. remarks: what was assumed or left out, one line each.
     """
 
     config: EvaluationConfig
@@ -66,12 +69,18 @@ class EvaluationInputs:
     files: Mapping[str, str] | None
     schedules: dict[str, MergeSchedule]
     reported: float | None
+    neighbours: Source | None
     remarks: tuple[str, ...]
 
     @cached_property
     def params(self) -> Any:
         """The parameters in the dtype of the computation; with bfloat16 both copies are on the devices."""
         return cast_params(self.checkpoint.params, PRECISIONS[self.config.dtype][0])
+
+    @property
+    def judged(self) -> bool:
+        """Whether images are classified, by a head or by their neighbours."""
+        return self.neighbours is not None or not self.checkpoint.config.headless
 
     @property
     def num_records(self) -> int:
@@ -109,6 +118,7 @@ class EvaluationInputs:
             "dataset": [self.source.spec, len(self.source), config.real_labels],
             "class_names": hashlib.sha256("\n".join(self.source.class_names).encode(errors="replace")).hexdigest(),
             "limit": config.limit,
+            "neighbours": self.neighbours and [self.neighbours.spec, len(self.neighbours)],
             "checkpoint": weights.hexdigest(),
             "schedules": {name: str(schedule) for name, schedule in self.schedules.items()},
             "batch_size": config.batch_size,
@@ -126,8 +136,6 @@ def open_inputs(
     """Open what an evaluation reads. Raises InputError if something does not exist or does not fit."""
     mesh = parallel.data_mesh()
     parallel.check_batch_size(config.batch_size, mesh)
-    opened = dataset if isinstance(dataset, Source) else open_source(dataset)
-    labelled = real_labels(opened, config.real_labels) if config.real_labels else opened
     placing = parallel.replicated(mesh)
     if isinstance(checkpoint, Checkpoint):
         name, files = str(checkpoint.path), None
@@ -137,17 +145,40 @@ def open_inputs(
         name, checkpoint = str(checkpoint), load_checkpoint(checkpoint, placing)
         files = checkpoint.meta["files"]
     model = checkpoint.config
-    names = read_class_names(config.class_names, model.num_classes) if config.class_names else checkpoint.class_names
-    source = sample(match_head(labelled, model.num_classes, names, str(checkpoint.path)), config.limit)
+    open_any = open_labelled_or_not if model.headless and not config.neighbours else open_source
+    opened = dataset if isinstance(dataset, Source) else open_any(dataset)
+    labelled = real_labels(opened, config.real_labels) if config.real_labels else opened
+    source, neighbours = _match(labelled, checkpoint, config)
     named, left_out = fit_schedules(schedules, model, checkpoint.recommended)
     named = cross_rules(named, config.rules)
     checkpoint.check_correction(named.values())
     reported = None if config.real_labels else reported_top1(opened, checkpoint, config.limit)
+    images = source.scored, source.labels_per_image
     step_config = StepConfig(
-        checkpoint.preprocess, mesh, config.batch_size, config.dtype, source.scored, source.labels_per_image
+        checkpoint.preprocess, mesh, config.batch_size, config.dtype, *images, patches=model.headless
     )
-    remarks = (*source.remarks, *left_out)
-    return EvaluationInputs(config, step_config, source, checkpoint, name, files, named, reported, remarks)
+    remarks = (*source.remarks, *(neighbours.remarks if neighbours else ()), *left_out)
+    facts = name, files, named, reported, neighbours, remarks
+    return EvaluationInputs(config, step_config, source, checkpoint, *facts)
+
+
+def _match(source: Source, checkpoint: Checkpoint, config: EvaluationConfig) -> tuple[Source, Source | None]:
+    """The images with labels that index the head's outputs, or the classes of the neighbours; and these."""
+    model, where, given = checkpoint.config, str(checkpoint.path), config.neighbours
+    if not model.headless:
+        if given:
+            raise InputError(f"neighbours: {where} has a head, which classifies; convert with --num_classes 0")
+        names = checkpoint.class_names
+        names = read_class_names(config.class_names, model.num_classes) if config.class_names else names
+        return sample(match_head(source, model.num_classes, names, where), config.limit), None
+    neighbours = (given if isinstance(given, Source) else open_source(given)) if given else None
+    if neighbours:
+        if neighbours.spec == source.spec:
+            raise InputError(f"neighbours: {source.spec} is the data set itself: give another one")
+        if neighbours.labels_per_image > 1:
+            raise InputError(f"neighbours: {neighbours.spec} has several labels an image: give a set with one")
+        source = label_by_name(source, neighbours.class_names, neighbours.spec)
+    return sample(source, config.limit), neighbours
 
 
 def reported_top1(source: Source, checkpoint: Checkpoint, limit: int | None = None) -> float | None:

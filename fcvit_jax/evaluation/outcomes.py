@@ -27,8 +27,9 @@ class Outcomes(NamedTuple):
     """The outcomes of n images under s schedules, in the data set's order, without images that do not count.
 
     names: str [n]. labels: int32 [n], or [n, k] padded with -1. rank, prediction: int32 [s, n], as in `Outcome`.
-    kl: float32 [s, n], from dense; NaN if dense is not among the schedules. found: int32 [k], how many images were of
-    each kind of `FOUND`.
+    kl: float32 [s, n], from dense; NaN if dense is not among the schedules. distances: float32 [s, n, 4], in the order
+    of `DISTANCES`; [s, n, 0] of a model with a head, or without dense. found: int32 [k], how many images were of each
+    kind of `FOUND`.
     """
 
     names: np.ndarray
@@ -36,6 +37,7 @@ class Outcomes(NamedTuple):
     rank: np.ndarray
     prediction: np.ndarray
     kl: np.ndarray
+    distances: np.ndarray
     found: np.ndarray
 
 
@@ -50,27 +52,28 @@ def collect(batch: Batch, outcomes: Mapping[str, Outcome]) -> Outcomes:
     rank, prediction = (np.stack([each[field] for each in outcomes.values()]) for field in (0, 1))
     none = np.full(rank.shape[1], 0 if "dense" in outcomes else np.nan, np.float32)  # dense differs from itself by 0
     kl = np.stack([none if outcome.kl is None else outcome.kl for outcome in outcomes.values()])
+    none = np.zeros((rank.shape[1], 0), np.float32)
+    distances = np.stack([none if each.distances is None else each.distances for each in outcomes.values()])
     there = Counter({"skipped": len(batch.skipped)}) + Counter(batch.oddities)
     found = np.array([there[kind] for kind in FOUND], np.int32)
     if jax.process_count() > 1:
         found = np.asarray(multihost_utils.process_allgather(found)).sum(axis=0, dtype=np.int32)
     counts = rank[0] >= 0
-    rank, prediction, kl = (array[:, counts] for array in (rank, prediction, kl))
-    return Outcomes(names[counts], np.asarray(labels)[counts], rank, prediction, kl, found)
+    rank, prediction, kl, distances = (array[:, counts] for array in (rank, prediction, kl, distances))
+    return Outcomes(names[counts], np.asarray(labels)[counts], rank, prediction, kl, distances, found)
 
 
 def concatenate(parts: Iterable[Outcomes]) -> Outcomes:
     """Concatenate the outcomes of one or more batches."""
     names, labels, *others, found = zip(*parts, strict=True)
-    rank, prediction, kl = (np.concatenate(rows, axis=1) for rows in others)
+    rank, prediction, kl, distances = (np.concatenate(rows, axis=1) for rows in others)
     total = np.stack(found).sum(axis=0)
-    return Outcomes(np.concatenate(names), np.concatenate(labels), rank, prediction, kl, total)
+    return Outcomes(np.concatenate(names), np.concatenate(labels), rank, prediction, kl, distances, total)
 
 
 def save_outcomes(path: Path, schedules: Sequence[str], outcomes: Outcomes) -> None:
-    """Write the arrays but `found` as one .npz, with `schedules`, str [s]. A partial file is never left behind."""
-    arrays = outcomes._asdict()
-    del arrays["found"]
+    """Write the arrays that hold something, but `found`, with `schedules`, str [s], as one .npz: whole or not."""
+    arrays = {name: array for name, array in outcomes._asdict().items() if array.size and name != "found"}
     write_whole(path, _npz(schedules=np.asarray(schedules), **arrays))
 
 
@@ -88,6 +91,7 @@ class Journal:
         self.parts: list[Outcomes] = []
         self.differs: tuple[str, ...] = ()
         self._folder, self._run = folder, json.dumps(run)
+        self._saved: list[Sequence[np.ndarray]] = []  # the logits, without a folder
         while folder and (arrays := self._read("run", *Outcomes._fields)):
             there = json.loads(str(arrays.pop("run")))
             self.differs = tuple(sorted(key for key in there | run if there.get(key) != run.get(key)))
@@ -118,6 +122,8 @@ class Journal:
             named = {f"logits_{index}": rows for index, rows in enumerate(logits)}
             content = _npz(run=np.asarray(self._run), **outcomes._asdict(), **named)
             write_whole(self._file(len(self.parts)), content)
+        else:
+            self._saved.append(logits)
         self.parts.append(outcomes)
 
     def forget_skips(self) -> None:
@@ -125,11 +131,23 @@ class Journal:
         skips = (index for index, part in enumerate(self.parts) if part.found[FOUND.index("skipped")])
         del self.parts[next(skips, len(self.parts)) :]
 
-    def logits(self) -> Iterator[list[np.ndarray]]:
+    def logits(self) -> Iterator[Sequence[np.ndarray]]:
         """The logits that were appended, read batch by batch: float32 [rows, c] of each schedule."""
-        for batch in range(len(self.parts)):
-            with np.load(self._file(batch), allow_pickle=False) as arrays:
-                yield [arrays[name] for name in arrays if name.startswith("logits_")]
+        yield from map(self._logits, range(len(self.parts)))
+
+    def _logits(self, batch: int) -> Sequence[np.ndarray]:
+        if not self._folder:
+            return self._saved[batch]
+        with np.load(self._file(batch), allow_pickle=False) as arrays:
+            return [arrays[name] for name in arrays if name.startswith("logits_")]
+
+    def logits_between(self, start: int, stop: int) -> list[np.ndarray]:
+        """The logits of the images from one index to another: float32 [stop - start, c] of each schedule."""
+        ends = np.cumsum([len(part.names) for part in self.parts])
+        first, last = np.searchsorted(ends, (start, stop - 1), side="right")
+        before = ends[first] - len(self.parts[first].names)
+        parts = map(self._logits, range(first, last + 1))
+        return [np.concatenate(rows)[start - before : stop - before] for rows in zip(*parts, strict=True)]
 
 
 def save_logits(

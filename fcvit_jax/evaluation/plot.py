@@ -5,6 +5,7 @@ import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.families import family, point_label
 from fcvit_jax.evaluation.runs import ResultRow, Run, titled
@@ -18,10 +19,24 @@ _MARKERS = "osD^vPXh<"  # not as many as colours: no two of 72 families look ali
 _DASHES = ("-", "-.", ":")
 GREY = "#7f7f7f"
 _THIN: dict[str, Any] = dict(linewidth=0.9, linestyle="--", marker="x", markersize=4, alpha=0.65)  # published curves
+# What can be drawn over the cost, by the field of a row; the first that was measured is drawn unless another is chosen.
+MEASURES = {
+    "top1": "top-1 (%)",
+    "cosine": "cosine of the features with dense's",
+    "top5": "top-5 (%)",
+    "agreement": "first guesses as dense (%)",
+    "kl": "KL divergence from dense (nats)",
+    "distance": "distance of the features from dense's",
+    "patch_cosine": "cosine of the patches' features with dense's",
+    "patch_distance": "distance of the patches' features from dense's",
+}
 
 
 class Line(NamedTuple):
-    """The rows of one family of schedules in one run. marker, dash: indices, so that colour alone need not tell."""
+    """The rows of one family of schedules in one run. marker, dash: indices, so that colour alone need not tell.
+
+    measure: the one of `MEASURES` that is drawn.
+    """
 
     name: str
     family: str
@@ -30,25 +45,37 @@ class Line(NamedTuple):
     colour: str
     marker: int
     dash: int
+    measure: str = "top1"
+
+    def height(self, row: ResultRow) -> float:
+        """Where to draw a row."""
+        return row[self.measure] * (100 if "%" in MEASURES[self.measure] else 1)
 
     def rows_with(self, key: str) -> list[ResultRow]:
         """The rows that have a field, in its order."""
         return sorted((row for row in self.rows if row.get(key)), key=lambda row: row[key])
 
 
-def lines(runs: Sequence[Run]) -> list[Line]:
-    """The lines of a plot, dense models among them: a colour a family, of several runs a marker and dash each."""
+def lines(runs: Sequence[Run], measure: str = "") -> list[Line]:
+    """The lines of a plot, dense models among them: a colour a family, of several runs a marker and dash each.
+
+    measure: one of `MEASURES`; by default the first that was measured. Raises InputError if it was not.
+    """
+    there = [name for name in MEASURES if any(row.get(name) is not None for run in runs for row in run.rows)]
+    measure = measure or (there or ["top1"])[0]
+    if there and measure not in there:
+        raise InputError(f"axis {measure!r} was not measured: choose one of {', '.join(there)}")
     families = dict.fromkeys(family(row["schedule"]) for run in runs for row in run.rows)
     order = [name for name in families if name != "dense"]
     found = []
     for number, run in enumerate(runs):
-        drawn = [row for row in run.rows if row.get("top1") is not None]
+        drawn = [row for row in run.rows if row.get(measure) is not None]
         for name in dict.fromkeys(family(row["schedule"]) for row in drawn):
             rows = tuple(row for row in drawn if family(row["schedule"]) == name)
             index = -1 if name == "dense" else order.index(name)
             colour = "#000000" if name == "dense" else COLOURS[index % len(COLOURS)]
             marker = number if len(runs) > 1 else index
-            found.append(Line(titled(run, name, runs), name, run, rows, colour, marker, number))
+            found.append(Line(titled(run, name, runs), name, run, rows, colour, marker, number, measure))
     return found
 
 
@@ -62,24 +89,26 @@ def published_curves(runs: Sequence[Run]) -> dict[str, list[published.Curve]]:
     return curves
 
 
-def plot_pareto(runs: Sequence[Run]) -> bytes:
+def plot_pareto(runs: Sequence[Run], measure: str = "") -> bytes:
     """The figure of `draw_pareto` as PNG."""
     picture = io.BytesIO()
-    draw_pareto(runs).savefig(picture, format="png")
+    draw_pareto(runs, measure).savefig(picture, format="png")
     return picture.getvalue()
 
 
-def draw_pareto(runs: Sequence[Run]) -> "Figure":
-    """Top-1 with its interval against GMACs and, where timed, against images/s.
+def draw_pareto(runs: Sequence[Run], measure: str = "") -> "Figure":
+    """Draw top-1 with its interval, or another measure, against GMACs and, where timed, against images/s.
 
     One line a family of schedules; published curves of the same weights thin behind them, over GMACs alone, since their
-    images/s are another machine's. At least one row must have an accuracy.
+    images/s are another machine's. At least one row must have been measured. measure: as `lines` takes it.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    drawn, curves = lines(runs), published_curves(runs)
+    drawn = lines(runs, measure)
+    measure = drawn[0].measure
+    curves = published_curves(runs) if measure == "top1" else {}
     panels = [
         ("gmacs", "GMACs an image (fewer is cheaper)"),
         ("images_per_second", "images/s, model alone (more is faster)"),
@@ -97,12 +126,12 @@ def draw_pareto(runs: Sequence[Run]) -> "Figure":
         for line in drawn:
             _draw_line(axes, line, key)
         for run in runs:
-            if run.dense and run.dense.get("top1") is not None:
+            if measure == "top1" and run.dense and run.dense.get("top1") is not None:
                 style = dict(color="#999999", linestyle=":", linewidth=1, zorder=0)
                 text = "dense - 1 point" if run is runs[0] else None
                 axes.axhline(100 * run.dense["top1"] - 1, label=text, **style)
         axes.set_xlabel(label)
-        axes.set_ylabel("top-1 (%)")
+        axes.set_ylabel(MEASURES[measure])
         axes.margins(0.07)
         axes.grid(color="#e6e6e6", linewidth=0.8)
         axes.set_axisbelow(True)
@@ -141,12 +170,12 @@ def _draw_line(axes: Any, line: Line, key: str) -> None:
     rows = line.rows_with(key)
     if not rows:
         return
-    x, y = [row[key] for row in rows], [100 * row["top1"] for row in rows]
+    x, y = [row[key] for row in rows], [line.height(row) for row in rows]
     dense = line.family == "dense"
     marker, size = ("*", 13) if dense else (_MARKERS[line.marker % len(_MARKERS)], 5)
     style = dict(marker=marker, markersize=size, linestyle=_DASHES[line.dash % len(_DASHES)])
     axes.plot(x, y, color=line.colour, label=line.name, linewidth=1.6, markeredgecolor="white", **style)
-    bounds = [(row[key], row.get("top1_low"), row.get("top1_high")) for row in rows]
+    bounds = [(row[key], row.get("top1_low"), row.get("top1_high")) for row in rows if line.measure == "top1"]
     bounds = [(place, 100 * low, 100 * high) for place, low, high in bounds if low is not None and high is not None]
     if bounds:
         axes.vlines(*zip(*bounds, strict=True), color=line.colour, alpha=0.3, linewidth=1.2)
@@ -162,7 +191,7 @@ def _label_rates(axes: Any, drawn: Sequence[Line], key: str) -> None:
     for line in drawn:
         rows = line.rows_with(key)
         for index, row in enumerate(rows):
-            spot, inner = (row[key], 100 * row["top1"]), min(index, len(rows) - 1 - index)
+            spot, inner = (row[key], line.height(row)), min(index, len(rows) - 1 - index)
             x, y = axes.transData.transform(spot)
             taken.append(Bbox.from_bounds(x - size / 2, y - size / 2, size, size))
             if text := point_label(row["schedule"]):

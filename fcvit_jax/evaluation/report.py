@@ -16,7 +16,7 @@ from pathlib import Path
 
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors, printable
 from fcvit_jax.evaluation.html import render_page
-from fcvit_jax.evaluation.plot import plot_pareto
+from fcvit_jax.evaluation.plot import MEASURES, plot_pareto
 from fcvit_jax.evaluation.runs import ResultRow, Run, differences, read_run
 from fcvit_jax.evaluation.table import format_table
 from fcvit_jax.files import local_path, write_whole
@@ -58,6 +58,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     for flag, (_, what) in files.items():
         parser.add_argument(flag, metavar="FILE", type=Path, help=f"write {what} to FILE")
+    axis = f"what --png draws over the cost: {', '.join(MEASURES)}; default: the first that was measured"
+    parser.add_argument("--axis", metavar="NAME", default="", choices=["", *MEASURES], help=axis)
     args = vars(parser.parse_args(argv))
     with one_line_errors():
         runs = _read_runs([local_path(path) for path in args["results"]])
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
                 path = local_path(given)
                 if flag != "--csv" and not all(run.evaluated for run in runs):
                     raise InputError(f"{path} is not written: some results have costs alone; pass only --csv")
-                write_whole(path, make(runs))
+                write_whole(path, make(runs, args["axis"]) if make is plot_pareto else make(runs))
                 print(f"written: {path}")
 
 

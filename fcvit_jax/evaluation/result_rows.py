@@ -12,8 +12,9 @@ from fcvit_jax.checkpoint import Checkpoint, load_checkpoint, versions
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.errors import printable
 from fcvit_jax.evaluation import published
-from fcvit_jax.evaluation.accuracy import Accuracy, CompiledStep
+from fcvit_jax.evaluation.accuracy import DISTANCES, Accuracy, CompiledStep
 from fcvit_jax.evaluation.inputs import EvaluationInputs
+from fcvit_jax.evaluation.neighbours import TEMPERATURE, K
 from fcvit_jax.evaluation.outcomes import FOUND, Outcomes
 from fcvit_jax.evaluation.runs import ResultRow
 from fcvit_jax.evaluation.statistics import mcnemar, sigmas, wilson
@@ -61,7 +62,8 @@ def result_rows(
     """Make one row a schedule, with all conditions. images_per_second, its spread, speedup: None if not timed."""
     checkpoint, source, config = inputs.checkpoint, inputs.source, inputs.config
     provenance = checkpoint.meta.get("provenance", {})
-    names, device, skipped = list(inputs.schedules), jax.devices()[0], int(outcomes.found[FOUND.index("skipped")])
+    near, names = inputs.neighbours, list(inputs.schedules)
+    device, skipped = jax.devices()[0], int(outcomes.found[FOUND.index("skipped")])
     dense, fastest = names.index("dense") if "dense" in names else None, rates.get("dense")
     conditions = {
         "checkpoint": printable(inputs.checkpoint_name),
@@ -74,6 +76,7 @@ def result_rows(
         "images_skipped": skipped,
         "remarks": [*inputs.remarks, *image_remarks(outcomes, checkpoint.preprocess)],
         "limit": config.limit,
+        "neighbours": near and f"{K} of the {len(near):,} images of {printable(near.spec)}, temperature {TEMPERATURE}",
         "preprocess": str(checkpoint.preprocess),
         "batch_size": config.batch_size,
         "dtype": config.dtype,
@@ -86,13 +89,16 @@ def result_rows(
     }
     rows = []
     for index, (name, schedule) in enumerate(inputs.schedules.items()):
-        accuracy = _accuracy_fields(outcomes, index, dense)
+        accuracy: ResultRow = _accuracy_fields(outcomes, index, dense)
+        if not inputs.judged:
+            accuracy = {name: value if name == "num_images" else None for name, value in accuracy.items()}
         known, rate = inputs.reported if index == dense else None, rates.get(name)
         rows.append(
             {
                 "schedule": name,
                 "stages": str(schedule),
                 **accuracy,
+                **_distance_fields(outcomes, index),
                 "reference_top1": known,
                 "reference_sigmas": sigmas(accuracy["correct"], accuracy["num_images"], known) if known else None,
                 **_cost_fields(schedule, checkpoint.config),
@@ -150,9 +156,19 @@ def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> Resul
     here, there = outcomes.rank[index] == 0, outcomes.rank[dense] == 0
     gained, lost = int((here & ~there).sum()), int((there & ~here).sum())
     agreement = (outcomes.prediction[index] == outcomes.prediction[dense]).mean()
-    kl = outcomes.kl[index].mean(dtype=np.float64)
-    values = gained, lost, mcnemar(gained, lost), float(agreement), float(kl)
+    kl = None if outcomes.distances.shape[-1] else float(outcomes.kl[index].mean(dtype=np.float64))  # of features none
+    values = gained, lost, mcnemar(gained, lost), float(agreement), kl
     return fields | dict(zip(compared, values, strict=True))
+
+
+def _distance_fields(outcomes: Outcomes, index: int) -> ResultRow:
+    """The mean of each of `DISTANCES` over the images, and its worst twentieth: the 5th or 95th percentile."""
+    fields: ResultRow = {}
+    for name, values in zip(DISTANCES, outcomes.distances[index].T, strict=False):
+        worst = 5 if name.endswith("cosine") else 95
+        fields[name] = float(values.mean(dtype=np.float64))
+        fields[f"{name}_p{worst}"] = float(np.percentile(values, worst))
+    return fields
 
 
 def _cost_fields(schedule: MergeSchedule, config: ViTConfig) -> ResultRow:

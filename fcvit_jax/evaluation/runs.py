@@ -21,7 +21,9 @@ ResultRow = dict[str, Any]
 MEASURED = (
     *("top1", "top1_low", "top1_high", "top5", "correct", "gained", "lost", "mcnemar_p", "agreement", "kl"),
     *("gmacs", "gmacs_executed", "tokens_out", "images_per_second", "images_per_second_spread", "speedup"),
-    *("compile_seconds", "reference_top1", "reference_sigmas", "published_top1", "published_gmacs"),
+    *("cosine", "cosine_p5", "distance", "distance_p95"),
+    *("patch_cosine", "patch_cosine_p5", "patch_distance", "patch_distance_p95", "compile_seconds"),
+    *("reference_top1", "reference_sigmas", "published_top1", "published_gmacs"),
 )
 
 
@@ -43,8 +45,8 @@ class Run:
 
     @property
     def evaluated(self) -> bool:
-        """Whether any row has an accuracy, and not the cost alone."""
-        return any(row.get("top1") is not None for row in self.rows)
+        """Whether any row has an accuracy or a distance of features, and not the cost alone."""
+        return any(row.get(key) is not None for row in self.rows for key in ("top1", "cosine"))
 
     def change(self, row: ResultRow) -> float | None:
         """Points of top-1 gained over the dense model; None if either was not measured."""

@@ -52,6 +52,12 @@ def _columns(run: Run) -> list[Column]:
         _field("top-5 %", "top5", "{:.2f}", 100, wide=True),
         _field("agree %", "agreement", "{:.1f}", 100),
         _field("KL", "kl", "{:.4f}", wide=True),
+        _field("cosine", "cosine", "{:.4f}"),
+        _field("5th pct.", "cosine_p5", "{:.4f}"),
+        _field("distance", "distance", "{:.4f}", wide=True),
+        _field("patches", "patch_cosine", "{:.4f}"),
+        _field("5th pct. of patches", "patch_cosine_p5", "{:.4f}", wide=True),
+        _field("distance of patches", "patch_distance", "{:.4f}", wide=True),
         _field("images", "num_images", "{:,}"),
         _field("tokens", "tokens_out", "{}", wide=True),
         Column("GMACs", _get("gmacs"), lambda value, _: f"{value:#.3g}" if value < 1 else f"{value:.2f}"),
@@ -118,12 +124,18 @@ def meanings(run: Run, shown: Sequence[Column] = ()) -> list[str]:
     words = {
         "change": "points of top-1 against dense",
         "agree %": "predictions equal to dense's",
+        "cosine": "of the features and dense's",
+        "5th pct.": "of the images, 5 % are below",
+        "distance": "the difference over dense's length",
+        "patches": "the cosine of the patches' features",
         "GMACs": "1e9 multiply-accumulates of one image",
         "saved": "GMACs of dense over these",
         "tokens": "left after the last layer",
     }
     titles = {column.title for column in shown or columns(run)}
     found = ["; ".join(f"{title}: {text}" for title, text in words.items() if title in titles) + "."]
+    if near := next((row["neighbours"] for row in run.rows if row.get("neighbours")), None):
+        found.append(f"top-1: by the nearest neighbours, {near}.")
     if any(map(differs, run.rows)):
         found.append("* more than chance: McNemar's test on the same images, p < 0.05, each row by itself.")
     if "published" in titles:

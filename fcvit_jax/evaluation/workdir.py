@@ -8,6 +8,7 @@ from fcvit_jax.evaluation.inputs import EvaluationInputs
 from fcvit_jax.evaluation.outcomes import Journal
 
 JOURNAL = ".outcomes"  # until the results are written; a file in earlier versions
+NEIGHBOURS = ".neighbours"  # features, until then
 FINISHED = (
     *(JOURNAL, "results.jsonl", "results.csv", "report.html", "pareto.png", "outcomes.npz", "per_class.json"),
     *("logits_*.npz", "gallery/[0-9]*_*.png"),
@@ -22,8 +23,8 @@ def holds_accuracies(workdir: Path) -> bool:
 
 
 def clear(workdir: Path) -> None:
-    """Delete the results of an earlier run, and what a killed one has left half-written."""
-    forget(workdir)
+    """Delete the results of an earlier run, and what a killed one has left half-written, but not `NEIGHBOURS`."""
+    forget(workdir, JOURNAL)
     for name in map(Path, FINISHED):
         for stale in [*workdir.glob(str(name)), *workdir.glob(str(name.with_name(f".{name.name}.partial")))]:
             try:
@@ -32,9 +33,10 @@ def clear(workdir: Path) -> None:
                 raise InputError(f"{stale} cannot be removed ({error.strerror}): choose another --workdir") from None
 
 
-def forget(workdir: Path) -> None:
-    """Delete what an interrupted run needs to resume."""
-    shutil.rmtree(workdir / JOURNAL, ignore_errors=True)
+def forget(workdir: Path, *folders: str) -> None:
+    """Delete what an interrupted run needs to resume, or a part of it."""
+    for folder in folders or (JOURNAL, NEIGHBOURS):
+        shutil.rmtree(workdir / folder, ignore_errors=True)
 
 
 def open_journal(workdir: Path, inputs: EvaluationInputs) -> Journal:

@@ -79,6 +79,8 @@ class ViTConfig:
     map_mlp_dim: int = setting(0, low=0)  # hidden width of its MLP; 0: mlp_dim
     cut_off: bool = False  # pixels below and right of the last whole patch are left out (SigLIP so400m/14 at 384)
     head_bias: bool = True  # False: the head is a projection (CLIP), and the logits are the image's embedding
+    projection_dim: int = setting(0, low=0)  # width of a projection without a bias in front of the head; 0: none
+    unit_features: bool = False  # the head takes features of length 1 (class embeddings, CLIP, SigLIP)
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -96,6 +98,8 @@ class ViTConfig:
             raise InputError("pool 'token_avg' goes with a norm before the pooling: fc_norm must be false")
         if self.pool == "map" and (self.fc_norm or self.embed_dim % (self.map_heads or self.num_heads)):
             raise InputError("pool 'map' needs fc_norm false, and an embed_dim that divides into its heads")
+        if (self.projection_dim or self.unit_features) and (self.pool == "dist_avg" or self.representation_size):
+            raise InputError("class embeddings need one feature vector an image: not pool 'dist_avg', nor a tanh layer")
         if not (self.learned_positions or self.rotary):
             raise InputError("a model needs positions: learned_positions must be true, or rotary be given")
         if self.rotary and self.head_dim % 4:
@@ -125,6 +129,16 @@ class ViTConfig:
     def pooled_tokens(self) -> int:
         """How many leading tokens are all that the pooling uses; 0 where it uses the patches too."""
         return {"token": 1, "dist_avg": 2}.get(self.pool, 0)
+
+    @property
+    def headless(self) -> bool:
+        """Whether the output is features or, through a projection, an embedding: no classes."""
+        return not (self.num_classes and self.head_bias)
+
+    @property
+    def output_dim(self) -> int:
+        """The width of the output: classes, an embedding, or pooled features."""
+        return self.num_classes or self.embed_dim * (1 + (self.pool == "token_avg"))
 
     @property
     def num_tokens(self) -> int:

@@ -27,6 +27,7 @@ def macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> int:
     patches = config.num_patches * config.patch_size**2 * 3 * config.embed_dim
     pooled = config.embed_dim * (2 if config.pool in ("dist_avg", "token_avg") else 1)
     hidden = config.representation_size if config.num_classes else 0
+    hidden = hidden or (config.projection_dim if config.num_classes else 0)
     head = pooled * hidden + (hidden or pooled) * config.num_classes
     return patches + sum(layer_macs(config, schedule)) + _pool_macs(config, schedule) + head
 

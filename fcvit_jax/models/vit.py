@@ -102,6 +102,9 @@ class ViT(nn.Module):
             return features.astype(jnp.float32), out
         if config.representation_size:
             pooled = nn.tanh(nn.Dense(config.representation_size, dtype=self.dtype, name="pre_logits")(pooled))
+        if config.projection_dim:
+            pooled = nn.Dense(config.projection_dim, use_bias=False, dtype=self.dtype, name="projection")(pooled)
+        pooled = unit_rows(pooled).astype(self.dtype) if config.unit_features else pooled
         head = partial(
             nn.Dense, config.num_classes, config.head_bias, dtype=self.dtype, kernel_init=nn.initializers.zeros
         )
@@ -224,6 +227,12 @@ def cast_params(params: Any, dtype: Any) -> Any:
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if any("norm" in key.key for key in path) else leaf.astype(dtype), params
     )
+
+
+def unit_rows(x: jax.Array) -> jax.Array:
+    """Scale rows, the last axis, to length 1, in float32; zeros stay zero."""
+    x = x.astype(jnp.float32)
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(x * x, axis=-1, keepdims=True), 1e-30))
 
 
 def _pool(config: ViTConfig, x: jax.Array, size: jax.Array) -> jax.Array:

@@ -76,7 +76,7 @@ class Front:
                 found.append(outcome)
                 for family, gmacs in costs.items():
                     placed.setdefault(family, {})[budget.text] = gmacs
-        measure = "KL" if model.num_classes else "1 - cosine"
+        measure = "1 - cosine" if model.headless else "KL"
         return SearchReport({**conditions, "families": placed}, measure, tuple(found), tuple(rows))
 
     def _row(self, trial: Trial, budget: Budget) -> dict[str, Any]:

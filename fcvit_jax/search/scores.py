@@ -23,16 +23,15 @@ from fcvit_jax.files import told_in_one_line
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.rules import Rule
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import ViT, cast_params
+from fcvit_jax.models.vit import ViT, cast_params, unit_rows
 from fcvit_jax.search.simulate import Rates, SimulatedViT, rates
 
 
 def distance(config: ViTConfig, dense: jax.Array, merged: jax.Array) -> jax.Array:
     """The score of each row of logits, or of features without a head, float32 [b, c] -> [b]."""
-    if config.num_classes:
+    if not config.headless:
         return divergence(None, dense, merged)
-    norms = (jnp.linalg.norm(dense, axis=1), jnp.linalg.norm(merged, axis=1))
-    return 1 - jnp.sum(dense * merged, axis=1) / jnp.maximum(norms[0] * norms[1], 1e-30)
+    return 1 - jnp.sum(unit_rows(dense) * unit_rows(merged), axis=1)
 
 
 class Memory:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from fcvit_jax.checkpoint import abstract_params, flat_params, load_checkpoint
+from fcvit_jax.checkpoint import abstract_params, flat_params, load_checkpoint, without_head
 from fcvit_jax.convert.geometry import infer_config
 from fcvit_jax.convert.translation import assemble, translate
 from fcvit_jax.data.labels import UnknownOrder, class_differences, match_head, read_class_names
@@ -94,7 +94,7 @@ def _like(train_set: Source, test_set: Source) -> Source:
 
 
 def _new_head(params: Any, config: ViTConfig, num_classes: int) -> tuple[Any, ViTConfig]:
-    config = replace(config, num_classes=num_classes, representation_size=0, head_bias=True)
+    config, body = without_head(config, params)
+    config = replace(config, num_classes=num_classes)
     heads = {name: leaf for name, leaf in abstract_params(config).items() if name in ("head", "head_dist")}
-    body = {name: leaf for name, leaf in params.items() if name not in ("head", "head_dist", "pre_logits")}
     return body | jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), heads), config

@@ -15,7 +15,7 @@ from fcvit_jax.evaluation.accuracy import (
     Accuracy,
     StepConfig,
     classify,
-    compile_divergence,
+    compile_comparison,
     compile_step,
     divergence,
     eval_step,
@@ -159,11 +159,11 @@ def test_divergence_by_hand():
     np.testing.assert_allclose(divergence((2, 0), dense, other), [np.log(2) / 3] * 2, atol=1e-6)
     mesh = mesh_of(2)
     spread = jax.device_put([dense, other], parallel.batched(mesh))
-    program = compile_divergence(["a", "b"], 3, StepConfig(PREPROCESS, mesh, 2, scored=(0, 2)))
-    both = program(spread[0], {"b": spread[1], "a": spread[0]})
-    assert both.keys() == {"a", "b"}
-    np.testing.assert_allclose(both["b"], [np.log(2) / 3] * 2, atol=1e-6)
-    np.testing.assert_allclose(both["a"], [0, 0], atol=1e-6)
+    compare = compile_comparison(
+        dataclasses.replace(CONFIG, num_classes=3), StepConfig(PREPROCESS, mesh, 2, scored=(0, 2))
+    )
+    np.testing.assert_allclose(compare(spread[0], spread[1])["kl"], [np.log(2) / 3] * 2, atol=1e-6)
+    np.testing.assert_allclose(compare(spread[0], spread[0])["kl"], [0, 0], atol=1e-6)
 
 
 def test_logits_that_are_not_finite_stop_the_evaluation(params):
@@ -247,7 +247,7 @@ def test_the_waiting_is_told_apart(params):
 def test_what_lies_on_the_device_does_not_grow_with_the_images(params):
     steps, placed, rows = compiled(params, 8, 1)
     alive: list[int] = []
-    compare = compile_divergence(SCHEDULES[1:], CONFIG.num_classes, StepConfig(PREPROCESS, mesh_of(1), 8))
+    compare = compile_comparison(CONFIG, StepConfig(PREPROCESS, mesh_of(1), 8))
     for _ in classify(steps, placed, device_batches(eval_batches(noise(120), PREPROCESS, 8), rows), compare):
         alive.append(sum(array.nbytes for array in jax.live_arrays()))
     assert len(alive) == 15
