@@ -55,7 +55,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         row, first = named[name[base, rule]], named[name[base, rules[0]]]
         ratio, low, high = ratio_of_means(kl[name[base, rule]], kl[name[base, rules[0]]])
         speed = row["images_per_second"] / first["images_per_second"] if args.throughput_blocks else None
-        values = base, rule, row["gmacs"], row["kl"], ratio, (low, high), row["agreement"], row["top1"], speed
+        interval = f"{low:.2f} to {high:.2f}"
+        values = base, rule, row["gmacs"], row["kl"], ratio, interval, row["agreement"], row["top1"], speed
         table.append(dict(zip(COLUMNS, values, strict=True)))
     write(table, args.out)
     draw(table, args.out / "rules.png")
@@ -83,8 +84,7 @@ def write(table: list[dict[str, Any]], directory: Path) -> None:
     formats = ("", "", ".3g", ".3g", ".2f", "", ".1%", ".1%", ".2f")
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in table:
-        shown = row | {"95 %": "{:.2f} to {:.2f}".format(*row["95 %"])}
-        cells = ("" if each is None else format(each, form) for each, form in zip(shown.values(), formats, strict=True))
+        cells = ("" if each is None else format(each, form) for each, form in zip(row.values(), formats, strict=True))
         lines.append("| " + " | ".join(cells) + " |")
     (directory / "rules.md").write_text("\n".join(lines) + "\n")
 
