@@ -10,7 +10,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.ticker import NullFormatter
 
 import fcvit_jax as fc
 from fcvit_jax.data.sources import open_images
@@ -53,22 +52,16 @@ def main(argv: Sequence[str] | None = None) -> None:
         picture = draw_regions(images[0], token, pruned, checkpoint.config.patch_size, SCALE)
         draw_panel(axes, picture, f"{rule}: {token.max() + 1} tokens", COLOURS[rules.index(rule)])
     axes = below.subplots()
+    dense = fc.flops.gmacs(checkpoint.config)
     for colour, marker, rule in zip(COLOURS, "os^Dv", rules, strict=False):
         points = sorted((float(row["GMACs"]), float(row["KL"]), row["schedule"]) for row in rows if row["rule"] == rule)
-        x, y, names = zip(*points, strict=True)
-        axes.plot(x, y, color=colour, marker=marker, markersize=8, linewidth=2)
-        axes.annotate(
-            rule, (x[-1], y[-1]), (10, 0), textcoords="offset points", color=colour, va="center", weight="bold"
-        )
-        for place, height, name in zip(x, y, names, strict=True):
-            if rule == rules[0]:
-                axes.annotate(f"r={rate(name)}", (place, height), (0, 8), textcoords="offset points", ha="center")
-    dense = fc.flops.gmacs(checkpoint.config)
-    axes.axvline(dense, color="#7f7f7f", linestyle=":")
-    axes.text(dense, 0.97, "dense ", ha="right", va="top", color="#7f7f7f", transform=axes.get_xaxis_transform())
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+        x, y, _ = zip(*points, strict=True)
+        axes.plot((*x, dense), (*y, 0), color=colour, linewidth=2, zorder=1)
+        axes.plot(x, y, color=colour, marker=marker, markersize=8, linestyle="none", label=rule)
+        for place, height, name in points if rule == rules[0] else ():
+            axes.annotate(f"r={rate(name)}", (place, height), (7, 4), textcoords="offset points")
+    axes.plot(dense, 0, "k*", markersize=14, label="dense")
+    axes.legend(frameon=False)
     axes.set(xlabel=f"GMACs an image ({args.images})", ylabel="KL to the dense model\n(lower is better)")
     axes.grid(color="#e6e6e6", which="major")
     axes.set_axisbelow(True)
