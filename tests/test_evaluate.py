@@ -1,4 +1,4 @@
-"""The evaluation as a user runs it: its rows, interrupted and gone on with, on several devices and processes."""
+"""The evaluation as a user runs it: its rows, interrupted and resumed, on several devices and processes."""
 
 import contextlib
 import dataclasses

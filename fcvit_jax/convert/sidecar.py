@@ -288,7 +288,7 @@ def _crop_pct(image: tuple[int, int], resized: tuple[int, int]) -> float:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file; None where there is no such file."""
+    """The JSON object of a file; None if the file does not exist."""
     if not path.is_file():
         return None
     try:
@@ -339,7 +339,7 @@ def _size(key: str, value: Any) -> tuple[int, int]:
 
 
 def _names(key: str, value: Any) -> tuple[str, ...] | None:
-    """The names in a list or in {"0": name}; None where there are none, or not one for each index."""
+    """The names in a list or in {"0": name}; None if there are none, or not one for each index."""
     if isinstance(value, dict):
         order = [str(index) for index in range(len(value))]
         value = [value[index] for index in order] if value.keys() == {*order} else None

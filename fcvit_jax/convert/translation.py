@@ -187,7 +187,7 @@ def assemble(
 ) -> Converted:
     """Build the parameter tree of a configuration.
 
-    grid: (rows, columns) of the file's position embedding; None where there is none and the fixed sine-cosine one is
+    grid: (rows, columns) of the file's position embedding; None if it has none and the fixed sine-cosine one is
     computed. resampling: a convention of `posembed.RESAMPLINGS`, by default that of the layout.
     Raises InputError naming the first key that has no place, another shape or values that are not finite, or the first
     leaves that nothing fills.

@@ -207,7 +207,7 @@ def test_live_and_averaged_weights(tmp_path, torch, tree, live, a, averaged, e):
         read = read_weights(path, ema=ema)
         assert (read.wrapper, list(read.arrays)) == (wrapper, [name])
         walked = {key.rstrip(".") for key in (wrapper or "").split(", ")}
-        assert set(tree) - walked - {name} <= set(read.skipped)  # what is left aside is told
+        assert set(tree) - walked - {name} <= set(read.skipped)  # what is left aside is reported
         assert read.arrays[name].shape == ()
 
 

@@ -223,7 +223,7 @@ def test_of_several_pictures_and_labels_it_takes_the_image_and_its_class(tmp_pat
     small = io.BytesIO()
     Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(small, "PNG")
     if name.startswith("cifar"):
-        picture = small.getvalue()  # its features want 32x32 pixels, as PNG
+        picture = small.getvalue()  # its features require 32x32 pixels, as PNG
     known: Any = {
         "image": io.BytesIO(picture),
         "label": number - 1,
