@@ -15,8 +15,8 @@ import fcvit_jax as fc
 from fcvit_jax.data.sources import open_images
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.evaluation.families import family, rate
-from fcvit_jax.evaluation.plot import COLOURS
 from fcvit_jax.evaluation.visualize import draw_regions, first_images, regions
+from fcvit_jax.figures import COLOURS, plain
 
 SCALE = 4  # pixels of the picture per pixel of the model's input
 
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows = [row for row in rows if family(row["schedule"]) == family(args.schedule)]
     images, _ = first_images(open_images(args.photo), checkpoint, 1)
 
-    plt.rcParams.update({"font.size": 13, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams["font.size"] = 13
     figure = plt.figure(figsize=(8, 6.6), layout="constrained")
     above, below = figure.subfigures(2, 1, height_ratios=(3, 3.4))
     panels = above.subplots(1, 1 + len(rules))
@@ -63,8 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     axes.plot(dense, 0, "k*", markersize=14, label="dense")
     axes.legend(frameon=False)
     axes.set(xlabel=f"GMACs an image ({args.images})", ylabel="KL to the dense model\n(lower is better)")
-    axes.grid(color="#e6e6e6", which="major")
-    axes.set_axisbelow(True)
+    plain(axes)
     figure.savefig(args.out, dpi=140, pil_kwargs={"optimize": True})
     plt.close(figure)
 

@@ -16,16 +16,17 @@ import argparse
 import csv
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 import fcvit_jax as fc
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import OneLineParser, one_line_errors
 from fcvit_jax.evaluation.statistics import ratio_of_means
+from fcvit_jax.figures import COLOURS, HEIGHT, WIDTH, blank_figure, plain, png
 from fcvit_jax.models.schedule import cross_rules, parse_schedules
 
 COLUMNS = ("schedule", "rule", "GMACs", "KL", "ratio", "95 %", "agree", "top-1", "speed")
@@ -91,15 +92,15 @@ def write(table: list[dict[str, Any]], directory: Path) -> None:
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
     """Plot KL against GMACs, a line a rule."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for rule in dict.fromkeys(row["rule"] for row in table):
+    figure = blank_figure(WIDTH, HEIGHT)
+    axes = figure.subplots()
+    for colour, marker, rule in zip(cycle(COLOURS), cycle("osD^vPXh"), dict.fromkeys(row["rule"] for row in table)):
         points = sorted((row["GMACs"], row["KL"]) for row in table if row["rule"] == rule)
-        axes.plot(*zip(*points, strict=True), marker="o", label=rule)
-    axes.set(xlabel="GMACs an image", ylabel="KL(dense || merged)", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=rule)
+    axes.set(xlabel="GMACs an image (fewer is cheaper)", ylabel="KL to the dense model (nats)", yscale="log")
+    plain(axes)
+    axes.legend(frameon=False)
+    path.write_bytes(png(figure))
 
 
 if __name__ == "__main__":

@@ -82,15 +82,22 @@ def test_the_packaged_checkpoints_come_from_the_configurations(name, config):
     assert f"{provenance['test']['correct']} of 360" in config.__doc__
 
 
-def test_the_packaged_checkpoint_travels_in_the_wheel(tmp_path):
+def test_the_wheel_works_outside_the_tree(tmp_path):
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    check = "import fcvit_jax; print(fcvit_jax.__file__, fcvit_jax.load_checkpoint('packaged:digits').config.depth)"
-    done = run("-c", check, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")})
-    assert done.stdout.split() == [str(tmp_path / "site" / "fcvit_jax" / "__init__.py"), "6"], done.stderr
+    site = tmp_path / "site"
+    assert (site / "fcvit_jax" / "py.typed").exists()
+    check = (
+        "import fcvit_jax as fc; print(fc.__file__)\n"
+        "rows = fc.evaluate('packaged:digits', 'digits:test', 'dense', limit=8, throughput_blocks=0, workdir='out')\n"
+        "print(rows[0]['num_images'])"
+    )
+    done = run("-c", check, cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    assert done.stdout.split() == [str(site / "fcvit_jax" / "__init__.py"), "8"], done.stderr
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1_000_000
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import numpy as np
 
 import fcvit_jax as fc
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 LIBRARY, OWN_MODEL = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
@@ -49,3 +50,17 @@ def test_the_gmacs_of_the_schedules_are_those_computed():
         assert gmacs == f"{fc.flops.gmacs(config, fc.MergeSchedule.parse(name, 12)):.2f}"
     for name, gmacs in re.findall(r"^\| `([^`]+)` \| (\d\.\d\d) \|", README, flags=re.MULTILINE):
         assert gmacs == f"{fc.flops.gmacs(config, fc.MergeSchedule.parse(name, 12)):.2f}"
+
+
+def test_every_place_states_the_same_version():
+    (cited,) = re.findall(r"^version: (.*)$", (ROOT / "CITATION.cff").read_text(), flags=re.MULTILINE)
+    latest = re.findall(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[0]
+    assert fc.__version__ == cited == latest
+
+
+def test_every_file_that_a_page_links_to_exists():
+    pages = [ROOT / "README.md", *ROOT.glob("docs/*.md")]
+    links = [(page, link) for page in pages for link in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text())]
+    assert len(links) > 30
+    for page, link in links:
+        assert (page.parent / link).exists(), f"{page.name}: {link}"

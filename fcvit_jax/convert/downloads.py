@@ -216,5 +216,6 @@ def _fetch_from_hub(source: str) -> Path:
         fix = "HF_HUB_OFFLINE is set: unset it" if offline else "the hub cannot be reached: check the network"
         raise InputError(f"the cache lacks {repr(missing) if missing else 'its weights'}, and {fix}")
     if path:
-        raise InputError(f"its {path.name} names {missing!r}, which does not exist: give another repository, revision")
+        fix = "name another repository or revision"
+        raise InputError(f"its {path.name} names {missing!r}, which does not exist: {fix}")
     raise InputError(f"the repository has none of {', '.join(_WEIGHTS)}: name another, or the file's https:// address")

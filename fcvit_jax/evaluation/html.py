@@ -17,6 +17,7 @@ from jinja2 import Environment
 
 from fcvit_jax.evaluation import plot, table
 from fcvit_jax.evaluation.runs import MEASURED, ResultRow, Run, differences, titled
+from fcvit_jax.figures import GREY
 
 GALLERY_BYTES = 48 << 20  # of pictures: a page much larger than that is slow to open
 
@@ -111,7 +112,7 @@ def _published_lines(runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
         for index, curve in enumerate(curves):
             yield {
                 "name": label,
-                "colour": colours.get(curve.family, plot.GREY),
+                "colour": colours.get(curve.family, GREY),
                 "published": True,
                 "legend": index == 0,
                 "points": [
