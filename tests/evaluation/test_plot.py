@@ -8,6 +8,7 @@ from PIL import Image
 
 from fcvit_jax.evaluation.plot import draw_pareto, lines, plot_pareto, published_curves
 from fcvit_jax.evaluation.runs import Run
+from fcvit_jax.figures import COLOURS
 
 VIT_S = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 
