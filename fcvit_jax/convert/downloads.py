@@ -132,7 +132,7 @@ def _check_address(url: str, sha256: str | None) -> None:
     try:
         scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
     except ValueError as error:
-        raise InputError("is no valid address: check it") from error
+        raise InputError("is not a valid address: check it") from error
     if scheme not in ("http", "https"):
         raise InputError("only https:// is downloaded: download it otherwise, and name the file")
     try:
@@ -179,7 +179,7 @@ def _fetch_from_hub(source: str) -> Path:
         errors.RevisionNotFoundError: f"the repository has no revision {revision}: check it",
         errors.GatedRepoError: f"is gated: request access on its page of the hub, then {_LOGIN}",
         errors.RepositoryNotFoundError: f"no such repository, or a private one: check the name, or {_LOGIN}",
-        errors.HFValidationError: "is no name of a repository: check it",
+        errors.HFValidationError: "is not a repository's name: check it",
     }
     unreachable = None
 

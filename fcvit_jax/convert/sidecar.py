@@ -314,7 +314,7 @@ def _known(stated: Stated) -> dict[str, Any]:
 
 
 def _take(stated: Stated, key: str, *kinds: Any) -> Any:
-    """The value of a key; InputError where it is absent or of another kind."""
+    """The value of a key; InputError if it is absent or of another kind."""
     value = stated.get(key)
     if type(value) not in kinds:
         raise InputError(f"{key} {reprlib.repr(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}")

@@ -318,7 +318,7 @@ def read_torch_legacy(data: mmap.mmap, wanted: Wanted) -> Contents:
 
 @contextlib.contextmanager
 def _naming_stranger(unpickler: _Unpickler) -> Iterator[None]:
-    """Where no tensors are found, say what the file holds instead."""
+    """Describe what a file without tensors holds instead."""
     try:
         yield
     except NoTensors as error:

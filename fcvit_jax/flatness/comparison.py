@@ -88,7 +88,7 @@ def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float
 
 
 def check_comparable(config: FlatnessConfig, other: FlatnessConfig, loss_tolerance: float) -> None:
-    """Raises InputError where two reports measure different things (m, loss, ascent), or the tolerance is none."""
+    """Raises InputError if two reports measure different things (m, loss, ascent), or the tolerance is invalid."""
     if not 0 <= loss_tolerance < math.inf:
         raise InputError(f"loss_tolerance is {loss_tolerance}: it must be a number, 0 or more")
     for name in ("batch_size", "loss", "ascent_steps", "restarts"):

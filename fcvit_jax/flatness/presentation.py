@@ -71,7 +71,7 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 def describe_report(report: FlatnessReport) -> str:
-    """What was measured on what, and all that is not a measure at a radius; a few lines."""
+    """Describe the conditions, and every measure that has no radius; a few lines."""
     count, conditions = report.config.batch_size, report.conditions
     lines = [
         f"{conditions.get('checkpoint', 'parameters')} on {conditions.get('dataset', 'given batches')}: "

@@ -110,7 +110,7 @@ def test_an_inspection_is_a_value(weights, tmp_path, capsys):
         ({"num_classes": -1}, "num_classes is -1: it must be a whole number, 0 or more, or none"),
         ({"gelu": "relu"}, "gelu is 'relu': choose one of exact"),
         ({"class_names": ["ant"]}, "class_names has 1 different names"),
-        ({"sha256": "0123"}, "'0123' is no sha256"),
+        ({"sha256": "0123"}, "'0123' is not a sha256"),
         ({"model": "vit_smal_patch16_224"}, "the nearest names are vit_small_patch16_224"),
         ({"pos_embed": "spline", "image_size": 64}, "unknown resampling 'spline'"),
     ],

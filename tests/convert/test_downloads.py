@@ -252,7 +252,7 @@ def test_addresses():
         ("http://127.0.0.1.example.org/model.pth", "plain http"),
         ("ftp://example.org/model.pth", "only https:// is downloaded"),
         ("s3://bucket/model.pth", "only https:// is downloaded"),
-        ("https://[::1/model.pth", "is no valid address"),
+        ("https://[::1/model.pth", "is not a valid address"),
     ]:
         refuse(re.escape(address) + ": " + told, locate, address, anything)
         refuse(told, locate, address, anything, SHA256[:63]) if "plain" in told else None
@@ -547,7 +547,7 @@ def test_hub_refusals(hub):
         "hf-hub:timm/empty": "the repository has none of model.safetensors, ",
         "hf-hub:timm": "not of the form hf-hub:OWNER/NAME",
         "hf-hub:timm/a/b": "not of the form",
-        "hf-hub:timm/a--b": "is no name of a repository",
+        "hf-hub:timm/a--b": "is not a repository's name",
     }.items():
         assert refuse(told, locate, source, anything).startswith(f"{source}: ")
 

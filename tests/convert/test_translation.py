@@ -81,7 +81,7 @@ def test_the_head_is_what_was_asked_for():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks.0.attn.rel_pos": np.zeros(3, np.float32)}, "'blocks.0.attn.rel_pos' is no key of the timm layout"),
+        ({"blocks.0.attn.rel_pos": np.zeros(3, np.float32)}, "'blocks.0.attn.rel_pos' is not a key of the timm layout"),
         ({"norm.weight": None}, "nothing in the file fills norm/scale"),
         ({"fc_norm.weight": np.ones(128, np.float32)}, "'fc_norm.weight' fills norm/scale a second time"),
         ({"blocks.1.mlp.fc2.weight": np.zeros((128, 12), np.float32)}, r"'blocks.1.mlp.fc2.weight' is \(128, 12\)"),
@@ -352,7 +352,7 @@ def layer(name, outputs, inputs):
         (layer("head.0", 99, 128) | layer("head.3", 5, 99), "'head.3.weight' is no key .* of shape .classes, 128."),
         (
             layer("head.1", 5, 128) | {"head.0.weight": np.ones(128)},
-            "'head.0.weight' is no key of the timm layout, nor",
+            "'head.0.weight' is not a key of the timm layout, nor",
         ),
         (layer("a", 5, 128) | layer("b", 7, 128), "several heads .a.weight with 5 outputs, b.weight with 7 outputs."),
         ({"head.1.weight": np.ones((5, 128))}, "'head.1.weight' is no key"),
@@ -377,5 +377,7 @@ def test_the_number_of_classes_chooses_a_head():
 def test_an_unknown_key_inside_a_backbone_is_never_dropped():
     for prefix in ("", "backbone."):
         arrays = prefixed(prefix, BODY | {"blocks.0.attn.gate": np.ones(2)})
-        with pytest.raises(InputError, match=r"blocks\.0\.attn\.gate' is no key of the timm layout: .* architecture"):
+        with pytest.raises(
+            InputError, match=r"blocks\.0\.attn\.gate' is not a key of the timm layout: .* architecture"
+        ):
             translate(arrays, num_classes=0)

@@ -138,14 +138,14 @@ def test_what_is_there_stays(folder, tmp_path):
     shutil.rmtree(out / "foreign")
     refused("occupied/1.0.0 exists and was not written by this command: choose another --name", name="occupied")
     for name in ("Photos", "a/b", "", "1st"):
-        refused(f"--name {name!r} is no name: write lower-case letters", name=name)
+        refused(f"--name {name!r} is not valid: write lower-case letters", name=name)
     refused("--split 'all' is no name", split="all")
     # What fails half-way leaves nothing behind.
     (folder / "cat" / "a.png").unlink()
     refused("a.png cannot be read: No such file", split="train")
     refused("a.png cannot be read: No such file", name="another")
     array = Source("digits:x", ("a",), 1, lambda i: Record(np.zeros((8, 8, 3), np.uint8), 0, "x"))
-    refused("digits:x: x is no image file, so there are no bytes to keep", array, name="another")
+    refused("digits:x: x is not an image file, so there are no bytes to keep", array, name="another")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in out.iterdir()) == ["occupied", "photos"]
 
@@ -156,7 +156,7 @@ def test_a_folder_whose_name_is_none_for_a_data_set_is_told(folder, tmp_path, ca
     with pytest.raises(SystemExit):
         prepare.main([str(renamed / "2024"), str(tmp_path / "out")])
     assert capsys.readouterr().err == (
-        f"error: the name of {renamed}/2024 is none for a data set, which begins with a letter: pass --name\n"
+        f"error: the name of {renamed}/2024 cannot name a data set, which begins with a letter: pass --name\n"
     )
     assert not (tmp_path / "out").exists()
 
