@@ -47,7 +47,7 @@ def test_an_order_of_classes_is_kept_through_another_conversion(order, weights, 
         fc.load_checkpoint(tmp_path / "one")
 
 
-def test_the_grid_that_is_assumed_is_told(tmp_path):
+def test_the_grid_that_is_assumed_is_reported(tmp_path):
     """2x8 patches, as many as 4x4."""
     arrays = state_dict(fc.ViTConfig((16, 64), 8, 128, 2, 2, 256, num_classes=5))
     save_file(arrays, tmp_path / "wide.safetensors")

@@ -200,7 +200,7 @@ def test_the_pooling_may_be_said(weights, tmp_path):
     assert fc.load_checkpoint(tmp_path / "out").config.pool == "avg"
 
 
-def test_a_place_that_cannot_be_written_is_told_first(weights, tmp_path, capsys):
+def test_a_place_that_cannot_be_written_is_reported_first(weights, tmp_path, capsys):
     assert "cannot be written" in error(capsys, weights, weights / "out", *GIVEN)
 
 

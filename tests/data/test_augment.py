@@ -327,7 +327,7 @@ def test_strings_are_parsed_as_timm_does(text):
         ("rand-m10-mstd1", 1 - 0.1 / math.sqrt(2 * math.pi), 0.1 * math.sqrt(0.5 - 0.5 / math.pi), 1.0),
     ],
 )
-def test_operations_levels_and_signs_are_drawn_as_told(monkeypatch, text, mean, std, highest):
+def test_operations_levels_and_signs_are_drawn_as_stated(monkeypatch, text, mean, std, highest):
     """The last: a half normal, as what is above the limit is clipped to it."""
     drawn: list[tuple[int, float]] = []
     recorders = {str(k): lambda image, level, look, k=k: drawn.append((k, level)) or image for k in range(15)}

@@ -150,7 +150,7 @@ def test_what_is_there_stays(folder, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["occupied", "photos"]
 
 
-def test_a_folder_whose_name_is_none_for_a_data_set_is_told(folder, tmp_path, capsys):
+def test_a_folder_whose_name_is_none_for_a_data_set_is_reported(folder, tmp_path, capsys):
     (renamed := tmp_path / "2024").mkdir()
     folder.rename(renamed / "2024")
     with pytest.raises(SystemExit):
@@ -197,7 +197,7 @@ def test_class_names_that_a_list_cannot_hold_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_told(folder, tmp_path, capsys):
+def test_a_place_that_cannot_be_written_is_reported(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, message in (
         ([folder, tmp_path / "file"], "file cannot be written: File exists"),

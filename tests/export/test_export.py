@@ -388,7 +388,7 @@ def test_a_broken_export_and_a_missing_platform_are_one_line(exported, tmp_path)
     assert "is incomplete or damaged" in done.stderr
 
 
-def test_what_does_not_fit_is_told_and_nothing_is_written(checkpoint, tmp_path):
+def test_what_does_not_fit_is_reported_and_nothing_is_written(checkpoint, tmp_path):
     out = tmp_path / "out"
     for schedules, batch_sizes, options, told in [
         ("dense", 0, {}, "batch_sizes is .0,.: give at least one, each 1 or more"),
