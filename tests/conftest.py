@@ -57,7 +57,9 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_command_runs_as_written[ViT-B_32.npz",
         "test_the_python_example_runs_as_written",
     ),
+    "test_tutorial.py": ("test_the_cells_run_and_print_what_is_stored",),
     "test_end_to_end.py": (
+        "test_the_embedded_default",
         "test_real_photos_under_five_schedules",
         "test_training_ends_in_a_checkpoint_that_evaluates",
     ),
