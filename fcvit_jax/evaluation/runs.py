@@ -43,7 +43,7 @@ class Run:
 
     @property
     def evaluated(self) -> bool:
-        """Return whether any row has an accuracy, and not the cost alone."""
+        """Whether any row has an accuracy, and not the cost alone."""
         return any(row.get("top1") is not None for row in self.rows)
 
     def change(self, row: ResultRow) -> float | None:
