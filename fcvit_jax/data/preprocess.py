@@ -175,7 +175,7 @@ PRESETS: dict[str, Preprocess] = {
 def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
     """Look up a preset, with overrides: `"timm/augreg"`, `"timm/augreg,crop_pct=1.0,mean=.5/.5/.5"`.
 
-    Raises InputError if there is no such preset or field, or a value is no number.
+    Raises InputError if there is no such preset or field, or a value is not a number.
     """
     name, *overrides = (part.strip() for part in text.split(","))
     if name not in PRESETS:

@@ -139,7 +139,7 @@ def test_what_is_there_stays(folder, tmp_path):
     refused("occupied/1.0.0 exists and was not written by this command: choose another --name", name="occupied")
     for name in ("Photos", "a/b", "", "1st"):
         refused(f"--name {name!r} is not valid: write lower-case letters", name=name)
-    refused("--split 'all' is no name", split="all")
+    refused("--split 'all' is not valid", split="all")
     # What fails half-way leaves nothing behind.
     (folder / "cat" / "a.png").unlink()
     refused("a.png cannot be read: No such file", split="train")
