@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,7 @@ LIBRARY, OWN_MODEL = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_the_library_example_runs_as_written():
-    names = {"images": jnp.zeros((2, 32, 32, 3))}
+    names: dict[str, Any] = {"images": jnp.zeros((2, 32, 32, 3))}
     exec(LIBRARY, names)
     assert names["logits"].shape == (2, 10)
     assert [row["schedule"] for row in names["rows"]] == ["dense", "tome_r16@nearest"]
@@ -31,7 +32,7 @@ def test_the_example_of_an_own_model_merges_as_scheduled():
     model = SimpleNamespace(depth=3, grid=(4, 4), num_prefix_tokens=1)
     block = SimpleNamespace(attention=attention, mlp=jnp.zeros_like)
     schedule = fc.MergeSchedule.parse("tome_r4", 3)
-    names = dict(fc=fc, jnp=jnp, model=model, schedule=schedule, blocks=[block] * 3)
+    names: dict[str, Any] = dict(fc=fc, jnp=jnp, model=model, schedule=schedule, blocks=[block] * 3)
     names |= dict(images=tokens, embed=jnp.asarray, batch=2, tokens=17)
     exec(OWN_MODEL, names)
     x, size = names["x"], names["size"]

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -22,7 +23,7 @@ def test_the_notebook_is_small_and_holds_its_outputs():
 
 def test_the_cells_run_and_print_what_is_stored():
     matplotlib.use("agg")  # show() returns at once
-    names = {}
+    names: dict[str, Any] = {}
     for cell in CELLS:
         if cell["cell_type"] != "code":
             continue
