@@ -7,6 +7,7 @@ python benchmarks/front_page.py vit_s photos/hat/cap.jpg rules/rules.csv docs/fr
 import csv
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     plt.rcParams["font.size"] = 13
     figure = plt.figure(figsize=(8, 6.6), layout="constrained")
-    above, below = figure.subfigures(2, 1, height_ratios=(3, 3.4))
+    parts: Any = figure.subfigures(2, 1, height_ratios=(3, 3.4))
+    above, below = parts
     panels = above.subplots(1, 1 + len(rules))
     rows_, columns = checkpoint.config.grid
     draw_panel(panels[0], np.kron(images[0], np.ones((SCALE, SCALE, 1), np.uint8)), f"{rows_ * columns} patches")
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     plt.close(figure)
 
 
-def draw_panel(axes: plt.Axes, picture: np.ndarray, title: str, colour: str = "black") -> None:
+def draw_panel(axes: Any, picture: np.ndarray, title: str, colour: str = "black") -> None:
     axes.imshow(picture)
     axes.set_title(title, color=colour)
     axes.axis("off")
