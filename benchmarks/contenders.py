@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model ready to be timed. What is None does not exist, or nobody tells."""
+    """A model ready to be timed. None: does not exist, or is not reported."""
 
     name: str
     schedule: str
@@ -152,7 +152,7 @@ def repeat(call: Any, *arguments: jax.Array | dict[str, Any]) -> Run:
 
 
 def prepare_timm(case: Case, mode: str | None) -> Iterator[Contender]:
-    """timm's model on the same weights, and Token Merging on it; what torch.compile cannot do is told and left out."""
+    """timm's model on the same weights, and Token Merging on it; what torch.compile cannot do is reported."""
     import pytorch_tome as peer
     import torch
 

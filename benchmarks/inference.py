@@ -34,8 +34,8 @@ timm's modules (pytorch_tome.py); for those that merge in windows there is none.
 With --devices 2 our model is spread over two GPUs, and held against the matmul of both, but not against PyTorch, which
 computes on one; or a CPU is taken as two devices, each with a part of the work of the cores.
 
-On Linux, glibc would map fresh memory for every buffer above 32 MiB, which slows both sides on CPU: it is told to keep
-what is freed, as the library's programs tell it, unless MALLOC_... variables say otherwise.
+On Linux, glibc would map fresh memory for every buffer above 32 MiB, which slows both sides on CPU: the
+benchmark makes it keep freed memory, as the library's programs do, unless MALLOC_... variables are set.
 """
 
 import argparse

@@ -16,16 +16,17 @@ import argparse
 import csv
 import re
 from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-import matplotlib.pyplot as plt
 import numpy as np
 
 import fcvit_jax as fc
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import OneLineParser, one_line_errors
 from fcvit_jax.evaluation.statistics import ratio_of_means
+from fcvit_jax.figures import COLOURS, HEIGHT, WIDTH, blank_figure, plain, png
 from fcvit_jax.models.schedule import cross_rules, parse_schedules
 
 COLUMNS = ("schedule", "rule", "GMACs", "KL", "ratio", "95 %", "agree", "top-1", "speed")
@@ -55,7 +56,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         row, first = named[name[base, rule]], named[name[base, rules[0]]]
         ratio, low, high = ratio_of_means(kl[name[base, rule]], kl[name[base, rules[0]]])
         speed = row["images_per_second"] / first["images_per_second"] if args.throughput_blocks else None
-        values = base, rule, row["gmacs"], row["kl"], ratio, (low, high), row["agreement"], row["top1"], speed
+        interval = f"{low:.2f} to {high:.2f}"
+        values = base, rule, row["gmacs"], row["kl"], ratio, interval, row["agreement"], row["top1"], speed
         table.append(dict(zip(COLUMNS, values, strict=True)))
     write(table, args.out)
     draw(table, args.out / "rules.png")
@@ -83,23 +85,22 @@ def write(table: list[dict[str, Any]], directory: Path) -> None:
     formats = ("", "", ".3g", ".3g", ".2f", "", ".1%", ".1%", ".2f")
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for row in table:
-        shown = row | {"95 %": "{:.2f} to {:.2f}".format(*row["95 %"])}
-        cells = ("" if each is None else format(each, form) for each, form in zip(shown.values(), formats, strict=True))
+        cells = ("" if each is None else format(each, form) for each, form in zip(row.values(), formats, strict=True))
         lines.append("| " + " | ".join(cells) + " |")
     (directory / "rules.md").write_text("\n".join(lines) + "\n")
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
     """Plot KL against GMACs, a line a rule."""
-    figure, axes = plt.subplots(figsize=(7, 4.5))
-    for rule in dict.fromkeys(row["rule"] for row in table):
+    figure = blank_figure(WIDTH, HEIGHT)
+    axes = figure.subplots()
+    for colour, marker, rule in zip(cycle(COLOURS), cycle("osD^vPXh"), dict.fromkeys(row["rule"] for row in table)):
         points = sorted((row["GMACs"], row["KL"]) for row in table if row["rule"] == rule)
-        axes.plot(*zip(*points, strict=True), marker="o", label=rule)
-    axes.set(xlabel="GMACs an image", ylabel="KL(dense || merged)", yscale="log")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=150, bbox_inches="tight")
-    plt.close(figure)
+        axes.plot(*zip(*points, strict=True), color=colour, marker=marker, label=rule)
+    axes.set(xlabel="GMACs an image (fewer is cheaper)", ylabel="KL to the dense model (nats)", yscale="log")
+    plain(axes)
+    axes.legend(frameon=False)
+    path.write_bytes(png(figure))
 
 
 if __name__ == "__main__":

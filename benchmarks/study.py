@@ -240,7 +240,7 @@ def stored(args: argparse.Namespace, arm: str | None = None) -> dict[str, Any] |
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The stored rows; none where there is no file yet."""
+    """The stored rows; none if there is no file yet."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 

@@ -19,8 +19,8 @@ from scipy import stats
 
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.evaluation.families import family, rate
-from fcvit_jax.evaluation.plot import COLOURS
 from fcvit_jax.evaluation.statistics import mcnemar
+from fcvit_jax.figures import COLOURS
 from fcvit_jax.files import write_whole
 from study import ARMS, ROWS, read
 

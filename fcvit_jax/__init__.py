@@ -4,7 +4,7 @@ import jax
 
 import fcvit_jax as fc
 
-rows = fc.evaluate("packaged:digits", "digits:test", ["dense", "tome_r12"])
+rows = fc.evaluate("packaged:digits", "digits:test", ["dense", "tome_r16@nearest"])
 
 checkpoint = fc.load_checkpoint("packaged:digits")
 schedule = fc.MergeSchedule.parse("s2winc5_r8", checkpoint.config.depth)
@@ -49,3 +49,5 @@ from fcvit_jax.training import TargetConfig as TargetConfig
 from fcvit_jax.training import TrainConfig as TrainConfig
 from fcvit_jax.training import train as train
 from fcvit_jax.training.sam import sam_value_and_grad as sam_value_and_grad
+
+__version__ = "0.1.0"

@@ -1,6 +1,6 @@
 """How programs are compiled: precisions, XLA's options, batches in parts, and bfloat16 on CPU.
 
-What is here for speed alone is worth what its docstring says on two cores of an Intel Xeon (docs/performance.md).
+docs/tuning_notes.md has what each choice gains, measured on two cores of an Intel Xeon.
 """
 
 import functools

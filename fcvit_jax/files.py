@@ -56,7 +56,7 @@ def check_target(path: str | Path, overwrite: bool, entries: frozenset[str]) -> 
 
 
 def writable_directory(path: Path) -> Path:
-    """Make a directory and try to write into it, before any long work. Raises InputError where that fails."""
+    """Make a directory and try to write into it, before any long work. Raises InputError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=path):
@@ -66,7 +66,7 @@ def writable_directory(path: Path) -> Path:
 
 
 def check_room(directory: Path, tree: Any) -> None:
-    """Raises InputError where the arrays of a tree do not fit on the disk, which Orbax would notice half-way."""
+    """Raises InputError if the arrays of a tree do not fit on the disk, which Orbax would notice half-way."""
     needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(directory).free
     if needed > free:
         room = f"{needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB free"

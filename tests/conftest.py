@@ -57,13 +57,15 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_command_runs_as_written[ViT-B_32.npz",
         "test_the_python_example_runs_as_written",
     ),
+    "test_tutorial.py": ("test_the_cells_run_and_print_what_is_stored",),
     "test_end_to_end.py": (
+        "test_the_embedded_default",
         "test_real_photos_under_five_schedules",
         "test_training_ends_in_a_checkpoint_that_evaluates",
     ),
     "test_evaluate.py": (
         "test_a_process_that_is_killed_is_missed_by_the_others",
-        "test_how_processes_find_each_other_is_told_in_one_line",
+        "test_how_processes_find_each_other_is_reported_in_one_line",
         "test_killed_at_any_moment_on_any_devices_it_ends_in_the_same_outcomes",
         "test_memory_does_not_grow_by_pixels",
         "test_one_device_eight_devices_and_two_processes_count_the_same",

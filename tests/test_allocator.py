@@ -30,6 +30,6 @@ def faults(**variables):
     return int(subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, check=True).stdout)
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is told to keep freed memory")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be made to keep freed memory")
 def test_freed_memory_is_kept_unless_the_environment_says_otherwise():
     assert faults() < faults(MALLOC_ARENA_MAX="8") / 12

@@ -213,7 +213,7 @@ def test_token_merging_in_pytorch_equals_the_oracle(extra):
 
 
 def test_the_commands_of_the_page_are_understood_and_the_gpu_s_is_that_of_the_help():
-    assert len(COMMANDS) == 3
+    assert len(COMMANDS) == 5
     for command in COMMANDS:
         args = inference.parse(command)
         for model in args.models:

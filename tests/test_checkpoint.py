@@ -96,7 +96,7 @@ def edit(path, **fields):
     (path / "meta.json").write_text(json.dumps(meta | fields))
 
 
-def test_bad_directories_are_told_in_one_line(saved, tmp_path):
+def test_bad_directories_are_reported_in_one_line(saved, tmp_path):
     def message(path):
         with pytest.raises(InputError) as caught:
             load_checkpoint(path)
@@ -141,7 +141,7 @@ def test_bad_directories_are_told_in_one_line(saved, tmp_path):
 
 
 @pytest.mark.parametrize("harm", ["cut", "overwrite", "remove"])
-def test_a_damaged_parameter_file_is_told(saved, harm):
+def test_a_damaged_parameter_file_is_reported(saved, harm):
     files = [path for path in (saved / "params").rglob("*") if path.is_file() and path.name != ".DS_Store"]
     (saved / "params" / ".DS_Store").write_bytes(b"a guest does no harm")
     load_checkpoint(saved)

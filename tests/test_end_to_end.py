@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import zipfile
@@ -40,14 +41,19 @@ def test_the_embedded_default(tmp_path):
     done = run(ROOT / "evaluate.py", "--workdir=out", cwd=tmp_path, env=read_only)  # from anywhere
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
-    assert [line.split()[0] for line in done.stdout.splitlines()[2:6]] == [
-        "dense",
-        "tome_r12",
-        "s2dfe_r15",
-        "s2winc5_r16",
-    ]
     results = rows(tmp_path / "out")
+    families = ("tome_r{}", "tome_r{}@nearest", "s2dfe_r{}", "s2winc5_r{}")
+    names = ["dense", *(family.format(r) for family in families for r in (8, 16, 32))]
+    assert [row["schedule"] for row in results] == names
+    table = done.stdout[done.stdout.index("schedule ") :].splitlines()
+    assert [line.split()[0] for line in table[2:19] if line] == names
+    assert len(table) <= 32, "longer than a screen"
     dense = results[0]
+    shown = re.findall(r"^    (\S+) +(\d\d\.\d\d)  .*  360 ", (ROOT / "README.md").read_text(), flags=re.MULTILINE)
+    measured = {row["schedule"]: 100 * row["top1"] for row in results}
+    assert len(shown) == 7
+    for name, top1 in shown:
+        assert measured[name] == pytest.approx(float(top1), abs=0.3), name  # an image more or less: another CPU
     assert dense["top1"] >= 0.95
     assert dense["num_images"] == 360
     for row in results:
@@ -56,9 +62,9 @@ def test_the_embedded_default(tmp_path):
         assert row["speedup"] == row["images_per_second"] / dense["images_per_second"]
         assert row["preprocess"] == "bicubic 32->32 center, mean .5 std .5"
         assert row["versions"]["jax"]
-    assert [row["tokens_out"] for row in results] == [65, 5, 11, 5]
+    assert [row["tokens_out"] for row in results] == [65, 17, 3, 2, 17, 3, 2, 33, 9, 5, 25, 5, 3]
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
-    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 5
+    assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 14
     # What the packaged checkpoint says of itself is what it does.
     meta = json.loads((ROOT / "fcvit_jax" / "pretrained" / "digits" / "meta.json").read_text())
     assert meta["provenance"]["test"] == {"dataset": "digits:test", "correct": dense["correct"], "num_images": 360}
@@ -76,15 +82,22 @@ def test_the_packaged_checkpoints_come_from_the_configurations(name, config):
     assert f"{provenance['test']['correct']} of 360" in config.__doc__
 
 
-def test_the_packaged_checkpoint_travels_in_the_wheel(tmp_path):
+def test_the_wheel_works_outside_the_tree(tmp_path):
     pytest.importorskip("hatchling")
     command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
     subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
     (wheel,) = tmp_path.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
-    check = "import fcvit_jax; print(fcvit_jax.__file__, fcvit_jax.load_checkpoint('packaged:digits').config.depth)"
-    done = run("-c", check, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")})
-    assert done.stdout.split() == [str(tmp_path / "site" / "fcvit_jax" / "__init__.py"), "6"], done.stderr
+    site = tmp_path / "site"
+    assert (site / "fcvit_jax" / "py.typed").exists()
+    check = (
+        "import fcvit_jax as fc; print(fc.__file__)\n"
+        "rows = fc.evaluate('packaged:digits', 'digits:test', 'dense', limit=8, throughput_blocks=0, workdir='out')\n"
+        "print(rows[0]['num_images'])"
+    )
+    done = run("-c", check, cwd=tmp_path, env={"PYTHONPATH": str(site)})
+    assert done.stdout.split() == [str(site / "fcvit_jax" / "__init__.py"), "8"], done.stderr
+    assert (tmp_path / "out" / "report.html").stat().st_size > 1_000_000
 
 
 @pytest.fixture(scope="module")

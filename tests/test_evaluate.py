@@ -1,4 +1,4 @@
-"""The evaluation as a user runs it: its rows, interrupted and gone on with, on several devices and processes."""
+"""The evaluation as a user runs it: its rows, interrupted and resumed, on several devices and processes."""
 
 import contextlib
 import dataclasses
@@ -180,7 +180,7 @@ def test_names_of_any_bytes_give_all_results(checkpoint, folder, tmp_path):
     assert (odd / "rows.csv").read_bytes() == (odd / "out" / "results.csv").read_bytes()
 
 
-def test_the_time_of_timing_is_told(run, tmp_path, monkeypatch):
+def test_the_time_of_timing_is_reported(run, tmp_path, monkeypatch):
     # On one device: of eight on a few cores the many calls in flight wait for each other.
     monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
     (row,) = run(tmp_path, schedules="tome_r3", limit=5, throughput_blocks=1)
@@ -336,7 +336,7 @@ def test_what_was_skipped_is_not_taken_for_finished_where_it_must_not_be(run, da
     assert "after 6 of 13 images" in capsys.readouterr().out  # the fourth batch has the bad image
 
 
-def test_where_no_image_can_be_read_that_is_told(run, tmp_path):
+def test_where_no_image_can_be_read_that_is_reported(run, tmp_path):
     bad = Source("broken", CLASSES, 5, lambda index: Record(b"no image", 0, f"image {index}"))
     with pytest.raises(InputError, match="no image was evaluated"):
         run(tmp_path, dataset=bad, on_bad="skip", schedules="dense")
@@ -712,7 +712,7 @@ def test_a_process_that_is_killed_is_missed_by_the_others(tmp_path):
     assert (tmp_path / ".outcomes").exists()  # from which it goes on
 
 
-def test_how_processes_find_each_other_is_told_in_one_line(tmp_path):
+def test_how_processes_find_each_other_is_reported_in_one_line(tmp_path):
     def told(where):
         with pytest.raises(InputError) as caught:
             parallel.start_processes(where)

@@ -126,7 +126,7 @@ def inspect(src: PathLike, **options: Unpack[ConversionOptions]) -> Inspection:
     asked, named = _asked(options), named_model(str(src), options.get("model"))
     sha256 = (options.get("sha256") or "").lower()
     if sha256 and not re.fullmatch(r"[0-9a-f]{8,64}", sha256):
-        raise InputError(f"{sha256!r} is no sha256: pass its 64 hex digits, or the first of them, at least 8")
+        raise InputError(f"{sha256!r} is not a sha256: pass its 64 hex digits, or the first of them, at least 8")
     weights, sidecar = open_weights(str(src), options.get("ema", False), sha256 or None, options.get("key"))
     source = None
     try:

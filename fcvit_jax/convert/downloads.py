@@ -132,7 +132,7 @@ def _check_address(url: str, sha256: str | None) -> None:
     try:
         scheme, host = urlsplit(url).scheme, urlsplit(url).hostname or ""
     except ValueError as error:
-        raise InputError("is no valid address: check it") from error
+        raise InputError("is not a valid address: check it") from error
     if scheme not in ("http", "https"):
         raise InputError("only https:// is downloaded: download it otherwise, and name the file")
     try:
@@ -179,7 +179,7 @@ def _fetch_from_hub(source: str) -> Path:
         errors.RevisionNotFoundError: f"the repository has no revision {revision}: check it",
         errors.GatedRepoError: f"is gated: request access on its page of the hub, then {_LOGIN}",
         errors.RepositoryNotFoundError: f"no such repository, or a private one: check the name, or {_LOGIN}",
-        errors.HFValidationError: "is no name of a repository: check it",
+        errors.HFValidationError: "is not a repository's name: check it",
     }
     unreachable = None
 
@@ -216,5 +216,6 @@ def _fetch_from_hub(source: str) -> Path:
         fix = "HF_HUB_OFFLINE is set: unset it" if offline else "the hub cannot be reached: check the network"
         raise InputError(f"the cache lacks {repr(missing) if missing else 'its weights'}, and {fix}")
     if path:
-        raise InputError(f"its {path.name} names {missing!r}, which is not there: name another repository or revision")
+        fix = "name another repository or revision"
+        raise InputError(f"its {path.name} names {missing!r}, which does not exist: {fix}")
     raise InputError(f"the repository has none of {', '.join(_WEIGHTS)}: name another, or the file's https:// address")

@@ -36,7 +36,7 @@ SAFETENSORS_DTYPES = {tag: name for name, tag, _ in _TABLE if tag}
 STORAGE_DTYPES = {storage: name for name, _, storage in _TABLE if storage} | {
     "UntypedStorage": "uint8",  # bytes: the tensor says what they are
     "TypedStorage": "uint8",
-    # Of quantised tensors, which are not read.
+    # Dtypes of quantised tensors, which are not read.
     "QInt8Storage": "int8",
     "QUInt8Storage": "uint8",
     "QInt32Storage": "int32",
@@ -44,12 +44,12 @@ STORAGE_DTYPES = {storage: name for name, _, storage in _TABLE if storage} | {
 
 
 def are_sizes(*values: object) -> bool:
-    """Whether values that a file gives may be counts, offsets or lengths."""
+    """Return whether values that a file gives may be counts, offsets or lengths."""
     return all(type(value) is int and 0 <= value < 2**62 for value in values)
 
 
 def is_shape(shape: Sequence[object]) -> bool:
-    """Whether a shape that a file gives can be one; NumPy has 64 axes at most, and short products are cheap."""
+    """Return whether a shape that a file gives can be one; NumPy has 64 axes at most, and short products are cheap."""
     return len(shape) <= 64 and are_sizes(*shape)
 
 
@@ -58,13 +58,13 @@ def damaged(what: str) -> InputError:
 
 
 def check_total(unpacked: int, packed: int) -> None:
-    """Raise InputError where a file of `packed` bytes unpacks to more than four times as many."""
+    """Raise InputError if a file of `packed` bytes unpacks to more than four times as many."""
     if unpacked > 4 * packed:
         raise InputError(f"unpacks to {unpacked} bytes from {packed}: it is damaged, or a zip bomb: download it again")
 
 
 def shaped(name: str, content: np.ndarray, dtype: np.dtype, shape: Sequence[int]) -> np.ndarray:
-    """View bytes (uint8) as an array of the dtype and shape that a file gives; InputError where they do not fit."""
+    """View bytes (uint8) as an array of the dtype and shape that a file gives; InputError if they do not fit."""
     if not is_shape(shape) or math.prod(shape) * dtype.itemsize != len(content):
         raise damaged(f"{name!r} has {len(content)} bytes for shape {str(shape)[:100]}")
     return content.view(dtype).reshape(shape)

@@ -149,7 +149,7 @@ def _grid(
 
 
 def _keys_biased(translation: Translation, known: Mapping[str, Any]) -> bool:
-    """Whether keys have a bias: not if queries and values have theirs alone, and the layout has none for keys."""
+    """Return whether keys have a bias: not if only queries and values do, and the layout has none for keys."""
     parts = translation.leaves.get("blocks_0/attn/qkv/bias", {}).values()
     masked = any(part.transform == "masked" for part in parts)
     alone = {*translation.leaves.get("blocks_0/attn/qkv/bias", {})} == {"q", "v"}

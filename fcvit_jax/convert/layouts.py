@@ -267,7 +267,7 @@ class Layout:
         return self.find(key)[0] is not None or self.reason(key) is not None
 
     def fills(self, path: str) -> bool:
-        """Whether a key of the layout leads to a path, such as "blocks_#/attn/qkv/bias:k" or "head/bias"."""
+        """Return whether a key of the layout leads to a path, such as "blocks_#/attn/qkv/bias:k" or "head/bias"."""
         return any(target == path for target, _ in self.table.values())
 
     def reason(self, key: str) -> str | None:
@@ -388,7 +388,7 @@ def check_family(keys: Iterable[str]) -> None:
 
 
 def before_tower(prefix: str) -> str:
-    """What of a prefix stands before the name of an image tower."""
+    """Return the part of a prefix before the name of an image tower."""
     return re.split(rf"(?<![^.])({'|'.join(map(re.escape, _TOWERS))})", prefix)[0]
 
 

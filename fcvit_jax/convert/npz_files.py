@@ -21,7 +21,7 @@ _RAW = np.dtype("V2")  # what bfloat16 is to a NumPy that does not know it
 
 
 def check_members(archive: zipfile.ZipFile, size: int) -> None:
-    """Raise InputError where an archive of `size` bytes names a member twice, or unpacks to over four times that."""
+    """Raise InputError if an archive of `size` bytes names a member twice, or unpacks to over four times that."""
     if twice := [name for name, count in Counter(archive.namelist()).items() if count > 1]:
         raise damaged(f"it has two members {twice[0]!r}")
     check_total(sum(member.file_size for member in archive.infolist()), size)
@@ -86,5 +86,5 @@ def _inflate_member(archive: zipfile.ZipFile, name: str) -> np.ndarray:
     with archive.open(member) as stream:
         for begin in range(0, len(content), _CHUNK):
             piece = stream.read(min(_CHUNK, len(content) - begin))
-            content.data[begin : begin + _CHUNK] = piece  # ValueError where the stream ends early
+            content.data[begin : begin + _CHUNK] = piece  # ValueError if the stream ends early
     return content

@@ -145,17 +145,17 @@ def timm_call(config: ViTConfig) -> str:
 
 
 def _needs_eva(config: ViTConfig) -> bool:
-    """Whether timm's ViT lacks what its EVA has."""
+    """Return whether timm's ViT lacks what its EVA has."""
     return bool(config.rotary) or not config.key_bias or config.attn_norm or config.mlp_norm
 
 
 def _apart(config: ViTConfig) -> bool:
-    """Whether queries, keys and values are projected apart, as in EVA-02 base and larger."""
+    """Return whether queries, keys and values are projected apart, as in EVA-02 base and larger."""
     return config.mlp_norm and not (config.qkv_bias and config.key_bias)
 
 
 def _gate_apart(config: ViTConfig) -> bool:
-    """Whether the gate is a layer of its own, as in EVA-02 base and larger, and in DINOv3."""
+    """Return whether the gate is a layer of its own, as in EVA-02 base and larger, and in DINOv3."""
     return config.gated and (config.mlp_norm or bool(config.rotary and config.rotary.coordinates == "centred"))
 
 

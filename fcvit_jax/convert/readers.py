@@ -173,7 +173,7 @@ def parse_index(data: bytes) -> dict[str, set[str]]:
     for tensor, name in places.items():
         # A name that means another directory on any system: a file may not choose what is read.
         if not isinstance(name, str) or name in ("", "..") or PureWindowsPath(name).name != name:
-            raise InputError(f"names the shard {str(name)[:100]!r}, which is no plain file name: download it again")
+            raise InputError(f"names the shard {str(name)[:100]!r}, which is not a plain file name: download it again")
         shards.setdefault(name, set()).add(tensor)
     return shards
 

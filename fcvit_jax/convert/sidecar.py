@@ -288,7 +288,7 @@ def _crop_pct(image: tuple[int, int], resized: tuple[int, int]) -> float:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file; None where there is no such file."""
+    """The JSON object of a file; None if the file does not exist."""
     if not path.is_file():
         return None
     try:
@@ -314,7 +314,7 @@ def _known(stated: Stated) -> dict[str, Any]:
 
 
 def _take(stated: Stated, key: str, *kinds: Any) -> Any:
-    """The value of a key; InputError where it is absent or of another kind."""
+    """The value of a key; InputError if it is absent or of another kind."""
     value = stated.get(key)
     if type(value) not in kinds:
         raise InputError(f"{key} {reprlib.repr(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}")
@@ -339,7 +339,7 @@ def _size(key: str, value: Any) -> tuple[int, int]:
 
 
 def _names(key: str, value: Any) -> tuple[str, ...] | None:
-    """The names in a list or in {"0": name}; None where there are none, or not one for each index."""
+    """The names in a list or in {"0": name}; None if there are none, or not one for each index."""
     if isinstance(value, dict):
         order = [str(index) for index in range(len(value))]
         value = [value[index] for index in order] if value.keys() == {*order} else None

@@ -179,8 +179,8 @@ def _seal_tuple(run: Callable[[Any], None]) -> Callable[[Any], None]:
     return run_and_seal
 
 
-# Absent are EXT, whose cache of objects goes past `find_class`; BYTEARRAY8, which allocates what it is told before it
-# looks for it (it is read as bytes); buffers outside the file; and FROZENSET, which compares what it holds, at any
+# Absent are EXT, whose cache of objects goes past `find_class`; BYTEARRAY8, which allocates the stated size before it
+# reads (it is read as bytes); buffers outside the file; and FROZENSET, which compares what it holds, at any
 # depth.
 _ABSENT = pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.BYTEARRAY8 + pickle.FROZENSET
 _ABSENT += pickle.NEXT_BUFFER + pickle.READONLY_BUFFER
@@ -318,7 +318,7 @@ def read_torch_legacy(data: mmap.mmap, wanted: Wanted) -> Contents:
 
 @contextlib.contextmanager
 def _naming_stranger(unpickler: _Unpickler) -> Iterator[None]:
-    """Where no tensors are found, say what the file holds instead."""
+    """Describe what a file without tensors holds instead."""
     try:
         yield
     except NoTensors as error:
@@ -367,7 +367,7 @@ def _build_arrays(
 
 
 def _find_state(tree: dict[Any, Any], wanted: Wanted) -> tuple[str, ...]:
-    """The keys that lead to the tensors wanted: live weights first, averaged ones where there are no others or `ema`.
+    """The keys that lead to the tensors wanted: live weights first, averaged ones if alone, or with `ema`.
 
     Live wrappers go first, as some training scripts leave a score beside them that is a tensor as well. Under unknown
     keys, the only dictionary of tensors is taken; those that hold less than half as many as the largest do not count.

@@ -57,7 +57,7 @@ class MappedKey(NamedTuple):
 
 @dataclass(frozen=True)
 class Translation:
-    """What the keys of a file mean: leaf path -> part ("" for a whole leaf) -> piece; and the keys that are dropped."""
+    """The meaning of a file's keys: leaf path -> part ("" for a whole leaf) -> piece; and the keys that are dropped."""
 
     layout: Layout
     leaves: dict[str, dict[str, Piece]]
@@ -90,7 +90,7 @@ class Translation:
 
     @property
     def num_blocks(self) -> int:
-        """Raises InputError where their numbers leave gaps."""
+        """Raises InputError if their numbers leave gaps."""
         blocks = {int(found[1]) for path in self.leaves if (found := re.match(r"blocks_(\d+)/", path))}
         if blocks != set(range(len(blocks))):
             raise InputError(
@@ -172,11 +172,11 @@ def _place_unknown(
         remarks.append(f"the head is {head.weight!r}, recognised by its shape; pass --num_classes 0 to leave it out")
     if key := next((key for key in rest if key not in outer), None):
         raise InputError(
-            f"{key!r} is no key of the {layout.name} layout: this is another architecture, or a damaged file"
+            f"{key!r} is not a key of the {layout.name} layout: this is another architecture, or a damaged file"
         )
     if key := next(iter(rest), None):
         raise InputError(
-            f"{key!r} is no key of the {layout.name} layout, nor of a head of shape [classes, {width}]: pass "
+            f"{key!r} is not a key of the {layout.name} layout, nor of a head of shape [classes, {width}]: pass "
             "--num_classes 0 to convert the backbone alone"
         )
     return dropped, tuple(remarks)
@@ -187,7 +187,7 @@ def assemble(
 ) -> Converted:
     """Build the parameter tree of a configuration.
 
-    grid: (rows, columns) of the file's position embedding; None where there is none and the fixed sine-cosine one is
+    grid: (rows, columns) of the file's position embedding; None if it has none and the fixed sine-cosine one is
     computed. resampling: a convention of `posembed.RESAMPLINGS`, by default that of the layout.
     Raises InputError naming the first key that has no place, another shape or values that are not finite, or the first
     leaves that nothing fills.

@@ -144,7 +144,7 @@ class WeightSource:
             return infer_config(self.translation, stated, asked)
 
     def preprocess(self, asked: str | None, config: ViTConfig) -> Preprocess:
-        """What `asked` (a preset), the model's name or the JSON beside the file says of pixels, in this order.
+        """Find the preprocessing: from `asked` (a preset), the model's name or the JSON beside the file, in this order.
 
         Raises InputError if none says it, or says it for another image size.
         """
@@ -169,7 +169,7 @@ class WeightSource:
         return known
 
     def class_names(self, asked: str | Path | Sequence[str] | None, num_classes: int) -> ClassNames | None:
-        """What `read_class_names` makes of `asked`, or by default what the JSON states for each class."""
+        """Read the class names from `asked`, as `read_class_names` does, or by default from the JSON."""
         if asked is not None:
             return read_class_names(asked, num_classes)
         names = self.sidecar.class_names
@@ -206,7 +206,7 @@ class WeightSource:
         )
 
     def provenance(self, converted: Converted) -> dict[str, Any]:
-        """What meta.json keeps of where the parameters come from."""
+        """Return the provenance that meta.json keeps."""
         weights = self.weights
         digests = list(weights.files.values())
         return {

@@ -197,7 +197,7 @@ class RandAugment:
             why = f"magnitudes are clipped to {policy.limit:g}; add mmax{policy.magnitude:g}, or lower m"
             raise InputError(f"augment.policy is {text!r}: {why}")
         if policy.probability > 1:
-            raise InputError(f"augment.policy is {text!r}: p{policy.probability:g} is no probability")
+            raise InputError(f"augment.policy is {text!r}: p{policy.probability:g} is not a probability")
         return policy
 
     def __call__(

@@ -74,8 +74,8 @@ def class_order(source: Source, order: str) -> tuple[str, ...]:
     if order not in orders:
         text = next(name for name in source.class_names if not _NUMBER.fullmatch(name))
         raise InputError(
-            f"{source.spec}: class_names is numeric, and class {text!r} is no number; timm's order counts the numbers "
-            "inside names too"
+            f"{source.spec}: class_names is numeric, and class {text!r} is not a number; timm's order counts the "
+            "numbers inside names too"
         )
     return orders[order]
 
@@ -137,7 +137,7 @@ def real_labels(source: Source, path: str | Path) -> Source:
 
 
 def _in_imagenets_order(class_names: Sequence[str] | None) -> bool:
-    """Whether 1,000 outputs of these names are ImageNet's: no names, its synsets in order, or words."""
+    """Return whether 1,000 outputs of these names are ImageNet's: no names, its synsets in order, or words."""
     return not class_names or not re.fullmatch(r"n\d{8}", class_names[0]) or tuple(class_names) == imagenet.synsets()
 
 

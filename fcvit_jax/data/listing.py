@@ -73,7 +73,7 @@ class Listing:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """What a reader should know, one line each."""
+        """Return what a reader should know, one line each."""
         counted = [f"{count:,} {what}" for what, count in sorted(self.left_out.items())]
         lines = {
             f"left out: {_some(counted, 8)}": counted,
@@ -123,7 +123,7 @@ class _Scan:
 
     @property
     def settled(self) -> bool:
-        """Whether a later change to any folder is sure to give it another time of modification."""
+        """Return whether a later change to any folder is sure to give it another time of modification."""
         times = [modified for modified, _ in self.stamps.values()]
         whole_seconds = all(modified % 10**9 == 0 for modified in times)
         return max(times) < self.began - (2 * 10**9 if whole_seconds else 10**8)
@@ -211,7 +211,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    """What changes if an entry of a folder is added, removed or renamed: its time of modification, and which it is."""
+    """Return what changes with the entries of a folder: its time of modification, and its inode."""
     status = os.stat(path)
     return status.st_mtime_ns, status.st_ino
 

@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
         folder = local_path(args.folder).resolve()
         name = args.name or re.sub(r"[^a-z0-9]+", "_", folder.name.lower()).strip("_")
         if not (args.name or re.match("[a-z]", name)):
-            raise InputError(f"the name of {folder} is none for a data set, which begins with a letter: pass --name")
+            raise InputError(f"the name of {folder} cannot name a data set, which begins with a letter: pass --name")
         source = open_source(f"folder:{args.folder}")
         spec = prepare(source, local_path(args.out), name, args.split, progress=True)
         for line in source.remarks:
@@ -59,7 +59,7 @@ def prepare(source: Source, out: Path, name: str, split: str, progress: bool = F
     """
     for option, value in (("--name", name), ("--split", split)):
         if not re.fullmatch(r"[a-z][a-z0-9_]*", value) or value == "all":
-            raise InputError(f"{option} {value!r} is no name: write lower-case letters, digits and underscores")
+            raise InputError(f"{option} {value!r} is not valid: write lower-case letters, digits and underscores")
     target = out / name / VERSION
     source = _check_target(target, source, split)
     writable_directory(out)
@@ -118,7 +118,7 @@ def _write(directory: Path, source: Source, name: str, split: str, progress: boo
         for index in tqdm(indices, desc="writing", unit="img", disable=None if progress else True, leave=False):
             record = source[index]
             if not isinstance(record.image, bytes):
-                raise InputError(f"{source.spec}: {record.name} is no image file, so there are no bytes to keep")
+                raise InputError(f"{source.spec}: {record.name} is not an image file, so there are no bytes to keep")
             yield {"image": io.BytesIO(record.image), "label": record.label, "file_name": printable(record.name)}
 
     label = tfds.features.ClassLabel(names=_class_names(source))

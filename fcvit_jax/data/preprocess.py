@@ -175,7 +175,7 @@ PRESETS: dict[str, Preprocess] = {
 def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
     """Look up a preset, with overrides: `"timm/augreg"`, `"timm/augreg,crop_pct=1.0,mean=.5/.5/.5"`.
 
-    Raises InputError if there is no such preset or field, or a value is no number.
+    Raises InputError if there is no such preset or field, or a value is not a number.
     """
     name, *overrides = (part.strip() for part in text.split(","))
     if name not in PRESETS:
@@ -187,7 +187,7 @@ def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
         field, equals, value = (part.strip() for part in override.partition("="))
         if not equals or field not in OVERRIDES:
             fix = f"write FIELD=VALUE, FIELD one of {', '.join(OVERRIDES)}"
-            raise InputError(f"preprocess: {override!r} is no override; {fix}")
+            raise InputError(f"preprocess: {override!r} is not an override; {fix}")
         values[field] = {"true": True, "false": False}.get(value.lower(), value)
         with contextlib.suppress(ValueError):  # text stays text
             channels = [float(part) for part in value.split("/")]
@@ -259,7 +259,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _offset(length: int, to: int) -> int:
-    """Where a centred image of that length starts along one axis of the crop, rounded as in torchvision."""
+    """Return where a centred image of that length starts along one axis of the crop, rounded as in torchvision."""
     return (to - length) // 2 if length < to else -round((length - to) / 2)
 
 

@@ -1,10 +1,12 @@
 """One self-contained page of results: the trade-off to point at, the table to sort, classes, pictures, conditions.
 
-`page.html`, beside this file, is its Jinja template: markup, style and script. The page includes plotly.js and every
-picture, and requests nothing from a server.
+`page.html`, beside this file, is its Jinja template: markup, style and script. The page includes every picture and
+plotly.js, and requests nothing from a server. plotly.js is the basic bundle, unchanged from the npm package
+plotly.js-basic-dist-min 4.1.1 (MIT).
 """
 
 import base64
+import gzip
 import itertools
 from collections.abc import Iterable, Sequence
 from html import escape
@@ -16,6 +18,7 @@ from jinja2 import Environment
 from fcvit_jax.evaluation import plot, table
 from fcvit_jax.evaluation.accuracy import DISTANCES
 from fcvit_jax.evaluation.runs import MEASURED, ResultRow, Run, differences, titled
+from fcvit_jax.figures import GREY
 
 GALLERY_BYTES = 48 << 20  # of pictures: a page much larger than that is slow to open
 
@@ -32,8 +35,6 @@ _AXES = {
 
 def render_page(runs: Sequence[Run]) -> str:
     """Render the page's text."""
-    from plotly.offline import get_plotlyjs  # takes a second to import
-
     lines = [_line(line, runs) for line in plot.lines(runs)]
     measured = {key for line in lines for point in line["points"] for key in point if point[key] is not None}
     data = {
@@ -72,7 +73,7 @@ def render_page(runs: Sequence[Run]) -> str:
         names=[run.name for run in runs],
         conditions=list(_conditions(runs)),
         data=data,
-        plotly=get_plotlyjs(),
+        plotly=gzip.decompress(Path(__file__).with_name("plotly-basic.min.js.gz").read_bytes()).decode(),
     )
 
 
@@ -107,7 +108,7 @@ def _published_lines(runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
         for index, curve in enumerate(curves):
             yield {
                 "name": label,
-                "colour": colours.get(curve.family, plot.GREY),
+                "colour": colours.get(curve.family, GREY),
                 "published": True,
                 "legend": index == 0,
                 "points": [

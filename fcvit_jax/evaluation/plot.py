@@ -1,6 +1,5 @@
 """The trade-off as a picture: top-1 against multiply-accumulates and against images a second."""
 
-import io
 import itertools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -9,15 +8,13 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation import published
 from fcvit_jax.evaluation.families import family, point_label
 from fcvit_jax.evaluation.runs import ResultRow, Run, titled
+from fcvit_jax.figures import COLOURS, GREY, HEIGHT, WIDTH, blank_figure, plain, png
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, which the colour-blind tell apart, less its yellow, which white swallows; black is dense.
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c99", "#8a6d3b")
 _MARKERS = "osD^vPXh<"  # not as many as colours: no two of 72 families look alike
 _DASHES = ("-", "-.", ":")
-GREY = "#7f7f7f"
 _THIN: dict[str, Any] = dict(linewidth=0.9, linestyle="--", marker="x", markersize=4, alpha=0.65)  # published curves
 # What can be drawn over the cost, by the field of a row; the first that was measured is drawn unless another is chosen.
 MEASURES = {
@@ -91,9 +88,7 @@ def published_curves(runs: Sequence[Run]) -> dict[str, list[published.Curve]]:
 
 def plot_pareto(runs: Sequence[Run], measure: str = "") -> bytes:
     """The figure of `draw_pareto` as PNG."""
-    picture = io.BytesIO()
-    draw_pareto(runs, measure).savefig(picture, format="png")
-    return picture.getvalue()
+    return png(draw_pareto(runs, measure))
 
 
 def draw_pareto(runs: Sequence[Run], measure: str = "") -> "Figure":
@@ -102,8 +97,6 @@ def draw_pareto(runs: Sequence[Run], measure: str = "") -> "Figure":
     One line a family of schedules; published curves of the same weights thin behind them, over GMACs alone, since their
     images/s are another machine's. At least one row must have been measured. measure: as `lines` takes it.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
     drawn = lines(runs, measure)
@@ -114,9 +107,8 @@ def draw_pareto(runs: Sequence[Run], measure: str = "") -> "Figure":
         ("images_per_second", "images/s, model alone (more is faster)"),
     ]
     panels = [(key, label) for key, label in panels if any(line.rows_with(key) for line in drawn)]
-    figure = Figure(figsize=(6.4 * len(panels), 5.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure = blank_figure(WIDTH, HEIGHT * len(panels) + 0.8)
+    grid = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, (key, label) in zip(grid, panels, strict=True):
         if key == "gmacs":
             colours = {line.family: line.colour for line in drawn}
@@ -133,15 +125,13 @@ def draw_pareto(runs: Sequence[Run], measure: str = "") -> "Figure":
         axes.set_xlabel(label)
         axes.set_ylabel(MEASURES[measure])
         axes.margins(0.07)
-        axes.grid(color="#e6e6e6", linewidth=0.8)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
+        plain(axes)
     handles, labels = grid[0].get_legend_handles_labels()
     for label in curves:
         handles.append(Line2D([], [], color=GREY, **_THIN))
         labels.append(label)
     legend = None
-    for columns in range(min(4 * len(panels), len(labels)), 0, -1):  # as many as fit
+    for columns in range(min(4, len(labels)), 0, -1):  # as many as fit
         if legend is not None:
             legend.remove()
         legend = figure.legend(handles, labels, loc="outside lower center", ncols=columns, fontsize=9, frameon=False)
@@ -201,7 +191,7 @@ def _label_rates(axes: Any, drawn: Sequence[Line], key: str) -> None:
         for right, above in ((1, 1), (-1, -1), (1, -1), (-1, 1)):
             sides = dict(ha="left" if right > 0 else "right", va="bottom" if above > 0 else "top")
             label = axes.annotate(text, spot, (4 * right, 4 * above), textcoords="offset points", **sides)
-            label.set(fontsize=7, color=colour, path_effects=halo, zorder=4)
+            label.set(fontsize=8, color=colour, path_effects=halo, zorder=4)
             box = label.get_window_extent(renderer)
             if not box.count_overlaps(taken):
                 taken.append(box)

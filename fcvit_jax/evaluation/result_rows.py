@@ -115,7 +115,7 @@ def result_rows(
 
 
 def image_remarks(outcomes: Outcomes, preprocess: Preprocess) -> list[str]:
-    """What was found of the images that are not read as they are, one line a kind."""
+    """Describe the images that are not read unchanged, one line a kind."""
     counts = dict(zip(FOUND, outcomes.found.tolist(), strict=True))
     return [text.format(f"{counts[kind]:,} images") for kind, text in preprocess.oddities.items() if counts[kind]]
 

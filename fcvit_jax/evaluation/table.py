@@ -92,7 +92,7 @@ def format_table(rows: Sequence[ResultRow]) -> str:
 
 
 def findings(run: Run) -> list[str]:
-    """What stands out, a sentence each; what should be looked into begins with "warning: "."""
+    """Describe what is remarkable, a sentence each; a possible problem begins with "warning: "."""
     found, dense = [], run.dense or {}
     if dense.get("reference_top1") is not None and dense.get("top1") is not None:
         apart = dense.get("reference_sigmas")
@@ -120,7 +120,7 @@ def findings(run: Run) -> list[str]:
 
 
 def meanings(run: Run, shown: Sequence[Column] = ()) -> list[str]:
-    """What the columns mean, by default all columns of the run, a sentence each."""
+    """Explain columns, by default all of the run, a sentence each."""
     words = {
         "change": "points of top-1 against dense",
         "agree %": "predictions equal to dense's",
@@ -146,7 +146,7 @@ def meanings(run: Run, shown: Sequence[Column] = ()) -> list[str]:
 
 
 def differs(row: ResultRow) -> bool:
-    """Whether the images classified correctly differ from the dense model's, by McNemar's test at 5 %."""
+    """Return whether the images classified correctly differ from the dense model's, by McNemar's test at 5 %."""
     return row.get("mcnemar_p") is not None and row["mcnemar_p"] < 0.05
 
 

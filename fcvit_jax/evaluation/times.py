@@ -1,4 +1,4 @@
-"""Where the time of a run went."""
+"""The time that the parts of a run took."""
 
 import contextlib
 import time

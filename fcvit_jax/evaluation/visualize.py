@@ -201,7 +201,7 @@ def draw_gallery(
 def _panels(
     checkpoint: Checkpoint, title: str, schedule: MergeSchedule, image: np.ndarray, layers: Sequence[int], scale: int
 ) -> list[Panel]:
-    """What a schedule has left of an image after each of the layers."""
+    """Draw what a schedule leaves of an image after each of the layers."""
     found, panels = regions(checkpoint, schedule, image[None]), []
     for layer in layers:
         token, pruned = (array[0] for array in found[layer - 1])

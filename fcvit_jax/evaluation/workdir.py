@@ -16,7 +16,7 @@ FINISHED = (
 
 
 def holds_accuracies(workdir: Path) -> bool:
-    """Whether an evaluation has left results there, finished or not."""
+    """Return whether an evaluation has left results there, finished or not."""
     results = workdir / "results.jsonl"
     counted = any((workdir / name).exists() for name in (JOURNAL, "outcomes.npz"))
     return counted or (results.exists() and '"top1"' in results.read_text(errors="replace"))

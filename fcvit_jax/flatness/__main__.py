@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _workdir(args: argparse.Namespace) -> Path:
-    """Where results go: a train_sam.py working directory gets its own; a checkpoint's directory holds nothing else."""
+    """Choose where results go: a train_sam.py working directory gets its own results, a checkpoint none."""
     given = local_path(args.checkpoint)
     runs = (given / "checkpoint" / "meta.json").is_file() and not (given / "meta.json").is_file()
     return local_path(args.workdir) if args.workdir else given if runs else Path("workdir/flatness")

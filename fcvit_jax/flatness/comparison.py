@@ -88,7 +88,7 @@ def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float
 
 
 def check_comparable(config: FlatnessConfig, other: FlatnessConfig, loss_tolerance: float) -> None:
-    """Raises InputError where two reports measure different things (m, loss, ascent), or the tolerance is none."""
+    """Raises InputError if two reports measure different things (m, loss, ascent), or the tolerance is invalid."""
     if not 0 <= loss_tolerance < math.inf:
         raise InputError(f"loss_tolerance is {loss_tolerance}: it must be a number, 0 or more")
     for name in ("batch_size", "loss", "ascent_steps", "restarts"):
@@ -139,10 +139,10 @@ def _judge(
         name: [sum(row.reading == reading for row in ratios if row.name == name) for reading in ("lower", "higher")]
         for name in JUDGED
     }
-    told = ", ".join(f"{name} {lower} and {higher}" for name, (lower, higher) in count.items())
-    told = f"radii at which it is lower, and higher: {told}"
+    counted = ", ".join(f"{name} {lower} and {higher}" for name, (lower, higher) in count.items())
+    counted = f"radii at which it is lower, and higher: {counted}"
     if all(lower >= 2 and not higher for lower, higher in count.values()):
-        return "flatter", told
+        return "flatter", counted
     if any(higher >= 2 for _, higher in count.values()):
-        return "not flatter", told
-    return "inconclusive", told
+        return "not flatter", counted
+    return "inconclusive", counted

@@ -1,4 +1,4 @@
-"""What is measured of a minimum's flatness, and the report of it, stored as JSON."""
+"""The measures of a minimum's flatness, and their report, stored as JSON."""
 
 import dataclasses
 import json
@@ -88,7 +88,7 @@ class FlatnessReport:
 
     @classmethod
     def read(cls, path: Path) -> "FlatnessReport":
-        """Read such a file. Raises InputError if it is none."""
+        """Read such a file. Raises InputError for any other."""
         try:
             fields = json.loads(path.read_text())
             if fields.pop("format") != FORMAT:
@@ -106,4 +106,4 @@ class FlatnessReport:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             why = f"{type(error).__name__} {error}"
-            raise InputError(f"{path} is no flatness.json of this version ({why}): measure again") from None
+            raise InputError(f"{path} is not a flatness.json of this version ({why}): measure again") from None

@@ -82,7 +82,7 @@ def trace_samples(surface: LossSurface, key: jax.Array, probes: int) -> np.ndarr
 
 
 def standard_error(samples: np.ndarray) -> float:
-    """Of the mean over the probes, with the batches fixed: [probes, batches]; nan for a single probe."""
+    """Return the standard error over the probes, [probes, batches], with the batches fixed; nan for one probe."""
     means = samples.mean(axis=1)
     return float(means.std(ddof=1) / math.sqrt(len(means))) if len(means) > 1 else math.nan
 

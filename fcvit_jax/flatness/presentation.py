@@ -1,6 +1,5 @@
 """Reports and comparisons as a picture and as text."""
 
-import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from fcvit_jax.figures import COLOURS, blank_figure, plain, png
 from fcvit_jax.files import write_whole
 from fcvit_jax.flatness.comparison import Comparison, interval
 from fcvit_jax.flatness.flatness_report import FlatnessReport
@@ -30,7 +30,7 @@ _AXES = {
     "average": r"noise $\sigma$",
     "average_adaptive": r"noise $\sigma$ / |w|",
 }
-_STYLES = ({"color": "C0", "ls": "-"}, {"color": "C1", "ls": "--"})  # of the first report and the second
+_STYLES = ({"color": COLOURS[0], "ls": "-"}, {"color": COLOURS[1], "ls": "--"})  # of the first report and the second
 
 
 def present(workdir: Path, reports: Sequence[FlatnessReport], comparison: Comparison | None = None) -> str:
@@ -71,7 +71,7 @@ def format_comparison(comparison: Comparison) -> str:
 
 
 def describe_report(report: FlatnessReport) -> str:
-    """What was measured on what, and all that is not a measure at a radius; a few lines."""
+    """Describe the conditions, and every measure that has no radius; a few lines."""
     count, conditions = report.config.batch_size, report.conditions
     lines = [
         f"{conditions.get('checkpoint', 'parameters')} on {conditions.get('dataset', 'given batches')}: "
@@ -99,15 +99,11 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 def plot_flatness(reports: Sequence[FlatnessReport]) -> bytes:
     """PNG of one report or two: sharpness over the radius with 95% intervals, the loss along a line, over a plane."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     names = [_shorten(report.conditions.get("checkpoint", "parameters")) for report in reports]
     styled = [(report, style | {"label": name}) for report, style, name in zip(reports, _STYLES, names, strict=False)]
-    figure = Figure(figsize=(13, 7.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
-    for place, (curve, label) in zip(axes[:, :2].flat, _AXES.items(), strict=True):
+    figure = blank_figure(9, 11.5)
+    axes = figure.subplots(3, 2)
+    for place, (curve, label) in zip(axes[:2].flat, _AXES.items(), strict=True):
         for report, style in styled:
             _plot_curve(place, report, curve, style)
         place.set(title=_TITLES[curve], xlabel=label, ylabel="rise of the loss", xscale="log", yscale="log")
@@ -115,18 +111,16 @@ def plot_flatness(reports: Sequence[FlatnessReport]) -> bytes:
         place.set_xticks(radii, [f"{radius:g}" for radius in radii])
         place.set_xticks([], minor=True)
         place.legend(fontsize=8)
-        place.grid(alpha=0.3)
-    _plot_line(axes[0, 2], styled)
-    _plot_plane(axes[1, 2], reports)
+        plain(place)
+    _plot_line(axes[2, 0], styled)
+    _plot_plane(axes[2, 1], reports)
     first = reports[0]
     figure.suptitle(
         f"{' and '.join(names)} on {first.conditions.get('dataset', 'given batches')}: {len(first.losses)} batches of "
         f"m = {first.config.batch_size}, loss {' and '.join(f'{report.loss:.3g}' for report in reports)}",
         fontsize=10,
     )
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    return picture.getvalue()
+    return png(figure)
 
 
 def _shorten(name: str, longest: int = 36) -> str:
@@ -154,7 +148,7 @@ def _plot_line(axes: Any, styled: Sequence[tuple[FlatnessReport, dict[str, Any]]
             axes.plot(np.linspace(-1, 1, len(report.line)), report.line, **style)
             axes.legend(fontsize=8)
     axes.set(title="random line, filter-normalised", xlabel="filter norms", ylabel="loss")
-    axes.grid(alpha=0.3)
+    plain(axes)
 
 
 def _plot_plane(axes: Any, reports: Sequence[FlatnessReport]) -> None:

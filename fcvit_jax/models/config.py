@@ -41,7 +41,8 @@ class Rotary:
 class ViTConfig:
     """The architecture of a ViT, as stored in a checkpoint. Raises InputError where the fields contradict each other.
 
-    Sequence: [class token][distillation token][registers][patches, row-major]; prefix tokens are those before patches.
+    Sequence: class token, distillation token, registers, patches in row-major order. Those before the patches are the
+    prefix tokens.
     """
 
     image_size: tuple[int, int] = setting((224, 224), low=1)  # (height, width) in pixels

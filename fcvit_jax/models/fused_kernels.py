@@ -1,7 +1,7 @@
 """Attention, norms and merging for NVIDIA GPUs, each in one pass over memory: Pallas kernels that Triton compiles.
 
 XLA writes the logits of attention to memory, and cuDNN takes no bias that is the same for all queries. Forward only, in
-bfloat16; docs/performance.md has what each is worth. `interpret` computes them without a GPU, slowly.
+bfloat16; docs/tuning_notes.md has what each is worth. `interpret` computes them without a GPU, slowly.
 
 Shape letters: b batch, n tokens in, t tokens out, d width, h heads, k head width.
 """

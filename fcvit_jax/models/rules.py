@@ -343,7 +343,7 @@ def rank_pairs(score: jax.Array) -> jax.Array:
 def merge_ranked(pairs: Pairs, rank: jax.Array, layer: Layer) -> Matching:
     """Merge the first `layer.removed` pairs of every window by rank, int32 [b, v, i].
 
-    The output is [prefix], then window by window [A kept, in order][B].
+    The output is the prefix, then window by window the kept tokens of A, in order, and B.
     """
     a, b, prefix, images = pairs.a, pairs.b, pairs.prefix, len(rank)
     keep = a.shape[1] - layer.removed

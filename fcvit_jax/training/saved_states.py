@@ -34,7 +34,7 @@ class SavedStates:
         directory.mkdir(parents=True, exist_ok=True)
         place = self._opened.enter_context(utf8_path(directory))
         self._manager: Any = ocp.CheckpointManager(place, options=options)
-        # Processes count how often they ask for the signal (`stop_signal`); Orbax would ask with numbers of its own.
+        # Processes count their queries of the signal (`stop_signal`); Orbax would query with its own numbers.
         self._manager.reached_preemption = lambda step: False
 
     def check_shared(self) -> None:

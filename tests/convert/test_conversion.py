@@ -47,7 +47,7 @@ def test_an_order_of_classes_is_kept_through_another_conversion(order, weights, 
         fc.load_checkpoint(tmp_path / "one")
 
 
-def test_the_grid_that_is_assumed_is_told(tmp_path):
+def test_the_grid_that_is_assumed_is_reported(tmp_path):
     """2x8 patches, as many as 4x4."""
     arrays = state_dict(fc.ViTConfig((16, 64), 8, 128, 2, 2, 256, num_classes=5))
     save_file(arrays, tmp_path / "wide.safetensors")
@@ -110,7 +110,7 @@ def test_an_inspection_is_a_value(weights, tmp_path, capsys):
         ({"num_classes": -1}, "num_classes is -1: it must be a whole number, 0 or more, or none"),
         ({"gelu": "relu"}, "gelu is 'relu': choose one of exact"),
         ({"class_names": ["ant"]}, "class_names has 1 different names"),
-        ({"sha256": "0123"}, "'0123' is no sha256"),
+        ({"sha256": "0123"}, "'0123' is not a sha256"),
         ({"model": "vit_smal_patch16_224"}, "the nearest names are vit_small_patch16_224"),
         ({"pos_embed": "spline", "image_size": 64}, "unknown resampling 'spline'"),
     ],

@@ -252,7 +252,7 @@ def test_addresses():
         ("http://127.0.0.1.example.org/model.pth", "plain http"),
         ("ftp://example.org/model.pth", "only https:// is downloaded"),
         ("s3://bucket/model.pth", "only https:// is downloaded"),
-        ("https://[::1/model.pth", "is no valid address"),
+        ("https://[::1/model.pth", "is not a valid address"),
     ]:
         refuse(re.escape(address) + ": " + told, locate, address, anything)
         refuse(told, locate, address, anything, SHA256[:63]) if "plain" in told else None
@@ -369,7 +369,7 @@ def test_unknown_names():
     refuse("no such file", locate, "", anything)
 
 
-# The hub: https://github.com/huggingface/huggingface_hub asks for /OWNER/NAME/resolve/REVISION/FILE alone.
+# The hub: https://github.com/huggingface/huggingface_hub requests /OWNER/NAME/resolve/REVISION/FILE alone.
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40}
 CONFIG = b'{"model_type": "vit"}'
@@ -509,7 +509,7 @@ def test_hub_shards(hub):
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}}
     files = {"model.safetensors.index.json": json.dumps(index).encode(), "model-1.safetensors": b"1"}
     hub.repositories["timm/vit"] = files
-    refuse("names 'model-2.safetensors', which is not there", locate, "hf-hub:timm/vit", anything)
+    refuse("names 'model-2.safetensors', which does not exist", locate, "hf-hub:timm/vit", anything)
     files["model-2.safetensors"] = b"2"
     path = locate("hf-hub:timm/vit", anything)
     assert path.name == "model.safetensors.index.json"
@@ -547,7 +547,7 @@ def test_hub_refusals(hub):
         "hf-hub:timm/empty": "the repository has none of model.safetensors, ",
         "hf-hub:timm": "not of the form hf-hub:OWNER/NAME",
         "hf-hub:timm/a/b": "not of the form",
-        "hf-hub:timm/a--b": "is no name of a repository",
+        "hf-hub:timm/a--b": "is not a repository's name",
     }.items():
         assert refuse(told, locate, source, anything).startswith(f"{source}: ")
 

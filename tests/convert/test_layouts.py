@@ -101,7 +101,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("layout", [layout.name for layout in LAYOUTS])
-def test_a_file_of_every_layout_is_told_and_fills_every_leaf(layout):
+def test_a_file_of_every_layout_is_reported_and_fills_every_leaf(layout):
     usual: dict[str, Any] = dict(
         image_size=(32, 32), patch_size=8, embed_dim=64, depth=2, num_heads=4, mlp_dim=128, num_classes=5
     )

@@ -180,7 +180,7 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(name, says, inspect, tmp_path
         (("--pos_embed", "spline", *GIVEN), "invalid choice: 'spline'"),
         (("--ema", *GIVEN), "averaged"),
         (("--sha256", "0" * 64, *GIVEN), "its sha256 begins"),
-        (("--sha256", "0" * 7, *GIVEN), "'0000000' is no sha256"),
+        (("--sha256", "0" * 7, *GIVEN), "'0000000' is not a sha256"),
         (("--to", "timm", *GIVEN), "--to timm writes one file"),
         (("--to", "hf", "--pool", "avg", *GIVEN), "have no average pooling without the class token"),
         (("--image_size", "0", *GIVEN), "'0' is not a size in pixels"),
@@ -200,7 +200,7 @@ def test_the_pooling_may_be_said(weights, tmp_path):
     assert fc.load_checkpoint(tmp_path / "out").config.pool == "avg"
 
 
-def test_a_place_that_cannot_be_written_is_told_first(weights, tmp_path, capsys):
+def test_a_place_that_cannot_be_written_is_reported_first(weights, tmp_path, capsys):
     assert "cannot be written" in error(capsys, weights, weights / "out", *GIVEN)
 
 

@@ -58,7 +58,7 @@ def test_safetensors_are_written_as_by_their_library(tmp_path):
     ],
     ids=str,
 )
-def test_the_call_that_is_told_builds_the_module_in_timm(changes, tmp_path, monkeypatch):
+def test_the_call_that_is_printed_builds_the_module_in_timm(changes, tmp_path, monkeypatch):
     timm = pytest.importorskip("timm")
     torch = pytest.importorskip("torch")
     safetensors = pytest.importorskip("safetensors")
@@ -85,7 +85,7 @@ def test_the_image_processor_says_the_same_pixels(name, tmp_path):
     assert replace(read, crop_pct=pixels.crop_pct) == pixels
 
 
-def test_pixels_that_no_processor_can_say_are_told(tmp_path):
+def test_pixels_that_no_processor_can_say_are_reported(tmp_path):
     for pixels in (Preprocess(crop_mode="border", image_size=(32, 32)), Preprocess(image_size=(32, 48))):
         assert pytorch.to_image_processor(pixels) is None
     told = pytorch.write_huggingface(

@@ -207,11 +207,11 @@ def test_live_and_averaged_weights(tmp_path, torch, tree, live, a, averaged, e):
         read = read_weights(path, ema=ema)
         assert (read.wrapper, list(read.arrays)) == (wrapper, [name])
         walked = {key.rstrip(".") for key in (wrapper or "").split(", ")}
-        assert set(tree) - walked - {name} <= set(read.skipped)  # what is left aside is told
+        assert set(tree) - walked - {name} <= set(read.skipped)  # what is left aside is reported
         assert read.arrays[name].shape == ()
 
 
-def test_the_sibling_of_a_nested_wrapper_is_told(tmp_path, torch):
+def test_the_sibling_of_a_nested_wrapper_is_reported(tmp_path, torch):
     tree = {"state_dict": {"model": {"a": 1, "note": "x"}, "model_ema": {"e": 2}}, "epoch": 5}
     path = save(torch, fill(torch, tree), tmp_path / "w.pth")
     assert read_weights(path).skipped == ("epoch", "model_ema", "note")
@@ -553,7 +553,7 @@ def test_tensors_that_share_cannot_multiply_a_file(tmp_path, torch):
     )
 
 
-def test_damage_in_tensors_is_told_by_the_checksum(tmp_path, torch):
+def test_damage_in_tensors_is_found_by_the_checksum(tmp_path, torch):
     path = save(torch, {"w": torch.full((100,), 3.0)}, tmp_path / "w.pth")
     content = bytearray(path.read_bytes())
     content[content.index(struct.pack("<f", 3.0)) + 200] ^= 1
@@ -562,7 +562,7 @@ def test_damage_in_tensors_is_told_by_the_checksum(tmp_path, torch):
     )
 
 
-def test_torch_may_be_told_to_leave_checksums_out(tmp_path, torch):
+def test_torch_may_be_made_to_leave_checksums_out(tmp_path, torch):
     torch.serialization.set_crc32_options(False)
     try:
         path = save(torch, {"w": torch.ones(3)}, tmp_path / "w.pth")

@@ -81,14 +81,14 @@ def test_the_head_is_what_was_asked_for():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"blocks.0.attn.rel_pos": np.zeros(3, np.float32)}, "'blocks.0.attn.rel_pos' is no key of the timm layout"),
+        ({"blocks.0.attn.rel_pos": np.zeros(3, np.float32)}, "'blocks.0.attn.rel_pos' is not a key of the timm layout"),
         ({"norm.weight": None}, "nothing in the file fills norm/scale"),
         ({"fc_norm.weight": np.ones(128, np.float32)}, "'fc_norm.weight' fills norm/scale a second time"),
         ({"blocks.1.mlp.fc2.weight": np.zeros((128, 12), np.float32)}, r"'blocks.1.mlp.fc2.weight' is \(128, 12\)"),
         ({"norm.bias": np.full(128, np.nan, np.float32)}, "'norm.bias' holds values that are not finite"),
         ({"norm.bias": np.zeros(128, np.int8)}, "'norm.bias' holds int8"),
         ({"norm.bias": np.float32(1)}, r"'norm.bias' is \(\) in the file"),
-        ({"head.weight": None, "head.fc.weight": np.zeros((5, 128), np.float32)}, "'head.fc.weight' is no key"),
+        ({"head.weight": None, "head.fc.weight": np.zeros((5, 128), np.float32)}, "'head.fc.weight' is not a key"),
         ({"reg_token": np.zeros((1, 4, 128), np.float32)}, "'reg_token' has no place"),
         ({"cls_token": np.zeros((1, 0, 128), np.float32)}, r"'cls_token' is \(1, 0, 128\)"),
     ],
@@ -349,14 +349,14 @@ def layer(name, outputs, inputs):
             "several layers .*head.0.weight with 128 outputs, head.3",
         ),
         (layer("head.0", 256, 128) | layer("head.3", 5, 256), "several layers"),
-        (layer("head.0", 99, 128) | layer("head.3", 5, 99), "'head.3.weight' is no key .* of shape .classes, 128."),
+        (layer("head.0", 99, 128) | layer("head.3", 5, 99), "'head.3.weight' is not a key .* of shape .classes, 128."),
         (
             layer("head.1", 5, 128) | {"head.0.weight": np.ones(128)},
-            "'head.0.weight' is no key of the timm layout, nor",
+            "'head.0.weight' is not a key of the timm layout, nor",
         ),
         (layer("a", 5, 128) | layer("b", 7, 128), "several heads .a.weight with 5 outputs, b.weight with 7 outputs."),
-        ({"head.1.weight": np.ones((5, 128))}, "'head.1.weight' is no key"),
-        ({"criterion.weight": np.ones(3)}, "'criterion.weight' is no key"),
+        ({"head.1.weight": np.ones((5, 128))}, "'head.1.weight' is not a key"),
+        ({"criterion.weight": np.ones(3)}, "'criterion.weight' is not a key"),
     ],
 )
 def test_other_heads_are_refused_and_the_backbone_is_rescued(head, message):
@@ -377,5 +377,7 @@ def test_the_number_of_classes_chooses_a_head():
 def test_an_unknown_key_inside_a_backbone_is_never_dropped():
     for prefix in ("", "backbone."):
         arrays = prefixed(prefix, BODY | {"blocks.0.attn.gate": np.ones(2)})
-        with pytest.raises(InputError, match=r"blocks\.0\.attn\.gate' is no key of the timm layout: .* architecture"):
+        with pytest.raises(
+            InputError, match=r"blocks\.0\.attn\.gate' is not a key of the timm layout: .* architecture"
+        ):
             translate(arrays, num_classes=0)

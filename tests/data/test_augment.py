@@ -160,7 +160,7 @@ def test_hashable_equal_and_back_from_json():
         ({"policy": "rand-x3"}, "augment.policy is 'rand-x3'"),
         ({"policy": "rand-m9.5"}, "augment.policy is 'rand-m9.5'"),
         ({"policy": "rand-m15"}, "augment.policy is 'rand-m15': magnitudes are clipped to 10; add mmax15, or lower m"),
-        ({"policy": "rand-p2"}, "augment.policy is 'rand-p2': p2 is no probability"),
+        ({"policy": "rand-p2"}, "augment.policy is 'rand-p2': p2 is not a probability"),
         ({"affine": {"angle": 3}}, "augment.affine.angle: there is no such field; did you mean 'scale'"),
         ({"affine": {"degrees": -3}}, "augment.affine.degrees is -3: it must be a number from 0 to 180"),
         ({"affine": {"scale": (0, 1)}}, r"augment.affine.scale is \(0, 1\)"),
@@ -327,7 +327,7 @@ def test_strings_are_parsed_as_timm_does(text):
         ("rand-m10-mstd1", 1 - 0.1 / math.sqrt(2 * math.pi), 0.1 * math.sqrt(0.5 - 0.5 / math.pi), 1.0),
     ],
 )
-def test_operations_levels_and_signs_are_drawn_as_told(monkeypatch, text, mean, std, highest):
+def test_operations_levels_and_signs_are_drawn_as_stated(monkeypatch, text, mean, std, highest):
     """The last: a half normal, as what is above the limit is clipped to it."""
     drawn: list[tuple[int, float]] = []
     recorders = {str(k): lambda image, level, look, k=k: drawn.append((k, level)) or image for k in range(15)}

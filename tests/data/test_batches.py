@@ -120,7 +120,7 @@ def test_workers_change_nothing(workers):
         (5, {"workers": 0}, "workers: 0 is not positive"),
     ],
 )
-def test_bad_numbers_are_told_at_once(count, options, message):
+def test_bad_numbers_are_reported_at_once(count, options, message):
     with pytest.raises(InputError, match=message):
         eval_batches(source_of(count), SMALL, **{"batch_size": 4, **options})
 
@@ -317,7 +317,7 @@ def test_a_broken_training_image_is_skipped_and_told():
     assert sum(len(batch.skipped) for batch in device) == 9 * 8 - sum(int(batch.mask.sum()) for batch in device) > 0
 
 
-def test_what_a_transform_refuses_is_told_by_name_and_its_bugs_are_not_skipped():
+def test_what_a_transform_refuses_is_reported_by_name_and_its_bugs_are_not_skipped():
     def refuse(image, rng):
         raise InputError("it is a strip")
 
@@ -344,7 +344,7 @@ def test_what_a_transform_refuses_is_told_by_name_and_its_bugs_are_not_skipped()
         ({"seed": -1}, "seed: -1 is negative"),
     ],
 )
-def test_bad_training_numbers_are_told_at_once(options, message):
+def test_bad_training_numbers_are_reported_at_once(options, message):
     with pytest.raises(InputError, match=message):
         train_batches(source_of(13), jitter, (4, 6), **{"batch_size": 4, "steps": range(1), "seed": 0, **options})
 

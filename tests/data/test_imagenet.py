@@ -36,7 +36,7 @@ def test_no_image_has_more_real_labels():
     assert max(map(len, json.loads(timm_list("imagenet_real_labels.json")))) == imagenet.MOST_REAL_LABELS
 
 
-def test_without_the_list_the_mend_is_told(monkeypatch):
+def test_without_the_list_the_fix_is_reported(monkeypatch):
     imagenet.synsets.cache_clear()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(InputError, match="comes with tensorflow-datasets: reinstall it"):

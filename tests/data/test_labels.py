@@ -241,7 +241,7 @@ def test_class_names_are_a_file_a_list_or_an_order(tmp_path):
         (source_of(*"ab"), (3, [*"aba"]), "two outputs are a"),
         (source_of(*"ab", empty=("c",)), (3, None), "has 2 classes with images, beside empty folders (c), the head of"),
         (source_of(*"ab"), (3, "timm"), "set:x has 2 classes, the head of dir has 3"),
-        (source_of(*"ab"), (2, "numeric"), "class_names is numeric, and class 'a' is no number"),
+        (source_of(*"ab"), (2, "numeric"), "class_names is numeric, and class 'a' is not a number"),
         # Ten of ImageNet's classes under a head of ten others.
         (source_of(*IMAGENETTE), (10, WORDS[:10]), "has class 'n01440764' where dir has 'thing 0'"),
         # A head of a thousand outputs that is not in ImageNet's order.

@@ -122,7 +122,7 @@ def test_images_at_any_depth_without_classes(files):
     assert [*list_below(root).names] == ["1.png", "a/2.png"]
 
 
-def test_a_folder_that_cannot_be_read_is_told(files, monkeypatch):
+def test_a_folder_that_cannot_be_read_is_reported(files, monkeypatch):
     root, scandir = files("a/1.png", "b/2.png"), os.scandir
 
     def refuse(path):

@@ -138,25 +138,25 @@ def test_what_is_there_stays(folder, tmp_path):
     shutil.rmtree(out / "foreign")
     refused("occupied/1.0.0 exists and was not written by this command: choose another --name", name="occupied")
     for name in ("Photos", "a/b", "", "1st"):
-        refused(f"--name {name!r} is no name: write lower-case letters", name=name)
-    refused("--split 'all' is no name", split="all")
+        refused(f"--name {name!r} is not valid: write lower-case letters", name=name)
+    refused("--split 'all' is not valid", split="all")
     # What fails half-way leaves nothing behind.
     (folder / "cat" / "a.png").unlink()
     refused("a.png cannot be read: No such file", split="train")
     refused("a.png cannot be read: No such file", name="another")
     array = Source("digits:x", ("a",), 1, lambda i: Record(np.zeros((8, 8, 3), np.uint8), 0, "x"))
-    refused("digits:x: x is no image file, so there are no bytes to keep", array, name="another")
+    refused("digits:x: x is not an image file, so there are no bytes to keep", array, name="another")
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
     assert sorted(path.name for path in out.iterdir()) == ["occupied", "photos"]
 
 
-def test_a_folder_whose_name_is_none_for_a_data_set_is_told(folder, tmp_path, capsys):
+def test_a_folder_whose_name_is_none_for_a_data_set_is_reported(folder, tmp_path, capsys):
     (renamed := tmp_path / "2024").mkdir()
     folder.rename(renamed / "2024")
     with pytest.raises(SystemExit):
         prepare.main([str(renamed / "2024"), str(tmp_path / "out")])
     assert capsys.readouterr().err == (
-        f"error: the name of {renamed}/2024 is none for a data set, which begins with a letter: pass --name\n"
+        f"error: the name of {renamed}/2024 cannot name a data set, which begins with a letter: pass --name\n"
     )
     assert not (tmp_path / "out").exists()
 
@@ -197,7 +197,7 @@ def test_class_names_that_a_list_cannot_hold_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_that_cannot_be_written_is_told(folder, tmp_path, capsys):
+def test_a_place_that_cannot_be_written_is_reported(folder, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for arguments, message in (
         ([folder, tmp_path / "file"], "file cannot be written: File exists"),

@@ -223,7 +223,7 @@ def test_of_several_pictures_and_labels_it_takes_the_image_and_its_class(tmp_pat
     small = io.BytesIO()
     Image.fromarray(np.full((32, 32, 3), 7, np.uint8)).save(small, "PNG")
     if name.startswith("cifar"):
-        picture = small.getvalue()  # its features want 32x32 pixels, as PNG
+        picture = small.getvalue()  # its features require 32x32 pixels, as PNG
     known: Any = {
         "image": io.BytesIO(picture),
         "label": number - 1,
@@ -346,7 +346,7 @@ def test_of_two_formats_array_record_is_read(data_dir, tmp_path):
 @tfds_warnings
 @pytest.mark.parametrize("kind", ["array_record", "tfrecord"])
 @pytest.mark.parametrize("damage", ["cut", "emptied", "taken away", "overwritten"])
-def test_damaged_files_are_told_in_one_line(data_dir, tfrecord_dir, tmp_path, kind, damage):
+def test_damaged_files_are_reported_in_one_line(data_dir, tfrecord_dir, tmp_path, kind, damage):
     directory = tmp_path / "tiny_photos" / "1.0.0"
     shutil.copytree((data_dir if kind == "array_record" else tfrecord_dir) / "tiny_photos" / "1.0.0", directory)
     file = min(directory.glob(f"tiny_photos-test.{kind}-*"))

@@ -219,8 +219,8 @@ def test_preset_overrides():
     [
         ("timm/augregg", r"no preset 'timm/augregg' \(did you mean timm/augreg.*there are timm/augreg, timm/deit"),
         ("", "no preset ''; there are"),
-        ("timm/deit,crop=1", "'crop=1' is no override; write FIELD=VALUE, FIELD one of crop_pct, crop_mode"),
-        ("timm/deit,bilinear", "'bilinear' is no override"),
+        ("timm/deit,crop=1", "'crop=1' is not an override; write FIELD=VALUE, FIELD one of crop_pct, crop_mode"),
+        ("timm/deit,bilinear", "'bilinear' is not an override"),
         ("timm/deit,crop_pct=all", r"preprocess\.crop_pct is 'all': it must be a number from 0\.1 to 2"),
         ("timm/deit,mean=.5", r"preprocess\.mean is 0\.5: it must be 3 numbers"),
         ("timm/deit,crop_mode=tile", r"preprocess\.crop_mode is 'tile': choose one of center, squash, border"),

@@ -18,7 +18,7 @@ def write(path: Path, data: bytes = b"pixels") -> Path:
     return path
 
 
-def test_unknown_forms_are_told_the_known_ones():
+def test_unknown_forms_are_reported_the_known_ones():
     for spec in ("imagenet", "s3:bucket", ""):
         with pytest.raises(InputError, match=re.escape("folder:PATH, digits:train|test, tfds:NAME/SPLIT")):
             open_source(spec)

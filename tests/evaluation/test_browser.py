@@ -1,4 +1,4 @@
-"""The page in a real browser; where there is no Chromium, or no playwright to drive it, the tests skip."""
+"""The page in a real browser; without Chromium, or playwright to drive it, the tests skip."""
 
 import json
 import shutil
@@ -42,7 +42,7 @@ def report(tmp_path, make_rows):
 
 @pytest.fixture
 def open_page(browser, report):
-    """Open the report in a window of a width; whatever it says on the console or asks for is a failure."""
+    """Open the report in a window of a width; console output and requests are failures."""
     said, asked, contexts = [], [], []
 
     def open_page(width=1280):

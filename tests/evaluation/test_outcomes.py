@@ -79,7 +79,7 @@ def test_two_runs_in_one_folder_count_no_batch_twice(tmp_path):
     assert_same(Journal(tmp_path / "journal", RUN).parts, [part(0)])
 
 
-def test_another_run_is_told_and_overwritten_by_the_first_batch(written):
+def test_another_run_is_reported_and_overwritten_by_the_first_batch(written):
     path, _ = written
     before = (path / "0.npz").read_bytes()
     journal = Journal(path, RUN | {"batch_size": 8, "limit": 3})
@@ -98,7 +98,7 @@ def test_what_was_skipped_is_forgotten_with_all_that_follows(written):
     assert_same(journal.parts, parts[:1])
 
 
-def test_a_full_disk_is_told(tmp_path):
+def test_a_full_disk_is_reported(tmp_path):
     (tmp_path / "journal").write_bytes(b"one of an earlier version")
     journal = Journal(tmp_path / "journal", RUN)
     with pytest.raises(InputError, match="journal cannot be written"):

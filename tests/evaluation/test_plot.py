@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fcvit_jax.evaluation.plot import COLOURS, draw_pareto, lines, plot_pareto, published_curves
+from fcvit_jax.evaluation.plot import draw_pareto, lines, plot_pareto, published_curves
 from fcvit_jax.evaluation.runs import Run
+from fcvit_jax.figures import COLOURS
 
 VIT_S = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 
@@ -116,7 +117,7 @@ def test_published_curves_are_drawn_only_for_the_images_they_are_of(make_run):
 def test_picture(make_run):
     picture = np.asarray(Image.open(io.BytesIO(plot_pareto([make_run(checkpoint="$C$")]))).convert("L"))
     height, width = picture.shape
-    assert width == pytest.approx(2 * 6.4 * 150, abs=2)
-    assert height == pytest.approx(5.2 * 150, abs=2)
-    assert picture[:, : width // 2].std() > 5
-    assert picture[:, width // 2 :].std() > 5
+    assert width == pytest.approx(7 * 150, abs=2)
+    assert height == pytest.approx((2 * 4.4 + 0.8) * 150, abs=2)
+    assert picture[: height // 2].std() > 5
+    assert picture[height // 2 :].std() > 5

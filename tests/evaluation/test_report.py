@@ -97,7 +97,7 @@ def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path, write_run, cap
         ([], "error: the following arguments are required: RESULTS (see --help)\n"),
     ],
 )
-def test_mistakes_are_told_in_one_line(tmp_path, write_run, capsys, monkeypatch, arguments, message):
+def test_mistakes_are_reported_in_one_line(tmp_path, write_run, capsys, monkeypatch, arguments, message):
     write_run(tmp_path / "run")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as error:

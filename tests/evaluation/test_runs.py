@@ -41,7 +41,7 @@ def test_a_directory_and_its_file_are_the_same_run(tmp_path, write_run, make_row
         (b"\x89PNG\xff", "cannot be read"),
     ],
 )
-def test_bad_results_are_told_in_one_line(tmp_path, content, message):
+def test_bad_results_are_reported_in_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / "results.jsonl").write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message) as error:
@@ -93,7 +93,7 @@ def test_alike_runs_differ_in_nothing(make_run):
         ),
     ],
 )
-def test_what_differs_is_told(make_run, changes, expected):
+def test_what_differs_is_reported(make_run, changes, expected):
     assert differences([make_run("a", model="v"), make_run("b", model="v", **changes)]) == [expected]
 
 
@@ -101,7 +101,7 @@ def test_untimed_rows_may_come_from_different_machines(make_run):
     assert differences([make_run("a"), make_run("b", device="Y", images_per_second=None)]) == []
 
 
-def test_one_cpu_taken_as_several_devices_is_told_as_one():
+def test_one_cpu_taken_as_several_devices_is_reported_as_one():
     cpu = {"device": "CPU (2 cores)", "num_devices": 2, "num_processes": 1}
     assert devices(cpu) == "CPU (2 cores) as 2 devices"
     assert devices(cpu | {"num_devices": 1}) == "1 x CPU (2 cores)"

@@ -20,7 +20,7 @@ def test_wilson_is_where_the_score_test_turns():
             assert abs(sigmas(correct, n, end)) == pytest.approx(z, rel=1e-9)
     low, high = wilson(81, 263)  # Newcombe 1998, table I
     assert (round(low, 4), round(high, 4)) == (0.2553, 0.3662)
-    assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=5e-5))  # likewise
+    assert wilson(0, 20) == (0.0, pytest.approx(0.1611, abs=5e-5))  # from the same table
     assert wilson(20, 20) == (pytest.approx(1 - 0.1611, abs=5e-5), 1.0)
 
 

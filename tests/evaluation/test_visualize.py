@@ -310,7 +310,7 @@ def test_command_line_on_digits(tmp_path, capsys):
         ("--size 3", "unrecognized arguments"),
     ],
 )
-def test_bad_input_is_told_in_one_line(arguments, message, tmp_path, capsys):
+def test_bad_input_is_reported_in_one_line(arguments, message, tmp_path, capsys):
     (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
     (tmp_path / "empty").mkdir()
     with pytest.raises(SystemExit) as stopped:

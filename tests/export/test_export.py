@@ -163,7 +163,7 @@ def test_a_program_is_portable(exported):
 
 
 def test_a_program_has_the_precision_of_its_dtype(checkpoint, tmp_path):
-    # In float32 GPUs would round to TF32 what does not ask for more.
+    # In float32, GPUs round to TF32 by default.
     for dtype, precision in (("float32", "HIGHEST"), ("tf32", "HIGH"), ("bfloat16", "DEFAULT")):
         with jax.default_matmul_precision("float32" if dtype == "bfloat16" else "bfloat16"):
             out = fc.export(checkpoint, "dense", 1, tmp_path / dtype, dtype=dtype)
@@ -388,7 +388,7 @@ def test_a_broken_export_and_a_missing_platform_are_one_line(exported, tmp_path)
     assert "is incomplete or damaged" in done.stderr
 
 
-def test_what_does_not_fit_is_told_and_nothing_is_written(checkpoint, tmp_path):
+def test_what_does_not_fit_is_reported_and_nothing_is_written(checkpoint, tmp_path):
     out = tmp_path / "out"
     for schedules, batch_sizes, options, told in [
         ("dense", 0, {}, "batch_sizes is .0,.: give at least one, each 1 or more"),

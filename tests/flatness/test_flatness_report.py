@@ -89,7 +89,7 @@ def test_what_is_no_report_is_refused_in_one_line(tmp_path, content, why):
     with pytest.raises(InputError) as caught:
         FlatnessReport.read(path)
     message = str(caught.value)
-    assert message.startswith(f"{path} is no flatness.json of this version (")
+    assert message.startswith(f"{path} is not a flatness.json of this version (")
     assert why in message
     assert message.isprintable()
 
@@ -113,7 +113,7 @@ def test_other_fields_and_missing_files(tmp_path):
         change(fields)
         other = tmp_path / "other.json"
         other.write_text(json.dumps(fields))
-        with pytest.raises(InputError, match=r"other.json is no flatness.json of this version"):
+        with pytest.raises(InputError, match=r"other.json is not a flatness.json of this version"):
             FlatnessReport.read(other)
 
 

@@ -154,7 +154,7 @@ def test_what_is_not_a_run_goes_into_the_working_directory(runs, tmp_path, monke
         (["--depth", "3"], "unrecognized arguments: --depth 3"),
     ],
 )
-def test_mistakes_are_told_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_reported_in_one_line(arguments, message, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as caught:
         main(arguments)

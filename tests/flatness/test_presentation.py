@@ -11,7 +11,7 @@ from fcvit_jax.flatness.loss_surface import LossSurface
 from fcvit_jax.flatness.measurement import measure_surface
 from fcvit_jax.flatness.presentation import plot_flatness
 
-BLUE, ORANGE = (31, 119, 180), (255, 127, 14)
+BLUE, ORANGE = (0, 114, 178), (213, 94, 0)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Rotary positions, and merging with them, against a program in float64 that is written from their definition.
 
 In a layer tokens attend, queries and keys turned by the angles of their coordinates; then tokens merge by the cosine of
-the keys before that, or after it if the rule says so; a merged token is the size-weighted mean of its members, and lies
+the keys before that, or after it by option; a merged token is the size-weighted mean of its members, and lies
 at the size-weighted mean of their coordinates, of which the next layer computes its angles.
 """
 

@@ -249,7 +249,7 @@ def test_what_each_part_of_nearest_is_for():
         """Which tokens move where. keys: degrees, [h, n]. seen: attention to each token; no key says anything of it."""
         angles = np.deg2rad(np.asarray(keys, np.float32))
         k = jnp.asarray(np.stack([np.cos(angles), np.sin(angles), 0 * angles], -1))[None]
-        if seen is not None:  # a third dimension that the class token alone asks for, too small to change a cosine
+        if seen is not None:  # a third dimension of the class token alone, too small to change a cosine
             k = k.at[..., 2].set(1e-3 * jnp.log(jnp.asarray(seen)))
         q = jnp.zeros_like(k).at[..., 2].set(1e3 * 3**0.5)
         size = jnp.ones(k.shape[0:1] + k.shape[2:3]) if size is None else jnp.asarray([size], jnp.float32)

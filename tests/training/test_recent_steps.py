@@ -27,7 +27,7 @@ from fcvit_jax.training.step import StepInputs
 
 
 class Clock:
-    """Time that passes where it is told to."""
+    """Time that passes on request."""
 
     def __init__(self):
         self.now = 0.0

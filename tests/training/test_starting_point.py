@@ -1,4 +1,4 @@
-"""What becomes of a checkpoint's head, whatever its classes and those of the data sets are called."""
+"""When a checkpoint's head is kept or replaced, by the names of its classes and the data sets'."""
 
 import dataclasses
 import json
