@@ -124,7 +124,7 @@ def open_inputs(
     checkpoint: str | Path | Checkpoint, dataset: str | Source, schedules: Schedules, config: EvaluationConfig
 ) -> EvaluationInputs:
     """Open what an evaluation reads. Raises InputError if something does not exist or does not fit."""
-    mesh = parallel.data_mesh()
+    mesh = parallel.inference_mesh(config.batch_size)
     parallel.check_batch_size(config.batch_size, mesh)
     opened = dataset if isinstance(dataset, Source) else open_source(dataset)
     labelled = real_labels(opened, config.real_labels) if config.real_labels else opened
