@@ -9,8 +9,8 @@
 
 Override any field of the configuration with --config.FIELD=VALUE; configs/eval_digits.py, the default, lists them.
 Rerun the same command to resume an interrupted evaluation after its last finished batch. On several hosts, run the same
-command on each with --distributed=auto (Slurm, Kubernetes, TPU) or --distributed=HOST:PORT,COUNT,INDEX. On a CPU with
-several cores, --jax_num_cpu_devices=2 may be a few percent faster.
+command on each with --distributed=auto (Slurm, Kubernetes, TPU) or --distributed=HOST:PORT,COUNT,INDEX. A CPU is taken
+as two JAX devices if the batch divides; --jax_num_cpu_devices=1 prevents it.
 
 Writes into the working directory: results.jsonl and .csv (one row a schedule), report.html and pareto.png,
 per_class.json, outcomes.npz (the outcome of every image), and on request logits_<schedule>.npz and gallery/.
@@ -64,4 +64,4 @@ def report_costs(checkpoint: str, schedules: str, rules: str, workdir: Path) -> 
 
 if __name__ == "__main__":
     default = Path(__file__).parent / "configs" / "eval_digits.py"
-    run_script(main, config=default, workdir="workdir/evaluate")
+    run_script(main, config=default, workdir="workdir/evaluate", share_cpu=True)

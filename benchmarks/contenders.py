@@ -4,7 +4,7 @@ Each is built, warmed up and, if a model, checked: its logits against those of o
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import prod, sqrt
@@ -151,14 +151,18 @@ def repeat(call: Any, *arguments: jax.Array | dict[str, Any]) -> Run:
     return run
 
 
-def prepare_timm(case: Case, mode: str | None) -> Iterator[Contender]:
-    """timm's model on the same weights, and Token Merging on it; what torch.compile cannot do is reported."""
+def prepare_timm(case: Case, mode: str | None, only: Sequence[str] | None = None) -> Iterator[Contender]:
+    """timm's model on the same weights, and Token Merging on it; what torch.compile cannot do is reported and left out.
+
+    mode: of torch.compile. only: the schedules, by default all.
+    """
     import pytorch_tome as peer
     import torch
 
     torch.compiler.reset()
     model = peer.load_timm(case.config, case.params).to("cuda" if jax.default_backend() == "gpu" else "cpu")
-    modules = {name: peer.with_schedule(model, case.config, schedule) for name, schedule in case.schedules.items()}
+    wanted = {name: schedule for name, schedule in case.schedules.items() if only is None or name in only}
+    modules = {name: peer.with_schedule(model, case.config, schedule) for name, schedule in wanted.items()}
     modules = {name: module for name, module in modules.items() if module is not None}
     if case.dtype != "float32":  # rounding to bfloat16 may hide what is wrong with a program
         peer.set_precision("float32")

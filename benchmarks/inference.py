@@ -146,6 +146,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each contender")
     parser.add_argument("--block_seconds", type=float, default=2.0, help="a block is as many calls as fill this time")
     parser.add_argument("--peer", choices=["timm"], help="time PyTorch too; needs the parity extra")
+    told = "of --schedules, those that PyTorch is timed under (default: all)"
+    parser.add_argument("--peer_schedules", type=words, help=told)
     modes = ["default", "reduce-overhead", "max-autotune"]
     told = "with --peer: torch.compile too, in this mode (default: default)"
     parser.add_argument("--compile", nargs="?", const="default", choices=modes, help=told)
@@ -172,8 +174,8 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError("--blocks and --block_seconds: both must be positive")
     if args.checkpoint and args.image_size is not None:
         raise InputError("--image_size: the checkpoint has its own: leave it out")
-    if args.compile and not args.peer:
-        raise InputError("--compile: this is PyTorch's: pass --peer timm with it")
+    if (args.compile or args.peer_schedules) and not args.peer:
+        raise InputError("--compile and --peer_schedules: these are PyTorch's: pass --peer timm with them")
     for path in filter(None, (args.json, args.plot)):
         writable_directory(path.resolve().parent)
     if args.peer:
@@ -219,7 +221,7 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Build, check and time the contenders of a case; a row each, with all conditions."""
     kernels = args.kernels if case.dtype == "bfloat16" else ["xla"]
     ours = (prepare_ours(replace(case, kernels=kind)) for kind in kernels)
-    prepared = chain(*ours, prepare_timm(case, args.compile) if args.peer else ())
+    prepared = chain(*ours, prepare_timm(case, args.compile, args.peer_schedules) if args.peer else ())
     contenders = list(tqdm(prepared, f"{case}: compiling and checking", unit=" contenders", leave=False))
     matmuls = prepare_matmuls(case)
     with tqdm(total=args.blocks * (len(contenders) + len(matmuls)), desc=f"{case}: timing", leave=False) as bar:

@@ -27,10 +27,11 @@ import PIL.features
 from PIL import Image
 from tqdm import tqdm
 
-from fcvit_jax.data.batches import eval_batches, usable_cores
+from fcvit_jax.data.batches import eval_batches
 from fcvit_jax.data.preprocess import INTERPOLATIONS, Preprocess, decode, preset
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import one_line_errors
+from fcvit_jax.parallel import usable_cores
 
 WARM_UP = 3  # batches
 

@@ -20,6 +20,7 @@ from torch.nn import functional
 
 from fcvit_jax.convert import pytorch
 from fcvit_jax.models.config import ViTConfig
+from fcvit_jax.models.rules import ToMe
 from fcvit_jax.models.schedule import MergeSchedule
 
 
@@ -41,7 +42,9 @@ def with_schedule(model: Any, config: ViTConfig, schedule: MergeSchedule) -> tor
     layers = schedule.plan(config)
     if not any(layer.removed for layer in layers):
         return model
-    if config.pool not in ("token", "dist_avg") or any(layer.windows and layer.removed for layer in layers):
+    if config.pool not in ("token", "dist_avg") or any(
+        layer.removed and (layer.windows or layer.rule != ToMe()) for layer in layers
+    ):
         return None
     return TokenMerging(model, [layer.removed for layer in layers])
 

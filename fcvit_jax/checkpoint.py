@@ -11,7 +11,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +184,9 @@ def recommend(checkpoint: Checkpoint, schedules: Mapping[str, str] | None) -> No
 def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
     """The parameter tree of a model as `jax.ShapeDtypeStruct`s: paths, shapes and dtypes, nothing allocated."""
     images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
-    params = jax.eval_shape(ViT(config).init, jax.random.key(0), images)["params"]
+    # All blocks have the same parameters: one is traced.
+    params = jax.eval_shape(ViT(replace(config, depth=1)).init, jax.random.key(0), images)["params"]
+    params |= {f"blocks_{index}": params["blocks_0"] for index in range(config.depth)}
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), params)
 
 

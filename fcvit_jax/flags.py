@@ -27,10 +27,11 @@ _CACHE = (
 )
 
 
-def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) -> None:
+def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, share_cpu: bool = False) -> None:
     """Parse the command line and call `main` with the configuration (a `ConfigDict`) and the working directory.
 
     config: the default of --config, a file with a `get_config()`. workdir: the default of --workdir.
+    share_cpu: call `parallel.share_cpu`.
     """
     keep_freed_memory()
     with _one_line():
@@ -50,6 +51,8 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str) ->
             logging.set_verbosity(logging.WARNING)
         with one_line_errors():
             parallel.start_processes(flags.FLAGS.distributed)
+            if share_cpu:
+                parallel.share_cpu()
         with parallel.ending_together(), one_line_errors():
             keep_programs(flags.FLAGS.compile_cache)
             main(config_flag.value, local_path(workdir_flag.value))

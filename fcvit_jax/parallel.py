@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from tqdm import tqdm
 
+from fcvit_jax.compiling import largest_divisor
 from fcvit_jax.errors import InputError
 
 # Smaller leaves are kept whole on every device: to gather them costs more than they weigh.
@@ -166,6 +167,33 @@ def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
     devices = devices or jax.devices()
     # Auto axes: with the default, Explicit, the class token does not concatenate with sharded patches.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def inference_mesh(batch_size: int) -> Mesh:
+    """As `data_mesh`, but on the CPU of a single process of as many devices as divide the batch."""
+    devices = jax.devices()
+    if devices[0].platform == "cpu" and jax.process_count() == 1:
+        devices = devices[: largest_divisor(max(batch_size, 1), len(devices))]
+    return data_mesh(devices)
+
+
+def share_cpu() -> None:
+    """Take a CPU as two JAX devices for inference, unless the user chose a number or JAX has its devices already.
+
+    The threads of one device wait for each other at every operation; two devices, with half of a batch each, wait once
+    a batch: up to 11 % faster at batch 8 on two cores, where four devices were slower. More cores get two as well,
+    unmeasured: the threads of both devices share one pool of all cores, and each device keeps a copy of the weights.
+    """
+    flags = os.environ.get("XLA_FLAGS", "")
+    chosen = jax.config.jax_num_cpu_devices != -1 or "xla_force_host_platform_device_count" in flags  # pyright: ignore
+    if not chosen and usable_cores() > 1 and not jax.distributed.is_initialized():
+        with contextlib.suppress(RuntimeError):  # JAX has made its devices
+            jax.config.update("jax_num_cpu_devices", 2)
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -137,7 +137,7 @@ def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys
             "--models vit_small_patch14_dinov2 --schedules s2winc7_r8",
             "error: schedule dense:1,local:6:r8:w2x2,global:5:r8",
         ),
-        ("--compile", "error: --compile: this is PyTorch's: pass --peer timm with it"),
+        ("--compile", "error: --compile and --peer_schedules: these are PyTorch's: pass --peer timm with them"),
         ("--checkpoint x --image_size 64", "error: --image_size: the checkpoint has its own: leave it out"),
         ("--devices 9", "error: --devices: 9 are asked for, and there are 2"),
         ("--devices 2 --batch_sizes 8,7", "error: --batch_sizes: 7 images do not spread evenly over 2 devices"),

@@ -182,7 +182,7 @@ def test_names_of_any_bytes_give_all_results(checkpoint, folder, tmp_path):
 
 def test_the_time_of_timing_is_reported(run, tmp_path, monkeypatch):
     # On one device: of eight on a few cores the many calls in flight wait for each other.
-    monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(parallel, "inference_mesh", lambda _: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
     (row,) = run(tmp_path, schedules="tome_r3", limit=5, throughput_blocks=1)
     assert row["images_per_second"] > 0
     assert row["seconds"]["timing"] > 0
@@ -243,7 +243,7 @@ def counts(rows):
 
 
 def test_interrupted_it_goes_on_and_counts_every_image_once(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(parallel, "inference_mesh", lambda _: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
     two = dict(batch_size=2, save_logits=True, schedules="dense,tome_r3")
     whole = run(tmp_path / "whole", **two)
     for batches in (3, 2):
@@ -301,7 +301,7 @@ def test_a_bad_image_stops_it_or_is_skipped_and_the_work_before_is_kept(
     run, damaged, devices, tmp_path, monkeypatch, capsys
 ):
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
-    monkeypatch.setattr(parallel, "data_mesh", lambda: mesh)
+    monkeypatch.setattr(parallel, "inference_mesh", lambda _: mesh)
     two = dict(dataset=damaged, batch_size=2, save_logits=True, schedules="dense,tome_r3")
     with pytest.raises(InputError, match=r"07\.png cannot be decoded: .*; repair it, or leave it out with on_bad=skip"):
         run(tmp_path / "parts", **two)
@@ -326,7 +326,7 @@ def test_a_bad_image_stops_it_or_is_skipped_and_the_work_before_is_kept(
 
 
 def test_what_was_skipped_is_not_taken_for_finished_where_it_must_not_be(run, damaged, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(parallel, "inference_mesh", lambda _: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
     two = dict(dataset=damaged, batch_size=2, schedules="dense")
     with interrupted(monkeypatch, 5):
         run(tmp_path / "parts", on_bad="skip", **two)
@@ -359,7 +359,7 @@ def test_a_limit_on_a_folder_takes_images_of_all_classes(run, tmp_path, capsys):
 
 
 def test_odd_images_are_counted_once_and_over_a_restart(run, folder, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(parallel, "data_mesh", lambda: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(parallel, "inference_mesh", lambda _: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
     odd, exif = tmp_path / "odd", Image.Exif()
     shutil.copytree(folder, odd)
     exif[0x0112] = 6

@@ -1,4 +1,4 @@
-"""How several processes end, on processes of their own."""
+"""How several processes end, and a CPU becomes two devices, in processes of their own."""
 
 import os
 import socket
@@ -7,6 +7,8 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 TOLD = "error: another process stopped: see its message\n"
@@ -97,3 +99,30 @@ def test_nothing_but_an_exit_at_once_ends_a_process_that_waits_in_an_exchange():
         """
     )
     assert ends(processes)[0] == (7, "still waiting\n")
+
+
+@pytest.mark.parametrize(
+    ("environment", "before", "devices"),
+    [
+        ({}, "", [1, 2, 1, 2]),
+        ({}, "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", [1, 1, 1, 1]),
+        ({}, "jax.devices()", [1, 1, 1, 1]),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, "", [1, 2, 3, 2]),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, "", [1, 1, 1, 1]),
+    ],
+    ids=["two cores", "one core", "devices made", "chosen", "chosen by a flag"],
+)
+def test_a_cpu_is_taken_as_two_devices_unless_something_else_was_chosen(environment, before, devices):
+    program = f"""
+import jax
+from fcvit_jax import parallel
+{before}
+parallel.share_cpu()
+print([parallel.inference_mesh(batch_size).size for batch_size in (1, 2, 3, 8)])
+"""
+    if len(os.sched_getaffinity(0)) < 2 and not environment and not before:
+        pytest.skip("this process may run on one core only")
+    kept = {name: value for name, value in os.environ.items() if name not in ("JAX_NUM_CPU_DEVICES", "XLA_FLAGS")}
+    kept |= {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment
+    done = subprocess.run([sys.executable, "-c", program], env=kept, capture_output=True, text=True)
+    assert done.stdout.strip() == str(devices), done.stderr

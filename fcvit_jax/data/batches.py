@@ -6,7 +6,6 @@ Threads suffice: PIL releases the interpreter's lock while it decodes and resize
 import functools
 import itertools
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from PIL import Image
 from fcvit_jax.data.preprocess import Preprocess, decode
 from fcvit_jax.data.records import Source
 from fcvit_jax.errors import InputError, naming
+from fcvit_jax.parallel import usable_cores
 
 Key = tuple[int, ...]  # of an image to be loaded: its record's index, after the seed and the epoch in training
 
@@ -212,11 +212,6 @@ def _decode_ahead(
             yield assemble(*pending.popleft())
     finally:  # also when the caller breaks off: no thread outlives the loop
         pool.shutdown(cancel_futures=True)
-
-
-def usable_cores() -> int:
-    """Count the cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def device_batches(

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -109,11 +110,10 @@ def read_record(root: Path, name: str, label: int) -> Record:
 def _open_digits(spec: str, split: str) -> Source:
     if split not in ("train", "test"):
         raise InputError(f"{spec}: no split {split!r}; there are digits:train and digits:test")
-    from sklearn.datasets import load_digits
-
-    digits: Any = load_digits()
-    grey = np.round(digits.images * (255 / 16)).astype(np.uint8)  # the values are 0 to 16
-    labels = digits.target
+    # The file of sklearn.datasets.load_digits, without an import of scikit-learn, which takes one to two seconds.
+    package: Any = importlib.util.find_spec("sklearn")
+    rows = np.loadtxt(Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz", np.int64, delimiter=",")
+    grey, labels = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), rows[:, 64]  # 0 to 16
     # Our own split, so that a new scikit-learn cannot move a digit from train to test.
     generator = np.random.default_rng(0)
     test = np.concatenate([generator.permutation(np.flatnonzero(labels == digit))[:36] for digit in range(10)])

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -181,9 +182,18 @@ def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
 def compile_steps(
     model: ViTConfig, schedules: Mapping[str, MergeSchedule], params: Any, config: StepConfig
 ) -> dict[str, CompiledStep]:
-    """`compile_step` for every schedule."""
-    bar = parallel.progress(schedules.items(), desc="compiling", unit="schedule")
-    return {name: compile_step(ViT(model, schedule), params, config) for name, schedule in bar}
+    """`compile_step` for every schedule; on CPU two at a time: while XLA compiles one, another is traced."""
+
+    def compiled(schedule: MergeSchedule) -> CompiledStep:
+        return compile_step(ViT(model, schedule), params, config)
+
+    pool = ThreadPoolExecutor(2 if jax.default_backend() == "cpu" else 1, thread_name_prefix="compile")
+    try:
+        found = pool.map(compiled, schedules.values())
+        bar = parallel.progress(schedules, desc="compiling", unit="schedule")
+        return {name: next(found) for name in bar}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def compile_comparison(model: ViTConfig, config: StepConfig) -> jax.stages.Compiled:

@@ -134,7 +134,7 @@ def open_inputs(
     checkpoint: str | Path | Checkpoint, dataset: str | Source, schedules: Schedules, config: EvaluationConfig
 ) -> EvaluationInputs:
     """Open what an evaluation reads. Raises InputError if something does not exist or does not fit."""
-    mesh = parallel.data_mesh()
+    mesh = parallel.inference_mesh(config.batch_size)
     parallel.check_batch_size(config.batch_size, mesh)
     placing = parallel.replicated(mesh)
     if isinstance(checkpoint, Checkpoint):

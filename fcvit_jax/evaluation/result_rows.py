@@ -82,7 +82,7 @@ def result_rows(
         "dtype": config.dtype,
         "kernels": None,  # each schedule has its own
         "device": f"CPU ({os.cpu_count()} cores)" if device.platform == "cpu" else device.device_kind,
-        "num_devices": jax.device_count(),
+        "num_devices": inputs.step_config.mesh.size,
         "num_processes": jax.process_count(),
         "versions": versions(),
         "seconds": {name: round(seconds, 3) for name, seconds in times.seconds.items()},

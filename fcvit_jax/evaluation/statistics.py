@@ -1,7 +1,9 @@
 """How certain a count is: intervals and paired tests."""
 
+import itertools
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -14,10 +16,10 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 
     Unlike `p ± z·sqrt(p(1-p)/n)` it stays within 0 and 1, and has a width even if all or none are correct.
     """
-    from scipy.stats import binomtest  # takes a second to import
-
-    interval = binomtest(correct, n).proportion_ci(confidence, method="wilson")
-    return float(interval.low), float(interval.high)
+    z, p = NormalDist().inv_cdf((1 + confidence) / 2), correct / n
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    low, high = ((p + z * z / (2 * n) + side * half) / (1 + z * z / n) for side in (-1, 1))
+    return low if correct else 0.0, high if correct < n else 1.0
 
 
 def mcnemar(gained: int, lost: int) -> float:
@@ -26,9 +28,9 @@ def mcnemar(gained: int, lost: int) -> float:
     gained, lost: images that only the second of two models classifies correctly, and only the first. Images on which
     both are right, or both wrong, say nothing about the difference. 1 if nothing changed.
     """
-    from scipy.stats import binomtest  # takes a second to import
-
-    return float(binomtest(min(gained, lost), gained + lost, 0.5).pvalue) if gained + lost else 1.0
+    n, fewer = gained + lost, min(gained, lost)
+    tail = sum(itertools.accumulate(range(fewer), lambda ways, k: ways * (n - k) // (k + 1), initial=1))
+    return min(1.0, 2 * tail / 2**n)
 
 
 def sigmas(correct: int, n: int, expected: float) -> float:

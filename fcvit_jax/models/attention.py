@@ -4,6 +4,7 @@ Shape letters: b batch, n tokens, d width, h heads, w head width, q queries.
 """
 
 import dataclasses
+import math
 from functools import partial
 from typing import Any
 
@@ -151,13 +152,14 @@ def _attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
 
 
 def _attend_by_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Attend by as many heads at a time as have at most 16 MiB of logits: these stay in the caches.
+    """Attend by as many heads, or queries of one head, at a time as have at most 16 MiB of logits.
 
-    Images and heads are one axis there: with one for each, XLA would copy the logits. Images are its outer part, so
-    that they can be spread over devices.
+    These stay in the caches, and memory grows no faster than the tokens. Images and heads are one axis there: with one
+    for each, XLA would copy the logits. Images are its outer part, so that they can be spread over devices.
     """
     batch, heads, queries, width = q.shape
-    together = largest_divisor(heads, _LOGITS // (batch * queries * k.shape[2]))
+    a_head = batch * queries * k.shape[2]
+    together, parts = largest_divisor(heads, _LOGITS // a_head), math.ceil(a_head / _LOGITS)
 
     def group(x: jax.Array) -> jax.Array:
         """[b, h, ...] -> [groups, b * together, ...]."""
@@ -166,6 +168,15 @@ def _attend_by_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array |
 
     if bias is not None:
         (bias,) = group(jnp.broadcast_to(bias, (batch, together, *bias.shape[2:])))
-    y = jax.lax.map(lambda each: _attend_at_once(*each, bias=bias), tuple(group(x) for x in (q, k, v)))
+
+    def attend_group(group: tuple[jax.Array, ...]) -> jax.Array:
+        q, k, v = group
+        if parts == 1:
+            return _attend_at_once(q, k, v, bias)
+        q = jnp.pad(q, ((0, 0), (0, -queries % parts), (0, 0))).reshape(len(q), parts, -1, width)
+        y = jax.lax.map(lambda q: _attend_at_once(q, k, v, bias), jnp.moveaxis(q, 1, 0))
+        return jnp.moveaxis(y, 0, 1).reshape(len(k), -1, width)[:, :queries]
+
+    y = jax.lax.map(attend_group, tuple(group(x) for x in (q, k, v)))
     y = y.reshape(-1, batch, together, queries, width)
     return jnp.moveaxis(y, 0, 1).reshape(q.shape)

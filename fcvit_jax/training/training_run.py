@@ -1,6 +1,6 @@
 """A training run: what its configuration names, opened and found to fit together."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
