@@ -39,10 +39,11 @@ def foreground(pixels: np.ndarray) -> np.ndarray | None:
     apart = np.linalg.norm(smooth - np.median(rim, axis=0), axis=-1)
     cut = otsu(apart)
     strange = np.linalg.norm(rim - np.median(rim, axis=0), axis=-1) > cut
-    pieces, count = ndimage.label(ndimage.binary_opening(apart > cut, iterations=2))
+    found: Any = ndimage.label(ndimage.binary_opening(apart > cut, iterations=2))
+    pieces, count = found
     sizes = np.bincount(pieces.ravel(), minlength=count + 1) / pieces.size
     kept = np.flatnonzero(sizes > 0.03)
-    thing = ndimage.binary_fill_holes(np.isin(pieces, kept[kept > 0]))
+    thing: Any = ndimage.binary_fill_holes(np.isin(pieces, kept[kept > 0]))
     plain = cut > 25 and strange.mean() < 0.02 and 0.1 < np.mean(thing) < 0.7
     return thing if plain else None
 
@@ -96,7 +97,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def colours(found: dict[str, np.ndarray], thing: np.ndarray) -> dict[str, np.ndarray]:
-    """uint8 [n, rows, columns, 3]: principal components of the dense foreground; white where there is none."""
+    """uint8 [n, rows, columns, 3]: principal components of the dense foreground; the background is white."""
     inside = found["dense"][thing]
     centre = inside.mean(axis=0)
     axes = np.linalg.svd(inside - centre, full_matrices=False)[2][:3].T

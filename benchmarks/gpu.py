@@ -120,8 +120,10 @@ def _cells(row: dict[str, Any], peers: dict[tuple[str, int, str], dict[str, Any]
     yield from ("-" if row[field] is None else f"{row[field]:.2f}" for field in ("over_dense", "of_cut"))
     for name in ("timm", "timm compiled"):
         peer = peers.get((row["model"], row["batch_size"], name))
-        ours = peer and not row["contender"].startswith("timm")
-        yield f"{row['images_per_second'] / peer['images_per_second']:.2f}" if ours else "-"
+        if peer is None or row["contender"].startswith("timm"):
+            yield "-"
+        else:
+            yield f"{row['images_per_second'] / peer['images_per_second']:.2f}"
 
 
 if __name__ == "__main__":

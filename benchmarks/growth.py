@@ -78,7 +78,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise InputError("--share lies between 0 and 1, --blocks and --block_seconds are positive")
     rules = [("dense", None), *((name, parse_rule(name)) for name in args.rules.split(","))]
     configs = [dataclasses.replace(config, image_size=(side, side)) for side in sides]
-    wanted = [(each, *rule, pick_rate(each, rule[1], args.share)) for each in configs for rule in rules]
+    wanted = [(each, name, rule, pick_rate(each, rule, args.share)) for each in configs for name, rule in rules]
     programs = [prepare(*each) for each in tqdm(wanted, "compiling", leave=False)]
     with tqdm(total=args.blocks * len(programs), desc="timing", leave=False) as bar:
         blocks = time_blocks([each.run for each in programs], args.blocks, args.block_seconds, bar.update)

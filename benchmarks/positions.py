@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(args.out.read_text())
 
 
-def log_probabilities(config: fc.ViTConfig, params: Any, images: np.ndarray, schedule: str) -> np.ndarray:
+def log_probabilities(config: fc.ViTConfig, params: Any, images: jax.Array, schedule: str) -> np.ndarray:
     """Of every image and class, float64 [images, c]."""
     model = fc.ViT(config, fc.MergeSchedule.parse(schedule, config.depth))
     run = jax.jit(lambda params, images: model.apply({"params": params}, images)[0])  # one program a choice

@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     prediction: int32 [b], the scored class that comes first.
     finite: bool [b], false if a row that counts has a logit that is not finite.
     kl: float32 [b], `divergence` from dense; None if it is not computed.
-    distances: float32 [b, 4], of features from dense, in the order of `DISTANCES`; None likewise.
+    distances: float32 [b, 4], of features from dense, in the order of `DISTANCES`; None if there are none.
     """
 
     rank: Any

@@ -150,12 +150,15 @@ def probe(
     source = dataset if isinstance(dataset, Source) else open_source(dataset)
     if source.labels_per_image > 1 or not source.class_names:
         raise InputError(f"{source.spec}: a probe needs images with one label each")
-    if len(source.class_names) < 2:
-        raise InputError(f"{source.spec} has one class, {source.class_names[0]!r}: a head needs two or more")
+    first, *others = source.class_names
+    if not others:
+        raise InputError(f"{source.spec} has one class, {first!r}: a head needs two or more")
     if config.head == "means" and (config.pool or whole.config.pool) == "dist_avg":
         raise InputError("class means need one feature vector an image: pass pool=token or avg")
     backbone, params = without_head(whole.config, whole.params, config.pool or None)
-    kind = dict(batch_size=config.batch_size, dtype=config.dtype, workers=config.workers, on_bad=config.on_bad)
+    kind: dict[str, Any] = dict(
+        batch_size=config.batch_size, dtype=config.dtype, workers=config.workers, on_bad=config.on_bad
+    )
     bare = dataclasses.replace(whole, config=backbone, params=params)
     inputs = open_inputs(bare, source, config.schedule, EvaluationConfig(limit=config.limit, **kind))
     inputs = dataclasses.replace(inputs, step_config=dataclasses.replace(inputs.step_config, patches=False))

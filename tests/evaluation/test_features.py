@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import jax
 import numpy as np
@@ -51,7 +52,7 @@ def compared(a, b):
 @pytest.fixture(scope="module")
 def evaluated(backbone, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("features")
-    fields = dict(throughput_blocks=0, batch_size=8, workdir=workdir, neighbours=NEAR, save_logits=True)
+    fields: dict[str, Any] = dict(throughput_blocks=0, batch_size=8, workdir=workdir, neighbours=NEAR, save_logits=True)
     return fc.evaluate(backbone, IMAGES, SCHEDULES, **fields), workdir
 
 
@@ -74,7 +75,9 @@ def test_rows_are_what_is_counted_by_hand(evaluated, backbone):
         ):
             assert row[field] == pytest.approx(expected[:, place].mean(), abs=1e-4)
             assert row[f"{field}_p{worst}"] == pytest.approx(np.percentile(expected[:, place], worst), abs=1e-4)
-        near = dict(metric="cosine", algorithm="brute", weights=lambda apart: np.exp((1 - apart) / 0.07))
+        near: dict[str, Any] = dict(
+            metric="cosine", algorithm="brute", weights=lambda apart: np.exp((1 - apart) / 0.07)
+        )
         other = KNeighborsClassifier(20, **near).fit(by_hand(backbone, NEAR, name)[0], near_labels)
         np.testing.assert_array_equal(saved["prediction"][index], other.predict(pooled))
         assert row["correct"] == (other.predict(pooled) == labels).sum()
@@ -102,7 +105,7 @@ def test_the_report_draws_any_of_the_measures(evaluated, tmp_path, capsys):
 def test_a_folder_without_labels(backbone, tmp_path):
     (tmp_path / "photos").mkdir()
     for index in range(5):
-        Image.fromarray(IMAGES[index].image).save(tmp_path / "photos" / f"{index}.png")
+        Image.fromarray(np.asarray(IMAGES[index].image)).save(tmp_path / "photos" / f"{index}.png")
     spec = f"folder:{tmp_path / 'photos'}"
     rows = fc.evaluate(backbone, spec, "dense,tome_r10", throughput_blocks=0, batch_size=4, workdir=tmp_path / "out")
     cosine, _ = compared(*(by_hand(backbone, spread(5), name)[0] for name in ("dense", "tome_r10")))
@@ -118,7 +121,9 @@ def test_a_folder_without_labels(backbone, tmp_path):
 
 def test_an_interrupted_evaluation_resumes(evaluated, backbone, tmp_path, monkeypatch):
     rows, _ = evaluated
-    fields = dict(throughput_blocks=0, batch_size=8, workdir=tmp_path, neighbours=NEAR, save_logits=True)
+    fields: dict[str, Any] = dict(
+        throughput_blocks=0, batch_size=8, workdir=tmp_path, neighbours=NEAR, save_logits=True
+    )
     real, done = Journal.append, []
 
     def killed(self, *arguments):
@@ -132,7 +137,8 @@ def test_an_interrupted_evaluation_resumes(evaluated, backbone, tmp_path, monkey
     monkeypatch.setattr(Journal, "append", real)
     read: list[int] = []
     counting = dataclasses.replace(NEAR, read=lambda index: read.append(index) or NEAR.read(index))
-    again = fc.evaluate(backbone, IMAGES, SCHEDULES, **(fields | {"neighbours": counting}))
+    fields["neighbours"] = counting
+    again = fc.evaluate(backbone, IMAGES, SCHEDULES, **fields)
     assert not read
     for before, after in zip(rows, again, strict=True):
         assert {**before, "seconds": 0, "compile_seconds": 0} == {**after, "seconds": 0, "compile_seconds": 0}

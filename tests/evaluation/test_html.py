@@ -88,7 +88,7 @@ def test_points_are_in_the_units_of_the_axes(make_run):
     assert [line["name"] for line in data["lines"]] == ["dense", "tome", "s2winc7"]
     point = data["lines"][1]["points"][1]
     assert point.pop("text").startswith("<b>tome_r13</b><br>top-1 %: 85.00<br>")
-    assert point == pytest.approx(
+    assert {key: value for key, value in point.items() if value is not None} == pytest.approx(
         {
             "gmacs": 2.7,
             "images_per_second": 170,
@@ -104,7 +104,7 @@ def test_points_are_in_the_units_of_the_axes(make_run):
         }
     )
     assert [key for key, _ in data["x"]] == ["gmacs", "images_per_second", "speedup", "tokens_out"]
-    assert [key for key, _ in data["y"]] == ["top1", "top5", "drop", "agreement", "kl"]
+    assert [key for key, _ in data["y"]] == ["top1", "top5", "agreement", "kl", "drop"]
     assert data["budgets"] == pytest.approx([89])
 
 

@@ -15,6 +15,7 @@ PARTS = [
         rank=np.zeros((2, rows), np.int32),
         prediction=np.zeros((2, rows), np.int32),
         kl=np.zeros((2, rows), np.float32),
+        distances=np.zeros((2, rows, 0), np.float32),
         found=np.zeros(len(FOUND), np.int32),
     )
     for batch, rows in enumerate(ROWS)

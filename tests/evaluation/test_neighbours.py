@@ -1,5 +1,7 @@
 """Neighbours' votes against scikit-learn."""
 
+from typing import Any
+
 import jax
 import numpy as np
 import pytest
@@ -21,7 +23,9 @@ TABLE = Features(VALUES, np.where(LEFT_OUT, -1, LABELS))
 
 def expected(rows):
     """By scikit-learn: the share of each class in the votes of the nearest."""
-    near = dict(metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE))
+    near: dict[str, Any] = dict(
+        metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
+    )
     model = KNeighborsClassifier(min(K, rows.sum()), **near).fit(VALUES[rows].astype(np.float64), LABELS[rows])
     return model.predict_proba(QUERIES.astype(np.float64)), model.predict(QUERIES.astype(np.float64))
 

@@ -63,7 +63,7 @@ def test_mcnemar_keeps_its_level():
 )
 def test_counts_by_class(labels, right, images, correct):
     names, rank = np.arange(len(right)).astype(str), np.where(right, 0, 7)[None]
-    outcomes = Outcomes(names, np.array(labels), rank, rank, rank.astype(float), np.zeros(3, int))
+    outcomes = Outcomes(names, np.array(labels), rank, rank, rank.astype(float), np.zeros((1, 3, 0)), np.zeros(3, int))
     table = class_table(outcomes, ["dense"], tuple("abcd"))
     there = ["abcd"[label] for label in sorted({*np.ravel(labels)} - {-1})]
     assert table == {"classes": there, "images": images, "correct": {"dense": correct}}

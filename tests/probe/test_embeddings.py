@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def two_towers(kind, folder):
         hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50,
         bos_token_id=1, eos_token_id=2, max_position_embeddings=8,
     )  # fmt: skip
-    towers = dict(vision_config=vision, text_config=text)
+    towers: dict[str, Any] = dict(vision_config=vision, text_config=text)
     if kind == "CLIP":
         config = transformers.CLIPConfig(**towers, projection_dim=24)
     else:
@@ -73,8 +74,12 @@ def test_logits_are_those_of_transformers(kind, tmp_path):
 def test_both_kinds_of_file_hold_the_same(tmp_path):
     from safetensors.numpy import save_file
 
-    there = read_embeddings(file(tmp_path, logit_scale=np.float32(2.0), logit_bias=np.float32([-3.0])))
-    tensors = {"embeddings": VALUES, "logit_scale": np.float32([2.0]), "logit_bias": np.float32([-3.0])}
+    there = read_embeddings(file(tmp_path, logit_scale=np.float32(2.0), logit_bias=np.array([-3.0], np.float32)))
+    tensors = {
+        "embeddings": VALUES,
+        "logit_scale": np.array([2.0], np.float32),
+        "logit_bias": np.array([-3.0], np.float32),
+    }
     save_file(tensors, tmp_path / "classes.safetensors", metadata={"names": json.dumps(NAMES)})
     other = read_embeddings(tmp_path / "classes.safetensors")
     np.testing.assert_array_equal(there.embeddings, other.embeddings)

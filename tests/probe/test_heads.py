@@ -80,7 +80,7 @@ def test_the_factor_on_the_logits_is_the_best():
 @pytest.mark.parametrize("name", ["logistic", "ridge", "class_means"])
 def test_devices_and_chunks_do_not_matter(name, monkeypatch):
     one = getattr(heads, name)(chunks(1), CLASSES)("all", 0.1)
-    monkeypatch.setattr(features, "CHUNK", 4 * WIDTH * 7)  # 14 rows at a time, read anew for each pass
+    monkeypatch.setattr(features, "CHUNK", 4 * WIDTH * 7)  # 14 rows at a time, read again for each pass
     monkeypatch.setattr(features, "RESIDENT", 0)
     pieces = chunks(2)
     assert len([*pieces]) == 15

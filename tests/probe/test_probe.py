@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -95,7 +96,9 @@ def test_neighbours_are_scikit_learn_s(probed, digits):
     saved, labels = (np.load(folder / name) for name in ("features_dense.npy", "labels.npy"))
     held = hold_out(Features(saved, labels), tuple("0123456789"), ProbeConfig())
     rest = ~held & (labels >= 0)
-    near = dict(metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07))
+    near: dict[str, Any] = dict(
+        metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / 0.07)
+    )
     other = KNeighborsClassifier(20, **near).fit(saved[rest], labels[rest])
     assert report.neighbours == (other.predict(saved[held]) == labels[held]).sum()
 

@@ -527,9 +527,11 @@ def test_a_bad_field_is_named(field, value, reason):
 def test_contradictions_are_refused_and_doubtful_choices_told():
     with pytest.raises(InputError, match=r"sam\.rho_final is 0\.1: it requires a rho above 0"):
         SAMConfig(rho=0.0, rho_final=0.1)
-    for name, value in (("gap_weight", 0.4), ("refresh_every", 5), ("scope", "microbatch")):
+    mistakes: list[dict[str, Any]] = [{"gap_weight": 0.4}, {"refresh_every": 5}, {"scope": "microbatch"}]
+    for mistake in mistakes:
+        ((name, value),) = mistake.items()
         with pytest.raises(InputError, match=rf"sam\.{name} is {value}: it requires the gradient at the parameters"):
-            SAMConfig(direction="momentum", **{name: value})
+            SAMConfig(direction="momentum", **mistake)
     assert sam.warnings(SAMConfig()) == ()
     (line,) = sam.warnings(SAMConfig(perturb="norms"))
     assert "may raise sharpness" in line

@@ -222,7 +222,9 @@ def test_killed_at_any_moment_it_ends_in_the_same_parameters(whole, tmp_path):
 
 @pytest.mark.parametrize("method", ["gradient", "momentum"])
 def test_killed_before_at_and_after_the_start_of_sam_it_ends_in_the_same_parameters(method, tmp_path):
-    late = dict(sam__start=0.5, sam__direction=method, sam__refresh_every=1, schedules="dense", save_every=1, keep=50)
+    late: dict[str, Any] = dict(
+        sam__start=0.5, sam__direction=method, sam__refresh_every=1, schedules="dense", save_every=1, keep=50
+    )
     output = finish(start(tmp_path / "whole", **late))
     assert "SAM starts after step 22 of 44" in output
     logged = {row["step"]: row["rho"] for row in rows(tmp_path / "whole") if "rho" in row}
