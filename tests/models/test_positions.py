@@ -218,7 +218,7 @@ def test_logits_are_those_of_the_program_in_float64(family, kind):
     ("rule", "apart"),
     [
         ("tome(turned=true)", False),
-        ("nearest(turned=true,heads=all,checkerboard=false,size=0.0,attention=0.0,keep_norm=false)", True),
+        ("nearest(turned=true,features=0.0,checkerboard=false,size=0.0,attention=0.0,keep_norm=false)", True),
     ],
 )
 def test_keys_may_be_compared_after_their_rotation(family, rule, apart):

@@ -245,15 +245,17 @@ def test_what_a_matching_must_be(name, place):
 
 
 def test_what_each_part_of_nearest_is_for():
-    def pairs(rule, keys, layer, size=None, seen=None):
-        """Which tokens move where. keys: degrees, [h, n]. seen: attention to each token; no key says anything of it."""
+    def pairs(rule, keys, layer, size=None, seen=None, features=None):
+        """Which tokens move where. keys, features: degrees, [h, n] and [n]. seen: attention, which no key shows."""
         angles = np.deg2rad(np.asarray(keys, np.float32))
         k = jnp.asarray(np.stack([np.cos(angles), np.sin(angles), 0 * angles], -1))[None]
         if seen is not None:  # a third dimension of the class token alone, too small to change a cosine
             k = k.at[..., 2].set(1e-3 * jnp.log(jnp.asarray(seen)))
         q = jnp.zeros_like(k).at[..., 2].set(1e3 * 3**0.5)
         size = jnp.ones(k.shape[0:1] + k.shape[2:3]) if size is None else jnp.asarray([size], jnp.float32)
-        matching = rule(Attended(k[:, 0], q, k, k, None), k[:, 0], size, layer, 1)
+        x = np.deg2rad(np.zeros(k.shape[2]) if features is None else features)
+        x = jnp.stack([jnp.cos(x), jnp.sin(x)], -1)[None]
+        matching = rule(Attended(k[:, 0], q, k, k, None), x, size, layer, 1)
         order = np.asarray(matching.order)[0]
         return {int(i): int(order[matching.target[0, i]]) for i in order[layer.tokens_out :]}
 
@@ -274,6 +276,13 @@ def test_what_each_part_of_nearest_is_for():
     assert pairs(rule, keys, layer, size=[1, 1, 2, 2, 4, 4, 1]) == {2: 3}
     assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1]) == {4: 5}
     assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.1, 0.1, 0.3, 0.2, 0.1]) == {2: 3}
+    # The one with the features that are alike, whose weight is half of the keys'.
+    assert pairs(rule, keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {4: 5}
+    assert pairs(rule, keys, layer, features=[0, 0, 45, 45, 0, 90, 0]) == {2: 3}
+    assert pairs(dataclasses.replace(rule, features=0.0), keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {2: 3}
+    keys = [[0, 300, 100, 140, 200, 220, 20]]  # 1 - cosine: 0.234 and 0.060
+    assert pairs(rule, keys, layer, features=[0, 0, 0, 0, 0, 45, 300]) == {4: 5}  # 0.234 and 0.060 + 0.293 / 2
+    assert pairs(rule, keys, layer, features=[0, 0, 0, 0, 0, 55, 300]) == {2: 3}  # 0.234 and 0.060 + 0.426 / 2
 
 
 @pytest.mark.parametrize("name", [*RULES][::2])
@@ -398,8 +407,8 @@ def test_one_device_equals_eight(digits):
 def test_macs_beyond_token_mergings():
     config = dataclasses.replace(fc.zoo.get("vit_small_patch16_224").config)
     layer = Layer(197, 181, 16)
-    assert Nearest().macs(layer, config) == 98**2 * 320 + 197 * 384
-    assert Nearest(heads="mean", attention=0.0).macs(layer, config) == 0
+    assert Nearest().macs(layer, config) == 98**2 * (320 + 384) + 197 * 384
+    assert Nearest(heads="mean", features=0.0, attention=0.0).macs(layer, config) == 0
     assert ToFu().macs(layer, config) == Random().macs(layer, config) == 0
     assert EViT().macs(layer, config) == PPT().macs(layer, config) == 197 * 384
     assert PiToMe().macs(layer, config) == (196**2 - 98**2) * 64
