@@ -64,10 +64,10 @@ def in_layout(name, config, seed=0):
         others = {each.partition(":")[2] for each in filled if each.partition(":")[0] == path}
         if shape is None or target in filled or pattern.startswith("norm." if config.fc_norm else "fc_norm."):
             continue
-        if "" in others or (others and part in ("", "kv")):
+        if "" in others or (others and not part) or set(part) & set("".join(others)):
             continue
         if part:
-            shape = (*shape[:-1], shape[-1] // len({"q": "qkv", "k": "qkv", "v": "qkv"}.get(part, "gx")))
+            shape = (*shape[:-1], shape[-1] // (2 if part in "gx" else 3) * len(part))
         heads = config.num_heads
         shape = {
             "linear": shape[::-1],

@@ -57,7 +57,7 @@ def write_timm(path: Path, config: ViTConfig, params: Mapping[str, Any]) -> str:
     if _needs_eva(config):
         skip += [r"blocks\.#\.ls", *([] if config.key_bias else [r"blocks\.#\.attn\.qkv\.bias"])]
         skip += [r"blocks\.#\.attn\.qkv"] if _apart(config) else []
-        skip += [r"blocks\.#\.mlp\.(fc1\.|w12\.)"] if _gate_apart(config) else []
+        skip += [r"blocks\.#\.mlp\.fc1\."] if _gate_apart(config) else []
     arrays = _invert(TIMM, params, "|".join(skip))
     if _needs_eva(config) and not _apart(config):  # the projection is packed, its biases are not
         arrays = {re.sub(r"attn\.([qv])_proj\.bias", r"attn.\1_bias", key): array for key, array in arrays.items()}
@@ -380,17 +380,20 @@ def write_safetensors(path: Path, arrays: Arrays) -> None:
 
 
 def _invert(table: Table, params: Mapping[str, Any], skip: str) -> dict[str, np.ndarray]:
-    """The leaves under the keys of a table; of two sets of keys for a leaf the first, but for keys that match `skip`.
+    """Return the leaves under the keys of a table, without the keys that match `skip`.
 
-    Raises InputError if a leaf has no key.
+    A leaf with several spellings, whole or in parts, is written once, under the first. Raises InputError if a leaf has
+    no key.
     """
     leaves = flat_params(params)
     blocks = sum(path.endswith("/norm1/scale") for path in leaves)
-    arrays, filled = {}, set()
+    arrays: dict[str, np.ndarray] = {}
+    filled: dict[str, set[str]] = {}  # path -> its parts ("" for the whole leaf)
     for pattern, (target, transform) in table.items():
         for number in range(blocks) if "#" in pattern else [0]:
             path, _, part = target.replace("#", str(number)).partition(":")
-            if path not in leaves or {(path, part), (path, "")} & filled or re.match(skip, pattern):
+            parts = filled.get(path, set())
+            if path not in leaves or part in parts or "" in parts or (parts and not part) or re.match(skip, pattern):
                 continue
             value = leaves[path]
             if part:
@@ -401,8 +404,8 @@ def _invert(table: Table, params: Mapping[str, Any], skip: str) -> dict[str, np.
             arrays[pattern.replace("#", str(number))] = (
                 value.transpose(_AXES[transform]) if transform in _AXES else value
             )
-            filled.add((path, part))
-    if left := sorted(leaves.keys() - {path for path, _ in filled}):
+            filled.setdefault(path, set()).add(part)
+    if left := sorted(leaves.keys() - filled.keys()):
         raise InputError(f"no key there has a place for {left[0]}: it cannot hold this model")
     return arrays
 

@@ -667,7 +667,7 @@ def test_a_classifier_beside_a_backbone_without_one_is_found_and_one_beside_clip
     np.testing.assert_allclose(ours(checkpoint, images)[1], expected, rtol=0, atol=TOLERANCE)
     backbone = hf_clip(tmp_path / "clip", SIZES[0])  # whose classifier takes the mean of patches without a norm
     save(backbone.source / "model.safetensors", load_file(backbone.source / "model.safetensors") | head)
-    with pytest.raises(InputError, match=r"'classifier\.\w+' is no key of the Hugging Face CLIP layout"):
+    with pytest.raises(InputError, match=r"'classifier\.\w+' is not a key of the Hugging Face CLIP layout"):
         fc.convert(backbone.source, tmp_path / "clip_out", preprocess="timm/clip")
 
 

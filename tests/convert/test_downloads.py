@@ -524,7 +524,7 @@ def test_hub_shards(hub):
 def test_hub_bad_index(hub, index):
     hub.repositories["timm/vit"] = {"pytorch_model.bin.index.json": index.encode()}
     refuse(
-        "hf-hub:timm/vit: its pytorch_model.bin.index.json: (is damaged|names the shard .*, which is not a plain file name)",
+        "hf-hub:timm/vit: its pytorch_model.bin.index.json: (is damaged|names the shard .*, which is not a plain)",
         locate,
         "hf-hub:timm/vit",
         anything,

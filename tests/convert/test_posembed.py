@@ -1,5 +1,6 @@
 """Each convention against the code that its weights were published with, and patch kernels against timm."""
 
+import itertools
 import math
 
 import numpy as np
@@ -130,9 +131,12 @@ def test_conventions_differ(new):
     # Were two of them mixed up, the tests above, at 1e-5, could not miss it.
     grid = random_grid((9, 12))
     results = {convention: resample(grid, new, convention) for convention in RESAMPLINGS}
-    for first in results:
-        for second in results:
-            assert first == second or abs(results[first] - results[second]).max() > 0.05
+    same = {"timm-npz", "bilinear"} if new == (14, 20) else set()  # antialiasing has no effect when the grid grows
+    for first, second in itertools.combinations(results, 2):
+        if {first, second} == same:
+            assert_close(results[first], results[second])
+        else:
+            assert abs(results[first] - results[second]).max() > 0.05
 
 
 @pytest.mark.parametrize("convention", RESAMPLINGS)

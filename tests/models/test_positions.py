@@ -297,7 +297,7 @@ def test_published_rules_keep_mass_and_merge_positions(config, last):
     left = np.asarray(~before["pruned"]).sum(axis=1)
     assert (left <= 24 - 4 - 1 - 1 - 1).all()  # those pruned take their patches along
     np.testing.assert_allclose(before["size"][:, prefix:].sum(axis=1), left, rtol=1e-6)
-    assert (after["size"][:, prefix:].sum(axis=1) < left).all()
+    assert (np.asarray(after["size"])[:, prefix:].sum(axis=1) < left).all()
     if config.rotary:
         grid = Program(config, params).coordinates()[prefix:]
         for image in range(len(images)):

@@ -190,7 +190,7 @@ def ppt(window, r, rule, depth):
 
 def nearest(window, r, rule, depth):
     a, b = np.flatnonzero(window.even), np.flatnonzero(~window.even)
-    similar = cosine(window.keys[a], window.keys[b])
+    similar = (cosine(window.keys[a], window.keys[b]) + 0.5 * cosine(window.x[a], window.x[b])) / 1.5
     best = b[similar.argmax(axis=1)]
     weight = window.size**0.25 * window.seen**0.15
     cost = (1 - similar.max(axis=1)) * weight[a] * weight[best]
