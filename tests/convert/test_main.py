@@ -288,7 +288,7 @@ def test_a_dinov3_of_vit_l_s_size_converts_within_three_times_its_size(tmp_path)
         "import sys; from fcvit_jax.convert.__main__ import main; main(sys.argv[1:]); "
         "print(open('/proc/self/status').read())"
     )
-    flags = ["--model", "vit_large_patch16_dinov3.lvd1689m"]
+    flags = ["--model", "vit_large_patch16_dinov3.lvd1689m", "--image_size", "256"]
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "out"), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     shutil.rmtree(tmp_path)
