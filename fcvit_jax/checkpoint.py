@@ -6,7 +6,6 @@
 A directory is written under a temporary name beside its place and renamed at the end: it never exists in part.
 """
 
-import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -158,7 +157,7 @@ def without_head(config: ViTConfig, params: Mapping[str, Any], pool: str | None 
     Raises InputError if the model cannot pool like that.
     """
     bare = dict(num_classes=0, representation_size=0, projection_dim=0, head_bias=True, unit_features=False)
-    config = dataclasses.replace(config, **bare, pool=pool or config.pool)
+    config = replace(config, **bare, pool=pool or config.pool)
     wanted = abstract_params(config)
     if lacking := wanted.keys() - params.keys():
         raise InputError(f"pool {pool!r} needs weights that the model lacks ({', '.join(lacking)}): choose another")

@@ -1,6 +1,5 @@
 """What a search has found: judged on images that chose nothing, written, read, and shown."""
 
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fcvit_jax.evaluation.statistics import ratio_of_means
+from fcvit_jax.figures import COLOURS, WIDTH, blank_figure, plain, png
 from fcvit_jax.files import write_whole
 
 FILES = ("search.json", "search.png")
@@ -136,11 +136,7 @@ def _table(report: SearchReport) -> list[str]:
 
 def plot_search(report: SearchReport) -> bytes:
     """PNG: the score of every candidate and simple family over GMACs, the recommended ones marked."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 5), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = blank_figure(WIDTH, 5)
     axes = figure.subplots()
     whole = [row for row in report.candidates if row["images"] == report.conditions["chosen_by"]]
     for rows, alpha, label in (
@@ -148,14 +144,14 @@ def plot_search(report: SearchReport) -> bytes:
         (whole, 0.9, "on all of them"),
     ):
         x, y = [row["gmacs"] for row in rows], [max(row["score"], 1e-9) for row in rows]
-        axes.scatter(x, y, s=14, color="#56b4e9" if alpha < 0.5 else "#0072b2", alpha=alpha, label=label, linewidth=0)
+        axes.scatter(x, y, s=14, color=COLOURS[5] if alpha < 0.5 else COLOURS[0], alpha=alpha, label=label, linewidth=0)
     families = report.conditions["families"]
     for index, name in enumerate(families):
         points = [
             (families[name][each.budget], each.families) for each in report.found if each.budget in families[name]
         ]
         x, y = [gmacs for (_, gmacs), _ in points], [max(scores[text], 1e-9) for (text, _), scores in points]
-        axes.plot(x, y, marker="s^v"[index % 3], color="#d55e00", linestyle="--", alpha=0.8, label=name)
+        axes.plot(x, y, marker="s^v"[index % 3], color=COLOURS[1], linestyle="--", alpha=0.8, label=name)
     judged = [
         (each.gmacs, max(each.score if each.recommended == each.schedule else each.simple_score, 1e-9))
         for each in report.found
@@ -164,10 +160,8 @@ def plot_search(report: SearchReport) -> bytes:
     axes.set_yscale("log")
     axes.set_xlabel("GMACs an image (fewer is cheaper)")
     axes.set_ylabel(f"{report.measure} from dense")
-    axes.grid(color="#e6e6e6", linewidth=0.8)
+    plain(axes)
     axes.legend(fontsize=8, frameon=False)
     title = f"{report.conditions['checkpoint']} on {report.conditions['images']}"
     figure.suptitle(title, fontsize=9, parse_math=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    return picture.getvalue()
+    return png(figure)
