@@ -547,7 +547,7 @@ def test_features_and_logits_are_those_of_the_real_library(name, size, tmp_path,
     checkpoint = convert(backbone.source, tmp_path / "out", *backbone.flags)
     for found, wanted in zip(ours(checkpoint, images), expected, strict=True):
         assert np.abs(wanted).max() > 0.1
-        np.testing.assert_allclose(found, wanted, rtol=0, atol=TOLERANCE)
+        np.testing.assert_allclose(found, wanted, rtol=2e-6, atol=TOLERANCE)  # random heads give logits up to 17
 
 
 # ---- and back
