@@ -22,10 +22,10 @@ _LOGITS = 4 << 20  # of float32: 16 MiB
 
 
 class Attention(nn.Module):
-    """Self-attention of tokens [b, n, d], optionally of the first `queries` tokens alone to all.
+    """Self-attention of tokens [b, n, d]; with `queries`, only the first `queries` tokens attend, to all.
 
-    With `size`, float32 [b, n], attention is proportional to it, unless the configuration says otherwise. With
-    `coordinates`, float32 [b, n, 2] or [1, n, 2], positions are rotary; queries and keys are returned as before that.
+    With `size`, float32 [b, n], attention is proportional to it, unless the configuration turns that off. With
+    `coordinates`, float32 [b, n, 2] or [1, n, 2], positions are rotary; the returned q and k are not rotated.
     """
 
     config: ViTConfig
@@ -79,14 +79,14 @@ class AttentionPool(nn.Module):
 
 
 def project_qkv(config: ViTConfig, dtype: Any) -> Linear:
-    """The projection to queries, keys and values side by side, [b, n, d] -> [b, n, 3 d]; a submodule "qkv"."""
+    """Create the projection to queries, keys and values side by side, [b, n, d] -> [b, n, 3 d]: submodule "qkv"."""
     width = config.embed_dim
     keys = (0, 0) if config.key_bias else (width, 2 * width)
     return Linear(3 * width, dtype, config.qkv_bias, unbiased=keys, name="qkv")
 
 
 def split_heads(y: jax.Array, heads: int, width: int) -> jax.Array:
-    """[b, n, parts * h * w] -> [parts, b, h, n, w]: heads next to the batch are twice as fast on CPU."""
+    """Split [b, n, parts * h * w] into [parts, b, h, n, w]: heads next to the batch are twice as fast on CPU."""
     return y.reshape(*y.shape[:2], -1, heads, width).transpose(2, 0, 3, 1, 4)
 
 
@@ -117,10 +117,10 @@ def _logits(q: jax.Array, k: jax.Array, bias: jax.Array | None) -> jax.Array:
 
 
 def _attend_and_divide(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Attention in float32, divided by the sums of its weights after the product, which is smaller: faster on CPU.
+    """Attend in float32, dividing by the weights' sums after the product, which is smaller: faster on CPU.
 
-    XLA's library for CPUs does it in one pass for up to 256 keys. Up to 400 are attended in two halves, on every
-    device, and more by a few heads at a time on CPU.
+    XLA's library for CPUs handles up to 256 keys in one pass. Up to 400 keys are attended in two halves, on every
+    device; more, on CPU, a few heads at a time.
     """
     keys = k.shape[2]
     if keys <= 256:
@@ -138,7 +138,7 @@ def _attend_and_divide(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array
 def _weigh(
     q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None, keys: slice
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Weighted values and sums of weights of these keys, both less by the factor exp(most), and most."""
+    """Compute the weighted values and the sums of weights of these keys, both divided by exp(most), and most."""
     logits = _logits(q, k[..., keys, :], None if bias is None else bias[..., keys])
     most = jax.lax.stop_gradient(logits.max(axis=-1, keepdims=True))
     weights = jnp.exp(logits - most)
@@ -152,17 +152,17 @@ def _attend_at_once(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | 
 
 
 def _attend_by_heads(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """Attend by as many heads, or queries of one head, at a time as have at most 16 MiB of logits.
+    """Attend with as many heads at a time, or queries of one head, as have at most 16 MiB of logits.
 
-    These stay in the caches, and memory grows no faster than the tokens. Images and heads are one axis there: with one
-    for each, XLA would copy the logits. Images are its outer part, so that they can be spread over devices.
+    Such logits stay in the caches, and memory grows no faster than the tokens. Images and heads share an axis, since
+    XLA would copy the logits otherwise. Images are its outer part, so that they can be spread over devices.
     """
     batch, heads, queries, width = q.shape
     a_head = batch * queries * k.shape[2]
     together, parts = largest_divisor(heads, _LOGITS // a_head), math.ceil(a_head / _LOGITS)
 
     def group(x: jax.Array) -> jax.Array:
-        """[b, h, ...] -> [groups, b * together, ...]."""
+        """Reshape [b, h, ...] to [groups, b * together, ...]."""
         x = jnp.moveaxis(x.reshape(batch, -1, together, *x.shape[2:]), 1, 0)
         return x.reshape(len(x), batch * together, *x.shape[3:])
 

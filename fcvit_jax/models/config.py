@@ -16,13 +16,13 @@ class Rotary:
     """Rotary positions along two axes: how a patch's coordinates turn the pairs of a head's features.
 
     With head width w, frequency j = 0 .. w/4 - 1 turns by coordinate / period_j, period_j = theta^(4 j / w). The first
-    w/4 angles are of one coordinate, the others of the other one. Prefix tokens are not turned.
+    w/4 angles come from one coordinate, the rest from the other. Prefix tokens are not turned.
 
-    theta: the base of the periods. periods: the w/4 periods themselves, where the weights store them.
+    theta: the base of the periods. periods: the w/4 periods themselves, if the weights store them.
     rotation: pairs of features are i and i + w/2 ("half"), or 2 i and 2 i + 1 ("interleaved").
     coordinates: "centred": 2 pi (2 (i + 1/2) / n - 1) for row or column i of n (DINOv3); "index": i + offset.
-    reference: (rows, columns) to which indices are scaled, (i + offset) / n * reference (EVA-02); None: not at all.
-    x_first: the first angles are of the column.
+    reference: (rows, columns) to which indices are scaled, (i + offset) / n * reference (EVA-02); None: unscaled.
+    x_first: the first angles come from the column.
     """
 
     theta: float = setting(100.0, above=0)
@@ -39,9 +39,9 @@ class Rotary:
 
 @dataclasses.dataclass(frozen=True)
 class ViTConfig:
-    """The architecture of a ViT, as stored in a checkpoint. Raises InputError where the fields contradict each other.
+    """The architecture of a ViT, as stored in a checkpoint. Raises InputError if the fields contradict each other.
 
-    Sequence: class token, distillation token, registers, patches in row-major order. Those before the patches are the
+    Sequence: class token, distillation token, registers, patches in row-major order. All tokens before the patches are
     prefix tokens.
     """
 
@@ -72,7 +72,7 @@ class ViTConfig:
     proportional_attention: bool = True  # a merged token attracts attention in proportion to its size
     learned_positions: bool = True  # False: the model has no position embedding (DINOv3)
     rotary: Rotary | None = None  # None: positions do not turn queries and keys
-    key_bias: bool = True  # False: where qkv_bias is true, queries and values alone have biases (EVA, DINOv3)
+    key_bias: bool = True  # False: with qkv_bias, only queries and values have biases (EVA, DINOv3)
     attn_norm: bool = False  # a norm between attention and its output projection (EVA-CLIP)
     gated: bool = False  # SwiGLU instead of GELU in the MLPs, whose hidden width is mlp_dim
     mlp_norm: bool = False  # a norm between the two layers of the MLPs (EVA-02)
@@ -96,13 +96,13 @@ class ViTConfig:
         if self.pool == "dist_avg" and not self.dist_token:
             raise InputError("pool 'dist_avg' needs a distillation token")
         if self.fc_norm and self.pool == "token_avg":
-            raise InputError("pool 'token_avg' goes with a norm before the pooling: fc_norm must be false")
+            raise InputError("pool 'token_avg' needs the norm before the pooling: fc_norm must be false")
         if self.pool == "map" and (self.fc_norm or self.embed_dim % (self.map_heads or self.num_heads)):
             raise InputError("pool 'map' needs fc_norm false, and an embed_dim that divides into its heads")
         if (self.projection_dim or self.unit_features) and (self.pool == "dist_avg" or self.representation_size):
             raise InputError("class embeddings need one feature vector an image: not pool 'dist_avg', nor a tanh layer")
         if not (self.learned_positions or self.rotary):
-            raise InputError("a model needs positions: learned_positions must be true, or rotary be given")
+            raise InputError("a model needs positions: set learned_positions to true, or give rotary")
         if self.rotary and self.head_dim % 4:
             raise InputError(f"rotary positions need a head width of 4, 8, 12, ...: it is {self.head_dim}")
         if self.rotary and self.rotary.periods and 4 * len(self.rotary.periods) != self.head_dim:
@@ -128,12 +128,12 @@ class ViTConfig:
 
     @property
     def pooled_tokens(self) -> int:
-        """How many leading tokens are all that the pooling uses; 0 where it uses the patches too."""
+        """The number of leading tokens that the pooling uses; 0 if it uses the patches too."""
         return {"token": 1, "dist_avg": 2}.get(self.pool, 0)
 
     @property
     def headless(self) -> bool:
-        """Whether the output is features or, through a projection, an embedding: no classes."""
+        """Whether the output is features, or an embedding by a projection, instead of classes."""
         return not (self.num_classes and self.head_bias)
 
     @property
@@ -147,14 +147,14 @@ class ViTConfig:
         return self.num_prefix_tokens + self.num_patches
 
     def to_dict(self) -> dict[str, Any]:
-        """A JSON object that `from_dict` reads back."""
+        """Return a JSON object that `from_dict` reads back."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "ViTConfig":
-        """Raises InputError naming fields that are unknown or missing: a stored configuration is never guessed at.
+        """Build it from a stored configuration. Raises InputError that names unknown or missing fields.
 
-        What the first version of the format did not have may be missing, and is then absent from the model.
+        Fields that the first version of the format lacked may be missing; the model then lacks those parts.
         """
         expected = [field.name for field in dataclasses.fields(cls)]
         later = expected[expected.index("learned_positions") :]

@@ -1,8 +1,8 @@
 """Multiply-accumulates of a ViT under a schedule, counted analytically.
 
-What the papers print as "GFLOPS" is multiply-accumulates / 1e9 of the matrix products alone: patch embedding,
-projections, attention, MLP and head. Norms, softmax, activations and Token Merging's matching are left out; a merge
-rule adds what it computes beyond that.
+The papers' "GFLOPS" are multiply-accumulates / 1e9 of the matrix products alone: patch embedding, projections,
+attention, MLP and head. Norms, softmax, activations and Token Merging's matching are left out. A merge rule adds what
+it computes beyond that.
 """
 
 from fcvit_jax.models.config import ViTConfig
@@ -10,7 +10,7 @@ from fcvit_jax.models.schedule import MergeSchedule
 
 
 def layer_macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> tuple[int, ...]:
-    """Multiply-accumulates of every layer, for one image."""
+    """Count the multiply-accumulates of every layer, for one image."""
     width = config.embed_dim
     return tuple(
         # qkv and output projection; logits and weighted sum; what the rule adds; MLP, after the merging.
@@ -23,7 +23,7 @@ def layer_macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> tupl
 
 
 def macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> int:
-    """Multiply-accumulates of the whole model, for one image."""
+    """Count the multiply-accumulates of the whole model, for one image."""
     patches = config.num_patches * config.patch_size**2 * 3 * config.embed_dim
     pooled = config.embed_dim * (2 if config.pool in ("dist_avg", "token_avg") else 1)
     hidden = config.representation_size if config.num_classes else 0
@@ -33,12 +33,12 @@ def macs(config: ViTConfig, schedule: MergeSchedule | None = None) -> int:
 
 
 def _mlp_products(config: ViTConfig) -> int:
-    """How many products of width and hidden width an MLP takes a token: a gate is one more."""
+    """Count an MLP's products of width and hidden width for each token: a gate is one more."""
     return 3 if config.gated else 2
 
 
 def _pool_macs(config: ViTConfig, schedule: MergeSchedule | None) -> int:
-    """Those of attention pooling: keys, values and attention of all tokens; projection and MLP of one; the probe's."""
+    """Count attention pooling: keys, values and attention of all tokens; query, projection and MLP of the probe."""
     if config.pool != "map":
         return 0
     width, tokens = config.embed_dim, (schedule or MergeSchedule.dense(config.depth)).tokens(config)[-1]
@@ -46,10 +46,10 @@ def _pool_macs(config: ViTConfig, schedule: MergeSchedule | None) -> int:
 
 
 def executed_gmacs(config: ViTConfig, schedule: MergeSchedule | None = None) -> float:
-    """Multiply-accumulates / 1e9 that are computed for the logits of one image.
+    """Count the multiply-accumulates / 1e9 that are computed for the logits of one image.
 
-    Fewer than `gmacs` if prefix tokens are pooled: the last layer then computes queries, projection and MLP for these
-    alone, and keys and values for all, and does not merge.
+    Fewer than `gmacs` if prefix tokens are pooled: the last layer then does not merge, and computes queries, projection
+    and MLP for these tokens alone.
     """
     saved = 0
     if count := config.pooled_tokens:
@@ -63,5 +63,5 @@ def executed_gmacs(config: ViTConfig, schedule: MergeSchedule | None = None) -> 
 
 
 def gmacs(config: ViTConfig, schedule: MergeSchedule | None = None) -> float:
-    """Multiply-accumulates / 1e9 of the whole model, for one image; the schedule defaults to dense."""
+    """Count the multiply-accumulates / 1e9 of the whole model, for one image; the schedule defaults to dense."""
     return macs(config, schedule) / 1e9

@@ -1,6 +1,6 @@
-"""The transformer blocks by fused programs for NVIDIA GPUs, and the one choice between them and the plain blocks.
+"""The transformer blocks as fused programs for NVIDIA GPUs, and the choice between them and the plain blocks.
 
-They compute what `vit.Block` does, for inference in bfloat16; a residual branch is added together with the next norm.
+They compute what `vit.Block` does, for inference in bfloat16. A residual branch is added together with the next norm.
 Shape letters: b batch, n tokens, d width.
 """
 
@@ -29,8 +29,8 @@ def choose_kernels(dtype: Any, devices: Iterable[Any], schedule: MergeSchedule, 
 
     Models with rotary positions, or with a norm after attention, have no such programs.
 
-    XLA cannot split these programs: each of several devices computes images of its own (`compiling.on_each_device`),
-    which has not been run on several GPUs yet.
+    XLA cannot split these programs, so each device computes its own images (`compiling.on_each_device`). This has not
+    been run on several GPUs yet.
     """
 
     def runs_triton(device: Any) -> bool:
@@ -42,17 +42,17 @@ def choose_kernels(dtype: Any, devices: Iterable[Any], schedule: MergeSchedule, 
 
 
 def check(kernels: str, dtype: Any, train: bool, schedule: MergeSchedule, config: ViTConfig) -> None:
-    """Raise InputError if these programs cannot compute what a model is asked for."""
+    """Raise InputError if these kernels cannot run a model with this dtype, mode and schedule."""
     if kernels not in KERNELS:
         raise InputError(f"kernels is {kernels!r}: choose one of {', '.join(KERNELS)}")
     if train or dtype != jnp.bfloat16:
-        raise InputError(f"kernels is {kernels!r}: it computes in bfloat16, and not in training; choose 'xla'")
+        raise InputError(f"kernels is {kernels!r}: it is for inference in bfloat16 only; choose 'xla'")
     if what := _without_kernels(schedule, config):
         raise InputError(f"kernels is {kernels!r}: it has no program for {what}; choose 'xla'")
 
 
 def _without_kernels(schedule: MergeSchedule, config: ViTConfig) -> str | None:
-    """What of a model or a schedule has no fused program, first of all."""
+    """Name the first part of a model or a schedule that has no fused program; None if all parts have one."""
     if config.rotary or config.attn_norm:
         return "rotary positions" if config.rotary else "a norm after attention"
     return next((f"the merge rule {rule}" for rule in schedule.rules if type(rule) not in (ToMe, Nearest)), None)
@@ -72,7 +72,7 @@ class Stream(NamedTuple):
 def run_blocks(
     config: ViTConfig, x: jax.Array, plan: tuple[Layer, ...], interpret: bool
 ) -> tuple[jax.Array, list[tuple[jax.Array, jax.Array, Matching | None]]]:
-    """Apply the blocks, as `ViT._run_blocks`; to be called in a compact method, whose module gets the parameters."""
+    """Apply the blocks as `ViT._run_blocks` does. Call it in a compact method: its module gets the parameters."""
     stream, size, pooled, layers = Stream(x), jnp.ones(x.shape[:2], jnp.float32), None, []
     for index, layer in enumerate(plan):
         block = FusedBlock(config, interpret, name=f"blocks_{index}")
@@ -84,7 +84,7 @@ def run_blocks(
 
 
 class FusedBlock(nn.Module):
-    """Attention, merging, MLP; with `only`, of the first so many tokens, without merging."""
+    """Attention, merging and MLP; with `only`, for the first `only` tokens and without merging."""
 
     config: ViTConfig
     interpret: bool
@@ -136,7 +136,7 @@ class NormParams(nn.Module):
 
 
 class FusedAttention(nn.Module):
-    """As `attention.Attention`; returns the output, and queries, keys and values [b, n, 3, heads, head width]."""
+    """`attention.Attention` by a kernel: the output, and queries, keys and values [b, n, 3, heads, head width]."""
 
     config: ViTConfig
     interpret: bool

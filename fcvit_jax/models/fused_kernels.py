@@ -1,7 +1,7 @@
 """Attention, norms and merging for NVIDIA GPUs, each in one pass over memory: Pallas kernels that Triton compiles.
 
 XLA writes the logits of attention to memory, and cuDNN takes no bias that is the same for all queries. Forward only, in
-bfloat16; docs/tuning_notes.md has what each is worth. `interpret` computes them without a GPU, slowly.
+bfloat16; docs/tuning_notes.md has the gain of each. `interpret` computes them without a GPU, slowly.
 
 Shape letters: b batch, n tokens in, t tokens out, d width, h heads, k head width.
 """
@@ -29,9 +29,9 @@ class Affine(NamedTuple):
 
 
 def attend(qkv: jax.Array, size: jax.Array | None, interpret: bool = False) -> jax.Array:
-    """Compute proportional attention as `attention.attend`, of queries, keys and values [b, n, 3, h, k], bfloat16.
+    """Compute what `attention.attend` does, from queries, keys and values [b, n, 3, h, k], bfloat16.
 
-    The softmax is kept running over tiles of keys, as in arXiv 2205.14135, in float32. Returns [b, n, h, k].
+    The softmax runs over tiles of keys in float32, as in arXiv 2205.14135. Returns [b, n, h, k].
     """
     b, n, _, h, k = qkv.shape
     wide, tail = max(16, pl.next_power_of_2(k)), _tail(n, _KEYS)
@@ -73,7 +73,7 @@ def _attend(q_ref, k_ref, v_ref, bias_ref, o_ref, *, n: int, width: int, tail: i
             mask = inside[:, None] & columns[None, :]
             keys = plgpu.load(k_ref.at[there, :], mask=mask, other=0.0)
             bias = plgpu.load(bias_ref.at[there], mask=inside, other=-jnp.inf)
-            logits = plgpu.dot(q, keys.T) * (width**-0.5 * math.log2(math.e)) + bias[None, :]  # to the base of 2
+            logits = plgpu.dot(q, keys.T) * (width**-0.5 * math.log2(math.e)) + bias[None, :]  # base 2
             higher = jnp.maximum(highest, logits.max(axis=-1))
             shrink, weights = jnp.exp2(highest - higher), jnp.exp2(logits - higher[:, None])
             values = plgpu.load(v_ref.at[there, :], mask=mask, other=0.0)
@@ -96,8 +96,8 @@ def _attend(q_ref, k_ref, v_ref, bias_ref, o_ref, *, n: int, width: int, tail: i
 
 
 def _tail(n: int, tile: int) -> int:
-    """The size of a smaller tile for what is left of n behind whole ones: 197 need no fourth of 64. 0 for nothing."""
-    return max(16, pl.next_power_of_2(n % tile)) if n % tile else 0  # 16: the least that Triton multiplies
+    """Return the size of a smaller last tile, 0 if whole tiles cover n: 197 needs no fourth tile of 64."""
+    return max(16, pl.next_power_of_2(n % tile)) if n % tile else 0  # 16: the smallest that Triton multiplies
 
 
 def add_and_norm(
@@ -137,7 +137,7 @@ def _add_and_norm(scale_ref, bias_ref, x_ref, *refs, count: int, width: int, eps
 
 
 def _normed(x, mask, scale_ref, bias_ref, columns, width: int, eps: float):
-    """LayerNorm of the rows of x, of which `mask` tells what is there."""
+    """Apply LayerNorm to the rows of x, whose valid entries `mask` marks."""
     scale, bias = (plgpu.load(ref, mask=columns, other=0.0)[None, :] for ref in (scale_ref, bias_ref))
     y = x.astype(jnp.float32)
     centred = jnp.where(mask, y - (y.sum(axis=1) / width)[:, None], 0.0)
@@ -148,9 +148,9 @@ def _normed(x, mask, scale_ref, bias_ref, columns, width: int, eps: float):
 def merge_and_norm(
     x: jax.Array, branch: jax.Array, size: jax.Array, matching: Matching, norm: Affine, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Merge the tokens x + branch, [b, n, d], by size, as `merging.merge_tokens`; sums run in float32.
+    """Merge the tokens x + branch, [b, n, d], by size, as `merging.merge_tokens` does; sums run in float32.
 
-    matching: with an order, and without weights or gains. Returns tokens [b, t, d], their LayerNorm, and sizes [b, t].
+    matching: has an order, no weights, no gains. Returns tokens [b, t, d], their LayerNorm, and sizes [b, t].
     """
     tokens_out = matching.tokens_out
     b, n, d = x.shape
@@ -190,7 +190,7 @@ def _merge_and_norm(
     kept = plgpu.load(x_ref.at[whole], mask=mask, other=0.0) + plgpu.load(branch_ref.at[whole], mask=mask, other=0.0)
     total = plgpu.load(size_ref.at[staying], mask=there, other=1.0)
 
-    # Of those that are merged away, the ones that come into this tile, one after the other.
+    # Add the merged-away tokens that belong in this tile, one after the other.
     index = jnp.arange(pl.next_power_of_2(removed))
     leaving = plgpu.load(order_ref.at[tokens_out + index], mask=index < removed, other=0)
     goals = plgpu.load(target_ref.at[leaving], mask=index < removed, other=-1)

@@ -1,4 +1,4 @@
-"""The matchings of ToMe and Nearest for NVIDIA GPUs: one Pallas kernel, where XLA makes a dozen programs.
+"""The matchings of ToMe and Nearest for NVIDIA GPUs: one Pallas kernel instead of a dozen programs by XLA.
 
 Shape letters: b batch, n tokens, h heads, k head width.
 """
@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from fcvit_jax.models.merging import Matching
 from fcvit_jax.models.rules import Attended, Layer, Nearest, match_tokens, split_tokens
 
-_MOST = 128  # tokens that propose, and that are proposed to
+_MOST = 128  # tokens of a window that propose, or are proposed to
 
 
 def match(
@@ -26,11 +26,11 @@ def match(
     proportional: bool = True,
     interpret: bool = False,
 ) -> Matching:
-    """Match as the layer's rule does, `rules.ToMe` or `rules.Nearest`, by a program for each window of an image.
+    """Match as the layer's rule does, `rules.ToMe` or `rules.Nearest`, with one program for each window of an image.
 
-    qkv: [b, n, 3, h, k], bfloat16. x: [b, n, h k], the tokens, attention added. size: float32 [b, n]. proportional:
-    whether attention is. The rule itself is called if more than 128 tokens of a window propose, or are proposed to: all
-    similarities of a window are in registers at once.
+    qkv: [b, n, 3, h, k], bfloat16. x: [b, n, h k], the tokens after attention. size: float32 [b, n]. proportional:
+    whether attention is. All similarities of a window are in registers at once: if more than 128 tokens of a window
+    propose, or are proposed to, the rule itself is called instead.
     """
     b, n, _, h, k = qkv.shape
     rule = layer.rule
@@ -43,7 +43,7 @@ def match(
     attended = Attended(values, queries, keys, values, size if proportional else None)
     if tall > _MOST:
         if nearest is None:
-            # Behind the barrier, which keeps XLA from computing the mean twice.
+            # The barrier keeps XLA from computing the mean twice.
             mean = jax.lax.optimization_barrier(qkv[:, :, 1].astype(jnp.float32).mean(axis=2))
             return match_tokens(mean, layer, prefix)
         return rule(attended, x, size, layer, prefix)
@@ -91,9 +91,10 @@ def _match(
     rows_a_ref, rows_b_ref, k_ref, *refs,
     counts: tuple[int, int], width: int, removed: int, prefix: int, apart: bool, share: float, exact: bool
 ) -> None:  # fmt: skip
-    """apart: compare the keys of all heads, not their mean. share: weight of the cosine of the features.
+    """Match one window of one image.
 
-    refs: features, if these are compared; weights, if pairs have a cost; and two outputs.
+    apart: compare the keys of all heads, not their mean. share: weight of the cosine of the features. refs: features,
+    if these are compared; weights, if pairs have a cost; and two outputs.
     """
     *refs, target_ref, order_ref = refs
     x_ref, weight_ref = refs[: bool(share)], refs[bool(share) :]
@@ -113,13 +114,13 @@ def _match(
         return 1.0 / jnp.sqrt(jnp.maximum(squares, 1e-30))
 
     def products(a, b):
-        # The latter: float32 by tensor cores.
+        # X6: float32 by tensor cores.
         precision = jax.lax.Precision.HIGHEST if exact else jax.lax.DotAlgorithmPreset.BF16_BF16_F32_X6
         axes = (((1,), (1,)), ((), ()))
         return jax.lax.dot_general(a, b, axes, precision=precision, preferred_element_type=jnp.float32)
 
     def cosine(ref):
-        """Of all heads side by side."""
+        """Compare the heads side by side."""
 
         def add(head, totals):
             a, b = part(ref, rows_a, there_a, head), part(ref, rows_b, there_b, head)
@@ -132,7 +133,7 @@ def _match(
         return total * (inverse_norm(squares_a)[:, None] * inverse_norm(squares_b)[None, :])
 
     def directions(rows, there):
-        """Of the mean over heads."""
+        """Scale the mean over heads to length 1."""
         first = jnp.zeros((len(index), len(columns)), jnp.float32)
         total = jax.lax.fori_loop(0, heads, lambda head, sums: sums + part(k_ref, rows, there, head), first) / heads
         return total * inverse_norm((total * total).sum(axis=1))[:, None]
@@ -140,7 +141,7 @@ def _match(
     similarity = cosine(k_ref) if apart else products(directions(rows_a, there_a), directions(rows_b, there_b))
     for ref in x_ref:
         similarity = (similarity + share * cosine(ref)) / (1.0 + share)
-    # Below any cosine: what is no number, and then what is not there. Every token so has a place of its own.
+    # NaNs rank below any cosine, and padding below NaNs, so that every token has a place of its own.
     similarity = jnp.where(similarity == similarity, similarity, -2.0)
     similarity = jnp.where(there_b[None, :], similarity, -3.0)
     proposal = similarity.max(axis=1)

@@ -28,7 +28,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, columns: slice = slice(None)) -> jax.Array:
-        """columns: which of the features are computed."""
+        """Compute the features of these columns."""
         kernel = self.param("kernel", nn.initializers.xavier_uniform(), (x.shape[-1], self.features))
         bias, (start, stop) = None, self.unbiased
         if self.use_bias:
@@ -78,7 +78,7 @@ class MLP(nn.Module):
 
 
 def _exact_gelu(x: jax.Array) -> jax.Array:
-    # By erf, as PyTorch; `jax.nn.gelu` uses erfc, a polynomial sixteen times as long. In float32: 1 + erf cancels.
+    # By erf, as PyTorch: `jax.nn.gelu` uses erfc, a polynomial sixteen times as long. In float32, as 1 + erf cancels.
     half = x.astype(jnp.float32) * 0.5
     return (half * (1.0 + jax.lax.erf(half * math.sqrt(2)))).astype(x.dtype)
 
@@ -91,7 +91,7 @@ _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class LayerNorm(nn.Module):
-    """LayerNorm over the width, in float32 whatever the dtype, which is kept."""
+    """LayerNorm over the width, computed in float32 and returned in the dtype of the input."""
 
     eps: float
 

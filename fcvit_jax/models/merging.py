@@ -1,7 +1,6 @@
-"""A matching of tokens, and what is done with one: merge, unmerge, follow. Pure functions of fixed shapes.
+"""Matchings of tokens, and what they are used for: merge, unmerge, follow. Pure functions of fixed shapes.
 
-Token Merging, arXiv 2210.09461, section 3. How a matching is found is a rule's business (`models.rules`); nothing here
-depends on it.
+Token Merging, arXiv 2210.09461, section 3. Rules (`models.rules`) find matchings; nothing here depends on how.
 
 Shape letters: b batch, n tokens in, t tokens out, d width, p patches.
 """
@@ -22,12 +21,12 @@ class Matching:
     """Where every token of a sequence goes, and what it contributes there. A pytree.
 
     target: int32 [b, n], the position in the output. Every position from 0 to tokens_out - 1 needs a token of positive
-        weight; without an order, one that has none is empty: zeros of size 0.
+        weight; without an order, a position that has none becomes zeros of size 0.
     tokens_out: the length of the output, t.
     order: int32 [b, n], each of 0 to n - 1 once: first the t tokens that stay, in the order of the output, then those
         that are merged away. Optional: float32 merging is faster with it.
-    weight: float32 [b, n], with what weight a token enters the mean; 0 prunes it. None: its size.
-    gain: float32 [b, n], how much size it brings to its target. None: its size, and nothing if it is pruned.
+    weight: float32 [b, n], a token's weight in the mean; 0 prunes it. None: its size.
+    gain: float32 [b, n], the size that it adds to its target. None: its size, and nothing if it is pruned.
     keep_norm: scale each merged token to the weighted mean of its members' norms; "max": to the largest of them (MLERP,
         arXiv 2312.01026).
     summed: merged tokens are the weighted sums of their members instead of the means.
@@ -46,7 +45,7 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     """Replace matched tokens by their weighted mean.
 
     x: [b, n, d], any float dtype. size: float32 [b, n]. Returns [b, t, d] in the dtype of x, and the sizes, float32
-    [b, t]. Sums run in float32. A token that nothing is merged into keeps its value to the last bit.
+    [b, t]. Sums run in float32. A token that nothing is merged into keeps its value bit for bit.
     """
     weight = size if matching.weight is None else matching.weight
     gain = matching.gain
@@ -77,21 +76,21 @@ class _SumsByOrder:
         self.joins = goals[:, None] == np.arange(self.count)[None, :, None]
 
     def _split(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """[b, n] -> [b, t] of those that stay, and [b, t, n - t] of those that each gets."""
+        """Split [b, n] into [b, t] of the tokens that stay, and [b, t, n - t] of those merged into each."""
         return take_rows(values, self.staying), jnp.where(self.joins, take_rows(values, self.leaving)[:, None], 0.0)
 
     def add(self, values: jax.Array) -> jax.Array:
-        """Float32 [b, n] -> [b, t]."""
+        """Add up the values of each target: float32 [b, n] -> [b, t]."""
         own, joining = self._split(values)
         return own + joining.sum(axis=-1)
 
     def largest(self, values: jax.Array) -> jax.Array:
-        """Float32 [b, n], none below 0, -> [b, t]."""
+        """Find the largest value of each target: float32 [b, n], none below 0, -> [b, t]."""
         own, joining = self._split(values)
         return jnp.maximum(own, joining.max(axis=-1))
 
     def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """The weighted means, [b, t, d], the sums of the weights, and which tokens have one member: [b, t] each."""
+        """Return the weighted means [b, t, d], the sums of weights, and which targets have one member: [b, t] each."""
         kept, gone = take_rows(x, self.staying), take_rows(x, self.leaving)
         own, joining = self._split(weight)
         added = joining.sum(axis=-1)
@@ -101,7 +100,7 @@ class _SumsByOrder:
 
 
 class _SumsByProduct:
-    """The same by one product with the weights, in the dtype of x: matrix units are faster than a gather."""
+    """The same sums by one product with the weights, in the dtype of x: matrix units are faster than a gather."""
 
     def __init__(self, matching: Matching):
         self.here = matching.target[:, None, :] == np.arange(matching.tokens_out)[None, :, None]
@@ -121,19 +120,19 @@ class _SumsByProduct:
 
 
 def _norms(x: jax.Array) -> jax.Array:
-    """Euclidean norms, float32 [b, n]; the gradient of a zero is zero."""
+    """Compute Euclidean norms, float32 [b, n]; the gradient at zero is zero."""
     return jnp.sqrt(jnp.maximum(jnp.square(x.astype(jnp.float32)).sum(axis=-1), 1e-30))
 
 
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
-    """Rows [b, m, ...] of [b, n, ...], by an index [b, m]."""
+    """Take the rows [b, m, ...] of [b, n, ...] by an index [b, m]."""
     return jnp.take_along_axis(x, index.reshape(*index.shape, *(1,) * (x.ndim - 2)), axis=1, mode="clip")
 
 
 def follow_patches(source: jax.Array, matching: Matching) -> jax.Array:
     """Update the source map, int32 [b, p]: for each patch, the index of the token that it is in after this matching.
 
-    A pruned token's patches follow its target, so that the map stays total; `follow_pruned` tells them apart.
+    A pruned token's patches follow its target, so that every patch has a token; `follow_pruned` tells them apart.
     """
     return jnp.take_along_axis(matching.target, source, axis=1)
 

@@ -12,7 +12,7 @@ from fcvit_jax.models.vit import ViT
 
 
 class PatchFeatures(NamedTuple):
-    """What left a layer.
+    """The tokens that leave a layer, on the grid.
 
     patches: [b, rows, columns, d], every patch with the value of its token. prefix: [b, k, d], the class token, the
     distillation token and registers. pruned: bool [b, rows, columns], the patches that a rule dropped; their value is a
@@ -43,8 +43,8 @@ def patch_features(
 
     images: normalised, as the model takes them. layers: one, or several, counted from 0, or from the end: -1 is the
     last. norm: apply the model's last norm to every layer's tokens, as DINOv2's and DINOv3's `get_intermediate_layers`
-    and timm's `forward_intermediates(norm=True)` do; False gives them as they left the layer. A norm that follows the
-    pooling is not applied. Raises InputError for a layer that the model lacks.
+    and timm's `forward_intermediates(norm=True)` do; False returns them unchanged. A norm that follows the pooling is
+    not applied. Raises InputError for a layer that the model lacks.
     """
     config, several = model.config, not isinstance(layers, int)
     wanted = tuple(layers) if not isinstance(layers, int) else (layers,)

@@ -15,9 +15,9 @@ from fcvit_jax.models.merging import Matching, merge_tokens
 
 
 def grid_coordinates(config: ViTConfig) -> np.ndarray | None:
-    """The coordinates (y, x) of every token before any has merged, float32 [1, n, 2]; None if the model has no rotary.
+    """Compute each token's coordinates (y, x) before merging, float32 [1, n, 2]; None without rotary positions.
 
-    Those of prefix tokens are 0, which turns nothing.
+    Prefix tokens lie at 0, which turns nothing.
     """
     rotary = config.rotary
     if rotary is None:
@@ -50,12 +50,12 @@ def rotate(x: jax.Array, coordinates: jax.Array, rotary: Rotary) -> jax.Array:
 
 
 def merge_coordinates(coordinates: jax.Array, size: jax.Array, matching: Matching) -> jax.Array:
-    """The mean coordinates of each target's members, weighted by size, float32 [b, t, 2]; pruned tokens do not count.
+    """Average the coordinates of each target's members by size, float32 [b, t, 2]; pruned tokens do not count.
 
     coordinates: float32 [b, n, 2] or [1, n, 2]. size: float32 [b, n].
     """
     coordinates = jnp.broadcast_to(coordinates, (*size.shape, 2))
     weight = None if matching.weight is None else jnp.where(matching.weight > 0, size, 0.0)
     matching = Matching(matching.target, matching.tokens_out, matching.order, weight)
-    with jax.default_matmul_precision("highest"):  # of coordinates, whatever that of the tokens
+    with jax.default_matmul_precision("highest"):  # whatever the tokens' precision is
         return merge_tokens(coordinates, size, matching)[0]

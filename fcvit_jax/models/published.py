@@ -1,8 +1,8 @@
 """Published rules beside Token Merging's, one class each, and their names in text.
 
-The schedule says how many tokens each layer removes; a rule, which. Windows are treated as images of their own, and
-prefix tokens are never removed. What a paper learns or trains is left out: these are its rules off the shelf. Kept
-tokens are left in the order of their scores. Pruned tokens lose their size; merged ones hand it on.
+The schedule sets how many tokens each layer removes; the rule chooses which. Windows are treated as images of their
+own, and prefix tokens are never removed. Parts that a paper learns or trains are left out. Kept tokens are left in the
+order of their scores. Pruned tokens lose their size; merged ones pass it on to their target.
 
 Shape letters: b batch, n tokens, h heads, w head width, d width, p patch tokens, l those of a window, r those removed.
 """
@@ -35,14 +35,14 @@ from fcvit_jax.settings import setting
 class EViT(Rule):
     """Keep the tokens that the class token attends to most: E-ViT, arXiv 2202.07800, section 3.
 
-    With a_i the class token's attention to token i, the mean over heads, the r tokens of the lowest a_i are pruned.
-    With `fuse` the r + 1 lowest become one, their sum weighted by attention, sum_i a_i x_i, as in the paper.
+    Let a_i be the class token's attention to token i, the mean over heads. The r tokens of the lowest a_i are pruned.
+    With `fuse` the r + 1 lowest become one token, their sum weighted by attention, sum_i a_i x_i, as in the paper.
 
     The paper's attention is not proportional to sizes: the fused token counts as one patch.
 
     The paper keeps a share of the tokens in three layers: 0.7 of 196 is `dense:3,global:1:r57@evit(fuse=true),
-    dense:2,global:1:r40@evit(fuse=true),dense:2,global:1:r28@evit(fuse=true),dense:2`. Weights that it trained convert
-    as DeiT's do.
+    dense:2,global:1:r40@evit(fuse=true),dense:2,global:1:r28@evit(fuse=true),dense:2`. The weights that it trained
+    convert as DeiT's do.
     """
 
     fuse: bool = False
@@ -69,10 +69,10 @@ class EViT(Rule):
 class ToFu(Rule):
     """Prune in the first layers, merge with the norm kept in later ones: ToFu, arXiv 2312.01026, section 3.
 
-    Tokens are matched as by Token Merging. In the first `prune` of the layers, those that would merge are pruned; then
-    they are merged by MLERP: the mean of the members, scaled to the largest of their norms.
+    Tokens are matched as in Token Merging. In the first share `prune` of the layers, tokens that would merge are
+    pruned. In later layers they merge by MLERP: the mean of the members, scaled to the largest of their norms.
 
-    The paper switches where a model's response to interpolated tokens becomes linear, which is found by measurement;
+    The paper measures the layer at which a model's response to interpolated tokens becomes linear, and switches there;
     here it is a share of the layers. The mean is weighted by sizes, as Token Merging's.
     """
 
@@ -89,10 +89,10 @@ class ToFu(Rule):
 class PiToMe(Rule):
     """Merge where many tokens are alike and protect the others: PiToMe, arXiv 2405.16148, section 3.
 
-    With c_ij the cosine of the keys' means over heads, token i has the energy mean_j f(c_ij - m), where f(x) = x above
-    0 and alpha (exp(x) - 1) below. The margin falls with depth: m = margin (1 - layer / layers). The 2r tokens of the
-    highest energy, in its order, alternate between the sets A and B; each of A merges with the most similar of B. The
-    others are protected.
+    Let c_ij be the cosine of the keys' means over heads. Token i has the energy mean_j f(c_ij - m), where f(x) = x
+    above 0 and alpha (exp(x) - 1) below. The margin falls with depth: m = margin (1 - layer / layers). The 2r tokens of
+    the highest energy, in its order, alternate between the sets A and B. Each of A merges with the most similar of B;
+    the other tokens are protected.
 
     f is that of the official code: above the margin the paper's equation 4 has c instead of c - m. That code also lets
     all tokens alternate in the first half of the layers of a ViT, and merges the r best pairs as Token Merging does:
@@ -123,7 +123,7 @@ class PiToMe(Rule):
         return match_windows(find, metric[:, prefix:], layer, prefix)
 
     def macs(self, layer: Layer, config: ViTConfig) -> int:
-        """All cosines, of which Token Merging computes a quarter."""
+        """Count all cosines; Token Merging computes a quarter of them."""
         windows = layer.windows or 1
         length = (layer.tokens_in - config.num_prefix_tokens) // windows
         return windows * (length**2 - (length // 2) ** 2) * config.embed_dim // config.num_heads
@@ -133,13 +133,12 @@ class PiToMe(Rule):
 class DiffRate(Rule):
     """Prune the least attended tokens, merge the next with what they resemble: DiffRate, arXiv 2305.17997, section 3.
 
-    Tokens are sorted by the class token's attention. `prune` of the r removed, rounded, are the last and are pruned.
-    Those before them merge with the kept token of the highest cosine c of features; the merged token is the plain mean,
-    and gains c times their sizes, as in the official code.
+    Tokens are sorted by the class token's attention, and the last r are removed. The last `prune` r of these, rounded,
+    are pruned; the others merge with the kept token of the highest cosine c of features. The merged token is the plain
+    mean, and gains c times their sizes, as in the official code. Cosines below 0 count as 0.
 
-    The paper learns the counts of every layer: `diffrate_s_g2.9` and the other names of `DIFFRATE_KEPT` are those it
-    publishes. Some of these layers remove more than half of their tokens, which `half=false` allows. Cosines below 0
-    count as 0.
+    The paper learns the counts of every layer; `diffrate_s_g2.9` and the other names of `DIFFRATE_KEPT` are the
+    published ones. Some of these layers remove more than half of their tokens, which `half=false` allows.
     """
 
     prune: float = setting(0.4, low=0, high=1)  # about the share in the published counts
@@ -166,7 +165,7 @@ class DiffRate(Rule):
         return match_windows(find, inputs, layer, prefix)
 
     def pruned(self, layer: Layer) -> int:
-        """How many tokens of each window are pruned instead of merged."""
+        """Count the tokens of each window that are pruned instead of merged."""
         return math.floor(self.prune * layer.removed + 0.5)
 
     def limit(self, patches: int) -> int:
@@ -186,7 +185,7 @@ class PPT(Rule):
 
     Token i has the score s_i = a_i |v_i| / sum_j a_j |v_j|: the class token's attention times the norm of the value. In
     images with var(s) of at least `threshold`, the r tokens of the lowest score are pruned; in others tokens merge as
-    by Token Merging. The variance is that of the whole image, in windows too.
+    in Token Merging. The variance is that of the whole image, in windows too.
 
     With this threshold the official code removes 50 tokens in the 4th, 7th and 10th layer of a DeiT-S:
     `dense:3,global:1:r50@ppt,dense:2,global:1:r50@ppt,dense:2,global:1:r50@ppt,dense:2`.
@@ -244,8 +243,8 @@ class Random(Rule):
 
 RULES |= {"evit": EViT, "tofu": ToFu, "pitome": PiToMe, "diffrate": DiffRate, "ppt": PPT, "random": Random}
 
-# By the name of the schedule: how many of 197 tokens are left after pruning and after merging in each layer of a DeiT-S
-# or a DeiT-B; the number in the name is its GMACs. From DiffRate's official repository, compression_rate.json.
+# Name of the schedule -> tokens left of 197 after pruning, and after merging, in each layer of a DeiT-S or a DeiT-B.
+# The number in the name is its GMACs. From DiffRate's official repository, compression_rate.json.
 DIFFRATE_KEPT = {
     "diffrate_s_g2.3": ("197 192 168 143 121 105 92 74 62 45 33 3", "197 180 156 127 109 98 80 66 52 37 31 3"),
     "diffrate_s_g2.5": ("197 192 174 156 131 115 111 99 76 50 39 3", "197 186 160 133 119 107 96 82 66 43 37 3"),
@@ -261,7 +260,7 @@ DIFFRATE_KEPT = {
 
 
 def diffrate_layers(name: str) -> list[tuple[int, DiffRate]]:
-    """For each layer of a schedule of `DIFFRATE_KEPT`, how many tokens it removes and by which rule."""
+    """Return how many tokens each layer of a schedule of `DIFFRATE_KEPT` removes, and by which rule."""
     layers, tokens = [], 197
     for after_pruning, left in zip(*(map(int, counts.split()) for counts in DIFFRATE_KEPT[name]), strict=True):
         removed, pruned = tokens - left, max(tokens - after_pruning, 0)
@@ -271,9 +270,9 @@ def diffrate_layers(name: str) -> list[tuple[int, DiffRate]]:
 
 
 def attention_to_patches(attended: Attended, layer: Layer, prefix: int) -> jax.Array:
-    """The class token's attention to each patch token, float32 [b, p], the mean over heads.
+    """Compute the class token's attention to each patch token, float32 [b, p], the mean over heads.
 
-    Without a class token, the mean attention that a patch token receives from all tokens.
+    Without a class token, it is the mean attention that a patch token receives from all tokens.
     """
     if prefix and layer.class_token:
         return class_attention(attended, layer, prefix)[:, prefix:]
@@ -286,9 +285,9 @@ def attention_to_patches(attended: Attended, layer: Layer, prefix: int) -> jax.A
 
 
 def match_windows(find: Callable[[Any], Matching], inputs: Any, layer: Layer, prefix: int) -> Matching:
-    """Match the patch tokens of every window by themselves; those of the whole sequence if the layer has no windows.
+    """Match the patch tokens of each window separately, or of the whole sequence if the layer has no windows.
 
-    inputs: of the patch tokens, a pytree of [b, n - prefix, ...]. find: gets the same of all windows, as if these were
+    inputs: of the patch tokens, a pytree of [b, n - prefix, ...]. find: takes the same, with windows in the place of
     images, and returns their matching, with its order.
     """
     batch, patches = jax.tree.leaves(inputs)[0].shape[:2]
@@ -301,7 +300,7 @@ def match_windows(find: Callable[[Any], Matching], inputs: Any, layer: Layer, pr
         return x.reshape(batch * windows, length, *x.shape[2:])
 
     def join(x: jax.Array | None, leading: np.ndarray) -> jax.Array | None:
-        """[b * windows, length] -> [b, n], with what stands for the prefix in front."""
+        """Join [b * windows, length] to [b, n], with the prefix tokens' values in front."""
         if x is None:
             return None
         x = x.reshape(batch, -1)
@@ -333,14 +332,14 @@ def _class_attention_macs(layer: Layer, config: ViTConfig) -> int:
 
 
 def _by_score(score: jax.Array) -> jax.Array:
-    """The tokens from the highest score to the lowest, int32 [b, l]; of equal scores the first comes first."""
+    """Sort the tokens from the highest score to the lowest, int32 [b, l]; ties stay in order."""
     return jnp.argsort(score, axis=-1, stable=True, descending=True).astype(jnp.int32)
 
 
 def _arrange(
     order: jax.Array, into: jax.Array, weight: jax.Array | None = None, gain: jax.Array | None = None
 ) -> Matching:
-    """Make a matching of tokens in an order, int32 [b, l], of which the last r go `into` the places of the first.
+    """Make a matching of tokens in an order, int32 [b, l], whose last r go `into` the places of the first.
 
     into: int32 [b, r]. weight, gain: float32 [b, l], in this order.
     """

@@ -56,12 +56,12 @@ Stage = Dense | Local | Global
 
 
 def _suffix(rule: Rule) -> str:
-    """What follows a stage in text; Token Merging's own rule is not written."""
+    """Return what follows a stage in text; Token Merging's own rule is not written."""
     return "" if rule == DEFAULT else f"@{rule}"
 
 
 class Geometry(Protocol):
-    """What a schedule needs to know of a model; `ViTConfig` is one."""
+    """What a schedule needs to know about a model; `ViTConfig` is one."""
 
     @property
     def depth(self) -> int: ...
@@ -111,7 +111,7 @@ class MergeSchedule:
 
     @classmethod
     def dense(cls, depth: int) -> "MergeSchedule":
-        """The schedule that merges nothing."""
+        """Return the schedule that merges nothing."""
         return cls((Dense(depth),))
 
     @classmethod
@@ -136,8 +136,8 @@ class MergeSchedule:
     def plan(self, config: Geometry, name: str = "") -> tuple[Layer, ...]:
         """Resolve the schedule on a model, layer by layer.
 
-        name: what a user calls it, for messages. Raises InputError where the stages do not add up to the depth or the
-        grid does not divide by the windows.
+        name: what a user calls it, for messages. Raises InputError if the stages do not add up to the depth or the grid
+        does not divide by the windows.
         """
         if self.depth != config.depth:
             raise InputError(f"schedule {name or self} covers {self.depth} layers, the model has {config.depth}")
@@ -147,12 +147,12 @@ class MergeSchedule:
         return tuple(layer._replace(index=index, **known) for index, layer in enumerate(layers))
 
     def tokens(self, config: Geometry) -> tuple[int, ...]:
-        """The number of tokens, prefix tokens included, that leave each layer."""
+        """Count the tokens, prefix tokens included, that leave each layer."""
         return tuple(layer.tokens_out for layer in self.plan(config))
 
     def _layers(self, config: Geometry) -> Iterator[Layer]:
         prefix = config.num_prefix_tokens
-        # The order the patch tokens lie in: `cells` (rows, columns), row-major, each cell the same number of tokens.
+        # The order of the patch tokens: `cells` (rows, columns), row-major, with as many tokens in each cell.
         cells = config.grid
         patches = math.prod(cells)
         for stage in self.stages:
@@ -188,9 +188,9 @@ def fit_schedules(
     """Give schedules names, in order, and check that each fits a model.
 
     schedules: text as `parse_schedules` reads it; a schedule, named by its explicit form, or `dense` if it merges
-    nothing; several of either; or a mapping from names. Of those in text that end in `?`, what does not fit is left
-    out, and a line that reports it is returned too. Raises InputError if another does not fit.
-    recommended: of the checkpoint, by budget.
+    nothing; several of either; or a mapping from names. A schedule in text that ends in `?` is left out if it does not
+    fit, and a line that reports it is returned too. Raises InputError if another does not fit.
+    recommended: the checkpoint's, by budget.
     """
     given = [*schedules.items()] if isinstance(schedules, Mapping) else schedules
     named: dict[str, MergeSchedule] = {}
@@ -212,8 +212,8 @@ def fit_schedules(
 def cross_rules(schedules: Mapping[str, MergeSchedule], rules: str) -> dict[str, MergeSchedule]:
     """Run every schedule that merges under each of several rules, unless it names a rule itself.
 
-    rules: `tome,nearest,evit(fuse=true)`; empty changes nothing. `tome` keeps a schedule's name, others are added to
-    it. Raises InputError for an unknown rule.
+    rules: `tome,nearest,evit(fuse=true)`; empty changes nothing. `tome` keeps a schedule's name; other rules are
+    appended to it. Raises InputError for an unknown rule.
     """
     chosen = [parse_rule(rule) for rule in re.split(_COMMA, rules)] if rules.strip() else [DEFAULT]
     crossed: dict[str, MergeSchedule] = {}
@@ -228,7 +228,7 @@ def cross_rules(schedules: Mapping[str, MergeSchedule], rules: str) -> dict[str,
 
 
 def _swap_rule(schedule: MergeSchedule, rule: Rule) -> MergeSchedule:
-    """The schedule with this rule in all stages that merge; itself if one of them has a rule already."""
+    """Put this rule into all stages that merge; return the schedule unchanged if one of them has a rule already."""
     merging = [stage for stage in schedule.stages if not isinstance(stage, Dense) and stage.r]
     if any(stage.rule != DEFAULT for stage in merging):
         return schedule
@@ -243,9 +243,9 @@ def parse_schedules(text: str, depth: int, recommended: Mapping[str, str] | None
     explicit form contains commas itself: it ends where its layers reach the depth. A `?` after a schedule or a range
     leaves out what does not fit the depth.
 
-    `search:DIR` stands for what the search in DIR recommends, and `recommended` for what the checkpoint does, a
-    schedule a budget; `search:DIR:BUDGET` and `recommended:BUDGET` for one of them. recommended: explicit forms, by
-    budget.
+    `search:DIR` stands for what the search in DIR recommends, and `recommended` for what the checkpoint recommends: one
+    schedule for each budget. `search:DIR:BUDGET` and `recommended:BUDGET` choose one of them. recommended: explicit
+    forms, by budget.
     """
     schedules: dict[str, MergeSchedule] = {}
     _read(text, depth, schedules, {}, recommended)
@@ -259,7 +259,7 @@ def _read(
     unfit: dict[str, list[str]],
     recommended: Mapping[str, str] | None,
 ) -> None:
-    """Add the schedules in a text that fit a model, or its depth; those that end in `?` and do not: to `unfit`."""
+    """Add a text's schedules to `schedules`; to `unfit` those that end in `?` and do not fit a model, or its depth."""
     depth = model if isinstance(model, int) else model.depth
     pending: list[str] = []
     parts = [*filter(None, map(str.strip, re.split(_COMMA, text)))]
@@ -293,7 +293,7 @@ def _read(
 
 
 def _no_windows(cells: tuple[int, int], windows: tuple[int, int], patch_size: int | None) -> str:
-    """Why a stage does not fit, and what would."""
+    """Say why a stage does not fit, and what would."""
     (rows, columns), (down, across) = cells, windows
     fixes = ["use tome_rN or sNdfe_rN"]
     sides = [side for side in range(2, min(cells) // 2 + 1) if rows % side == columns % side == 0]
@@ -306,7 +306,7 @@ def _no_windows(cells: tuple[int, int], windows: tuple[int, int], patch_size: in
 
 _COMMA = r",(?![^(]*\))"  # not one between a rule's options
 _LONGEST_RANGE = 1000
-# The text of stages and of names, and what their numbers N and their rule, which is optional, make.
+# Text of a stage or a name -> what its numbers N and its rule, which is optional, make.
 _STAGES: dict[str, Callable[..., Stage]] = {
     "dense:N": Dense,
     "local:N:rN:wNxN@RULE": lambda layers, r, rows, columns, rule: Local(layers, r, (rows, columns), rule),
@@ -331,7 +331,7 @@ _NAMES: dict[str, Callable[..., tuple[Stage, ...]]] = {
 
 
 def _expand(text: str) -> list[str]:
-    """The names that a range of rates stands for; any other text is its own."""
+    """List the names that a range of rates stands for; any other text stands for itself."""
     family = re.match(r"(tome|s\d+dfe|s\d+winc\d+)(@[^:]+)?:", text)
     if not family:
         return [text]
@@ -341,18 +341,18 @@ def _expand(text: str) -> list[str]:
     low, high, step = int(found[1]), int(found[2]), int(found[3] or 1)
     rates = range(low, high + 1, step) if step else ()
     if not 0 < len(rates) <= _LONGEST_RANGE:
-        why = f"has {len(rates):,} schedules; at most {_LONGEST_RANGE:,} will do" if rates else "is empty"
+        why = f"has {len(rates):,} schedules, more than {_LONGEST_RANGE:,}" if rates else "is empty"
         raise InputError(f"the range {text!r} {why}: write LOW-HIGH or LOW-HIGH:STEP, such as tome:0-16")
     return [f"{family[1]}_r{r}{family[2] or ''}" for r in rates]
 
 
 def is_reference(text: str) -> bool:
-    """Whether a text names what a search has found, which may change, and no schedule itself."""
+    """Return whether a text refers to what a search has found, which may change, instead of naming a schedule."""
     return bool(re.match(r"search:|recommended(:|$)", text))
 
 
 def _offers(text: str, recommended: Mapping[str, str] | None) -> dict[str, str]:
-    """The explicit forms that `search:DIR` or `recommended` stands for, by name; a budget may follow."""
+    """Look up the explicit forms that `search:DIR` or `recommended` stands for, by name; a budget may follow."""
     name, budget, found = text, "", recommended
     if text.startswith("search:"):
         if not (local_path(text.removeprefix("search:")) / "search.json").is_file():
@@ -393,7 +393,7 @@ def _named_stages(text: str, depth: int) -> tuple[Stage, ...]:
 
 
 def _made_by(table: Mapping[str, Callable[..., Any]], text: str, *first: int) -> Any:
-    """What the form that fits makes of `first`, the numbers in the text and its rule; None if none fits."""
+    """Call the form that fits with `first`, the numbers in the text and its rule; None if none fits."""
     for form, make in table.items():
         if found := re.fullmatch(form.replace("N", r"(\d{1,9})").replace("@RULE", "(@.+)?"), text):
             return make(*first, *map(_argument, found.groups()))

@@ -43,8 +43,8 @@ class ViT(nn.Module):
     - "head_logits": `dist_avg` only, float32 [b, 2, c].
 
     Under jit, unused parts of `out` cost nothing. If prefix tokens are pooled, the logits need nothing else of the last
-    layer: it is computed for these tokens alone, without merging, and again for all if its tokens are used. That is
-    exact, and 7 % less to compute for a dense ViT-S/16 (`flops.executed_gmacs`).
+    layer: it is computed for these tokens alone, without merging, and again for all if its tokens are used. This is
+    exact, and saves 7 % of the work of a dense ViT-S/16 (`flops.executed_gmacs`).
 
     Parameters are float32, or cast by `cast_params`; `dtype` is that of the computation. With `train=True`, dropout and
     stochastic depth, which rises linearly over the layers, need `rngs={"dropout": key}`; the last layer's two
@@ -134,7 +134,7 @@ class ViT(nn.Module):
 class Merged(NamedTuple):
     """What leaves a layer: tokens [b, n, d], their sizes, float32 [b, n], and the matching, if any merged.
 
-    coordinates: float32 [b, n, 2], or [1, n, 2] before any has merged, if positions are rotary.
+    coordinates: float32 [b, n, 2], or [1, n, 2] before the first merge, if positions are rotary.
     """
 
     x: jax.Array
@@ -146,7 +146,7 @@ class Merged(NamedTuple):
 class Block(nn.Module):
     """Attention, merging, MLP, each on the residual stream.
 
-    With `only`, the first so many tokens alone are computed, and nothing is merged.
+    With `only`, just the first `only` tokens are computed, and nothing is merged.
     """
 
     config: ViTConfig
@@ -223,7 +223,7 @@ class Embedding(nn.Module):
 
 
 def cast_params(params: Any, dtype: Any) -> Any:
-    """Cast the parameters as a model of this dtype does in every call: all but the norms'."""
+    """Cast all parameters but the norms', as a model of this dtype does in every call."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if any("norm" in key.key for key in path) else leaf.astype(dtype), params
     )

@@ -16,10 +16,10 @@ from fcvit_jax.models.config import Rotary, ViTConfig
 
 @dataclass(frozen=True)
 class Model:
-    """A named model. `preprocess` and what follows are None for an architecture without weights.
+    """A named model. `preprocess` and the fields after it are None for an architecture without weights.
 
     source: `hf-hub:timm/NAME`, or the address of torchvision's file. top1: fraction of ImageNet-1k's validation images,
-    as timm (results-imagenet.csv) or torchvision reports it with this preprocessing; None if it is not known here.
+    as timm (results-imagenet.csv) or torchvision reports it with this preprocessing; None if unknown.
     """
 
     name: str
@@ -111,7 +111,7 @@ _CLIP: dict[str, Any] = dict(pre_norm=True, patch_bias=False, norm_eps=1e-5)
 
 
 def _siglip() -> dict[str, ViTConfig]:
-    """SigLIP and SigLIP 2 at fixed sizes: attention pooling, or as `gap` the mean of the patches without that."""
+    """Make SigLIP and SigLIP 2 at fixed sizes, pooled by attention, or by the mean of the patches (`gap`)."""
     table = {}
     for size, patch, pixels in (
         *(("base", 16, pixels) for pixels in (224, 256, 384, 512)), ("base", 32, 256),
@@ -128,7 +128,7 @@ def _siglip() -> dict[str, ViTConfig]:
 
 
 def _dinov3() -> dict[str, ViTConfig]:
-    """As timm pools them, by the mean of the patches; Meta and Hugging Face take the class token."""
+    """Make DINOv3 as timm pools it, by the mean of the patches; Meta and Hugging Face take the class token."""
     table = {}
     for size, width, depth, heads, mlp_dim, gated in (
         ("small", 384, 12, 6, 1536, False), ("small_plus", 384, 12, 6, 1536, True), ("base", 768, 12, 12, 3072, False),
@@ -164,7 +164,7 @@ def _eva02() -> dict[str, ViTConfig]:
 
 
 def _perception_encoders() -> dict[str, ViTConfig]:
-    """PE-core; its outputs are the image's embedding."""
+    """Make PE-core, whose outputs are the image's embedding."""
     table = {}
     for size, width, depth, heads, patch, pixels, mlp_dim, out in (
         ("tiny", 192, 12, 3, 16, 384, 768, 512), ("small", 384, 12, 6, 16, 384, 1536, 512),
@@ -181,8 +181,7 @@ def _perception_encoders() -> dict[str, ViTConfig]:
 
 
 _IJEPA = "https://dl.fbaipublicfiles.com/ijepa"
-# Preset -> name -> top-1 in percent, None if it is not known here; with torchvision's file, or an address, where timm's
-# hub has none.
+# Preset -> name -> top-1 in percent, None if unknown; with torchvision's file, or an address, if timm's hub has none.
 _WEIGHTS: dict[str, dict[str, float | tuple[float | None, str] | None]] = {
     "timm/augreg": {
         "vit_tiny_patch16_224.augreg_in21k_ft_in1k": 75.452,
@@ -385,7 +384,7 @@ ARCHITECTURES: dict[str, ViTConfig] = _architectures()
 
 
 def names() -> tuple[str, ...]:
-    """All names that `get` knows: architectures first, then weights."""
+    """List all names that `get` knows: architectures first, then weights."""
     return (*ARCHITECTURES, *(name for group in _WEIGHTS.values() for name in group))
 
 

@@ -229,7 +229,7 @@ def test_kernels_that_cannot_compute_a_model_are_refused():
     config, images = fc.ViTConfig((32, 32), 8, 32, 2, 2, 64, num_classes=5), jnp.zeros((1, 32, 32, 3))
     with pytest.raises(fc.InputError, match="kernels is 'flash': choose one of xla, triton, interpreted"):
         fc.ViT(config, kernels="flash").init(jax.random.key(0), images)
-    told = "kernels is 'triton': it computes in bfloat16, and not in training; choose 'xla'"
+    told = "kernels is 'triton': it is for inference in bfloat16 only; choose 'xla'"
     with pytest.raises(fc.InputError, match=told):
         fc.ViT(config, kernels="triton").init(jax.random.key(0), images)
     with pytest.raises(fc.InputError, match=told):

@@ -188,7 +188,7 @@ def test_a_range_of_rates_stands_for_its_names():
     [
         ("tome:16-0", "the range 'tome:16-0' is empty"),
         ("tome:0-16:0", "the range 'tome:0-16:0' is empty"),
-        ("tome:0-1000", "has 1,001 schedules; at most 1,000"),
+        ("tome:0-1000", "has 1,001 schedules, more than 1,000"),
         ("tome:0-9999999999", "is not a range of schedules"),
         ("tome:4", "is not a range of schedules: write tome:0-16"),
         ("s2dfe:2-", "is not a range of schedules"),
