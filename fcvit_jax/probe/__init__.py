@@ -30,7 +30,7 @@ from fcvit_jax.settings import check_settings, setting
 __all__ = ["ProbeConfig", "ProbeReport", "probe", "zero_shot"]
 
 HEADS = {"logistic": heads.logistic, "ridge": heads.ridge, "means": heads.class_means}
-FEATURES = ".features"  # of the folder beside OUT
+FEATURES = ".features"  # suffix of the folder beside OUT
 MOST_HELD = 50_000  # images held out, at most
 _POOLS = tuple(pool for pool in POOLS if pool != "dist_avg")
 
@@ -46,7 +46,7 @@ class ProbeConfig:
         (1.0, 0.3, 0.1, 0.03, 0.01, 0.003, 0.001, 3e-4, 1e-4, 1e-5), above=0, help="of the regularisation, to try"
     )
     held_out: float = setting(0.2, above=0, below=1, help="share of each class that chooses the strength")
-    limit: int | None = setting(None, low=2, help="use so many images, evenly spread over the classes")
+    limit: int | None = setting(None, low=2, help="use this many images, evenly spread over the classes")
     batch_size: int = setting(16, low=1, help="images per call, over all devices")
     dtype: str = setting("float32", choices=tuple(PRECISIONS), help="of the features: float32, tf32 or bfloat16")
     seed: int = setting(0, low=0, help="of which images are held out")
@@ -61,7 +61,7 @@ class ProbeConfig:
 
 @dataclasses.dataclass(frozen=True)
 class ProbeReport:
-    """What a probe found. tried: the held-out score of each strength. neighbours: correct among those held out."""
+    """The result of a probe. tried: held-out score of each strength. neighbours: correct held-out images of k-NN."""
 
     path: Path
     config: ProbeConfig
@@ -77,7 +77,7 @@ class ProbeReport:
 
     @property
     def accuracy(self) -> float:
-        """Top-1 of the head on the images held out."""
+        """Top-1 of the head on the held-out images."""
         return self.held_out.correct / self.held_out.count
 
     def __str__(self) -> str:
@@ -123,22 +123,22 @@ def probe(
         report = fc.probe("dinov2_s", "folder:photos/train", "probed")
         rows = fc.evaluate("probed", "folder:photos/test", ["dense", "tome_r13"])
 
-    A part of the images is held out. It chooses the strength of the regularisation, and judges; the head that is
-    written is fitted on all images. Every process of a run calls this; the first writes.
+    Part of the images is held out, to choose the strength of the regularisation and to judge. The head that is written
+    is fitted on all images. Every process of a run calls this; the first one writes.
 
     Args:
-      checkpoint: what `load_checkpoint` takes, or a loaded checkpoint. Its own head, if it has one, is replaced.
+      checkpoint: what `load_checkpoint` takes, or a loaded checkpoint. Its own head, if any, is replaced.
       dataset: a data set's spec with one label an image, or a source.
       out: the checkpoint directory to write.
-      features: the folder that keeps the features, OUT.features by default. An interrupted pass resumes from there, and
-        another head for the same features needs no pass.
+      features: the folder that keeps the features, OUT.features by default. An interrupted pass resumes from it, and
+        another head on the same features needs no pass.
       overwrite: replace a checkpoint at `out`.
       head: "logistic", multinomial logistic regression; "ridge", in closed form; or "means", the cosine to each class's
         mean.
       pool: "token", "avg", "token_avg" or "map"; by default the checkpoint's own.
       schedule: merges tokens while the features are computed.
-      strengths: of the regularisation, of which the one that is best on the images held out is chosen.
-      held_out, seed: the share of each class that is held out, and which of its images.
+      strengths: of the regularisation; the best on the held-out images is chosen.
+      held_out, seed: the share of each class that is held out, and the seed that draws it.
       limit, batch_size, dtype, on_bad, workers: as `evaluate` takes them.
 
     Raises:
@@ -223,7 +223,7 @@ def zero_shot(
 
 
 def hold_out(features: Features, class_names: tuple[str, ...], config: ProbeConfig) -> np.ndarray:
-    """Which of this process's rows are held out: the same share of each class, the same images on any processes.
+    """Choose the held-out rows of this process: the same share of each class, and the same images on any processes.
 
     Returns bool [n]. Raises InputError for a class with fewer than two images.
     """
@@ -243,9 +243,9 @@ def hold_out(features: Features, class_names: tuple[str, ...], config: ProbeConf
 
 
 def _fit(chunks: Chunks, num_classes: int, config: ProbeConfig) -> tuple[Head, float, tuple[tuple[float, Score], ...]]:
-    """Choose the strength on the rows held out, from the strongest on; then fit on all rows.
+    """Choose the strength on the held-out rows, starting from the strongest; then fit on all rows.
 
-    Returns the head, the strength, and the held-out score of each. Of equal accuracies the lowest loss wins.
+    Returns the head, the strength, and the held-out score of each. Among equal accuracies the lowest loss wins.
     """
     fit = HEADS[config.head](chunks, num_classes)
     strengths = sorted(set(config.strengths), reverse=True) if config.head != "means" else [0.0]
@@ -259,7 +259,7 @@ def _fit(chunks: Chunks, num_classes: int, config: ProbeConfig) -> tuple[Head, f
 
 
 def _count_neighbours(features: Features, held: np.ndarray, num_classes: int, mesh: jax.sharding.Mesh) -> int:
-    """How many of the images held out their nearest neighbours among the others classify correctly."""
+    """Count the held-out images that their nearest neighbours among the others classify correctly."""
     rows, several, correct = np.flatnonzero(held), jax.process_count() > 1, 0
     chunks = Chunks(features, mesh, held)
     most = int(np.max(multihost_utils.process_allgather(np.int32(len(rows))))) if several else len(rows)
@@ -290,7 +290,7 @@ def save_with_head(
     config, params = backbone
     config = dataclasses.replace(config, num_classes=len(class_names), unit_features=head.unit)
     leaf = {"kernel": head.kernel, "bias": head.bias}
-    # Logits that are the mean of two equal heads are those of the mean features.
+    # The mean logits of two equal heads are the logits of the mean features.
     both = {"head": leaf, "head_dist": leaf} if config.pool == "dist_avg" else {"head": leaf}
     if jax.process_index() == 0:
         save_checkpoint(

@@ -1,4 +1,4 @@
-"""Fit a linear head on the features of labelled images, or make one of class embeddings.
+"""Fit a linear head on the features of labelled images, or make one from class embeddings.
 
   python -m fcvit_jax.probe OUT                                               the packaged digits model, offline
   python -m fcvit_jax.probe --checkpoint dinov2_s --dataset folder:photos/train OUT
@@ -7,7 +7,7 @@
   python evaluate.py --config=configs/eval_folder.py --config.checkpoint=OUT --config.dataset=folder:photos/test
 
 OUT is a checkpoint directory with class names. The features are kept in OUT.features: rerun the same command to resume
-an interrupted pass, or with --overwrite and another --head to use them again. docs/probing.md tells more.
+an interrupted pass, or add --overwrite and another --head to use them again. See docs/probing.md.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from fcvit_jax.settings import add_options
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     args = vars(_parser().parse_args(argv))
     with one_line_errors():
         parallel.start_processes(args.pop("distributed"))

@@ -1,4 +1,4 @@
-"""Class embeddings: one vector a class, from a text tower, become a head on features of length 1 (CLIP, SigLIP)."""
+"""Class embeddings from a text tower, one vector a class: a head on features of length 1 (CLIP, SigLIP)."""
 
 import json
 import zipfile
@@ -15,7 +15,7 @@ LARGEST = 7.0  # of logit_scale: its exponential is 1,097
 
 
 class ClassEmbeddings(NamedTuple):
-    """embeddings: float32 [c, w], of length 1. The logits are exp(scale) * cosine + bias."""
+    """Embeddings of classes, float32 [c, w], of length 1. The logits are exp(scale) * cosine + bias."""
 
     embeddings: np.ndarray
     names: tuple[str, ...]

@@ -1,7 +1,7 @@
-"""Linear heads of features, fitted by passes over chunks: logistic regression, ridge regression, class means.
+"""Linear heads on features, fitted by passes over chunks: logistic regression, ridge regression, class means.
 
-Every process sums over its own rows, the devices over theirs. The sums are added in float64, so that the head does not
-depend on how many devices and processes there are, except for rounding.
+Every process sums over its own rows, every device over its own. The sums are added in float64: the numbers of devices
+and processes change the head by rounding only.
 
 Shape letters: m rows of a chunk, d width, c classes.
 """
@@ -19,12 +19,12 @@ from fcvit_jax import parallel
 from fcvit_jax.evaluation.features import Chunk
 from fcvit_jax.models.vit import unit_rows
 
-MOST_ITERATIONS = 300  # of L-BFGS, a strength
+MOST_ITERATIONS = 300  # of L-BFGS, for each strength
 ROWS = {"fit": lambda held: ~held, "held": lambda held: held, "all": jnp.ones_like}  # which rows of a chunk count
 
 
 class Head(NamedTuple):
-    """logits = x kernel + bias: float32 [d, c] and [c]. unit: x is scaled to length 1 first."""
+    """A linear head, logits = x kernel + bias: float32 [d, c] and [c]. unit: x is scaled to length 1 first."""
 
     kernel: np.ndarray
     bias: np.ndarray
@@ -49,7 +49,7 @@ def score(head: Head, chunks: Iterable[Chunk], rows: str) -> Score:
 
 
 def logistic(chunks: Iterable[Chunk], num_classes: int) -> Fit:
-    """Multinomial logistic regression of standardised features, by L-BFGS from the last fit.
+    """Prepare multinomial logistic regression of standardised features, by L-BFGS from the last fit.
 
     Minimises the mean cross-entropy + strength / 2 |kernel|^2, with the kernel of the standardised features.
     """
@@ -79,7 +79,7 @@ def logistic(chunks: Iterable[Chunk], num_classes: int) -> Fit:
 
 
 def ridge(chunks: Iterable[Chunk], num_classes: int) -> Fit:
-    """Ridge regression of one-hot labels on standardised features, in closed form; logits are the scores.
+    """Prepare ridge regression of one-hot labels on standardised features, in closed form; logits are the scores.
 
     Minimises the mean squared error + strength |kernel|^2.
     """
@@ -101,7 +101,7 @@ def ridge(chunks: Iterable[Chunk], num_classes: int) -> Fit:
 
 
 def class_means(chunks: Iterable[Chunk], num_classes: int) -> Fit:
-    """The cosine of a feature to each class's mean of features of length 1; there is no strength."""
+    """Prepare class means: the cosine to each class's mean of features of length 1. The strength is unused."""
 
     def fit(rows: str, strength: float) -> Head:
         (sums,) = _sum(_class_sums, chunks, rows, num_classes=num_classes)
@@ -112,7 +112,7 @@ def class_means(chunks: Iterable[Chunk], num_classes: int) -> Fit:
 
 
 def calibrate(head: Head, chunks: Iterable[Chunk]) -> float:
-    """The factor on the logits that predicts the held-out labels best: the lowest cross-entropy."""
+    """Find the factor on the logits with the lowest cross-entropy on the held-out labels."""
     from scipy.optimize import minimize_scalar
 
     def loss(power: float) -> float:
@@ -122,18 +122,18 @@ def calibrate(head: Head, chunks: Iterable[Chunk]) -> float:
 
 
 def scaled(head: Head, factor: float) -> Head:
-    """The head with logits times a factor."""
+    """Scale a head's logits by a factor."""
     return head._replace(kernel=head.kernel * np.float32(factor), bias=head.bias * np.float32(factor))
 
 
 def _folded(kernel: np.ndarray, bias: np.ndarray, mean: np.ndarray, std: np.ndarray) -> Head:
-    """The head of plain features that gives the logits of one of standardised features."""
+    """Convert a head on standardised features to the same head on plain features."""
     kernel = kernel / std[:, None].astype(np.float64)
     return Head(kernel.astype(np.float32), (bias - mean.astype(np.float64) @ kernel).astype(np.float32))
 
 
 def _moments(chunks: Iterable[Chunk], rows: str) -> tuple[float, np.ndarray, np.ndarray]:
-    """How many rows count, and each feature's mean and standard deviation, 1 for a constant one."""
+    """Count the rows, and compute each feature's mean and standard deviation, 1 for a constant feature."""
     count, sums = _sum(_totals, chunks, rows)
     mean = (sums / count).astype(np.float32)
     (squares,) = _sum(_squares, chunks, rows, mean)
@@ -142,7 +142,7 @@ def _moments(chunks: Iterable[Chunk], rows: str) -> tuple[float, np.ndarray, np.
 
 
 def _sum(function: Any, chunks: Iterable[Chunk], rows: str, *arguments: Any, **static: Any) -> list[np.ndarray]:
-    """Add up what a function gives for every chunk, in float64."""
+    """Add up a function's results over all chunks, in float64."""
     total: list[np.ndarray] = []
     for chunk in chunks:
         program = _compiled(function, chunk.values.sharding.mesh, rows, tuple(static.items()))  # pyright: ignore[reportAttributeAccessIssue]
@@ -153,7 +153,7 @@ def _sum(function: Any, chunks: Iterable[Chunk], rows: str, *arguments: Any, **s
 
 @functools.cache
 def _compiled(function: Any, mesh: jax.sharding.Mesh, rows: str, static: tuple[tuple[str, Any], ...]) -> Any:
-    """A program of (chunk, *arguments) whose sums every device gets, and whose float32 products are not rounded."""
+    """Make a program of (chunk, *arguments) whose sums every device gets; float32 products are not rounded."""
 
     def program(chunk: Chunk, *arguments: jax.Array) -> Any:
         weight = ((chunk.labels >= 0) & ROWS[rows](chunk.held)).astype(jnp.float32)
@@ -163,7 +163,7 @@ def _compiled(function: Any, mesh: jax.sharding.Mesh, rows: str, static: tuple[t
     return jax.jit(program, out_shardings=parallel.replicated(mesh))
 
 
-# What is summed over the rows of a chunk; weight: float32 [m], 1 for rows that count, else 0.
+# Sums over the rows of a chunk; weight: float32 [m], 1 for rows that count, otherwise 0.
 
 
 def _totals(values: jax.Array, labels: jax.Array, weight: jax.Array) -> tuple[jax.Array, ...]:
@@ -191,7 +191,7 @@ def _logistic(
     mean: jax.Array,
     std: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """The cross-entropy, and its gradients by kernel and bias."""
+    """Compute the cross-entropy, and its gradients by kernel and bias."""
     x = (values - mean[None]) / std[None]
 
     def loss(kernel: jax.Array, bias: jax.Array) -> jax.Array:
@@ -205,7 +205,7 @@ def _logistic(
 def _products(
     values: jax.Array, labels: jax.Array, weight: jax.Array, mean: jax.Array, std: jax.Array, num_classes: int
 ) -> tuple[jax.Array, ...]:
-    """X' X, X' Y and the sums of Y, of standardised features X and one-hot labels Y."""
+    """Compute X' X, X' Y and the sums of Y, for standardised features X and one-hot labels Y."""
     x = (values - mean[None]) / std[None] * weight[:, None]
     y = jax.nn.one_hot(labels, num_classes) * weight[:, None]
     return x.T @ x, x.T @ y, y.sum(axis=0)

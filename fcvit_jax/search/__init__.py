@@ -64,14 +64,14 @@ def search(
 
     Args:
       checkpoint: what `load_checkpoint` takes, or a loaded checkpoint.
-      images: a folder, images at any depth; or a data set's spec. Labels are not read. Or a source.
+      images: a folder with images at any depth, a data set's spec, or a source. Labels are not read.
       budget: one or several, separated by commas: 0.6 of the dense GMACs, 2.8G, a speed-up of 1.7x measured on this
         device, or 900/s, images/s measured here.
-      workdir: write search.json and search.png there; a killed search resumes when it is called again with the same
-        arguments. None: write nothing.
-      write: add the recommended schedules to the checkpoint's meta.json, by the name `recommended`.
-      correct: correct the head for the recommended schedule, in closed form; if that is better beyond chance on the
-        images that judge, write the checkpoint there. It fits that schedule alone.
+      workdir: write search.json and search.png there. Call again with the same arguments to resume a killed search.
+        None: write nothing.
+      write: add the recommended schedules to the checkpoint's meta.json, as `recommended`.
+      correct: a directory for a checkpoint whose head is corrected, in closed form, for the recommended schedule alone.
+        It is written if it is better beyond chance on the images that judge.
       limit, candidates, batch_size, dtype, rules, seed, workers: see `SearchConfig`.
 
     Raises:
@@ -149,7 +149,7 @@ def _parse_rules(text: str) -> list[Rule]:
 
 
 def _check_budget(budget: Budget, rules: Sequence[Rule], checkpoint: Checkpoint, cost: Cost) -> None:
-    """What can be said of a budget before anything is measured."""
+    """Raise InputError for a budget that cannot be met, before anything is measured."""
     model, dense = checkpoint.config, flops.gmacs(checkpoint.config)
     if budget.unit == "x" and budget.number < 1:
         raise InputError(f"budget {budget.text}: a speed-up below 1 restricts nothing; choose more")
@@ -178,7 +178,7 @@ def _draw(source: Source, checkpoint: Checkpoint, config: SearchConfig, count: i
 
 
 def _fingerprint(checkpoint: Checkpoint, config: SearchConfig, budgets: list[str], digest: str) -> dict[str, Any]:
-    """What decides what a search finds."""
+    """Describe everything that the findings depend on."""
     weights = hashlib.sha256()
     for path, array in sorted(flat_params(checkpoint.params).items()):
         weights.update(path.encode() + array.tobytes())

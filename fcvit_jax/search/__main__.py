@@ -26,7 +26,7 @@ from fcvit_jax.settings import add_options
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     args = _parser().parse_args(argv)
     with one_line_errors():
         report = search(**vars(args))
@@ -40,14 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(prog="python -m fcvit_jax.search", description=__doc__)
     where = "checkpoint, train_sam.py working directory, or packaged:NAME (default: packaged:digits)"
     parser.add_argument("--checkpoint", metavar="DIR", default="packaged:digits", help=where)
-    images = "a folder, images at any depth, or a data set: folder:PATH, digits:train or tfds:NAME/SPLIT"
+    images = "a folder with images at any depth, or a data set: folder:PATH, digits:train or tfds:NAME/SPLIT"
     parser.add_argument("--images", metavar="PATH", default="digits:train", help=images)
     budget = f"one or several, separated by commas: {FORMS} (default: 0.6)"
     parser.add_argument("--budget", metavar="B", default="0.6", help=budget)
-    place = "where to write, and from where to resume (default: workdir/search)"
+    place = "where to write the results, and to resume from (default: workdir/search)"
     parser.add_argument("--workdir", metavar="W", type=Path, default=Path("workdir/search"), help=place)
     parser.add_argument("--write", action="store_true", help="add the result to the checkpoint, as `recommended`")
-    corrected = "write a checkpoint there whose head is corrected for the recommended schedule, if that is better"
+    corrected = "correct the head for the recommended schedule; write the checkpoint OUT if that is better"
     parser.add_argument("--correct", metavar="OUT", type=Path, help=corrected)
     add_options(parser, SearchConfig)
     return parser

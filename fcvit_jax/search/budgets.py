@@ -39,7 +39,7 @@ class Budget:
         return self.unit in ("x", "/s")
 
     def seconds(self, dense: float) -> float:
-        """The time an image may take, by that of the dense model."""
+        """Compute how long an image may take, from the dense model's seconds."""
         return dense / self.number if self.unit == "x" else 1 / self.number
 
 
@@ -58,7 +58,7 @@ def parse_budgets(text: str | float | Sequence[str | float]) -> list[Budget]:
 
 
 def share_cost(config: ViTConfig) -> Callable[[MergeSchedule], float]:
-    """GMACs of a schedule, remembered."""
+    """Make a function that computes the GMACs of a schedule, and caches them."""
     return functools.cache(lambda schedule: flops.gmacs(config, schedule))
 
 
@@ -66,8 +66,8 @@ def share_cost(config: ViTConfig) -> Callable[[MergeSchedule], float]:
 class LayerTimes:
     """Seconds of a layer for one image, by its number of tokens, at one dtype and batch size on this device.
 
-    counts: numbers of tokens, rising. dense: of a layer that merges nothing. merging: what merging adds, by the text of
-    the rule. whole: of the dense model.
+    counts: numbers of tokens, rising. dense: seconds of a layer that merges nothing. merging: seconds that merging
+    adds, by the text of the rule. whole: seconds of the dense model.
     """
 
     counts: list[int]
@@ -76,9 +76,9 @@ class LayerTimes:
     whole: float
 
     def seconds(self, schedule: MergeSchedule, config: ViTConfig) -> float:
-        """Predict the seconds of one image: what the layers save is taken off the dense model's time.
+        """Predict the seconds of one image: the dense model's time less what the layers save.
 
-        Attention has the tokens before merging, the MLP, about half of a layer, those after.
+        Attention sees the tokens before merging; the MLP, about half of a layer, those after it.
         """
         total = self.whole - config.depth * float(np.interp(config.num_tokens, self.counts, self.dense))
         for layer in schedule.plan(config):
@@ -110,7 +110,7 @@ def measure_layers(
         for rule in (None, *rules):
             layer = Layer(count, count, index=1, depth=config.depth)
             if rule:
-                # Of the later layers, which have no grid any more.
+                # Later layers have no grid any more.
                 layer = layer._replace(tokens_out=count - removed, removed=removed, rule=rule)
             block = Block(config, compute, 0.0, 0.0)
 
@@ -126,7 +126,7 @@ def measure_layers(
     for _ in range(_BLOCKS):
         for name, (call, _) in calls.items():
             found[name].append(_seconds(call, repeats[name]))
-    # Of an image: every device has its own at the same time.
+    # Per image: every device computes its own at the same time.
     took = {name: statistics.median(values) / step.batch_size for name, values in found.items()}
     plain = [took[None, count] for count in counts]
     merging = {}
@@ -139,7 +139,7 @@ def measure_layers(
 
 
 def _seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Seconds of one call."""
+    """Measure the seconds of one call."""
     jax.block_until_ready(call())
     started = time.perf_counter()
     for _ in range(repeats):

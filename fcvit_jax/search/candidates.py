@@ -1,4 +1,4 @@
-"""Candidates of few parameters, and the schedules that they become at a budget.
+"""Candidates with few parameters, and the schedules that they become at a budget.
 
 A coordinate search over all rates overfits the images it chooses by; five numbers hardly do.
 """
@@ -21,7 +21,7 @@ Cost = Callable[[MergeSchedule], float]
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A schedule but for its mean rate.
+    """A schedule without its mean rate.
 
     dense: the first layers, which merge nothing. switch: merging layers before this one are local, later ones global.
     slope: how much more the last merging layer removes than the first, over the mean. hump: how much more the middle
@@ -35,9 +35,9 @@ class Candidate:
     hump: float = 0.0
 
     def at(self, rate: float, config: ViTConfig) -> MergeSchedule:
-        """The schedule that removes `rate` tokens a layer on average.
+        """Build the schedule that removes `rate` tokens a layer on average.
 
-        What is rounded off in one layer is removed in a later one, so that small changes of the rate count.
+        A remainder from rounding is carried to the next layer, so that small changes of the rate count.
         """
         merging, cell = config.depth - self.dense, math.prod(WINDOWS)
         along = np.linspace(0.0, 1.0, merging) if merging > 1 else np.full(merging, 0.5)
@@ -61,7 +61,7 @@ class Candidate:
         return MergeSchedule(_joined(stages))
 
     def within(self, limit: float, cost: Cost, config: ViTConfig) -> MergeSchedule | None:
-        """The schedule of the lowest rate that costs no more than the limit; None if none does."""
+        """Find the schedule of the lowest rate that costs no more than the limit; None if none does."""
         low, high = 0.0, 2.0 * config.num_patches
         if cost(self.at(high, config)) > limit:
             return None
@@ -71,7 +71,7 @@ class Candidate:
         return self.at(high, config)
 
     def neighbours(self, config: ViTConfig, step: float) -> Iterator["Candidate"]:
-        """Candidates that differ in one number."""
+        """Yield candidates that differ in one number."""
         for field, by in itertools.product(("slope", "hump"), (step, -step)):
             yield dataclasses.replace(self, **{field: round(getattr(self, field) + by, 3)})
         for dense in (self.dense - 1, self.dense + 1):
@@ -84,7 +84,7 @@ class Candidate:
 
 
 def _joined(stages: Sequence[Stage]) -> tuple[Stage, ...]:
-    """Neighbouring stages that differ in their number of layers alone become one."""
+    """Join neighbouring stages that differ only in their number of layers."""
     alike = itertools.groupby(stages, key=lambda stage: dataclasses.replace(stage, layers=1))
     return tuple(dataclasses.replace(stage, layers=sum(one.layers for one in group)) for stage, group in alike)
 
@@ -94,13 +94,13 @@ def windows_fit(config: ViTConfig) -> bool:
 
 
 def draw_candidates(count: int, rules: Sequence[Rule], config: ViTConfig, seed: Sequence[int]) -> list[Candidate]:
-    """Draw candidates, without repetition: first, of each rule, a constant, a rising and a humped rate."""
+    """Draw candidates without repetition; the first are a constant, a rising and a humped rate for each rule."""
     start = [(0.0, 0.0), (0.8, 0.0), (0.0, 0.8)]
     found = dict.fromkeys(Candidate(rule, slope=slope, hump=hump) for slope, hump in start for rule in rules)
     generator = np.random.default_rng(seed)
     deepest = min(4, config.depth - 1)
     while len(found) < count:
-        # The first rule is the one that is expected to be best.
+        # The first rule is expected to be the best.
         rule = rules[0] if generator.random() < 0.75 else rules[int(generator.integers(len(rules)))]
         dense = int(generator.integers(deepest)) if generator.random() < 0.5 else 0
         local = windows_fit(config) and dense + 1 < config.depth and generator.random() < 0.25
@@ -111,7 +111,7 @@ def draw_candidates(count: int, rules: Sequence[Rule], config: ViTConfig, seed: 
 
 
 def simple_families(config: ViTConfig) -> dict[str, str]:
-    """The families to compare with, as names with a gap for the rate; layers are counted as for a ViT of 12."""
+    """List the families to compare with, as names with a gap for the rate; layers scale from a ViT of 12 layers."""
     early, late = max(1, round(config.depth / 6)), max(2, round(config.depth * 7 / 12))
     families = {"tome": "tome_r{}"}
     if early < config.depth:
@@ -122,14 +122,14 @@ def simple_families(config: ViTConfig) -> dict[str, str]:
 
 
 def simple_within(form: str, limit: float, cost: Cost, config: ViTConfig) -> str | None:
-    """The name with the lowest rate that costs no more than the limit; None if none does."""
+    """Find the name with the lowest rate that costs no more than the limit; None if none does."""
     rates = range(config.num_patches + 1)
     schedules = (form.format(rate) for rate in rates)
     return next((name for name in schedules if cost(MergeSchedule.parse(name, config.depth)) <= limit), None)
 
 
 def check_reachable(limit: float, cheapest: float, dense: float, text: str, unit: str) -> None:
-    """Raise InputError for a budget that no schedule meets, or that is no restriction."""
+    """Raise InputError for a budget that no schedule meets, or that restricts nothing."""
     if limit > dense * (1 + 1e-9):
         raise InputError(f"budget {text}: the dense model needs only {dense:.4g} {unit}; choose less")
     if limit < cheapest:

@@ -1,7 +1,7 @@
 """Correct a head for one schedule in closed form, from the logits of unlabelled images with and without merging.
 
-What merging does to the logits is in part the same linear map for all images: ridge regression finds it, and the head
-takes it up. Nothing of it costs anything at inference.
+Part of what merging does to the logits is one linear map for all images. Ridge regression finds it, and it is folded
+into the head, so that inference costs nothing more.
 
 Shape letters: n images, c classes, k the smaller of both.
 """
@@ -37,13 +37,13 @@ class LogitMap(NamedTuple):
 
 
 def divergences(dense: np.ndarray, merged: np.ndarray) -> np.ndarray:
-    """KL(dense || merged) in nats of each row of logits [n, c], float64 [n]."""
+    """Compute KL(dense || merged) in nats of each row of logits [n, c], float64 [n]."""
     expected = log_softmax(dense.astype(np.float64), axis=1)
     return (np.exp(expected) * (expected - log_softmax(merged.astype(np.float64), axis=1))).sum(axis=1)
 
 
 def ridge_maps(dense: np.ndarray, merged: np.ndarray, strengths: Sequence[float]) -> list[LogitMap]:
-    """Fit dense logits by merged ones, [n, c] both, once for every strength of the ridge."""
+    """Fit dense logits by merged ones, both [n, c], once for each strength of the ridge."""
     merged = merged.astype(np.float64)
     left = dense - merged
     mean, shift = merged.mean(axis=0), left.mean(axis=0)
@@ -53,7 +53,7 @@ def ridge_maps(dense: np.ndarray, merged: np.ndarray, strengths: Sequence[float]
 
 
 def fit_map(dense: np.ndarray, merged: np.ndarray) -> tuple[LogitMap, float]:
-    """Fit with the strength that predicts best, in divergence, what was left out of the fit; returns that too."""
+    """Fit with the strength of the lowest cross-validated divergence; returns that strength too."""
     fold, found = np.arange(len(dense)) % _FOLDS, np.zeros(len(STRENGTHS))
     for each in range(_FOLDS):
         fit, out = fold != each, fold == each
@@ -65,7 +65,7 @@ def fit_map(dense: np.ndarray, merged: np.ndarray) -> tuple[LogitMap, float]:
 
 @dataclass(frozen=True)
 class Logits:
-    """Of the dense model and under a schedule, float32 [n, c], the images that choose first. chosen_by: how many."""
+    """Logits of the dense model and under a schedule, float32 [n, c]; the first `chosen_by` images choose."""
 
     dense: np.ndarray
     merged: np.ndarray
@@ -97,7 +97,7 @@ def correct_head(
 
 
 def fold_map(checkpoint: Checkpoint, mapped: LogitMap) -> tuple[Any, Any]:
-    """The parameters and the configuration whose head computes the mapped logits."""
+    """Return parameters and configuration whose head computes the mapped logits."""
     params = dict(jax.tree.map(np.asarray, checkpoint.params))
     for name in {"head", "head_dist"} & params.keys():
         kernel = params[name]["kernel"].astype(np.float64)

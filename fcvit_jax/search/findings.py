@@ -1,4 +1,4 @@
-"""What a search has found: judged on images that chose nothing, written, read, and shown."""
+"""The findings of a search: judged on images that chose nothing, written, and plotted."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from fcvit_jax.figures import COLOURS, WIDTH, blank_figure, plain, png
 from fcvit_jax.files import write_whole
 
 FILES = ("search.json", "search.png")
-FEWEST = 32  # images below which a bootstrap takes chance for better too often
+FEWEST = 32  # images; with fewer, a bootstrap mistakes chance for better too often
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Judgement:
     """A found schedule against a simple one, on the same images.
 
     ratio: of the mean scores, found over simple, with its 95 % interval (paired bootstrap over images). better: beyond
-    chance. reason: why or why not, for a person.
+    chance. reason: why, in words.
     """
 
     ratio: float
@@ -34,7 +34,7 @@ def judge(found: Sequence[float], simple: Sequence[float], seed: int) -> Judgeme
     count, (ratio, low, high) = len(found), ratio_of_means(found, simple, seed)
     within = f"{ratio:.2f} of it, 95 % interval {low:.2f} to {high:.2f}"
     if count < FEWEST:
-        reason = f"{count} images cannot tell: give at least {2 * FEWEST}"
+        reason = f"{count} images are too few to judge: give at least {2 * FEWEST}"
         return Judgement(ratio, low, high, False, reason)
     better = high < 1
     reason = f"better: {within}" if better else f"not better beyond chance: {within}"
@@ -43,7 +43,7 @@ def judge(found: Sequence[float], simple: Sequence[float], seed: int) -> Judgeme
 
 @dataclass(frozen=True)
 class Correction:
-    """The head corrected for a schedule, against the head unchanged, under that schedule, on the images that judge.
+    """The head corrected for a schedule against the unchanged head, under that schedule, on the images that judge.
 
     strength: of the ridge; None: the mean shift alone. checkpoint: where it was written; None if it is not better.
     """
@@ -58,9 +58,9 @@ class Correction:
 class Found:
     """The outcome at one budget.
 
-    recommended: `schedule` if it is better than the best simple family beyond chance, else that. score: of both on the
-    judging images. families: name of a simple schedule -> its score. gmacs: of the recommended, as is `speedup`, which
-    is measured for speed budgets alone.
+    recommended: `schedule` if it is better than the best simple family beyond chance, otherwise that family's. score,
+    simple_score: of both on the judging images. families: name of a simple schedule -> its score. gmacs, speedup: of
+    the recommended one; the speed-up is measured for speed budgets alone.
     """
 
     budget: str
@@ -79,7 +79,7 @@ class Found:
 
 @dataclass(frozen=True)
 class SearchReport:
-    """Everything that a search has found. measure: "KL" or "1 - cosine". candidates: all trials, as JSON-able rows.
+    """All findings of a search. measure: "KL" or "1 - cosine". candidates: all trials, as JSON-able rows.
 
     correction: None unless one was tried.
     """
@@ -114,7 +114,7 @@ class SearchReport:
             lines.append(f"budget {each.budget}: {each.judgement.reason.replace('of it', f'of {each.simple}')}")
             lines.append(f"  recommended: {each.recommended}")
         if self.correction:
-            reason = self.correction.judgement.reason.replace("of it", "of the head unchanged")
+            reason = self.correction.judgement.reason.replace("of it", "of the unchanged head")
             lines.append(f"corrected head: {reason}")
             lines.append(f"  {self.correction.checkpoint or 'not'} written")
         return "\n".join(lines)
@@ -135,7 +135,7 @@ def _table(report: SearchReport) -> list[str]:
 
 
 def plot_search(report: SearchReport) -> bytes:
-    """PNG: the score of every candidate and simple family over GMACs, the recommended ones marked."""
+    """Plot the score of every candidate and simple family over GMACs, with the recommended ones marked; PNG."""
     figure = blank_figure(WIDTH, 5)
     axes = figure.subplots()
     whole = [row for row in report.candidates if row["images"] == report.conditions["chosen_by"]]

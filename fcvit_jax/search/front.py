@@ -30,7 +30,7 @@ from fcvit_jax.search.halving import Choice, Trial, planned_batches
 from fcvit_jax.search.scores import Scorer
 from fcvit_jax.settings import check_settings, setting
 
-_TRIES = 3  # to meet a speed, each with a stricter budget
+_TRIES = 3  # attempts to meet a speed, each with a stricter budget
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +51,7 @@ class SearchConfig:
 
 @dataclasses.dataclass(frozen=True)
 class Front:
-    """half: how many of the scorer's batches choose; the others judge. gmacs: of a schedule, remembered."""
+    """A search over all budgets. half: how many of the scorer's batches choose; the others judge."""
 
     scorer: Scorer
     config: SearchConfig
@@ -85,7 +85,7 @@ class Front:
         return {"budget": budget.text, **score, "images": trial.images, **candidate}
 
     def _limit(self, budget: Budget) -> tuple[Cost, float]:
-        """What a budget limits, and to how much."""
+        """Return the cost that a budget limits, and the limit."""
         if not budget.timed:
             dense = flops.gmacs(self.scorer.config) if not budget.unit else 1.0
             return self.gmacs, budget.number * dense
@@ -123,7 +123,7 @@ class Front:
         return LayerTimes([int(n) for n in known["counts"]], known["dense"], merging, known["layers"][0])
 
     def _speeds(self, schedules: Mapping[str, MergeSchedule]) -> dict[str, float]:
-        """Images/s of the real programs, and of the dense model's, in alternating blocks; remembered."""
+        """Measure images/s of the real programs and the dense model's, in alternating blocks; cached."""
         named = {"dense": MergeSchedule.dense(self.scorer.config.depth), **schedules}
         key = "images/s " + " ".join(map(str, named.values()))
         known = self.scorer.memory.known.get(key)
@@ -167,10 +167,10 @@ class Front:
     def _contenders(
         self, budget: Budget, candidate: Candidate, cost: Cost, limit: float
     ) -> tuple[dict[str, MergeSchedule], dict[str, float]]:
-        """Schedules within the budget, by name: the candidate's, "found", and one of each simple family.
+        """Return schedules within the budget, by name: the candidate's, "found", and one of each simple family.
 
-        Each has the lowest rate that meets the budget; a speed is met as measured. Returns their speed-ups too, none
-        unless they were timed.
+        Each has the lowest rate that meets the budget; speeds are measured. Returns their speed-ups too, if they were
+        timed.
         """
         model = self.scorer.config
 

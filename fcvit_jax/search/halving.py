@@ -14,14 +14,14 @@ from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.search.candidates import Candidate, Cost
 from fcvit_jax.search.scores import Scorer
 
-_SHARE = 4  # of the candidates that one round keeps, and of the images that it has more
+_SHARE = 4  # each round has so many times fewer candidates, and more images
 _FEWEST = 3  # candidates that the last round scores
 STEPS = (0.4, 0.2)  # of the refinement, in slope and hump
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate at a budget: its schedule, the mean score on the first so many images that choose."""
+    """A candidate at a budget: its schedule, and its mean score on the first `images` images that choose."""
 
     candidate: Candidate
     schedule: MergeSchedule
@@ -30,7 +30,7 @@ class Trial:
 
 
 def rounds(candidates: int, batches: int) -> list[tuple[int, int]]:
-    """How many candidates are scored on how many batches, round by round; the last has all batches."""
+    """Return how many candidates each round scores, and on how many batches; the last has all batches."""
     found, seen = [], max(1, batches // _SHARE**2)
     while seen < batches:
         found.append((candidates, seen))
@@ -39,7 +39,7 @@ def rounds(candidates: int, batches: int) -> list[tuple[int, int]]:
 
 
 def planned_batches(candidates: int, batches: int) -> int:
-    """About how many batches `choose` computes, for a progress bar."""
+    """Estimate how many batches `Choice` computes, for a progress bar."""
     return sum(count * seen for count, seen in rounds(candidates, batches)) + 10 * len(STEPS) * batches // 2
 
 
@@ -54,7 +54,7 @@ class Choice:
     bar: tqdm
 
     def __call__(self, candidates: Sequence[Candidate], others: Sequence[Candidate] = ()) -> list[Trial]:
-        """Every trial, the best on all images that choose first.
+        """Return all trials; the best on all images that choose comes first.
 
         others: the best of other budgets, which enter the last round.
         """

@@ -1,4 +1,4 @@
-"""How far merged predictions are from the dense model's, image by image, and what is remembered of it.
+"""How far merged predictions are from the dense model's, image by image, and a cache of that on disk.
 
 The score of an image is KL(dense || merged) in nats; of a model without a head, 1 - the cosine of its features.
 """
@@ -28,17 +28,17 @@ from fcvit_jax.search.simulate import Rates, SimulatedViT, rates
 
 
 def distance(config: ViTConfig, dense: jax.Array, merged: jax.Array) -> jax.Array:
-    """The score of each row of logits, or of features without a head, float32 [b, c] -> [b]."""
+    """Score each row of logits, or of features without a head, float32 [b, c] -> [b]."""
     if not config.headless:
         return divergence(None, dense, merged)
     return 1 - jnp.sum(unit_rows(dense) * unit_rows(merged), axis=1)
 
 
 class Memory:
-    """Named lists of numbers, kept in a file of JSON lines, by which a killed search resumes."""
+    """Named lists of numbers, kept in a file of JSON lines, from which a killed search resumes."""
 
     def __init__(self, path: Path | None, run: Mapping[str, Any]):
-        """path: None remembers in this process alone. run: what decides the numbers, as JSON-able values."""
+        """Open the file. path: None keeps all in memory. run: what the numbers depend on, as JSON-able values."""
         self.known: dict[str, list[float]] = {}
         self.differs: tuple[str, ...] = ()
         self._path = path
@@ -65,7 +65,7 @@ class Memory:
 
 
 def _json_lines(path: Path) -> list[Any]:
-    """The lines of a file up to the first that is damaged; none if there is no file."""
+    """Read the lines of a file up to the first that is damaged; none if the file does not exist."""
     found = []
     try:
         for line in path.read_text().splitlines():
@@ -93,7 +93,7 @@ class Scorer:
         return self.checkpoint.config
 
     def __call__(self, schedule: MergeSchedule, batch: int, compiled: bool = False) -> list[float]:
-        """The scores of the images of one batch. compiled: by the real program, whatever a simulator gives."""
+        """Score the images of one batch. compiled: by the real program, even if there is a simulator."""
         key = f"{schedule} {'compiled' if compiled else 'simulated'} {batch}"
         if key in self.memory.known:
             return self.memory.known[key]
@@ -110,7 +110,7 @@ class Scorer:
         return self.memory.keep(key, np.maximum(found, 0.0))
 
     def logits(self, schedule: MergeSchedule) -> np.ndarray:
-        """The logits of all images, by the real program: float32 [n, c]."""
+        """Compute the logits of all images, by the real program: float32 [n, c]."""
         step = self.compiled(schedule)
         return np.concatenate([np.asarray(step(self.params, rows)[1])[np.asarray(rows.mask)] for rows in self.batches])
 
@@ -120,7 +120,7 @@ class Scorer:
 
     @functools.cache  # noqa: B019  (a scorer lives as long as a search)
     def compiled(self, schedule: MergeSchedule) -> CompiledStep:
-        """The real program of a schedule."""
+        """Compile the real program of a schedule."""
         return compile_step(ViT(self.config, schedule), self.params, self.step_config)
 
     @functools.cache  # noqa: B019
@@ -135,7 +135,7 @@ class Scorer:
 
     @functools.cache  # noqa: B019
     def _simulator(self, rule: Rule) -> Any:
-        """((params, rates), images) -> logits; every device has its own images."""
+        """Make the program ((params, rates), images) -> logits; every device has its own images."""
         step, config = self.step_config, self.config
         compute, precision = compiling.computation(step.dtype)
 
@@ -160,6 +160,6 @@ class Scorer:
 
 
 def placed_params(checkpoint: Checkpoint, mesh: jax.sharding.Mesh, dtype: str) -> Any:
-    """The parameters on every device, in the dtype of the computation."""
+    """Place the parameters on every device, in the dtype of the computation."""
     host = jax.tree.map(np.asarray, checkpoint.params)
     return cast_params(jax.device_put(host, parallel.replicated(mesh)), compiling.computation(dtype)[0])

@@ -1,10 +1,10 @@
-"""One program for all schedules of a rule: tokens stay in place, and a mask says which are left.
+"""One program for all schedules of a rule: tokens stay in place, and a mask marks those that are left.
 
 How many tokens each layer removes, and whether in windows, are arguments. The program computes what the real model
 computes, at about the cost of the dense one, and compiles once; each real model takes seconds to compile.
 
 It is exact because every token carries its place in the sequence that the real model would have. The sets A and B of
-bipartite matching alternate by it, and of equal candidates the first one wins.
+bipartite matching alternate by place, and ties go to the first place.
 
 Shape letters: b batch, n tokens (all, merged away or not), d width, l layers.
 """
@@ -32,14 +32,14 @@ _GONE = 1e-37  # the size of a token that is merged away, in attention: its loga
 
 
 class Rates(NamedTuple):
-    """What the layers of a schedule do: int32 [l], tokens removed in every window, and bool [l], whether in windows."""
+    """Rates of the layers of a schedule: int32 [l], tokens removed in each window, and bool [l], whether in windows."""
 
     removed: jax.typing.ArrayLike
     local: jax.typing.ArrayLike
 
 
 def rates(schedule: MergeSchedule, config: ViTConfig, rule: Rule) -> Rates | None:
-    """Express a schedule for the simulator of a rule; None if it does not fit it: another rule, other windows.
+    """Express a schedule for the simulator of a rule; None if the simulator lacks its rule, windows or pooling.
 
     Raises InputError if the schedule does not fit the model.
     """
@@ -60,7 +60,7 @@ def rates(schedule: MergeSchedule, config: ViTConfig, rule: Rule) -> Rates | Non
 
 
 def can_simulate(rule: Rule) -> bool:
-    """Whether there is a simulator of a rule: for others, a schedule must be compiled."""
+    """Return whether a rule has a simulator; schedules of other rules must be compiled."""
     return type(rule) in (ToMe, Nearest)
 
 
@@ -114,7 +114,7 @@ class _SimulatedBlock(Block):
     def __call__(self, tokens: Tokens, layer: Rates, only: int = 0) -> Tokens:  # type: ignore[override]
         config = self.config
         norm1, norm2 = (LayerNorm(config.norm_eps, name=name) for name in ("norm1", "norm2"))
-        masked = dataclasses.replace(config, proportional_attention=True)  # else the mask would be left out
+        masked = dataclasses.replace(config, proportional_attention=True)  # otherwise the mask would be left out
         attention, mlp = Attention(masked, self.dtype, name="attn"), MLP(config, self.dtype, name="mlp")
         size = _left(tokens.size, config.proportional_attention)
         attended = attention(norm1(tokens.x), size, tokens.coordinates, only)
@@ -129,7 +129,7 @@ class _SimulatedBlock(Block):
 
 
 def _left(size: jax.Array, proportional: bool = True) -> jax.Array:
-    """The sizes for attention, in which tokens that are merged away weigh nothing."""
+    """Return the sizes for attention, where tokens that are merged away weigh nothing."""
     return jnp.where(size > 0, size if proportional else 1.0, _GONE)
 
 
@@ -143,10 +143,10 @@ def _merge(rule: Rule, config: ViTConfig, attended: Attended, tokens: Tokens, la
     count = left.sum(axis=1, keepdims=True)
     intact = count == config.num_patches
 
-    # Of which window, and at which index in it.
+    # The window of each token, and its index there.
     (down, across), index = WINDOWS, place - prefix
     divides = rows % down == 0 and columns % across == 0
-    if divides:  # else no schedule is local
+    if divides:  # otherwise no schedule is local
         order = window_order((rows, columns), WINDOWS, config.num_patches)
         regrouped = jnp.concatenate([jnp.zeros(prefix, jnp.int32), jnp.asarray(np.argsort(order), jnp.int32)])
         index = jnp.where(local & intact, regrouped[None], index)
@@ -173,7 +173,7 @@ def _merge(rule: Rule, config: ViTConfig, attended: Attended, tokens: Tokens, la
 
     score = closest
     if isinstance(rule, Nearest):
-        if not config.class_token:  # the mean query stands in for the class token's, and only those left count
+        if not config.class_token:  # the mean query of the tokens that are left stands in for the class token's
             share = jnp.where(size > 0, size.shape[1] / (size > 0).sum(axis=1, keepdims=True), 0.0)[:, None, :, None]
             q, turned = attended.q, attended.turned
             turned = None if turned is None else (turned[0] * share.astype(q.dtype), turned[1])

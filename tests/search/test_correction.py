@@ -102,7 +102,7 @@ def test_what_is_not_better_is_not_written(tmp_path):
     assert (found.checkpoint, found.judgement.better) == (None, False)
     few = Logits(*logits(40), 20)
     assert (
-        "20 images cannot tell" in correct_head(opened, "global:1:r1", "0.6", few, tmp_path / "out", 0).judgement.reason
+        "20 images are too few" in correct_head(opened, "global:1:r1", "0.6", few, tmp_path / "out", 0).judgement.reason
     )
     assert not (tmp_path / "out").exists()
 
