@@ -1,4 +1,4 @@
-"""Tests while training, dense and under the configured schedules."""
+"""Accuracy on the test set while training, dense and under the configured schedules."""
 
 import contextlib
 from collections import Counter
@@ -16,9 +16,9 @@ from fcvit_jax.training.training_run import TrainingRun
 
 
 class Assessment:
-    """Accuracy on the test set by schedule, in batches as large as training's micro-batches; compiles at once.
+    """Measures the accuracy by schedule, in batches as large as training's micro-batches; compiles in `__init__`.
 
-    notes: of the run; "best", the best accuracy so far, is updated. stopping: whether a signal came.
+    notes: the run's; their "best", the best accuracy so far, is updated. stopping: returns whether a signal came.
     """
 
     def __init__(self, run: TrainingRun, params: Any, notes: dict[str, Any], stopping: Callable[[], bool]):
@@ -34,7 +34,7 @@ class Assessment:
     def __call__(self, state: TrainState, recent: RecentSteps, done: int) -> Accuracy | None:
         """Test, log, write best/ if it is the best, and checkpoint/ at the end. Returns the dense model's accuracy.
 
-        None if a signal came meanwhile: then nothing is written.
+        Returns None and writes nothing if a signal came meanwhile.
         """
         run, config = self.run, self.run.config
         self.skipped, self.odd = 0, Counter()

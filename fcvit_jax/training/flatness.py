@@ -1,4 +1,4 @@
-"""Says where `python -m fcvit_jax.training.flatness` moved to."""
+"""The old place of a command: an error that names the new one."""
 
 from fcvit_jax.errors import InputError, one_line_errors
 

@@ -11,7 +11,7 @@ from fcvit_jax.files import told_in_one_line
 class Log:
     """Rows of numbers by step, appended to DIR/metrics.jsonl and DIR/events.
 
-    A run that resumes from a step drops the rows after it, and that step's tests. InputError: the disk is full.
+    A run that resumes from a step drops the rows after it, and that step's tests. Raises InputError on a full disk.
     """
 
     def __init__(self, directory: Path, from_step: int, tensorboard: bool):
@@ -44,7 +44,7 @@ class Log:
 
 
 def _kept(content: bytes, from_step: int) -> int:
-    """The length in bytes of the rows that a run keeps when it resumes from that step."""
+    """Count the bytes of the rows that a run keeps when it resumes from a step."""
     length = 0
     with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):  # the run was killed in this row
         for line in content.splitlines(keepends=True):

@@ -36,8 +36,9 @@ class TrainResult(NamedTuple):
 def train(config: TrainConfig, workdir: str | Path) -> TrainResult:
     """Train until the end or a SIGTERM; call it again with the same arguments to resume, bit for bit.
 
-    Writes what docs/training.md lists into the working directory. Raises InputError if the configuration does not make
-    sense, if the working directory holds another run, if an image cannot be decoded, or if the loss is not finite.
+    docs/training.md lists the files that it writes into the working directory. Raises InputError for a configuration
+    that makes no sense, a working directory of another run, an image that cannot be decoded, or a loss that is not
+    finite.
     """
     workdir = writable_directory(local_path(workdir))
     if jax.process_index() == 0:
@@ -88,10 +89,10 @@ def start(run: TrainingRun, params: Any) -> tuple[TrainState, Accuracy | None]:
 def loop(
     run: TrainingRun, state: TrainState, steps: dict[int, Any], states: SavedStates, notes: dict[str, Any]
 ) -> tuple[TrainState, Accuracy | None]:
-    """Steps until the end or a signal; logs, saves and tests at their intervals.
+    """Step until the end or a signal; log, save and test at their intervals.
 
-    A state is saved before it is tested. A run that resumes from a state that was due to be tested tests it first.
-    steps: of each of `phases`, jitted; those that are still to come are compiled at once.
+    A state is saved before it is tested, so a resumed run first tests a state that was due.
+    steps: the jitted step of each of `phases`; those still to come are compiled at once.
     """
     config, done, skips = run.config, int(state.step), run.config.on_bad == "skip"
     accuracy = None
@@ -150,7 +151,7 @@ def loop(
 
 
 def training_batches(run: TrainingRun, done: int) -> Generator[Batch, None, None]:
-    """This process's share of the batches after step `done`, on the devices."""
+    """Yield this process's share of the batches after step `done`, on the devices."""
     config = run.config
     host = train_batches(
         run.start.train_set,
@@ -168,7 +169,7 @@ def training_batches(run: TrainingRun, done: int) -> Generator[Batch, None, None
 
 
 def give_up(run: TrainingRun, state: TrainState, at: int, names: tuple[str, ...]) -> InputError:
-    """The error to raise for a step that was not finite. Each process writes the names of its images to a file."""
+    """Make the error for a step that was not finite; each process writes the names of its images to a file."""
     names = tuple(filter(None, names))  # padding has none
     file = run.workdir / ("not_finite.txt" if jax.process_count() == 1 else f"not_finite_{jax.process_index()}.txt")
     with told_in_one_line(file):
@@ -185,7 +186,7 @@ def give_up(run: TrainingRun, state: TrainState, at: int, names: tuple[str, ...]
 
 
 def measure_flatness(config: TrainConfig, workdir: Path) -> None:
-    """Write flatness.json and flatness.png beside the checkpoint: of the loss that was trained, on training images."""
+    """Write flatness.json and flatness.png beside the checkpoint, for the trained loss on training images."""
     loss, schedule = config.targets.loss, config.schedule
     if jax.process_count() > 1:
         words = ["--checkpoint", str(workdir), "--dataset", config.train, "--loss", loss, "--schedule", str(schedule)]

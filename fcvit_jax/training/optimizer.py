@@ -21,8 +21,8 @@ from fcvit_jax.trees import leaf_name
 class OptimizerConfig:
     """How parameters follow a gradient. Raises InputError that names the field.
 
-    After the warm-up, the learning rate falls to `final_learning_rate` along the schedule; "constant" stays. Weight
-    decay is decoupled for all three, SGD too (arXiv 1711.05101).
+    After the warm-up, the learning rate falls to `final_learning_rate` along the schedule, or stays ("constant").
+    Weight decay is decoupled for all three optimizers, SGD too (arXiv 1711.05101).
     """
 
     # adamw (arXiv 1711.05101), sgd with (heavy-ball) momentum, or lion (arXiv 2302.06675).
@@ -34,9 +34,9 @@ class OptimizerConfig:
     b1: float = setting(0.9, low=0, below=1)  # adamw, lion
     b2: float = setting(0.999, low=0, below=1)  # adamw, lion (whose paper has 0.99)
     momentum: float = setting(0.9, low=0, below=1)  # sgd
-    clip_norm: float | None = setting(1.0, above=0)  # of the gradient of all trained parameters together; None: any
+    clip_norm: float | None = setting(1.0, above=0)  # of the gradient of all trained parameters; None: no clipping
     layer_decay: float | None = setting(None, above=0, high=1)  # see `layer_scales`; None: one learning rate for all
-    freeze: str | None = None  # regular expression; parameters whose path it matches, from the start, never change
+    freeze: str | None = None  # regular expression; parameters whose path starts with a match never change
 
     def __post_init__(self) -> None:
         check_settings(self, "optimizer.")
@@ -54,7 +54,7 @@ class OptimizerConfig:
 def make_optimizer(
     config: OptimizerConfig, params: Any, total_steps: int, warmup_steps: int = 0
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
-    """The transformation for such parameters (arrays or their shapes), and the learning rate at each step."""
+    """Make the transformation for parameters (arrays or their shapes), and the learning rate at each step."""
     schedule = learning_rate_schedule(config, total_steps, warmup_steps)
     rule = {
         "adamw": optax.scale_by_adam(config.b1, config.b2),
@@ -70,13 +70,13 @@ def make_optimizer(
     optimizer = optax.chain(*chain)
     if config.freeze is None:
         return optimizer, schedule
-    # Frozen parameters count neither in the norm that is clipped nor in the optimizer's memory.
+    # Frozen parameters neither count in the clipped norm nor take the optimizer's memory.
     labels = jax.tree.map(lambda frozen: "frozen" if frozen else "trained", frozen_mask(params, config.freeze))
     return optax.partition({"trained": optimizer, "frozen": optax.set_to_zero()}, labels), schedule
 
 
 def momentum(opt_state: Any, params: Any) -> Any:
-    """The optimizer's momentum, before any scaling: a tree like the parameters, zero where they are frozen."""
+    """Return the optimizer's momentum before any scaling: a tree like the parameters, zero where they are frozen."""
     found = optax.tree.get(opt_state, "mu")  # of adamw and lion
     found = optax.tree.get(opt_state, "trace") if found is None else found
     # `optax.partition` leaves out what is frozen.
@@ -84,7 +84,7 @@ def momentum(opt_state: Any, params: Any) -> Any:
 
 
 def learning_rate_schedule(config: OptimizerConfig, total_steps: int, warmup_steps: int = 0) -> optax.Schedule:
-    """Learning rate of step 0 .. total_steps - 1; it rises linearly from 0 in the warm-up."""
+    """Make the learning rate of steps 0 .. total_steps - 1; it rises linearly from 0 in the warm-up."""
     warmup, peak, final = warmup_steps, config.learning_rate, config.final_learning_rate
     if warmup >= total_steps:
         raise InputError(f"a warm-up of {warmup} steps does not fit into the {total_steps} steps of the run")
@@ -97,29 +97,29 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int, warmup_ste
 
 
 def decay_mask(params: Any) -> Any:
-    """True for what multiplies activations; norms, biases, tokens, position embeddings and LayerScale do not decay."""
+    """Mark the parameters that decay: all but norms, biases, tokens, position embeddings and LayerScale."""
     return _map_names(lambda path, _: path.rpartition("/")[2] == "kernel", params)
 
 
 def frozen_mask(params: Any, pattern: str) -> Any:
-    """True where `re.match` finds the pattern in a parameter's path; "blocks_1" means blocks_10 too, "blocks_1/" not.
+    """Mark the parameters whose path `re.match` matches; "blocks_1" also matches blocks_10, "blocks_1/" does not.
 
     Raises InputError if it matches no parameter, or all of them.
     """
     mask = _map_names(lambda path, _: re.match(pattern, path) is not None, params)
     matched = jax.tree.leaves(mask)
     if not any(matched):
-        raise InputError(f"optimizer.freeze is {pattern!r}: no path starts so, as that of {_names(params)[0]} does")
+        raise InputError(f"optimizer.freeze is {pattern!r}: it matches no path; one is {_names(params)[0]}")
     if all(matched):
         raise InputError(f"optimizer.freeze is {pattern!r}: it matches every parameter and leaves none to train")
     return mask
 
 
 def layer_scales(params: Any, decay: float) -> dict[str, float]:
-    """{path: decay ** (layers above)}, what the learning rate of each parameter is multiplied by.
+    """Return the factor on each parameter's learning rate: {path: decay ** (layers above)}.
 
-    The embedding is layer 0, blocks_i layer i + 1, all that follows layer depth + 1, as in BEiT (arXiv 2106.08254) and
-    MAE (arXiv 2111.06377); timm's `param_groups_layer_decay` counts the norm before the pooling to the last block.
+    The embedding is layer 0, blocks_i layer i + 1, and all that follows layer depth + 1, as in BEiT (arXiv 2106.08254)
+    and MAE (arXiv 2111.06377). timm's `param_groups_layer_decay` counts the norm before the pooling to the last block.
     """
     names = _names(params)
     layers = {path: int(found[1]) + 1 for path in names if (found := re.match(r"blocks_(\d+)/", path))}

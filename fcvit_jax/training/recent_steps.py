@@ -1,4 +1,4 @@
-"""The steps since the last row of the log, and how long the devices wait for images."""
+"""The steps since the last row of the log, and how long the devices waited for images."""
 
 import contextlib
 import time
@@ -14,13 +14,14 @@ from fcvit_jax import parallel
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.training.log import Log
 
-OF_TWO_PASSES = ("gap", "gap_over_rho", "rho")  # 0 in a step without SAM's second pass: the mean is over the others
+OF_TWO_PASSES = ("gap", "gap_over_rho", "rho")  # 0 in a step without SAM's second pass, which the mean leaves out
 
 
 class RecentSteps:
     """The steps since the last row of the log: their means, the progress bar, and the images of each.
 
-    log: None in all processes but the first. steps, done: of the run. skipped: so far, by all processes; or None.
+    log: None in all processes but the first. steps, done: of the run. skipped: images so far, by all processes; None if
+    none may be skipped.
     """
 
     def __init__(self, log: Log | None, batch_size: int, steps: int, done: int, skipped: int | None = None):
@@ -54,7 +55,7 @@ class RecentSteps:
         self._began += time.perf_counter() - began
 
     def first_bad(self, done: int) -> tuple[int, tuple[str, ...]] | None:
-        """The first step whose loss or gradient was not finite, and the names of its images; `done` was the last."""
+        """Find the first step whose loss or gradient was not finite, and its images' names; `done` was the last."""
         self._metrics = jax.device_get(self._metrics)
         for index, row in enumerate(self._metrics):
             if not row["finite"]:
@@ -62,7 +63,7 @@ class RecentSteps:
         return None
 
     def log(self, done: int) -> None:
-        """Write the means, and start again from no steps."""
+        """Write the means and clear the steps."""
         rows = jax.device_get(self._metrics)
         means = {}
         for name in (name for name in rows[-1] if name != "finite"):
@@ -91,7 +92,7 @@ class RecentSteps:
         self._bar.write(line)
 
     def skipped(self) -> int | None:
-        """How many images all processes have skipped; None if none are. All processes call it together."""
+        """Count the images that all processes have skipped; None if none may be. All processes call it together."""
         return None if self._before is None else self._before + parallel.sum_over_processes(self._skipped)
 
     def close(self) -> None:
@@ -104,8 +105,8 @@ class RecentSteps:
 class WaitingTime:
     """Counts the seconds in which the devices had nothing to do because the next batch was not ready.
 
-    The host is one step ahead of the devices and may wait for a batch during a step: only what it waits after that step
-    has ended counts, so a thread notes when each step ends.
+    The host is one step ahead of the devices and may wait for a batch during a step. Only waiting after the end of that
+    step counts, so a thread notes when each step ends.
     """
 
     def __init__(self) -> None:
@@ -114,7 +115,7 @@ class WaitingTime:
         self._end = self._thread.submit(lambda: 0.0)  # of the newest step
 
     def timed(self, batches: Iterator[Any]) -> Iterator[Any]:
-        """The batches; call `started` after each step."""
+        """Yield the batches; call `started` after each step."""
         asked = time.perf_counter()
         for batch in batches:
             got = time.perf_counter()
@@ -123,7 +124,7 @@ class WaitingTime:
             asked = time.perf_counter()
 
     def started(self, results: Any) -> None:
-        """A step with these results was dispatched. Returns when the step before it has ended."""
+        """Note that a step with these results was dispatched, and wait until the step before it has ended."""
 
         def end() -> float:
             jax.block_until_ready(results)

@@ -32,15 +32,15 @@ LossFn = Callable[[Params, Any, jax.Array], tuple[jax.Array, Any]]
 class SAMConfig:
     """Which gradient to estimate, and where. Raises InputError that names the field.
 
-    ASAM requires about ten times the radius of SAM. Its T is |w| + eta on leaves of two or more axes (kernels, tokens,
-    position embeddings), and 1 on the others (biases, norms, LayerScale). The authors' code has |w| + eta on the scales
-    of norms too, and 1 on tokens and position embeddings.
+    ASAM needs about ten times the radius of SAM. Its T is |w| + eta on leaves of two or more axes (kernels, tokens,
+    position embeddings), and 1 on the others (biases, norms, LayerScale). The authors' code also has |w| + eta on the
+    scales of norms, and 1 on tokens and position embeddings.
     """
 
     rho: float = setting(0.05, low=0)  # radius; 0: the plain gradient in one pass, bit for bit
     # None: constant; otherwise a cosine from rho to rho_final over the steps from `start`.
     rho_final: float | None = setting(None, low=0)
-    start: float = setting(0.0, low=0)  # plain gradients before it; below 1: a share of the run, from 1 on: a step
+    start: float = setting(0.0, low=0)  # plain gradients before it; below 1: a share of the run, otherwise a step
     direction: str = setting("gradient", choices=("gradient", "momentum"))  # of the perturbation; momentum: MSAM
     adaptive: bool = False  # ASAM
     eta: float = setting(0.01, low=0)  # ASAM's floor, below which small weights are perturbed like 0
@@ -69,7 +69,7 @@ class SAMConfig:
 
 
 def with_start(cfg: SAMConfig, total_steps: int, earliest: int = 0) -> SAMConfig:
-    """The configuration with `start` as a step, which is `earliest` or later. Raises InputError if SAM never starts."""
+    """Turn `start` into a step, `earliest` or later. Raises InputError if SAM never starts."""
     start = max(cfg.start if cfg.start >= 1 else round(cfg.start * total_steps), earliest)
     if cfg.rho and start >= total_steps:
         raise InputError(f"sam.start is {cfg.start:g}: the run ends after {total_steps} steps, without SAM")
@@ -77,7 +77,7 @@ def with_start(cfg: SAMConfig, total_steps: int, earliest: int = 0) -> SAMConfig
 
 
 def warnings(cfg: SAMConfig) -> tuple[str, ...]:
-    """Warnings about a configuration that runs, but may not be what was meant."""
+    """Warn about a configuration that runs, but may not be what was meant."""
     lines = []
     if cfg.rho and cfg.perturb == "norms":
         lines.append("sam.perturb is norms: SAM on the norms alone (SAM-ON) may raise sharpness, so measure it")
@@ -87,10 +87,10 @@ def warnings(cfg: SAMConfig) -> tuple[str, ...]:
 
 
 class SAMInfo(NamedTuple):
-    """What the two passes saw; float32 scalars. With scope "microbatch", means over the micro-batches.
+    """Facts about the two passes; float32 scalars. With scope "microbatch", means over the micro-batches.
 
-    A step with one pass (a rho of 0, LookSAM between refreshes, MSAM) has gap 0, cosine 1 and one norm twice; rho is 0,
-    but for MSAM, whose pass is that at the perturbed parameters.
+    A step with one pass (a rho of 0, LookSAM between refreshes, MSAM) has gap 0, cosine 1 and one norm twice. Its rho
+    is 0, except for MSAM, whose pass is that at the perturbed parameters.
     """
 
     loss: jax.Array  # at the parameters; MSAM: at the perturbed ones
@@ -102,7 +102,7 @@ class SAMInfo(NamedTuple):
 
 
 class SAMState(NamedTuple):
-    """direction: a tree like the parameters, or () if the method uses none.
+    """The direction that a method keeps: a tree like the parameters, or () if it needs none.
 
     LookSAM: its unit vector v, zero before the first refresh. MSAM: the optimizer's momentum, set by the caller.
     """
@@ -111,12 +111,12 @@ class SAMState(NamedTuple):
 
 
 def init_sam(cfg: SAMConfig, params: Params) -> SAMState:
-    """The state before the first step."""
+    """Make the state before the first step."""
     return SAMState(jax.tree.map(jnp.zeros_like, params) if cfg.rho and cfg.refresh_every > 1 else ())
 
 
 def rho_schedule(cfg: SAMConfig, total_steps: int) -> optax.Schedule:
-    """The radius at a step: 0 before `start`; then rho, or a cosine from rho to rho_final at total_steps.
+    """Make the radius at each step: 0 before `start`; then rho, or a cosine from rho to rho_final at total_steps.
 
     Raises InputError if SAM would never start.
     """
@@ -129,7 +129,7 @@ def rho_schedule(cfg: SAMConfig, total_steps: int) -> optax.Schedule:
 
 
 def perturb_mask(params: Params, perturb: str, frozen: Params | None = None) -> Params:
-    """True for each leaf that is perturbed; the whole radius is spent on these.
+    """Mark each leaf that is perturbed; the whole radius is spent on these.
 
     perturb: "all", "kernels" (leaves of that name) or "norms" (leaves of modules with "norm" in their name).
     frozen: bools, True where a leaf is not trained; such leaves are not perturbed. Raises InputError if none is left.
@@ -143,14 +143,14 @@ def perturb_mask(params: Params, perturb: str, frozen: Params | None = None) -> 
     frozen = jax.tree.map(lambda _: False, params) if frozen is None else frozen
     mask = jax.tree.map_with_path(chosen, params, frozen)
     if not any(jax.tree.leaves(mask)):
-        raise InputError(f"sam.perturb is {perturb!r}: no trained parameter is of that kind, so that none is perturbed")
+        raise InputError(f"sam.perturb is {perturb!r}: no trained parameter is of that kind, so none is perturbed")
     return mask
 
 
 def perturbation(
     params: Params, grads: Params, rho: Any, *, mask: Params | None = None, adaptive: bool = False, eta: float = 0.01
 ) -> Params:
-    """e = rho T unit(T g) in float32, zero where the gradient is; T is 1, or that of ASAM if `adaptive`.
+    """Compute e = rho T unit(T g) in float32, zero for a zero gradient; T is 1, or ASAM's if `adaptive`.
 
     mask: bools, False for leaves that are not perturbed and do not count in the norm. ||e / T|| is rho.
     """
@@ -162,23 +162,26 @@ def perturbation(
 
 
 def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = None) -> Callable[..., Any]:
-    """Like `jax.value_and_grad(loss_fn, has_aux=True)`, with the gradient of SAM. Call it under jit.
+    """Make `jax.value_and_grad(loss_fn, has_aux=True)` with the gradient of SAM. Call it under jit.
 
     loss_fn: (params, batch, key) -> (loss, aux); the loss is the mean over the rows of the batch. Weights of rows
         (padding, masks) must average to 1 over the *whole* batch: then mean(weight * loss of the row) is the same for
-        any number of micro-batches. Put parameters that are not trained under `stop_gradient` there, otherwise their
+        any number of micro-batches. Put parameters that are not trained under `stop_gradient` there; otherwise their
         gradients count in the norms of GSAM and LookSAM.
-    mask: of `perturb_mask`; None: that of cfg.perturb, with nothing frozen.
+    mask: from `perturb_mask`; None: that of cfg.perturb, with nothing frozen.
 
     Returns (params, batch, key, rho, step, state) -> ((loss, aux), grads, state, SAMInfo).
 
-    params: float32, otherwise InputError. batch: arrays with a leading axis of B rows, a multiple of `microbatches`
-    (otherwise InputError), best of `microbatches` times the devices. Micro-batch i of c holds the rows i, i + c ... and
-    key i of `jax.random.split(key, c)`, in both passes. rho: of `rho_schedule`. Before cfg.start use
-    `jax.value_and_grad`, which costs half: the second pass is left out for a cfg.rho of 0, and by LookSAM. LookSAM
-    refreshes at cfg.start and every k steps after it. state: of `init_sam`, or of the call before; for MSAM
-    `SAMState(momentum)`, and () comes back. Loss and aux are those at the parameters, but for MSAM. With micro-batches,
-    leaves of aux with a leading axis of B / c come back as B rows in the batch's order; all others are averaged.
+    params: float32, otherwise InputError.
+    batch: arrays with a leading axis of B rows, a multiple of `microbatches` (otherwise InputError), ideally of
+        `microbatches` times the devices. Micro-batch i of c holds the rows i, i + c ... and key i of
+        `jax.random.split(key, c)`, in both passes.
+    rho: from `rho_schedule`. Before cfg.start use `jax.value_and_grad`, which costs half: only a cfg.rho of 0, and
+        LookSAM, leave the second pass out. LookSAM refreshes at cfg.start and every k steps after it.
+    state: from `init_sam`, or from the previous call. For MSAM pass `SAMState(momentum)`; () is returned.
+
+    Loss and aux are those at the parameters, except for MSAM. With micro-batches, leaves of aux with a leading axis of
+    B / c are joined to B rows in the batch's order; all others are averaged.
     """
     if 0 < cfg.start < 1:
         raise InputError(f"sam.start is {cfg.start}, a share of the run: replace it by a step, see `with_start`")
@@ -222,7 +225,7 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
             if looks:
                 grads, info = jax.lax.cond(sharp, adversarial, plain)
-            else:  # a conditional would only hinder the compiler
+            else:  # a conditional would hinder the compiler
                 grads, info = adversarial() if cfg.rho and not along_momentum else plain()
             return (grads, clean if looks else (), info), aux
 
@@ -235,21 +238,21 @@ def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = No
 
 
 def _refresh(grads: Params, clean: Params) -> tuple[Params, SAMState]:
-    """A step of LookSAM with a second pass: its direction comes from all leaves together."""
+    """Take a step of LookSAM with a second pass: its direction comes from all leaves together."""
     across = orthogonal(grads, clean)
-    # Without curvature only rounding is left here: it must not become a vector of length 1.
+    # Without curvature only rounding is left, which must not become a vector of length 1.
     real = optax.tree.norm(across) > 1e-5 * optax.tree.norm(grads)
     return grads, SAMState(jax.tree.map(lambda u: jnp.where(real, u, 0.0), unit(across)))
 
 
 def _reuse(cfg: SAMConfig, clean: Params, rho: jax.Array, state: SAMState) -> tuple[Params, SAMState]:
-    """A step of LookSAM without one; the plain gradient if the schedule has rho at 0."""
+    """Take a step of LookSAM without a second pass; the plain gradient if the schedule has rho at 0."""
     length = jnp.where(rho > 0, cfg.reuse_scale, 0.0) * optax.tree.norm(clean)
     return optax.tree.add_scale(clean, length, state.direction), state
 
 
 def _averaged(function: Callable[..., Any], count: int) -> Callable[..., Any]:
-    """A function (params, batch, key) -> (averaged, aux), over micro-batches: see `sam_value_and_grad`."""
+    """Average a function (params, batch, key) -> (averaged, aux) over micro-batches: see `sam_value_and_grad`."""
 
     def average(params: Params, batch: Any, key: jax.Array) -> Any:
         size = jax.tree.leaves(batch)[0].shape[0]

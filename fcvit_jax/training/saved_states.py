@@ -15,14 +15,14 @@ from fcvit_jax.checkpoint import file_sha256
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import check_room, told_in_one_line, utf8_path, write_whole
 
-DIGESTS = "sha256.json"  # of the files of a state, in its directory; Orbax does not notice all damage
+DIGESTS = "sha256.json"  # of a state's files, in its directory: Orbax does not notice all damage
 
 
 class SavedStates:
     """The last `keep` states of a run in a directory, by step, each with a JSON object of notes; by Orbax.
 
-    A state is written under another name and renamed when it is complete, so a killed run leaves the earlier ones. The
-    digests of its files are added when the run waits for it; a state without them is read unchecked.
+    A state is written under another name and renamed when it is complete, so a killed run leaves the earlier ones
+    intact. The digests of its files are added when the run waits for it; a state without them is read unchecked.
     """
 
     def __init__(self, directory: Path, keep: int = 2):
@@ -34,7 +34,7 @@ class SavedStates:
         directory.mkdir(parents=True, exist_ok=True)
         place = self._opened.enter_context(utf8_path(directory))
         self._manager: Any = ocp.CheckpointManager(place, options=options)
-        # Processes count their queries of the signal (`stop_signal`); Orbax would query with its own numbers.
+        # Processes number their queries of the signal (`stop_signal`); Orbax would query with its own numbers.
         self._manager.reached_preemption = lambda step: False
 
     def check_shared(self) -> None:
@@ -51,16 +51,16 @@ class SavedStates:
             )
 
     def latest(self) -> int | None:
-        """The step of the newest state."""
+        """Return the step of the newest state; None if there is none."""
         return self._manager.latest_step()
 
     def notes(self) -> dict[str, Any]:
-        """The notes of the newest state. Raises InputError if they are damaged."""
+        """Read the notes of the newest state. Raises InputError if they are damaged."""
         return self._restore(notes=self._args.JsonRestore())
 
     def save(self, step: int, state: Any, notes: dict[str, Any]) -> None:
         """Begin to write a state, in the background. Raises InputError if the disk is full."""
-        # A copy of the notes, which the caller may change meanwhile.
+        # Copies the notes, as the caller may change them meanwhile.
         args = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(dict(notes)))
         self.wait()  # for the previous state, which needs room too
         check_room(self._directory, state)
@@ -68,7 +68,7 @@ class SavedStates:
             self._manager.save(step, args=args)
 
     def restore(self, abstract: Any) -> Any:
-        """The newest state, with the shapes, dtypes and shardings of `abstract`. Raises InputError if it is damaged."""
+        """Read the newest state, with the shapes, dtypes and shardings of `abstract`. Raises InputError if damaged."""
         return self._restore(state=self._args.StandardRestore(abstract))
 
     def _restore(self, **item: Any) -> Any:
@@ -108,7 +108,7 @@ def _write_digests(state: Path) -> None:
 
 
 def _check_digests(state: Path) -> None:
-    """Raise ValueError that names the first file that is not as it was written."""
+    """Raise ValueError that names the first file that has changed since it was written."""
     if (state / DIGESTS).exists():
         expected, found = json.loads((state / DIGESTS).read_text()), _files(state)
         if damaged := next((name for name in expected if found.get(name) != expected[name]), None):
@@ -116,5 +116,5 @@ def _check_digests(state: Path) -> None:
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
-    """Drop what Orbax logs of errors: it raises them as well."""
+    """Drop Orbax's log of errors: it raises them as well."""
     return "orbax" not in record.pathname

@@ -26,13 +26,13 @@ class StartingPoint:
     preprocess: Preprocess
     train_set: Source
     test_set: Source
-    provenance: dict[str, Any] | None = None  # of the checkpoint
-    remarks: tuple[str, ...] = ()  # what was changed in it, lines to print
-    recommended: Mapping[str, str] = field(default_factory=dict)  # schedules, by budget
+    provenance: dict[str, Any] | None = None  # the checkpoint's
+    remarks: tuple[str, ...] = ()  # lines to print: what was changed in it
+    recommended: Mapping[str, str] = field(default_factory=dict)  # its schedules, by budget
 
 
 def from_scratch(model: ViTConfig, preprocess: str, train_set: Source, test_set: Source) -> StartingPoint:
-    """A fresh model with a head for the training set's classes. preprocess: a preset."""
+    """Start from a fresh model with a head for the training set's classes. preprocess: a preset."""
     config = replace(model, num_classes=len(train_set.class_names))
     return StartingPoint(config, preset(preprocess, config.image_size), train_set, _like(train_set, test_set))
 
@@ -45,10 +45,10 @@ def from_checkpoint(
     preprocess: str | None = None,
     class_names: str | None = None,
 ) -> tuple[StartingPoint, Any]:
-    """A checkpoint's model, and its parameters (float32 NumPy arrays, on no device yet).
+    """Start from a checkpoint; returns its parameters too (float32 NumPy arrays, on no device yet).
 
-    The head stays if the training set has all of its classes, under any names that `match_head` knows; otherwise it is
-    replaced by zeros for those of the training set. preprocess: a preset instead of the checkpoint's own. class_names:
+    The head stays if the training set has all of its classes, under any names that `match_head` knows. Otherwise it is
+    replaced by zeros for the training set's classes. preprocess: a preset instead of the checkpoint's own. class_names:
     of the head, or their order, instead of the checkpoint's. Raises InputError if the test set has other classes, or if
     the classes of the head could be the training set's in several orders.
     """
@@ -88,7 +88,7 @@ def from_checkpoint(
 
 
 def _like(train_set: Source, test_set: Source) -> Source:
-    """The test set with labels that index the outputs of a head for the training set's classes."""
+    """Relabel the test set, so that its labels index the outputs of a head for the training set's classes."""
     names = list(train_set.class_names)
     return match_head(test_set, len(names), names, f"a model trained on {train_set.spec}")
 

@@ -1,6 +1,6 @@
 """The state of a training run and the one pure step.
 
-Parameters are float32 whatever the model computes in: bfloat16 would round most of SAM's perturbation away.
+Parameters are float32, whatever the model computes in: bfloat16 would round most of SAM's perturbation away.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ class StepInputs(NamedTuple):
 
 
 class TrainState(NamedTuple):
-    """All that a run needs to resume, bit for bit.
+    """All state that a run needs to resume, bit for bit.
 
     finite: False from the first step that was not finite; no later step changes the state.
     """
@@ -45,34 +45,34 @@ class TrainState(NamedTuple):
 
     @property
     def weights(self) -> Any:
-        """The parameters to evaluate and write: their average if there is one."""
+        """The parameters to evaluate and write: their running average if there is one."""
         return self.ema if self.ema else self.params
 
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """What a step does beside the model."""
+    """Everything that a step needs beside the model."""
 
-    optimizer: optax.GradientTransformation  # and the next: of `make_optimizer`
+    optimizer: optax.GradientTransformation  # from `make_optimizer`, as is the next
     learning_rate: optax.Schedule
-    sam: SAMConfig  # of `with_start`
-    rho: optax.Schedule  # of `rho_schedule`
+    sam: SAMConfig  # from `with_start`
+    rho: optax.Schedule  # from `rho_schedule`
     targets: TargetConfig
-    frozen: Any = None  # of `frozen_mask`, for the optimizer's pattern
-    ema_decay: float = 0.0  # of the average of the parameters; 0: there is none
+    frozen: Any = None  # from `frozen_mask`, for the optimizer's pattern
+    ema_decay: float = 0.0  # of the running average of the parameters; 0: none
 
 
 def phases(recipe: Recipe) -> dict[int, Recipe]:
-    """The recipe to follow from each of these steps on: plain gradients before `sam.start`, and SAM after it."""
+    """Map first steps to the recipe from there on: plain gradients before `sam.start`, and SAM after it."""
     start = int(recipe.sam.start) if recipe.sam.rho else 0
     plain = dataclasses.replace(recipe, sam=dataclasses.replace(recipe.sam, rho=0.0, rho_final=None))
     return {0: plain, start: recipe}  # one phase if SAM starts at step 0
 
 
 def init_state(model: ViT, recipe: Recipe, seed: int, params: Any = None) -> TrainState:
-    """The state before the first step; with fresh parameters if none are given.
+    """Make the state before the first step, with fresh parameters if none are given.
 
-    Given parameters are copied, as float32, and so is the average: the step is donated the state's memory.
+    Given parameters are copied, as float32, and so is the average: the state is donated to the step.
     """
     init_key, key = jax.random.split(jax.random.key(seed))
     if params is None:
@@ -93,14 +93,14 @@ def init_state(model: ViT, recipe: Recipe, seed: int, params: Any = None) -> Tra
 def make_train_step(
     model: ViT, preprocess: Preprocess, recipe: Recipe
 ) -> Callable[[TrainState, StepInputs], tuple[TrainState, Metrics]]:
-    """The pure function (state, inputs) -> (state, metrics), to be compiled with the state donated.
+    """Make the pure function (state, inputs) -> (state, metrics), to be compiled with the state donated.
 
     It takes SAM's gradient at every step: compile one function for each of `phases`.
 
     The keys of a step come from the run's key and the step's number, so that a resumed run draws the same.
 
-    If the loss or the gradient is not finite, the state comes back unchanged, its step number included, and "finite" is
-    0 in this and all later steps. The other metrics, float32 scalars, are explained in docs/training.md.
+    If the loss or the gradient is not finite, the state is returned unchanged, with its step number, and "finite" is 0
+    in this and all later steps. The other metrics, float32 scalars, are explained in docs/training.md.
     """
     targets_config, frozen = recipe.targets, recipe.frozen
     perturbed = None if frozen is None else perturb_mask(frozen, recipe.sam.perturb, frozen)
@@ -129,7 +129,7 @@ def make_train_step(
         )
         updates, opt_state = recipe.optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        # The start is forgotten quickly.
+        # A low decay at first, so that the initial parameters are forgotten quickly.
         decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, 1.0 - decay) if recipe.ema_decay else state.ema
         # Computed before the update, which can then happen in place.

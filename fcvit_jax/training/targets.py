@@ -1,4 +1,4 @@
-"""What a step trains towards: soft targets, and images mixed with one another.
+"""The targets of a training step: soft targets, and images mixed with one another.
 
 Rows of padding weigh nothing anywhere. Shape letters: b batch, c classes.
 """
@@ -15,7 +15,7 @@ from fcvit_jax.settings import check_settings, setting
 
 @dataclasses.dataclass(frozen=True)
 class TargetConfig:
-    """Loss and targets. Raises InputError that names the field.
+    """The loss and its targets. Raises InputError that names the field.
 
     If mixup and cutmix are both on, each batch is mixed by one of them, at even odds.
     """
@@ -30,14 +30,14 @@ class TargetConfig:
 
 
 def soft_targets(labels: jax.Array, num_classes: int, smoothing: float) -> jax.Array:
-    """(1 - smoothing) one-hot + smoothing / c: int32 [b] -> float32 [b, c]. Both losses take the same."""
+    """Compute (1 - smoothing) one-hot + smoothing / c for both losses: int32 [b] -> float32 [b, c]."""
     return optax.smooth_labels(jax.nn.one_hot(labels, num_classes), smoothing)
 
 
 def row_weights(mask: jax.Array) -> jax.Array:
-    """Weights, bool [b] -> float32 [b], with which mean(weight * loss) is the mean loss of the unmasked rows.
+    """Weigh rows, bool [b] -> float32 [b], so that mean(weight * loss) is the mean loss of the unmasked rows.
 
-    They average to 1, so that equally large parts of the batch may be averaged separately.
+    The weights average to 1, so that equally large parts of the batch may be averaged separately.
     """
     return mask * (mask.size / jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1.0))
 
@@ -45,7 +45,7 @@ def row_weights(mask: jax.Array) -> jax.Array:
 def mix(
     key: jax.Array, images: jax.Array, targets: jax.Array, mask: jax.Array, config: TargetConfig
 ) -> tuple[jax.Array, jax.Array]:
-    """Each image becomes share x itself + (1 - share) x its partner, the targets alike.
+    """Replace each image by share x itself + (1 - share) x its partner, and its targets in the same way.
 
     mixup, arXiv 1710.09412, equation 1: the share is lambda. CutMix, arXiv 1905.04899, equation 1: it is 0 in a box and
     1 around it. lambda ~ Beta(alpha, alpha), drawn once a batch, as in the papers' code and in timm's default mode.
@@ -53,7 +53,7 @@ def mix(
     images: normalised float32 [b, height, width, 3]. targets: float32 [b, c], weighted by the mean share over the
     pixels. mask: bool [b]; padding is not mixed.
 
-    The partner is the previous row: that moves a single row between neighbouring devices, timm's flip moves all.
+    The partner is the previous row: this moves one row between neighbouring devices, where timm's flip moves all.
     """
     if not config.mixup and not config.cutmix:
         return images, targets
@@ -71,7 +71,7 @@ def mix(
 
 
 def cutmix_share(key: jax.Array, lam: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """0 in a box, 1 around it: float32 [height, width]. arXiv 1905.04899, section 3.1, and timm's `rand_bbox`.
+    """Draw a box, 0 inside and 1 around it: float32 [height, width]. arXiv 1905.04899, section 3.1; timm's `rand_bbox`.
 
     The box has sqrt(1 - lam) of each side, and its centre lies anywhere in the image.
     """

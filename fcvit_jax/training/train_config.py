@@ -28,12 +28,12 @@ class TrainConfig:
     seed: int = setting(0, low=0)
 
     checkpoint: str | None = None  # directory, packaged:NAME or zoo name to start from; None: `model`, from scratch
-    model: ViTConfig | None = None  # of a run from scratch; its num_classes gives way to the training set's
+    model: ViTConfig | None = None  # of a run from scratch; its num_classes is replaced by the training set's
     image_size: int | None = setting(None, low=1)  # pixels a side, if not the checkpoint's
     preprocess: str | None = None  # a preset; None: the checkpoint's own
     class_names: str | None = None  # of the checkpoint's head, or their order, as `read_class_names` takes them
     dropout: float = setting(0.0, low=0, below=1)  # probability
-    drop_path: float = setting(0.0, low=0, below=1)  # of skipping the last layer; it rises to this from the first
+    drop_path: float = setting(0.0, low=0, below=1)  # probability in the last layer; rises linearly from 0 in the first
     schedule: str | MergeSchedule = "dense"  # the merge schedule to train with
     dtype: str = setting("float32", choices=tuple(PRECISIONS))  # of the computation; parameters are float32
     remat: bool = False  # recompute activations in the backward pass: less memory, more time
@@ -44,7 +44,7 @@ class TrainConfig:
     batch_size: int = setting(512, low=1)  # over all devices of all hosts
     epochs: float = setting(10.0, above=0)
     warmup_epochs: float = setting(0.0, low=0)
-    ema_decay: float = setting(0.0, low=0, below=1)  # of averaged parameters, then evaluated and written; 0: none
+    ema_decay: float = setting(0.0, low=0, below=1)  # of a running average, which is evaluated and written; 0: none
     optimizer: OptimizerConfig
     sam: SAMConfig = dataclasses.field(default_factory=SAMConfig)
     sam_after_warmup: bool = False  # SAM starts when the warm-up of the learning rate ends
@@ -77,7 +77,7 @@ class TrainConfig:
             raise InputError("preprocess is missing: set --config.preprocess=..., such as timm/augreg")
         if self.image_size:
             raise InputError(
-                f"image_size is {self.image_size}: it resamples a checkpoint, and there is none; set model.image_size"
+                f"image_size is {self.image_size}: it resamples a checkpoint, and none is given; set model.image_size"
             )
 
     @classmethod
@@ -89,5 +89,5 @@ class TrainConfig:
         return from_fields(cls, {"train": None, "test": None, **fields, "model": fields.get("model") or None})
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields as nested dicts, for JSON; a schedule as text."""
+        """Return all fields as nested dicts, for JSON; a schedule as text."""
         return dataclasses.asdict(self) | {"schedule": str(self.schedule)}

@@ -1,4 +1,4 @@
-"""A training run: what its configuration names, opened and found to fit together."""
+"""A training run: everything that its configuration names, opened and checked."""
 
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,14 +34,14 @@ WRITTEN = ("best", "checkpoint", "last_good")  # checkpoint directories in the w
 
 @dataclass(frozen=True)
 class TrainingRun:
-    """What stays the same from step to step."""
+    """Everything about a run that stays the same from step to step."""
 
     config: TrainConfig
     workdir: Path
     mesh: jax.sharding.Mesh
     start: StartingPoint
     model: ViT
-    schedules: dict[str, MergeSchedule]  # those that are evaluated, by name; dense is always among them
+    schedules: dict[str, MergeSchedule]  # to evaluate, by name; dense is always among them
     recipe: Recipe
     steps: int
     remarks: tuple[str, ...]  # lines to print
@@ -50,7 +50,7 @@ class TrainingRun:
         return init_state(self.model, self.recipe, self.config.seed, params)
 
     def facts(self) -> dict[str, Any]:
-        """What a resumed run must find unchanged."""
+        """Return the facts that a resumed run must find unchanged."""
         train, test = self.start.train_set, self.start.test_set
         labels = {str(label): name for label, name in enumerate(train.class_names)}
         data = {"images": {"train": len(train), "test": len(test)}, "labels": labels}
@@ -84,7 +84,7 @@ class TrainingRun:
 
 
 def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
-    """Open what the configuration names, check that it fits together; also the first parameters, None: fresh ones."""
+    """Open and check what the configuration names; returns the first parameters too, None for fresh ones."""
     if config.checkpoint:
         place, here = local_path(config.checkpoint).resolve(), workdir.resolve()
         if place == here or place in (here / name for name in WRITTEN):
@@ -133,9 +133,9 @@ def open_run(config: TrainConfig, workdir: Path) -> tuple[TrainingRun, Any]:
 
 
 def begin(config: TrainConfig, workdir: Path, train_set: Source, test_set: Source) -> tuple[StartingPoint, Any]:
-    """Fresh parameters (None), or those of a checkpoint: a directory, `packaged:NAME`, or a full name of the zoo."""
+    """Start from fresh parameters (None), or from a directory, `packaged:NAME`, or a full name of the zoo."""
     if not config.checkpoint:
-        model: Any = config.model  # which `TrainConfig` requires then, and `preprocess`
+        model: Any = config.model  # `TrainConfig` requires it and `preprocess` here
         return from_scratch(model, config.preprocess or "", train_set, test_set), None
     path = config.checkpoint
     if path in zoo.names() and not Path(path).exists():
@@ -151,7 +151,7 @@ def begin(config: TrainConfig, workdir: Path, train_set: Source, test_set: Sourc
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any], workdir: Path) -> None:
-    """Raise InputError unless a run has the configuration and the data that it began with: see `TrainingRun.facts`."""
+    """Raise InputError if the configuration or the data of a run have changed: see `TrainingRun.facts`."""
     with naming(f"{workdir}, a run of another version"):
         stored = TrainConfig.from_dict(before["config"]).to_dict()
     old: Any = traverse_util.flatten_dict(stored | before.get("data", {}), sep=".")
