@@ -156,9 +156,7 @@ def test_freezing_nothing_or_everything_is_an_error():
     frozen = flat(frozen_mask(SHAPES, "blocks_1|.*/norm/|head/bias"))
     expected = {"blocks_0/norm/scale", "blocks_1/mlp/kernel", "blocks_1/mlp/bias", "blocks_1/norm/scale"}
     assert {path for path, is_frozen in frozen.items() if is_frozen} == expected | {"blocks_10/ls", "head/bias"}
-    with pytest.raises(
-        InputError, match=r"optimizer.freeze is 'kernel': it matches no path; one is blocks_0/mlp/bias"
-    ):
+    with pytest.raises(InputError, match=r"optimizer.freeze is 'kernel': it matches no path; one is blocks_0/mlp/bias"):
         make_optimizer(OptimizerConfig(learning_rate=0.1, freeze="kernel"), SHAPES, STEPS)
     with pytest.raises(InputError, match=r"optimizer.freeze is '': it matches every parameter"):
         make_optimizer(OptimizerConfig(learning_rate=0.1, freeze=""), SHAPES, STEPS)
