@@ -9,8 +9,8 @@
 
 Override any field of the configuration with --config.FIELD=VALUE; configs/eval_digits.py, the default, lists them.
 Rerun the same command to resume an interrupted evaluation after its last finished batch. On several hosts, run the same
-command on each with --distributed=auto (Slurm, Kubernetes, TPU) or --distributed=HOST:PORT,COUNT,INDEX. A CPU is taken
-as two JAX devices if the batch divides; --jax_num_cpu_devices=1 prevents it.
+command on each with --distributed=auto (Slurm, Kubernetes, TPU) or --distributed=HOST:PORT,COUNT,INDEX. A CPU runs as
+two JAX devices if the batch divides; --jax_num_cpu_devices=1 prevents it.
 
 Writes into the working directory: results.jsonl and .csv (one row a schedule), report.html and pareto.png,
 per_class.json, outcomes.npz (the outcome of every image), and on request logits_<schedule>.npz and gallery/.
@@ -49,7 +49,7 @@ def main(config: Any, workdir: Path) -> None:
 
 
 def report_costs(checkpoint: str, schedules: str, rules: str, workdir: Path) -> None:
-    """Print and write what schedules cost, unless an evaluation has left results in the working directory."""
+    """Print what schedules cost, and write it unless the working directory has results of an evaluation."""
     if jax.process_index():
         return
     rows = cost_rows(checkpoint, schedules, rules)

@@ -1,4 +1,4 @@
-"""Train or fine-tune a ViT with sharpness-aware minimisation; evaluate.py reads the checkpoint that it ends in.
+"""Train or fine-tune a ViT with sharpness-aware minimisation; evaluate.py reads the checkpoint that it writes.
 
     python train_sam.py --workdir=W
     python train_sam.py --config=configs/finetune_folder.py --config.checkpoint=deit_s \\
@@ -9,8 +9,8 @@ resume a run; on SIGTERM it saves and stops. On several hosts, run the same comm
 (Slurm, Kubernetes, TPU) or --distributed=HOST:PORT,COUNT,INDEX, and one --workdir that all of them share.
 
 Writes checkpoint/, best/, metrics.jsonl, events/ (with tensorboardX) and states/ into the working directory, and with
---config.flatness=true flatness.json and flatness.png. If loss or gradient are not finite it stops, with the parameters
-before that in last_good/ and the names of the images in a file.
+--config.flatness=true flatness.json and flatness.png. If loss or gradient are not finite, it stops; last_good/ has the
+parameters before that, and a file the names of the images.
 """
 
 from pathlib import Path

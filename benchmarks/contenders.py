@@ -1,6 +1,6 @@
-"""What inference.py times: our model, timm's with Token Merging in PyTorch, and the matmuls that both are held against.
+"""What inference.py times: our model, timm's with Token Merging in PyTorch, and matmuls to compare both with.
 
-Each is built, warmed up and, if a model, checked: its logits against those of our model in float32.
+Each is built and warmed up. The logits of models are checked against those of our model in float32.
 """
 
 import time
@@ -25,21 +25,21 @@ from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.models.vit import ViT, cast_params
 
-# How far logits may be from float32's, in standard deviations of those: typically, and in any image. Where two
-# proposals are equal but for rounding, another token merges, which moves the logits of that image. In float32 that is
-# one image at most, so that the second largest difference is the typical one; elsewhere it is the median.
+# The largest difference of logits from float32's, in standard deviations of those: typically, and in any image. If two
+# proposals differ by rounding only, another token may merge, which moves that image's logits. In float32 this is one
+# image at most, so the second largest difference is the typical one; in other dtypes it is the median.
 TOLERANCES = {"float32": (1e-3, 1.0), "tf32": (0.03, 1.0), "bfloat16": (0.2, 1.0)}
 OURS = {"xla": "fcvit_jax", "triton": "fcvit_jax triton"}  # by the kernels
 SQUARES = {"cpu": (2048,)}  # sides of square matmuls; elsewhere:
 LARGE_SQUARES = (2048, 8192)
 
-Run = Callable[[int], None]  # so many calls, waited for
+Run = Callable[[int], None]  # make this many calls, and wait for them
 Shape = tuple[int, int, int]  # of a matmul [m, k] x [k, n]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What the contenders of one comparison share.
+    """The conditions that the contenders of one comparison share.
 
     batches: float32 [m, b, height, width, 3]; the first is timed. references: float32 logits [m b, c] by schedule.
     kernels, devices: those of our model.
@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Contender:
-    """A model ready to be timed. None: does not exist, or is not reported."""
+    """A model ready to be timed. None: the value does not exist, or is not reported."""
 
     name: str
     schedule: str
@@ -78,7 +78,7 @@ class Contender:
 
 
 def random_params(config: ViTConfig) -> dict[str, Any]:
-    """Parameters of a trained model's magnitude: kernels keep the variance, scales are about 1, the rest is small."""
+    """Draw parameters of a trained model's magnitude: kernels keep the variance, scales are about 1, others small."""
     rng = np.random.default_rng(0)
 
     def draw(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
@@ -95,10 +95,10 @@ def random_params(config: ViTConfig) -> dict[str, Any]:
 
 
 def prepare_ours(case: Case) -> Iterator[Contender]:
-    """Our model under every schedule, compiled and checked, its batches spread over the devices."""
+    """Yield our model under every schedule, compiled and checked, its batches spread over the devices."""
     dtype, _ = PRECISIONS[case.dtype]
     mesh = parallel.data_mesh(jax.devices()[: case.devices])
-    # As PyTorch's `model.to(dtype)` has them.
+    # As PyTorch's `model.to(dtype)` casts them.
     params = jax.device_put(cast_params(case.params, dtype), parallel.replicated(mesh))
     batches = jax.device_put(case.batches.astype(dtype), NamedSharding(mesh, PartitionSpec(None, "data")))
     images = batches[0]
@@ -108,7 +108,7 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
         seconds = time.perf_counter() - started
         logits = compute_logits(call, params, batches)
         difference = largest_difference(f"{case}: {name}", logits, case.references[name], case.dtype)
-        # Less than the schedule's, where what nothing reads is not computed.
+        # Fewer than the schedule's if unused outputs are not computed.
         executed = flops.executed_gmacs(case.config, schedule)
         memory = call.memory_analysis()
         used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
@@ -119,7 +119,7 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
 def compile_program(
     config: ViTConfig, schedule: MergeSchedule, dtype: str, params: Any, images: Any, mesh: Mesh, kernels: str = "xla"
 ) -> Any:
-    """Our model, jitted and compiled: (params, images [b, height, width, 3]) -> logits [b, c]."""
+    """Compile our model: (params, images [b, height, width, 3]) -> logits [b, c]."""
     kind, precision = PRECISIONS[dtype]
     model = ViT(config, schedule, dtype=kind, kernels=kernels)
 
@@ -132,12 +132,12 @@ def compile_program(
 
 
 def compute_logits(call: Any, params: Any, batches: jax.Array) -> np.ndarray:
-    """Batches [m, b, height, width, 3] -> logits [m b, c]."""
+    """Compute the logits [m b, c] of batches [m, b, height, width, 3]."""
     return np.concatenate([np.asarray(call(params, batch)) for batch in batches])
 
 
 def repeat(call: Any, *arguments: jax.Array | dict[str, Any]) -> Run:
-    """Calls of a compiled program: queued on a GPU, as PyTorch's are; on CPU, where they might overlap, one by one."""
+    """Make a function that calls a program: queued on a GPU, as PyTorch does; one by one on CPU, to avoid overlap."""
     one_by_one = jax.default_backend() == "cpu"
 
     def run(calls: int) -> None:
@@ -152,7 +152,7 @@ def repeat(call: Any, *arguments: jax.Array | dict[str, Any]) -> Run:
 
 
 def prepare_timm(case: Case, mode: str | None, only: Sequence[str] | None = None) -> Iterator[Contender]:
-    """timm's model on the same weights, and Token Merging on it; what torch.compile cannot do is reported and left out.
+    """Yield timm's model on the same weights, and Token Merging on it; failures of torch.compile are reported.
 
     mode: of torch.compile. only: the schedules, by default all.
     """
@@ -187,10 +187,10 @@ def prepare_timm(case: Case, mode: str | None, only: Sequence[str] | None = None
 
 
 def largest_difference(what: str, logits: np.ndarray, reference: np.ndarray, dtype: str) -> float:
-    """The largest difference of a logit, in standard deviations of the reference's. Raises InputError if too large."""
+    """Return the largest difference of a logit, in standard deviations of the reference's; InputError if too large."""
     differences = np.sort(np.abs(logits - reference).max(axis=1) / reference.std())
     typical = float(differences[-2] if dtype == "float32" else np.median(differences))
-    largest = float(differences[-1])  # NaN, if there is one: it is sorted to the end
+    largest = float(differences[-1])  # NaN, if any: it is sorted to the end
     most_typical, most = TOLERANCES[dtype]
     if not (typical <= most_typical and largest <= most):  # NaN is not
         raise InputError(
@@ -201,7 +201,7 @@ def largest_difference(what: str, logits: np.ndarray, reference: np.ndarray, dty
 
 
 def prepare_matmuls(case: Case) -> dict[Shape, Run]:
-    """Products large enough to show what the machine can do, and those of the model's MLP, in the case's dtype."""
+    """Prepare products large enough to show the machine's peak, and those of the model's MLP, in the case's dtype."""
     dtype, precision = PRECISIONS[case.dtype]
     tokens, width, hidden = case.batch_size * case.config.num_tokens, case.config.embed_dim, case.config.mlp_dim
     sides = SQUARES.get(jax.default_backend(), LARGE_SQUARES)

@@ -2,11 +2,12 @@
 
   python benchmarks/dense_features.py CHECKPOINT PHOTOS --schedules dense,tome_r8,tome_r13 --workdir workdir/dense
 
-PHOTOS is a folder of photos of one thing on a plain background. Their masks are made from the photos themselves: what
-differs from the colour of the rim. Photos whose background is not plain are left out. Every other photo trains a
-logistic regression of "is this patch mostly of the thing?" on the dense features; the rest judges it under each
-schedule, pixel by pixel. Writes dense_features.json and dense_features.png: a photo, its features under dense and under
-the last schedule. Colours are the first three principal components of the foreground patches, the same for both.
+PHOTOS is a folder of photos of one object on a plain background. A photo's mask is everything that differs from the
+colour of its rim. Photos whose background is not plain are left out. Every other photo trains a logistic regression of
+"is this patch mostly foreground?" on the dense features. The rest judges it under each schedule, pixel by pixel.
+
+Writes dense_features.json and dense_features.png: a photo, its features under dense and under the last schedule.
+Colours are the first three principal components of the foreground patches, the same for both.
 """
 
 import argparse
@@ -33,7 +34,7 @@ BATCH = 8
 
 
 def foreground(pixels: np.ndarray) -> np.ndarray | None:
-    """The thing in a photo, uint8 [h, w, 3], as bool [h, w]; None if the background is not plain."""
+    """Mask the object in a photo, uint8 [h, w, 3], as bool [h, w]; None if the background is not plain."""
     smooth = ndimage.gaussian_filter(pixels.astype(np.float32), (2, 2, 0))
     rim = np.concatenate([smooth[:8].reshape(-1, 3), smooth[:, :8].reshape(-1, 3), smooth[:, -8:].reshape(-1, 3)])
     apart = np.linalg.norm(smooth - np.median(rim, axis=0), axis=-1)
@@ -49,7 +50,7 @@ def foreground(pixels: np.ndarray) -> np.ndarray | None:
 
 
 def otsu(values: np.ndarray) -> float:
-    """The threshold that separates two groups best (Otsu 1979)."""
+    """Find the threshold that separates two groups best (Otsu 1979)."""
     counts, edges = np.histogram(values, 256)
     centres = (edges[1:] + edges[:-1]) / 2
     below = np.cumsum(counts)[:-1]
@@ -60,7 +61,7 @@ def otsu(values: np.ndarray) -> float:
 
 
 def read_photos(folder: str, preprocess: fc.Preprocess, limit: int) -> tuple[np.ndarray, np.ndarray]:
-    """Photos on a plain background, uint8 [n, h, w, 3], and their masks, bool [n, h, w]; spread over the folder."""
+    """Read photos on a plain background, uint8 [n, h, w, 3], and masks, bool [n, h, w], spread over the folder."""
     source, found = open_images(folder), []
     for index in np.random.default_rng(0).permutation(len(source)):
         record = source[int(index)]
@@ -76,7 +77,7 @@ def read_photos(folder: str, preprocess: fc.Preprocess, limit: int) -> tuple[np.
 
 
 def compute(checkpoint: fc.Checkpoint, schedule: fc.MergeSchedule, photos: np.ndarray) -> np.ndarray:
-    """Patch features, float32 [n, rows, columns, d]."""
+    """Compute patch features, float32 [n, rows, columns, d]."""
     run = jax.jit(partial(fc.patch_features, fc.ViT(checkpoint.config, schedule)))
     batches = [photos[start : start + BATCH] for start in range(0, len(photos), BATCH)]
     normalised = map(checkpoint.preprocess.normalize, batches)
@@ -84,7 +85,7 @@ def compute(checkpoint: fc.Checkpoint, schedule: fc.MergeSchedule, photos: np.nd
 
 
 def iou(scores: np.ndarray, masks: np.ndarray) -> float:
-    """Intersection over union of all pixels: scores of patches, resized bilinearly, above 0 against the masks."""
+    """Compute IoU over all pixels: scores of patches, resized bilinearly, above 0 against the masks."""
     size = masks.shape[2], masks.shape[1]
     pictures = (Image.fromarray(each.astype(np.float32)) for each in scores)
     thing = np.stack([np.asarray(each.resize(size, Image.Resampling.BILINEAR)) for each in pictures]) > 0
@@ -92,12 +93,12 @@ def iou(scores: np.ndarray, masks: np.ndarray) -> float:
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
-    """The mean cosine of vectors, the last axis."""
+    """Average the cosines of vectors, the last axis."""
     return float(((a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)).mean())
 
 
 def colours(found: dict[str, np.ndarray], thing: np.ndarray) -> dict[str, np.ndarray]:
-    """uint8 [n, rows, columns, 3]: principal components of the dense foreground; the background is white."""
+    """Colour patches by the dense foreground's principal components, uint8 [n, rows, columns, 3]; white background."""
     inside = found["dense"][thing]
     centre = inside.mean(axis=0)
     axes = np.linalg.svd(inside - centre, full_matrices=False)[2][:3].T
@@ -144,7 +145,7 @@ def run(args: Any) -> None:
 
 
 def picture(photos: np.ndarray, found: dict[str, np.ndarray], thing: np.ndarray, shown: np.ndarray) -> bytes:
-    """A row a photo: the photo, dense features, and those of the last schedule."""
+    """Draw one row per photo: the photo, its dense features, and those of the last schedule."""
     painted, side = colours(found, thing), photos.shape[1] // thing.shape[1]
     last = list(found)[-1]
     sheet = []

@@ -1,4 +1,4 @@
-"""Draw README's picture: a photo, what two merge rules leave of it, and what each rule costs in closeness.
+"""Draw README's picture: a photo, its tokens under two merge rules, and each rule's divergence over GMACs.
 
 python benchmarks/rules.py vit_s folder:photos --rules tome,nearest --schedules tome_r8,tome_r16 --out rules
 python benchmarks/front_page.py vit_s photos/hat/cap.jpg rules/rules.csv docs/front_page.png
@@ -28,8 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("photo", help="an image file")
     parser.add_argument("table", type=Path, help="rules.csv, as benchmarks/rules.py writes it")
     parser.add_argument("out", type=Path, help="the picture, .png")
-    parser.add_argument("--schedule", default="tome_r16", help="what the photo is merged by; a row of the table")
-    parser.add_argument("--images", default="photos", help="what the table was measured on, for the label")
+    parser.add_argument("--schedule", default="tome_r16", help="schedule that merges the photo; a row of the table")
+    parser.add_argument("--images", default="photos", help="images of the table, for the label")
     args = parser.parse_args(argv)
     checkpoint = fc.load_checkpoint(args.checkpoint)
     with args.table.open() as file:

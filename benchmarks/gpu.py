@@ -3,11 +3,11 @@
     python benchmarks/gpu.py OUT
     python benchmarks/gpu.py OUT --dry_run        the same steps on tiny models, on any machine
 
-Needs pip install -e ".[cuda,parity]". What time does not suffice for is left out and named. Every step is a command,
-which is printed: benchmarks/inference.py in bfloat16 at batches 1, 64 and 256 (ours; timm's dense model, eager and
-compiled), benchmarks/training.py, and the tests of the kernels. The table is printed at the end, and again from what
-OUT has by --minutes 0. Goals: dense at least 1.15 x compiled timm; of cut at least 0.92, ViT-L 0.95; `nearest` within
-3 % of `tome`.
+Needs pip install -e ".[cuda,parity]". Steps that do not fit into the time are left out and named. Every step is a
+command, which is printed: benchmarks/inference.py in bfloat16 at batches 1, 64 and 256 (ours; timm's dense model, eager
+and compiled), benchmarks/training.py, and the tests of the kernels. The table is printed at the end; --minutes 0 prints
+it again from the files in OUT. Goals: dense at least 1.15 x compiled timm; of cut at least 0.92, ViT-L 0.95; `nearest`
+within 3 % of `tome`.
 """
 
 import argparse
@@ -35,10 +35,10 @@ class Step(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the rows and the output of every step")
-    parser.add_argument("--minutes", type=float, default=14.5, help="after which all ends (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=14.5, help="time limit of all steps (default: %(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="tiny models and few blocks, on a CPU too")
     args = parser.parse_args(argv)
     with one_line_errors():
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def steps(out: Path, dry_run: bool) -> Iterator[Step]:
-    """Everything to be run, the most important first."""
+    """Yield all steps, the most important first."""
     models = {
         "base": ("vit_base_patch16_224", "dense,tome_r8,tome_r8@nearest,tome_r13,tome_r13@nearest", 220),
         "small": ("vit_small_patch16_224", "dense,tome_r8,tome_r8@nearest,tome_r13,tome_r13@nearest", 200),
@@ -86,7 +86,7 @@ def steps(out: Path, dry_run: bool) -> Iterator[Step]:
 
 
 def run(step: Step, out: Path, deadline: float) -> str:
-    """Run a step, its output in a file of OUT; returns how it ended."""
+    """Run a step, with its output in a file of OUT; returns how it ended."""
     left = min(step.seconds, deadline - time.monotonic())
     if left < 20:
         return "left out: no time left"
@@ -96,13 +96,13 @@ def run(step: Step, out: Path, deadline: float) -> str:
             command = [sys.executable, *step.arguments]
             done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, timeout=left)
         except subprocess.TimeoutExpired:
-            return f"ended after {left:.0f} s: {log} has what came until then"
+            return f"ended after {left:.0f} s: {log} has its output until then"
     took = f"{time.monotonic() - started:.0f} s"
     return f"done in {took}" if not done.returncode else f"failed after {took}: see {log}"
 
 
 def print_table(out: Path) -> None:
-    """The rows of all steps as Markdown."""
+    """Print the rows of all steps as Markdown."""
     titles = ("model", "batch", "contender", "schedule", "images/s", "spread", "peak", "/dense", "of cut")
     titles += ("/timm dense", "/timm dense compiled")
     print(f"\n| {' | '.join(titles)} |\n|{'---|' * len(titles)}")

@@ -5,7 +5,7 @@
 
 One image, float32, one device. Each rule merges at the smallest constant rate that meets the share. MiB are the buffers
 of the compiled program, without weights and images. The blocks of all programs alternate, and the median counts. The
-exponent is the slope of a line through the logarithms: 1 grows as the tokens, 2 as their square.
+exponent is the slope of a line through the logarithms: 1 is linear in the tokens, 2 quadratic.
 """
 
 import argparse
@@ -48,7 +48,7 @@ class Program(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="vit_small_patch16_224", help="architecture, by timm's name")
     parser.add_argument("--image_sizes", default="224,320,448,640,1024", help="pixels a side (default: %(default)s)")
@@ -71,11 +71,11 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     try:
         sides = sorted({int(side) for side in args.image_sizes.split(",")})
     except ValueError:
-        raise InputError(f"--image_sizes: {args.image_sizes!r} is no list of numbers: write 224,448") from None
+        raise InputError(f"--image_sizes: {args.image_sizes!r} is not a list of numbers: write 224,448") from None
     if len(sides) < 2:
-        raise InputError("--image_sizes: growth needs two sizes at least")
+        raise InputError("--image_sizes: give at least two sizes")
     if not 0 < args.share < 1 or args.blocks < 1 or args.block_seconds <= 0:
-        raise InputError("--share lies between 0 and 1, --blocks and --block_seconds are positive")
+        raise InputError("--share must be between 0 and 1, --blocks and --block_seconds positive")
     rules = [("dense", None), *((name, parse_rule(name)) for name in args.rules.split(","))]
     configs = [dataclasses.replace(config, image_size=(side, side)) for side in sides]
     wanted = [(each, name, rule, pick_rate(each, rule, args.share)) for each in configs for name, rule in rules]
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def pick_rate(config: ViTConfig, rule: Rule | None, share: float) -> int:
-    """The smallest rate whose schedule has at most this share of the dense GMACs; 0 without a rule."""
+    """Find the smallest rate whose schedule has at most this share of the dense GMACs; 0 without a rule."""
     if rule is None:
         return 0
     most = share * flops.gmacs(config)
@@ -130,7 +130,7 @@ def prepare(config: ViTConfig, name: str, rule: Rule | None, rate: int) -> Progr
 
 
 def exponent(rows: Sequence[dict[str, Any]], field: str) -> float:
-    """The slope of log(field) over log(tokens), by least squares."""
+    """Fit the slope of log(field) over log(tokens), by least squares."""
     tokens, values = (np.log([row[key] for row in rows]) for key in ("tokens", field))
     return float(np.polyfit(tokens, values, 1)[0])
 

@@ -1,41 +1,41 @@
-"""Speed of merged ViTs: images/s, compile time, memory, and the share of what the machine's matmul reaches.
+"""Speed of merged ViTs: images/s, compile time, memory, and the share of the machine's best matmul.
 
     python benchmarks/inference.py
     python benchmarks/inference.py --peer timm --compile --json cpu.jsonl --plot cpu.png
     python benchmarks/inference.py --models vit_base_patch16_224 --batch_sizes 1,8 --schedules dense,s2winc7_r16
 
-On a machine with an NVIDIA GPU, all of what docs/performance.md has a part of, after pip install -e ".[cuda,parity]":
+On a machine with an NVIDIA GPU, after pip install -e ".[cuda,parity]", all that docs/performance.md shows a part of:
 
     python benchmarks/inference.py --models vit_small_patch16_224,vit_base_patch16_224,vit_large_patch16_224 \\
         --batch_sizes 1,64,256 --dtypes bfloat16 --schedules dense,tome_r8,s2dfe_r8,s2winc7_r8 \\
         --kernels xla,triton --peer timm --compile --json gpu.jsonl --plot gpu.png
 
-Blocks of calls of all contenders and of the matmul alternate, so that what else the machine does falls on all alike;
-the median counts, and the spread is (fastest - slowest) / median. All start from normalised images of their dtype on
-the device and end with logits there. On a GPU the calls of a block are queued and waited for together.
+Blocks of calls of all contenders and of the matmul alternate, so that other load on the machine affects all alike. The
+median counts, and the spread is (fastest - slowest) / median. All start from normalised images of their dtype on the
+device and end with logits there. On a GPU the calls of a block are queued and waited for together.
 
-Before anything is timed, every contender's logits are compared with those of our model in float32 on the same weights,
-random ones of a trained model's magnitude or a checkpoint's; a difference that rounding does not explain ends the run.
+Before anything is timed, every contender's logits are compared with those of our model in float32 on the same weights:
+random ones of a trained model's magnitude, or a checkpoint's. A difference that rounding does not explain ends the run.
 
-With --peer timm, "timm" is timm's own forward for dense schedules, and for those that merge globally Token Merging on
-timm's modules (pytorch_tome.py); for those that merge in windows there is none.
+With --peer timm, "timm" is timm's own forward for dense schedules, and Token Merging on timm's modules
+(pytorch_tome.py) for schedules that merge globally. Schedules that merge in windows have no peer.
 
     /dense    images/s over those of the same contender's dense model
-    executed  GMACs that are computed: of the last layer only what the logits need
+    executed  GMACs that are computed: only what the logits need in the last layer
     cut       GMACs of the dense model over GMACs
-    of cut    /dense over cut: 1 where all that is saved is gained
-    of exec   the same, of the GMACs executed
+    of cut    /dense over cut: 1 if all saved GMACs become time
+    of exec   the same, for the GMACs executed
     /timm     images/s over the fastest timm's under the same schedule
     peak      2 x multiply-accumulates that are executed a second, over FLOP/s of the best matmul in this run
-    MiB       arguments, outputs and buffers of the compiled program; of PyTorch, what it held at most on the GPU
-    compile   tracing and compiling; of torch.compile, the first call
+    MiB       arguments, outputs and buffers of the compiled program; for PyTorch, its peak on the GPU
+    compile   tracing and compiling; for torch.compile, the first call
     max diff  the largest difference of a logit from float32's, in standard deviations of the logits
 
-With --devices 2 our model is spread over two GPUs, and held against the matmul of both, but not against PyTorch, which
-computes on one; or a CPU is taken as two devices, each with a part of the work of the cores.
+With --devices 2 our model is spread over two GPUs. It is compared with the matmul of both, but not with PyTorch, which
+computes on one. A CPU runs as two devices, each with a part of the work of the cores.
 
-On Linux, glibc would map fresh memory for every buffer above 32 MiB, which slows both sides on CPU: the
-benchmark makes it keep freed memory, as the library's programs do, unless MALLOC_... variables are set.
+On Linux, glibc would map fresh memory for every buffer above 32 MiB, which slows both sides on CPU. The benchmark makes
+it keep freed memory, as the library's programs do, unless MALLOC_... variables are set.
 """
 
 import argparse
@@ -102,12 +102,12 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # title -> (field of
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     args = parse(argv)
     keep_freed_memory()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory of a GPU to PyTorch
     if args.devices > 1:
-        with suppress(RuntimeError):  # where JAX has made its devices already
+        with suppress(RuntimeError):  # JAX has created its devices already
             jax.config.update("jax_num_cpu_devices", args.devices)
     rows: list[dict[str, Any]] = []
     with one_line_errors():
@@ -129,7 +129,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     def sizes(text: str) -> list[int]:
         if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is no list of batch sizes: write 8,32")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of batch sizes: write 8,32")
         return [int(size) for size in text.split(",")]
 
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,14 +139,14 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--schedules", default="dense,tome_r13,s2dfe_r18,s2winc7_r16")
     parser.add_argument("--batch_sizes", type=sizes, default=[32])
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(PRECISIONS)}")
-    told = "of our model: xla, or in bfloat16 on NVIDIA GPUs triton; xla,triton compares them"
+    told = "of our model: xla, or triton (bfloat16 on NVIDIA GPUs); xla,triton compares them"
     parser.add_argument("--kernels", type=words, default=["xla"], help=told)
-    told = "that our model is spread over; a CPU is taken as so many"
+    told = "devices that our model is spread over; a CPU is split into as many"
     parser.add_argument("--devices", type=int, default=1, metavar="N", help=told)
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each contender")
     parser.add_argument("--block_seconds", type=float, default=2.0, help="a block is as many calls as fill this time")
     parser.add_argument("--peer", choices=["timm"], help="time PyTorch too; needs the parity extra")
-    told = "of --schedules, those that PyTorch is timed under (default: all)"
+    told = "the schedules under which PyTorch is timed (default: all)"
     parser.add_argument("--peer_schedules", type=words, help=told)
     modes = ["default", "reduce-overhead", "max-autotune"]
     told = "with --peer: torch.compile too, in this mode (default: default)"
@@ -157,7 +157,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_options(args: argparse.Namespace) -> None:
-    """Raise InputError, before any long work, for what cannot work."""
+    """Raise InputError, before any long work, for options that cannot work."""
     if odd := [name for name in args.dtypes if name not in PRECISIONS]:
         raise InputError(f"--dtypes: {odd[0]!r} is none of {', '.join(PRECISIONS)}")
     if "tf32" in args.dtypes and jax.default_backend() != "gpu":
@@ -165,9 +165,9 @@ def check_options(args: argparse.Namespace) -> None:
     if odd := [name for name in args.kernels if name not in OURS]:
         raise InputError(f"--kernels: {odd[0]!r} is none of {', '.join(OURS)}")
     if "triton" in args.kernels and ("bfloat16" not in args.dtypes or jax.default_backend() != "gpu"):
-        raise InputError("--kernels: triton takes an NVIDIA GPU and --dtypes bfloat16: leave it out")
+        raise InputError("--kernels: triton requires an NVIDIA GPU and --dtypes bfloat16: leave it out")
     if not 1 <= args.devices <= jax.device_count():
-        raise InputError(f"--devices: {args.devices} are asked for, and there are {jax.device_count()}")
+        raise InputError(f"--devices: {args.devices} is not from 1 to {jax.device_count()}, the devices available")
     if odd := [size for size in args.batch_sizes if size % args.devices]:
         raise InputError(f"--batch_sizes: {odd[0]} images do not spread evenly over {args.devices} devices")
     if args.blocks < 1 or args.block_seconds <= 0:
@@ -189,7 +189,7 @@ def check_options(args: argparse.Namespace) -> None:
 
 
 def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
-    """One comparison after the other: the weights, the images, and the logits that every contender must give."""
+    """Yield one comparison after the other: the weights, the images, and the logits that contenders must give."""
     for name in [args.checkpoint] if args.checkpoint else args.models:
         if args.checkpoint:
             checkpoint = load_checkpoint(name)
@@ -201,7 +201,7 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
             params = random_params(config)
         schedules = parse_schedules(args.schedules, config.depth)
         for schedule in schedules.values():
-            schedule.plan(config)  # complains of windows that do not fit before anything is compiled
+            schedule.plan(config)  # raises for windows that do not fit, before anything is compiled
         one = data_mesh(jax.devices()[:1])
         programs: dict[tuple[str, int], Any] = {}  # for the references: few images at a time serve all batch sizes
         for batch_size in args.batch_sizes:
@@ -245,7 +245,7 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         "matmul_shape": best,
         **describe_machine(args.peer),
     }
-    cards = 1 if jax.default_backend() == "cpu" else case.devices  # whose matmul is that of one
+    cards = 1 if jax.default_backend() == "cpu" else case.devices  # the matmul runs on one
     medians = [statistics.median(rates) * case.batch_size for rates in calls_per_second]
     rates = {(c.name, c.schedule): rate for c, rate in zip(contenders, medians, strict=False)}
     executed = {(c.name, c.schedule): c.executed_gmacs for c in contenders}
@@ -286,10 +286,10 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
 def time_blocks(
     runs: Sequence[Run], blocks: int, block_seconds: float, on_block: Callable[[], object]
 ) -> list[list[float]]:
-    """Calls a second in every block of each, the blocks alternating."""
+    """Measure calls a second in every block of each, with alternating blocks."""
 
     def seconds(run: Run, calls: int) -> float:
-        time.sleep(0.1)  # threads that the one before left spinning go to sleep
+        time.sleep(0.1)  # lets spinning threads of the previous one go to sleep
         started = time.perf_counter()
         run(calls)
         return time.perf_counter() - started
@@ -310,7 +310,7 @@ def time_blocks(
 
 
 def describe_machine(peer: str | None) -> dict[str, Any]:
-    """Where and with what a row was measured, and the memory taken so far; malloc: settings that change its speed."""
+    """Describe where and with what a row was measured, and the memory used so far; malloc: settings that matter."""
     import resource
 
     device = jax.devices()[0]
@@ -341,7 +341,7 @@ def describe_machine(peer: str | None) -> dict[str, Any]:
 def print_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> None:
     row = rows[0]
     m, k, n = row["matmul_shape"]
-    malloc = "malloc as it comes" if row["malloc"] == "default" else "malloc set"
+    malloc = "malloc default" if row["malloc"] == "default" else "malloc set"
     devices = f" as {row['devices']} devices" if row["devices"] > 1 else ""
     print(f"{case}: {row['device']}{devices}, {row['cores']} cores, {malloc}")
     print(f"matmul: {row['matmul_gflops']:.0f} GFLOP/s, [{m}, {k}] x [{k}, {n}]")
@@ -355,7 +355,7 @@ def print_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """Images/s as bars, a panel a comparison, as PNG; above a bar, its speed-up over the same contender's dense."""
+    """Plot images/s as bars, one panel per comparison, as PNG; above a bar, its speed-up over the contender's dense."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

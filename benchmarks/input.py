@@ -1,13 +1,16 @@
-"""Images a second of the input alone: read, decoded, resized and cropped, in batches, side by side in one run.
+"""Images a second of the input pipeline alone: read, decoded, resized and cropped, in batches, compared in one run.
 
     python benchmarks/input.py folder:photos/val
     python benchmarks/input.py tfds:imagenet2012/validation@/data/tfds --workers 1,2,16 --images 20000
 
-Contenders: the library, whose workers are threads; a plain loop over PIL in as many processes, which reads, decodes,
-resizes and crops, and makes no batches; and Grain, if it is installed, with the library's function in its threads and
-processes. Blocks of all contenders alternate, so that what else the machine does falls on all alike; the median counts.
-A block is a pass over --images records, and is timed from its third batch on: by then threads and processes have
-started. The records are read beforehand once, so that disks do not count.
+Contenders:
+- the library, whose workers are threads;
+- a plain loop over PIL in as many processes, which reads, decodes, resizes and crops, and makes no batches;
+- Grain, if it is installed, with the library's function in its threads and processes.
+
+Blocks of all contenders alternate, so that other load on the machine affects all alike; the median counts. A block is a
+pass over --images records, timed from its third batch on, when threads and processes have started. The records are read
+once beforehand, so that disks do not count.
 """
 
 import argparse
@@ -38,7 +41,7 @@ WARM_UP = 3  # batches
 
 @dataclass(frozen=True)
 class Block:
-    """What a contender does in one block."""
+    """The work of a contender in one block."""
 
     spec: str
     images: int
@@ -46,7 +49,7 @@ class Block:
     batch_size: int
 
     def source(self) -> Source:
-        """`images` records, those of the data set over and over."""
+        """Repeat the data set up to `images` records."""
         source = opened(self.spec)
         return Source(self.spec, source.class_names, self.images, lambda index: source[index % len(source)])
 
@@ -63,7 +66,7 @@ def main() -> None:
     parser.add_argument("--image_size", type=int, default=224)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--workers", help=f"how many, separated by commas; default: 1,{usable_cores()} (all cores)")
-    parser.add_argument("--images", type=int, default=2000, help="a block's; a smaller data set is gone through again")
+    parser.add_argument("--images", type=int, default=2000, help="in a block; a smaller data set is repeated")
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each contender")
     args = parser.parse_args()
     if args.images <= WARM_UP * args.batch_size:
@@ -98,7 +101,7 @@ def main() -> None:
 
 
 def make_contenders(block: Block, workers: list[int]) -> dict[str, Callable[[], float]]:
-    """What gives a contender's images/s in one block, by its name, which ends in the number of workers."""
+    """Make functions that measure a contender's images/s in one block, by its name and number of workers."""
     makers: dict[str, Callable[..., float]] = {"plain PIL": plain_rate, "fcvit_jax": own_rate}
     try:
         import grain  # pyright: ignore[reportMissingImports]
@@ -106,7 +109,7 @@ def make_contenders(block: Block, workers: list[int]) -> dict[str, Callable[[], 
     except ImportError:
         print("Grain is not installed (pip install grain): left out", file=sys.stderr)
     else:
-        flags.FLAGS(sys.argv[:1])  # Grain's processes want them parsed
+        flags.FLAGS(sys.argv[:1])  # Grain's processes require parsed flags
         for kind in ("threads", "processes"):
             makers[f"Grain, {kind}"] = functools.partial(grain_rate, grain, kind)
     return {
@@ -115,7 +118,7 @@ def make_contenders(block: Block, workers: list[int]) -> dict[str, Callable[[], 
 
 
 def steady_rate(counts: Iterator[int]) -> float:
-    """Images a second, given how many there are in each batch as it comes."""
+    """Measure images a second, from the number of images in each batch as it comes."""
     for _ in range(WARM_UP):
         next(counts)
     started = time.perf_counter()
@@ -142,7 +145,7 @@ def plain_rate(block: Block, workers: int) -> float:
 
 
 def plain_loop(block: Block, share: range, barrier: Any, spans: Any) -> None:
-    """What everybody writes first: photos to a square, no care for odd files."""
+    """Run the usual simple loop: photos to a square, without care for odd files."""
     source, resample = block.source(), INTERPOLATIONS[block.preprocess.interpolation]
     side, shorter = block.preprocess.image_size[0], block.preprocess.resize_size[0]
     barrier.wait()

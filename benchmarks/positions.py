@@ -8,7 +8,7 @@ mean         the mean of its members' coordinates, weighted by size: what the li
 stays        the coordinates of the member that stays
 angles       the mean of the members' cosines and sines, weighted by size, which is shorter than 1
 directions   the same at length 1
-row-major    the first positions of the grid, as if tokens had not moved: what a model gets that recomputes them
+row-major    the first positions of the grid, as in a model that recomputes positions after merging
 
 KL           mean over images of KL(dense || merged) of the predicted classes
 of mean      KL over that of "mean", with its bootstrap interval over images
@@ -39,7 +39,7 @@ from fcvit_jax.models.positions import grid_coordinates, rotate
 
 
 class Choice(NamedTuple):
-    """What tokens carry, [1 or b, n, c]; how merged ones get theirs; and how it turns queries or keys [b, h, n, w]."""
+    """What tokens carry, [1 or b, n, c], how it merges, and how it turns queries or keys [b, h, n, w]."""
 
     start: Callable[[fc.ViTConfig], Any] = grid_coordinates
     merge: Callable[[jax.Array, jax.Array, Matching], jax.Array] = vit.merge_coordinates
@@ -47,7 +47,7 @@ class Choice(NamedTuple):
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """The library's models merge positions by this choice."""
+        """Make the library's models merge positions by this choice."""
         with (
             mock.patch.object(vit, "grid_coordinates", self.start),
             mock.patch.object(vit, "merge_coordinates", self.merge),
@@ -75,7 +75,7 @@ def row_major(carried: jax.Array, size: jax.Array, matching: Matching) -> jax.Ar
 
 
 def unit_vectors(config: fc.ViTConfig) -> np.ndarray:
-    """The cosine and sine of every angle of a token, in the places of the pair that it turns: [1, n, w]."""
+    """Compute the cosine and sine of every angle of a token, in the places of the pair that it turns: [1, n, w]."""
     assert config.rotary
     first = join(jnp.ones(config.head_dim // 2), jnp.zeros(config.head_dim // 2), config.rotary)
     pairs = jnp.broadcast_to(first, (1, 1, config.num_tokens, config.head_dim))
@@ -139,7 +139,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def log_probabilities(config: fc.ViTConfig, params: Any, images: jax.Array, schedule: str) -> np.ndarray:
-    """Of every image and class, float64 [images, c]."""
+    """Compute the log probability of every image and class, float64 [images, c]."""
     model = fc.ViT(config, fc.MergeSchedule.parse(schedule, config.depth))
     run = jax.jit(lambda params, images: model.apply({"params": params}, images)[0])  # one program a choice
     parts = [np.asarray(run(params, part)) for part in np.array_split(images, -(-len(images) // 64))]
@@ -150,7 +150,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__)
     parser.add_argument("checkpoint", help="of a model with rotary positions")
     parser.add_argument("dataset", help="images: folder:PATH, digits:test or tfds:NAME/SPLIT")
-    parser.add_argument("--schedules", default="tome_r4,tome_r8,tome_r12", help="with rules, if not Token Merging's")
+    parser.add_argument("--schedules", default="tome_r4,tome_r8,tome_r12", help="with @RULE, if not tome")
     parser.add_argument("--random", action="store_true", help="random weights in place of the checkpoint's")
     parser.add_argument("--limit", type=int, help="the first images only")
     parser.add_argument("--out", type=Path, required=True, help="file for the table")

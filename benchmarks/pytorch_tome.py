@@ -25,9 +25,9 @@ from fcvit_jax.models.schedule import MergeSchedule
 
 
 def load_timm(config: ViTConfig, params: Mapping[str, Any]) -> Any:
-    """timm's model with our weights, float32, in eval mode: what `fcvit_jax.convert --to timm` exports.
+    """Build timm's model with our weights, float32, in eval mode: what `fcvit_jax.convert --to timm` exports.
 
-    Raises InputError where timm has no such model.
+    Raises InputError if timm has no such model.
     """
     model = eval(pytorch.timm_call(config), {"timm": timm, "torch": torch, "functools": functools})
     with tempfile.TemporaryDirectory() as directory:
@@ -38,7 +38,7 @@ def load_timm(config: ViTConfig, params: Mapping[str, Any]) -> Any:
 
 
 def with_schedule(model: Any, config: ViTConfig, schedule: MergeSchedule) -> torch.nn.Module | None:
-    """The model under a schedule: itself where nothing merges; None where `TokenMerging` cannot do it."""
+    """Put a model under a schedule: itself if nothing merges; None if `TokenMerging` cannot do it."""
     layers = schedule.plan(config)
     if not any(layer.removed for layer in layers):
         return model
@@ -70,7 +70,7 @@ class TokenMerging(torch.nn.Module):
 
 
 def attend(attention: Any, x: torch.Tensor, size: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Proportional attention of x [b, n, d], with size [b, n, 1] or None where all are 1.
+    """Compute proportional attention of x [b, n, d], with size [b, n, 1], or None if all are 1.
 
     Returns the output [b, n, d] and the keys' mean over the heads, float32 [b, n, k].
     """
@@ -84,11 +84,11 @@ def attend(attention: Any, x: torch.Tensor, size: torch.Tensor | None) -> tuple[
 def merge_tokens(
     x: torch.Tensor, size: torch.Tensor | None, keys: torch.Tensor, removed: int, prefix: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Bipartite soft matching on the keys [b, n, k], and means of x [b, n, d] weighted by size, summed in float32.
+    """Match on the keys [b, n, k] and average x [b, n, d], weighted by size, with sums in float32.
 
-    Each token at an even position (A) proposes the most similar one at an odd position (B), and the best proposals are
-    merged; the first `prefix` tokens stay. Returns [prefix][A left, in order][B] and the sizes, float32
-    [b, n - removed, 1].
+    Bipartite soft matching: each token at an even position (A) proposes the most similar one at an odd position (B).
+    The best proposals are merged; the first `prefix` tokens stay. Returns [prefix][A left, in order][B] and the sizes,
+    float32 [b, n - removed, 1].
     """
     in_a, in_b = slice(prefix + prefix % 2, None, 2), slice(prefix + 1 - prefix % 2, None, 2)
     unit = functional.normalize(keys, dim=-1)
@@ -110,13 +110,13 @@ def merge_tokens(
 
 
 def set_precision(dtype: str) -> None:
-    """How float32 products are computed from now on: exactly, or as "tf32"."""
+    """Set how float32 products are computed from now on: exactly, or as "tf32"."""
     torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = dtype == "tf32"
 
 
 class Prepared(NamedTuple):
-    """run: so many calls, waited for. logits: float32 [m b, c]. bytes: on GPUs, what it held at most."""
+    """A model ready to be timed. run: makes calls. logits: float32 [m b, c]. bytes: its peak on GPUs."""
 
     run: Callable[[int], None]
     logits: np.ndarray
@@ -125,7 +125,7 @@ class Prepared(NamedTuple):
 
 
 def prepare(model: torch.nn.Module, batches: np.ndarray, mode: str | None = None) -> Prepared:
-    """Warm a model up where it lies, on the first of batches [m, b, height, width, 3]; with a mode, `torch.compile` it.
+    """Warm a model up on its device, on the first of batches [m, b, height, width, 3]; with a mode, `torch.compile` it.
 
     compile_seconds includes the first call. bytes: weights, images, and the most that a call takes beside them.
     """
@@ -133,7 +133,7 @@ def prepare(model: torch.nn.Module, batches: np.ndarray, mode: str | None = None
     cuda = weight.device.type == "cuda"
     images = torch.from_numpy(batches).permute(0, 1, 4, 2, 3).contiguous().to(weight.device, weight.dtype)
     timed, before = images[0], torch.cuda.memory_allocated() if cuda else 0
-    # fullgraph: what cannot be compiled whole fails, instead of being timed in pieces.
+    # fullgraph: a model that cannot be compiled whole fails, instead of being timed in pieces.
     call = torch.compile(model, mode=mode, dynamic=False, fullgraph=True) if mode else model
 
     @torch.inference_mode()

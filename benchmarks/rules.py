@@ -1,4 +1,4 @@
-"""Merge rules side by side: what each does to a model's predictions at equal token counts, as a table and a plot.
+"""Compare merge rules: what each does to a model's predictions at equal token counts, as a table and a plot.
 
     python benchmarks/rules.py vit_s folder:photos --rules tome,nearest --schedules tome:4-20:4,s2dfe_r16 --out rules
 
@@ -8,7 +8,7 @@ Writes rules.md, rules.csv and rules.png into --out, beside what evaluate.py wri
     KL        mean over images of KL(dense || merged) of the predicted classes
     ratio     KL over that of the first rule at the same schedule
     95 %      bootstrap interval of the ratio over images
-    agree     share of images whose first guess is the dense model's
+    agree     share of images with the dense model's top-1 class
     speed     images/s over those of the first rule, in alternating blocks of one run (--throughput_blocks)
 """
 
@@ -91,7 +91,7 @@ def write(table: list[dict[str, Any]], directory: Path) -> None:
 
 
 def draw(table: list[dict[str, Any]], path: Path) -> None:
-    """Plot KL against GMACs, a line a rule."""
+    """Plot KL over GMACs, one line per rule."""
     figure = blank_figure(WIDTH, HEIGHT)
     axes = figure.subplots()
     for colour, marker, rule in zip(cycle(COLOURS), cycle("osD^vPXh"), dict.fromkeys(row["rule"] for row in table)):

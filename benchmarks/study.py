@@ -1,23 +1,23 @@
-"""Do flatter minima lose less when tokens merge? One command trains, evaluates and measures one model: one stored row.
+"""Do flatter minima lose less when tokens merge? One command trains, evaluates and measures one model, one stored row.
 
     python benchmarks/study.py digits adamw 0
     python benchmarks/study.py clothing sam 2 --checkpoint clothing --photos photos
     python benchmarks/study.py digits_fit all 5      # all arms of the seeds 0 to 4, one after the other
 
-The arms of a setting share the initialisation, the data, their order and augmentation, the learning rate and all else
-but what `ARMS` names: AdamW, AdamW with as many gradients as SAM computes, SAM, SAM with twice as many steps, ASAM,
+The arms of a setting share the initialisation, the data, their order and augmentation, the learning rate and everything
+but what `ARMS` changes: AdamW, AdamW with as many gradients as SAM computes, SAM, SAM with twice as many steps, ASAM,
 GSAM, SAM at the end of the run only, and MSAM. Each model is evaluated under the setting's merge schedules, dense among
-them, and its flatness is measured on training images, and compared with the AdamW of the same seed, which therefore
-must be run first. Rerun the same command to resume; a run whose row is stored is not run again.
+them. Its flatness is measured on training images, and compared with the AdamW of the same seed, which must be run
+first. Rerun the same command to resume; a run whose row is stored is not run again.
 
 digits, clothing: all arms take the same number of steps, or of gradients. digits is a small ViT from scratch, on
-scikit-learn's digits, offline; clothing any checkpoint, fine-tuned whole for an epoch at 112 pixels on PHOTOS/train and
-tested on PHOTOS/test, one folder a class.
+scikit-learn's digits, offline. clothing is any checkpoint, fine-tuned whole for an epoch at 112 pixels on PHOTOS/train
+and tested on PHOTOS/test, with one folder per class.
 
 digits_fit, clothing_fit: all arms train until they fit as well as AdamW, by one rule. The learning rate is constant
-after the warm-up, and what is measured is the running average of the parameters. AdamW takes a fixed number of steps;
-every other arm stops at the first measurement at which its loss on training images, in evaluation mode, is not above
-AdamW's last one. SAM at the end starts at a share of AdamW's steps, and stays until then.
+after the warm-up, and the running average of the parameters is measured. AdamW takes a fixed number of steps. Every
+other arm stops at the first measurement at which its loss on training images, in evaluation mode, is not above AdamW's
+last one. SAM at the end starts at a share of AdamW's steps, and stays until then.
 
 benchmarks/study_report.py makes tables and plots of the rows.
 """
@@ -61,20 +61,20 @@ KEPT = ("schedule", "stages", "gmacs", "correct", "num_images", "top1", "gained"
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """How long the arms of a setting train that stop when they fit as well as AdamW."""
+    """How long arms train that stop when they fit as well as AdamW."""
 
     epochs: float  # AdamW's
-    most: int  # times as many steps, after which an arm stops unfitted
+    most: int  # an arm that does not fit stops after this many times AdamW's steps
     every: int  # steps between measurements of the loss
     images: int  # training images that it is measured on
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all arms of it share. config: of train_sam.py. rho, adaptive_rho: the radii of SAM (and GSAM) and of ASAM.
+    """What all arms share. config: of train_sam.py. rho, adaptive_rho: the radii of SAM (and GSAM) and of ASAM.
 
-    ASAM's counts in shares of each weight: the two do not compare as numbers. MSAM's is 15 times SAM's, as in the
-    commands of its authors for ViTs (3 and 0.2). arms: all of them, in the order of `all`.
+    ASAM's radius is in shares of each weight, so that the two numbers cannot be compared. MSAM's is 15 times SAM's, as
+    in the commands of its authors for ViTs (3 and 0.2). arms: all of them, in the order of `all`.
     """
 
     config: Callable[[argparse.Namespace], Any]
@@ -179,13 +179,13 @@ def twice(config: Any) -> dict[str, Any]:
     return {"epochs": 2 * config.epochs, "warmup_epochs": 2 * config.warmup_epochs}
 
 
-# The fields that an arm changes of the setting's configuration.
+# The fields of the setting's configuration that an arm changes.
 ARMS: dict[str, Callable[[Any, Setting], dict[str, Any]]] = {
     "adamw": lambda config, setting: {"sam.rho": 0.0},
     # As many gradients as SAM computes.
     "adamw_twice": lambda config, setting: {"sam.rho": 0.0} | twice(config),
     "sam": lambda config, setting: {"sam.rho": setting.rho},
-    # Nearer to AdamW's loss.
+    # Gets closer to AdamW's loss.
     "sam_twice": lambda config, setting: {"sam.rho": setting.rho} | twice(config),
     "asam": lambda config, setting: {"sam.rho": setting.adaptive_rho, "sam.adaptive": True},
     "gsam": lambda config, setting: {"sam.rho": setting.rho, "sam.gap_weight": 0.4},
@@ -234,13 +234,13 @@ def title(args: argparse.Namespace) -> str:
 
 
 def stored(args: argparse.Namespace, arm: str | None = None) -> dict[str, Any] | None:
-    """The stored row of the arguments, or of another arm."""
+    """Find the stored row of the arguments, or of another arm."""
     key = args.setting, arm or args.arm, args.seed
     return next((row for row in read(args.rows) if (row["setting"], row["arm"], row["seed"]) == key), None)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """The stored rows; none if there is no file yet."""
+    """Read the stored rows; none if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
@@ -252,7 +252,7 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     config.schedules, config.eval_every, config.tensorboard = "dense", NEVER, False  # tested once, at the end
     workdir, twin = place / f"{args.arm}_{args.seed}", place / f"adamw_{args.seed}" / "flatness.json"
     if args.arm != "adamw" and not twin.exists():
-        raise InputError(f"{twin} is absent: run the arm adamw of this seed first, which the others are compared with")
+        raise InputError(f"{twin} does not exist: run the arm adamw of this seed first, for the comparison")
     began, fit = time.perf_counter(), None
     if setting.fit:
         config.epochs = setting.fit.epochs * setting.fit.most
@@ -322,7 +322,7 @@ def train_until(config: TrainConfig, workdir: Path, fit: Fit, target: float | No
 
 
 def summary(report: FlatnessReport) -> dict[str, Any]:
-    """What is measured of the minimum, without the samples behind it. curves: means by radius."""
+    """Summarise a report without its samples. curves: means by radius."""
     return {
         "num_images": report.conditions["num_images"],
         "config": dataclasses.asdict(report.config),
@@ -345,7 +345,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("arm", choices=(*ARMS, "all"))
-    parser.add_argument("seed", type=int, help="of the run; after all, how many")
+    parser.add_argument("seed", type=int, help="of the run; with the arm all, the number of seeds")
     parser.add_argument("--checkpoint", default="clothing", help="clothing: where to start (default: clothing)")
     parser.add_argument("--photos", default="photos", help="clothing: holds train/ and test/ (default: photos)")
     parser.add_argument("--workdir", type=Path, default=Path("workdir/study"), help="default: workdir/study")

@@ -1,11 +1,11 @@
-"""The tables and plots of docs/flatness_and_compression.md and docs/training.md, made of the stored rows.
+"""The tables and plots of docs/flatness_and_compression.md and docs/training.md, made from the stored rows.
 
     python benchmarks/study_report.py           rewrites them
-    python benchmarks/study_report.py --check   writes nothing, and fails where a table is not what the rows make
+    python benchmarks/study_report.py --check   writes nothing, and fails if a table differs from the rows
 
-A table stands in a page between `<!-- SETTING: TABLE -->` and `<!-- end -->`. A value is the mean over the seeds with
-the half width of its 95 % interval (Student's t); a difference is taken seed by seed, and its p is that of the paired
-t-test. Intervals and tests are about the seeds of training: the test images are the same throughout.
+A table lies in a page between `<!-- SETTING: TABLE -->` and `<!-- end -->`. A value is the mean over the seeds with the
+half width of its 95 % interval (Student's t). A difference is taken seed by seed; its p is that of the paired t-test.
+Intervals and tests are over the seeds of training: the test images are always the same.
 """
 
 import argparse
@@ -56,12 +56,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with one_line_errors():
         if absent := [path for path in (*PAGES, ROWS, ABLATION) if not path.exists()]:
-            raise InputError(f"{absent[0]} is absent: run benchmarks/study.py, and write the page around its tables")
+            raise InputError(f"{absent[0]} is missing: run benchmarks/study.py, and write the page around its tables")
         for page in PAGES:
             before = page.read_text()
             after = fill(before, read(ROWS), read(ABLATION), read(COST))
             if args.check and after != before:
-                raise InputError(f"{page} is not what the rows make: run benchmarks/study_report.py")
+                raise InputError(f"{page} differs from the stored rows: run benchmarks/study_report.py")
             if not args.check:
                 write_whole(page, after.encode())
         if args.check:
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def fill(page: str, runs: Rows, ablation: Rows, costs: Rows) -> str:
-    """The page with every table between its marks rewritten."""
+    """Rewrite every table of a page between its marks."""
 
     def table(found: re.Match[str]) -> str:
         _, setting, name, _ = found.groups()
@@ -90,7 +90,7 @@ def select(rows: Rows, setting: str) -> Rows:
 
 
 def by_arm(rows: Rows) -> dict[str, Rows]:
-    """The rows of each arm, in the order of the seeds."""
+    """Group the rows by arm, in the order of the seeds."""
     arms = {arm: sorted((row for row in rows if row["arm"] == arm), key=lambda row: row["seed"]) for arm in ARMS}
     return {arm: members for arm, members in arms.items() if members}
 
@@ -101,7 +101,7 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def mean(values: Sequence[float], form: str) -> str:
-    """Mean and half width of the 95 % interval over the seeds."""
+    """Format the mean and the half width of the 95 % interval over the seeds."""
     middle, count = float(np.mean(values)), len(values)
     if count < 2:
         return format(middle, form)
@@ -109,7 +109,7 @@ def mean(values: Sequence[float], form: str) -> str:
     return f"{middle:{form}} ± {half:{form.lstrip('+')}}"
 
 
-# What of a run is compared. merged: over all schedules but dense.
+# The values of a run that are compared. merged: over all schedules but dense.
 def dense(row: dict[str, Any]) -> float:
     return 100 * row["schedules"][0]["top1"]
 
@@ -142,7 +142,7 @@ def conditions(rows: Rows) -> str:
 
 
 def per_schedule(value: Callable[[dict[str, Any], int], float], form: str) -> Callable[[Rows], str]:
-    """A table with a line a schedule and a column an arm."""
+    """Make a table with a line for each schedule and a column for each arm."""
 
     def table(rows: Rows) -> str:
         arms = by_arm(rows)
@@ -160,7 +160,7 @@ def per_schedule(value: Callable[[dict[str, Any], int], float], form: str) -> Ca
 
 
 def measures(row: dict[str, Any]) -> dict[str, float]:
-    """Every measure of flatness of a run, by its title."""
+    """Return every measure of flatness of a run, by its title."""
     flatness = row["flatness"]
     named = {"largest eigenvalue": flatness["eigenvalue"], "trace": flatness["trace"]}
     for name, title in MEASURES.items():
@@ -187,7 +187,7 @@ def flatness(rows: Rows) -> str:
 
 
 def paired(rows: Rows) -> str:
-    """Differences of the other arms from both AdamWs, over the seeds that both have."""
+    """Compare the other arms with both AdamWs, over the seeds that both have."""
     arms, body = by_arm(rows), []
     columns = {"dense, points": dense, "merged, points": merged, "drop, points": drop, "ln KL": log_divergence}
     for arm in (*(arm for arm in arms if not arm.startswith("adamw")), "adamw_twice"):
@@ -214,7 +214,7 @@ def difference(values: Sequence[float]) -> str:
 
 
 def relation(rows: Rows) -> str:
-    """Spearman's rank correlation over all runs of the setting, of whichever arm."""
+    """Compute Spearman's rank correlation over all runs of the setting, whatever the arm."""
     if len(rows) < 4:
         return ""
     body = []
@@ -230,7 +230,7 @@ def relation(rows: Rows) -> str:
 
 
 def fit(rows: Rows) -> str:
-    """How well each arm fits when it stops, beside the AdamW of its seed, and what that took."""
+    """Show how well each arm fits when it stops, beside the AdamW of its seed, and after how many steps."""
     arms, body = by_arm(rows), []
     theirs = {row["seed"]: row["gradients"] for row in arms["adamw"]}
     for arm, members in arms.items():
@@ -253,14 +253,14 @@ def fit(rows: Rows) -> str:
 
 
 def pairs(rows: Rows, arm: str) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The runs of an arm, each with the AdamW of its seed."""
+    """Pair the runs of an arm with the AdamW of their seed."""
     arms = by_arm(rows)
     theirs = {row["seed"]: row for row in arms["adamw"]}
     return [(row, theirs[row["seed"]]) for row in arms[arm] if row["seed"] in theirs]
 
 
 def against_adamw(values: Callable[[dict[str, Any]], dict[str, float]], first: str) -> Callable[[Rows], str]:
-    """Differences from AdamW, seed by seed: a line a value, a column an arm."""
+    """Make a table of differences from AdamW, seed by seed: one line per value, one column per arm."""
 
     def table(rows: Rows) -> str:
         others = [arm for arm in by_arm(rows) if arm != "adamw"]
@@ -286,9 +286,9 @@ def log_measures(row: dict[str, Any]) -> dict[str, float]:
 
 
 def halfway(rows: Rows) -> str:
-    """How far each arm goes from AdamW's sharpness to SAM's: 0 as sharp as AdamW, 1 as flat as SAM.
+    """Show how far each arm goes from AdamW's sharpness to SAM's: 0 as sharp as AdamW, 1 as flat as SAM.
 
-    Of means over the seeds that all arms have.
+    Means are over the seeds that all arms have.
     """
     arms = by_arm(rows)
     common = set.intersection(*({row["seed"] for row in members} for members in arms.values()))
@@ -307,7 +307,7 @@ METHODS = {"adamw": "AdamW", "msam": "MSAM", "sam_last25": "SAM-last-25%", "sam"
 
 
 def choice(rows: Rows, costs: Rows) -> str:
-    """What each method costs and gives, beside AdamW; means over the seeds."""
+    """Show what each method costs and gains, beside AdamW; means over the seeds."""
     arms, body = by_arm(rows), []
     sharpest = next(reversed([title for title in measures(rows[0]) if title.startswith(MEASURES["worst"] + " ")]))
     for arm, method in METHODS.items():
@@ -356,7 +356,7 @@ TABLES: dict[str, Callable[[Rows], str]] = {
 
 
 def families(names: Sequence[str]) -> Callable[[Rows], str]:
-    """A line a rate, a column a family: images right and GMACs."""
+    """Make a table of images right and GMACs: one line per rate, one column per family."""
 
     def table(rows: Rows) -> str:
         found = {(family(row["schedule"]), rate(row["schedule"])): row for row in rows}
@@ -376,7 +376,7 @@ def cell(row: dict[str, Any]) -> str:
 
 
 def ablation_full(rows: Rows) -> str:
-    """Every schedule, the costliest first."""
+    """List every schedule, the most expensive first."""
     body = [
         [
             f"`{row['schedule']}`",
@@ -402,7 +402,7 @@ ABLATIONS: dict[str, Callable[[Rows], str]] = {
 
 
 def blank(width: float, height: float) -> Any:
-    """A figure, in inches, that needs no display."""
+    """Make a figure, sized in inches, that needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -418,7 +418,7 @@ def png(figure: Any) -> bytes:
 
 
 def plot(rows: Rows) -> bytes:
-    """Top-1 and KL over GMACs, means over the seeds, and KL over sharpness, a point a run; PNG."""
+    """Plot top-1 and KL over GMACs, means over the seeds, and KL over sharpness, one point per run; PNG."""
     figure = blank(15, 4.8)
     accuracy, kl, scatter = figure.subplots(1, 3)
     names = [each["schedule"] for each in rows[0]["schedules"]]
@@ -453,7 +453,7 @@ def plot(rows: Rows) -> bytes:
 
 
 def plot_ablation(rows: Rows) -> bytes:
-    """Top-1 and KL over GMACs, a line a family; PNG."""
+    """Plot top-1 and KL over GMACs, one line per family; PNG."""
     figure = blank(12, 5.2)
     accuracy, kl = figure.subplots(1, 2)
     dense = next(row for row in rows if row["schedule"] == "dense")

@@ -1,15 +1,15 @@
-"""What a training step costs, side by side in one run: by method, by merge schedule, in memory, and waiting for photos.
+"""The cost of a training step, compared in one run: by method and merge schedule, in memory, and in waiting for photos.
 
     python benchmarks/training.py
     python benchmarks/training.py --methods AdamW,SAM --schedules dense,tome_r13,s2dfe_r18
     python benchmarks/training.py --model vit_base_patch16_224 --batch_size 64 --dataset folder:photos/train
     python benchmarks/training.py --model packaged:digits --batch_size 32 --json rows.jsonl
 
-Blocks of all contenders alternate, so that what else the machine does falls on all alike; the median counts. A block is
-twenty steps, in which LookSAM-5 takes its second gradient four times, and SAM-last-25% in the last five; SAM/4 is SAM
-in four micro-batches. Weights are random: cost does not depend on them. Activations are the memory that grows with the
-batch: what the compiled step needs for twice the batch, less what it needs for the batch. Ratios are to the first
-method under the first schedule; the row that --json stores has that of time with its 95 % interval over the blocks.
+Blocks of all contenders alternate, so that other load on the machine affects all alike; the median counts. A block is
+twenty steps: LookSAM-5 takes its second gradient in four of them, SAM-last-25% in the last five. SAM/4 is SAM in four
+micro-batches. Weights are random: cost does not depend on them. Activations are the memory that grows with the batch:
+what the compiled step needs for twice the batch, less what it needs for the batch. Ratios are to the first method under
+the first schedule. The rows of --json have the ratio of time with its 95 % interval over the blocks.
 """
 
 import argparse
@@ -60,7 +60,7 @@ METHODS = {
 
 
 class Contender:
-    """A training run with its own state; its compiled steps by the step of a block from which each is taken."""
+    """A training run with its own state; steps: the first step of a block that each compiled step serves -> it."""
 
     def __init__(self, model: ViT, preprocess: Preprocess, sam: SAMConfig, batch: Any):
         params = abstract_params(model.config)
@@ -73,7 +73,7 @@ class Contender:
             self.steps[first] = step.lower(self.state, batch).compile()
 
     def block(self, batches: Iterator[Any], on_step: Callable[[Any], None] = lambda metrics: None) -> float:
-        """Seconds that a block and its batches take. on_step: called with the metrics of each dispatched step."""
+        """Measure the seconds of a block and its batches. on_step: called with the metrics of each dispatched step."""
         started = time.perf_counter()
         for index in range(BLOCK):
             step = self.steps[max(first for first in self.steps if first <= index)]
@@ -83,7 +83,7 @@ class Contender:
         return time.perf_counter() - started
 
     def memory(self) -> int:
-        """Bytes that the step needs beside its arguments and results: activations, and gradients."""
+        """Return the bytes that the step needs beside its arguments and results: activations, and gradients."""
         analyses: list[Any] = [step.memory_analysis() for step in self.steps.values()]
         return max(analysis.temp_size_in_bytes for analysis in analyses)
 
@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--schedules", default="dense", help="merge schedules to train under (default: %(default)s)")
     parser.add_argument("--blocks", type=int, default=5, help="timed blocks of each contender")
     parser.add_argument("--json", type=Path, help="append a row for each contender to this file")
-    parser.add_argument("--dataset", help="photos to augment and feed to the first contender: how long does it wait?")
+    parser.add_argument("--dataset", help="photos to feed to the first contender, to measure how long it waits")
     args = parser.parse_args()
     with one_line_errors():
         measure(args)
@@ -138,7 +138,7 @@ def measure(args: argparse.Namespace) -> None:
     seconds: dict[tuple[str, str], list[float]] = {key: [] for key in contenders}
     for warm in tqdm([True] + [False] * args.blocks, "timing", leave=False):
         for key, contender in contenders.items():
-            time.sleep(0.1)  # threads that the one before left spinning go to sleep
+            time.sleep(0.1)  # lets spinning threads of the previous one go to sleep
             took = contender.block(iter([batch] * BLOCK))
             if not warm:
                 seconds[key].append(took)
@@ -178,7 +178,7 @@ def measure(args: argparse.Namespace) -> None:
 
 
 def waiting(args: argparse.Namespace, contender: Contender, preprocess: Preprocess, source: Source) -> float:
-    """The share of the time in which the device has nothing to do but wait for photos, after the first block."""
+    """Measure the share of the time in which the device only waits for photos, after the first block."""
     augment = Augment()
     host = train_batches(
         source,
@@ -188,7 +188,7 @@ def waiting(args: argparse.Namespace, contender: Contender, preprocess: Preproce
         range((args.blocks + 1) * BLOCK),
         seed=0,
     )
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # on which the contenders are
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # where the contenders are
     with contextlib.closing(device_batches(host, one)) as batches, contextlib.closing(WaitingTime()) as wait:
         fed = (StepInputs(batch.images, batch.labels, batch.mask) for batch in wait.timed(batches))
         contender.block(fed, wait.started)

@@ -1,4 +1,4 @@
-"""The twin of configs/digits_sam.py with DINOv3's rotary positions, and none that are learned.
+"""configs/digits_sam.py with DINOv3's rotary positions instead of learned ones.
 
 python train_sam.py --config=configs/digits_rotary.py --workdir=W
 

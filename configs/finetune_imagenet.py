@@ -1,11 +1,11 @@
-"""Fine-tune DeiT-S on ImageNet-1k with SAM, starting where its authors ended. Not run here: ImageNet was not available.
+"""Fine-tune DeiT-S on ImageNet-1k with SAM, from its published weights. Not run here: ImageNet was not available.
 
 python train_sam.py --config=configs/finetune_imagenet.py --config.dtype=bfloat16 --workdir=W
 python train_sam.py --config=configs/finetune_imagenet.py --workdir=W \
     --config.checkpoint=vit_base_patch16_224.augreg_in21k_ft_in1k --config.sam.rho=0.1
 
-Sources: a few epochs of SAM at the end of training give most of its effect (arXiv 2410.10373); SAM as the fine-tuning
-that precedes compression: CrAFT (arXiv 2305.04526). Learning rate and radius are starting points.
+Sources: a few epochs of SAM at the end of training give most of its effect (arXiv 2410.10373). CrAFT (arXiv 2305.04526)
+fine-tunes with SAM before compression. Learning rate and radius are starting points.
 """
 
 from typing import Any

@@ -6,9 +6,9 @@ python train_sam.py --config=configs/imagenet_vit_sam.py --config.dtype=bfloat16
     --config.model.embed_dim=768 --config.model.num_heads=12 --config.model.mlp_dim=3072          (ViT-B/16)
 
 Inception crop and flip, 300 epochs, batches of 4096, AdamW at 3e-3 with 10,000 steps of warm-up and weight decay 0.3,
-gradients clipped at 1: as in table 4 of GSAM (arXiv 2203.08065), which repeats it and reports 78.1 % for S/16 with SAM
-and 79.9 % for B/16. Each of 64 micro-batches is perturbed on its own, as 64 devices would. The radii, 0.1 and 0.2, are
-starting points.
+gradients clipped at 1: as in table 4 of GSAM (arXiv 2203.08065). GSAM repeats this recipe and reports 78.1 % for S/16
+with SAM and 79.9 % for B/16. Each of 64 micro-batches is perturbed on its own, as on 64 devices. The radii, 0.1 and
+0.2, are starting points.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def get_config() -> Any:
     config.targets.loss = "sigmoid"
     config.batch_size = 4096
     config.epochs = 300.0
-    config.warmup_epochs = 32.0  # 10,000 of 312 steps
+    config.warmup_epochs = 32.0  # 10,000 steps, 312 an epoch
     config.optimizer.learning_rate = 3e-3
     config.optimizer.weight_decay = 0.3
     config.sam.rho = 0.1

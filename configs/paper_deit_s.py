@@ -8,8 +8,8 @@ Compare what the schedules cost with the published numbers, without weights or i
     python evaluate.py --config=configs/paper_deit_s.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-available. The table prints GMACs to 0.1, which determines the rates of ToMe and DFE. It does not print the rate of its
-full method, 2.5 GMACs: s2winc7 comes nearest with 2.64 at 16.
+available. The table prints GMACs to 0.1, which determines the rates of ToMe and DFE. It does not print the rate of the
+full method, at 2.5 GMACs: the nearest s2winc7 has 2.64 GMACs, at r = 16.
 """
 
 from ml_collections import ConfigDict

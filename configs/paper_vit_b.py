@@ -8,7 +8,7 @@ Compare what the schedules cost with the published numbers, without weights or i
     python evaluate.py --config=configs/paper_vit_b.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-available. The GMACs of s2winc7 agree with the plots within 0.05; s2dfe could be compared by its images/s alone.
+available. The GMACs of s2winc7 agree with the plots within 0.05; the plots give only images/s for s2dfe.
 """
 
 from ml_collections import ConfigDict

@@ -9,8 +9,8 @@ Compare what the schedules cost with the published numbers, without weights or i
     python evaluate.py --config=configs/paper_vit_b_sam.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-available. The plot has images/s and no GMACs. Comparing with configs/paper_vit_b.py does not test SAM alone: those
-weights were pretrained on ImageNet-21k as well.
+available. The plot has images/s and no GMACs. A comparison with configs/paper_vit_b.py does not test SAM alone: those
+weights were also pretrained on ImageNet-21k.
 """
 
 from ml_collections import ConfigDict

@@ -8,8 +8,8 @@ Compare what the schedules cost with the published numbers, without weights or i
     python evaluate.py --config=configs/paper_vit_l.py --config.gmacs_only=true
 
 docs/published.md has the published accuracies and their sources. They were not measured here: no copy of ImageNet was
-available. The GMACs of s4dfe agree with the plots within 0.2. No known rule gives the GMACs of the plots' s4winc7:
-here it is what the paper's text describes.
+available. The GMACs of s4dfe agree with the plots within 0.2. No known rule gives the GMACs of the plots' s4winc7; the
+one here follows the paper's text.
 """
 
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""The fields of a training run with their defaults, which the experiments start from; no experiment itself.
+"""The fields of a training run with their defaults, from which the experiments start.
 
 docs/training.md explains every field. The fields and defaults are those of `fcvit_jax.training.TrainConfig`.
 """

@@ -1,4 +1,4 @@
-"""Transfer to CIFAR-10 with SAM; CIFAR-100 and Oxford Pets by two fields. Not run here: the data were not available.
+"""Transfer to CIFAR-10, CIFAR-100 or Oxford Pets with SAM. Not run here: the data were not available.
 
 python train_sam.py --config=configs/transfer.py --workdir=W
 python train_sam.py --config=configs/transfer.py --workdir=W --config.train=tfds:cifar100/train \
@@ -6,8 +6,9 @@ python train_sam.py --config=configs/transfer.py --workdir=W --config.train=tfds
 python train_sam.py --config=configs/transfer.py --workdir=W --config.train=tfds:oxford_iiit_pet/train \
     --config.test=tfds:oxford_iiit_pet/test --config.epochs=70 --config.warmup_epochs=14
 
-Source of the plain recipe: vision_transformer's (SGD with momentum 0.9, batches of 512, clipping at 1, cosine with
-warm-up, no weight decay, learning rate 0.01, 10,000 steps with 500 of warm-up for CIFAR); the radius is SAM's usual.
+The recipe without SAM is that of google-research/vision_transformer: SGD with momentum 0.9, batches of 512, clipping
+at 1, cosine with warm-up, no weight decay, learning rate 0.01, 10,000 steps with 500 of warm-up for CIFAR. The radius
+is SAM's usual.
 """
 
 from typing import Any

@@ -13,12 +13,12 @@ def keep_freed_memory() -> bool:
     """Make glibc keep freed memory instead of returning it to the system; returns whether it does.
 
     Otherwise every buffer of 32 MiB or more is mapped again, page by page, in every call of a compiled program: 14 % of
-    a dense ViT-S/16's time at batch 32 on two cores. For programs, not libraries, before JAX creates its devices.
-    Nothing is changed if the environment sets MALLOC_... or GLIBC_TUNABLES, or without glibc.
+    a dense ViT-S/16's time at batch 32 on two cores. Call it in programs, not in libraries, before JAX creates its
+    devices. Nothing is changed if the environment sets MALLOC_... or GLIBC_TUNABLES, or without glibc.
 
-    Only the heap of the main thread grows beyond 64 MiB, so a single CPU device is made to compute in the calling
-    thread, not asynchronously; several compute in threads of their own, and keep smaller buffers only. With one heap
-    for all threads, those of a program and of XLA's compiler wait for each other.
+    Only the heap of the main thread grows beyond 64 MiB. A single CPU device therefore computes in the calling thread,
+    not asynchronously. Several devices compute in their own threads, and keep smaller buffers only: with one heap for
+    all threads, those of a program and of XLA's compiler would wait for each other.
     """
     if any(name.startswith("MALLOC_") or name == "GLIBC_TUNABLES" for name in os.environ):
         return False

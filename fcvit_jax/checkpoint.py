@@ -3,7 +3,7 @@
     DIR/meta.json   configuration, preprocessing, class names, provenance, library versions, sha256 of the files
     DIR/params/     the parameter tree of `ViT(config)`, float32
 
-A directory is written under a temporary name beside its place and renamed at the end: it never exists in part.
+A directory is written under a temporary name and renamed at the end: it never exists in part.
 """
 
 import hashlib
@@ -73,8 +73,8 @@ class Checkpoint:
 def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = None) -> Checkpoint:
     """Open a checkpoint directory, a `train_sam.py` working directory, or a `packaged:NAME` checkpoint.
 
-    sharding: of every parameter; by default they lie on the first device. Raises InputError in one line if the
-    directory is missing, without metadata, damaged, or written by a later version.
+    sharding: of every parameter; the default is the first device. Raises InputError in one line if the directory is
+    missing, without metadata, damaged, or written by a later version.
     """
     directory = _locate(path)
     with naming(directory / "meta.json"):
@@ -97,7 +97,7 @@ def load_checkpoint(path: str | Path, sharding: jax.sharding.Sharding | None = N
     import orbax.checkpoint as ocp
 
     with utf8_path(directory) as place, ocp.StandardCheckpointer() as checkpointer:
-        # Compared beforehand: a restore that fails half-way complains from threads of its own.
+        # Compared beforehand: a restore that fails half-way logs from its own threads.
         place, abstract = place / "params", abstract_params(config, sharding)
         _check_shapes(str(directory / "params"), checkpointer.metadata(place).item_metadata.tree, abstract)
         params = checkpointer.restore(place, abstract)
@@ -117,8 +117,8 @@ def save_checkpoint(
     """Write a checkpoint directory, atomically. One process calls this, with parameters that it holds whole.
 
     class_names: as in `match_head`. provenance: JSON-able facts about where the parameters come from. Raises
-    InputError if `path` exists (with `overwrite`: and is not a checkpoint), cannot be written, or the parts do not fit
-    each other.
+    InputError if `path` exists (with `overwrite`: and is not a checkpoint) or cannot be written, or if the parts do not
+    fit each other.
     """
     path = check_target(path, overwrite, ENTRIES)
     order = class_names if isinstance(class_names, str) else None
@@ -152,7 +152,7 @@ def save_checkpoint(
 
 
 def without_head(config: ViTConfig, params: Mapping[str, Any], pool: str | None = None) -> tuple[ViTConfig, Any]:
-    """The backbone alone: pooled features are its output. pool: another way of pooling, for which it needs no weights.
+    """Drop the head: pooled features become the output. pool: another way of pooling, which must need no new weights.
 
     Raises InputError if the model cannot pool like that.
     """
@@ -167,7 +167,7 @@ def without_head(config: ViTConfig, params: Mapping[str, Any], pool: str | None 
 def recommend(checkpoint: Checkpoint, schedules: Mapping[str, str] | None) -> None:
     """Write recommended schedules, explicit forms by budget, into meta.json of a checkpoint directory.
 
-    None checks that this can be done. Raises InputError if it cannot, and for a packaged checkpoint.
+    With None, only check that this is possible. Raises InputError if not, and for a packaged checkpoint.
     """
     path = checkpoint.path / "meta.json"
     if PACKAGED in path.resolve().parents:
@@ -181,7 +181,7 @@ def recommend(checkpoint: Checkpoint, schedules: Mapping[str, str] | None) -> No
 
 
 def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = None) -> dict[str, Any]:
-    """The parameter tree of a model as `jax.ShapeDtypeStruct`s: paths, shapes and dtypes, nothing allocated."""
+    """Build the parameter tree of a model from `jax.ShapeDtypeStruct`s: shapes and dtypes, nothing allocated."""
     images = jax.ShapeDtypeStruct((1, *config.image_size, 3), jnp.float32)
     # All blocks have the same parameters: one is traced.
     params = jax.eval_shape(ViT(replace(config, depth=1)).init, jax.random.key(0), images)["params"]
@@ -190,7 +190,7 @@ def abstract_params(config: ViTConfig, sharding: jax.sharding.Sharding | None = 
 
 
 def versions() -> dict[str, str]:
-    """Versions of this library and of the libraries that determine its numbers."""
+    """List the versions of this library and of the libraries that determine its numbers."""
     names = ("fcvit-jax", "jax", "jaxlib", "flax", "numpy", "pillow")
     found = {name: next(iter(importlib.metadata.distributions(name=name)), None) for name in names}
     return {name: distribution.version for name, distribution in found.items() if distribution}
@@ -228,13 +228,13 @@ def _check_fit(config: ViTConfig, preprocess: Preprocess, class_names: Any, clas
 
 
 def flat_params(params: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The leaves of a parameter tree on the host, by path: "blocks_0/attn/qkv/kernel"."""
+    """Flatten a parameter tree to arrays on the host, by path: "blocks_0/attn/qkv/kernel"."""
     leaves: Any = traverse_util.flatten_dict(params, sep="/")
     return {path: np.asarray(leaf) for path, leaf in leaves.items()}
 
 
 def leaf_shapes(tree: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every leaf (anything that has one) of nested dicts, by its path: "blocks_0/attn/qkv/kernel"."""
+    """Return the shape of every leaf of nested dicts, by path: "blocks_0/attn/qkv/kernel"."""
     leaves: Any = traverse_util.flatten_dict(tree, sep="/")
     return {path: tuple(leaf.shape) for path, leaf in leaves.items()}
 
@@ -247,7 +247,7 @@ def _check_shapes(where: str, tree: Mapping[str, Any], abstract: Mapping[str, An
 
 
 def file_sha256(path: Path) -> str | None:
-    """The sha256 of a file's content; None if there is no such file."""
+    """Compute the sha256 of a file's content; None if the file does not exist."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

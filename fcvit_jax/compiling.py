@@ -1,6 +1,6 @@
 """How programs are compiled: precisions, XLA's options, batches in parts, and bfloat16 on CPU.
 
-docs/tuning_notes.md has what each choice gains, measured on two cores of an Intel Xeon.
+docs/tuning_notes.md has the gain of each choice, measured on two cores of an Intel Xeon.
 """
 
 import functools
@@ -14,8 +14,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from fcvit_jax.errors import InputError
 
-# By the name that a configuration's `dtype` takes: the dtype of the computation, and the precision of float32 products,
-# which GPUs would otherwise round to TF32.
+# A configuration's `dtype` -> dtype of the computation, and precision of float32 products, which GPUs would otherwise
+# round to TF32.
 PRECISIONS = {
     "float32": (jnp.float32, "highest"),
     "tf32": (jnp.float32, "tensorfloat32"),
@@ -33,7 +33,7 @@ def computation(dtype: str) -> tuple[Any, str]:
 _LOOPS = {"xla_cpu_use_fusion_emitters": False}
 _PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
 _LIBRARY = {"xla_gpu_enable_triton_gemm": False}
-_TOKENS = 3200  # 16 images of 197, of 3,152
+_TOKENS = 3200  # fits 16 images of 197 tokens, 3,152
 
 
 def options(images: int, tokens: int, dtype: Any) -> dict[str, Any] | None:
@@ -42,7 +42,7 @@ def options(images: int, tokens: int, dtype: Any) -> dict[str, Any] | None:
     images: computed on a device in one call. tokens: of an image, before merging. dtype: of the computation. Returns
     None if no option applies: on other devices, if XLA_FLAGS sets the option, or if this XLA does not know it.
 
-    - CPU: XLA's older emitter of fused loops. Merged models compile in half the time, dense ones in 1.5 times of it.
+    - CPU: XLA's older emitter of fused loops. Merged models compile in half the time, dense ones in 1.5 times the time.
     - CPU, float32, from 768 tokens in a call and up to 600 an image: Eigen's matrix products instead of YNNPACK's.
     - GPU, from 1,024 tokens in a call: matrix products by NVIDIA's library alone. XLA otherwise compiles and times
       programs of its own for every product, in two to eight times the compile time, for no gain at this size.
@@ -72,9 +72,9 @@ def _accepted(name: str, value: Any) -> bool:
 def on_each_device(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callable[..., Any]:
     """Run `call(params, *batch)` on every device of the mesh for its own images, in parts of `part_size`.
 
-    Every array of the batch and of the result has a leading axis of images, which is spread over the mesh; call must
-    compute each image by itself. If XLA partitioned one program instead, it could copy reshaped arrays to all devices,
-    and it cannot split Triton's programs. tokens: of an image.
+    Every array of the batch and of the result has a leading axis of images, which is spread over the mesh; `call` must
+    compute each image independently. If XLA partitioned one program instead, it could copy reshaped arrays to all
+    devices, and it cannot split Triton's programs. tokens: of an image.
     """
 
     def by_parts(params: Any, *batch: Any) -> Any:
@@ -99,9 +99,9 @@ def on_each_device(call: Callable[..., Any], tokens: int, mesh: Mesh) -> Callabl
 def part_size(images: int, tokens: int, devices: Sequence[Any]) -> int:
     """Choose how many of a device's images to compute at a time: a divisor of `images`.
 
-    On a CPU at most about 3,200 tokens, or 1,600 on each of several CPU devices: the activations of more do not stay in
-    the caches. All of them on other devices, or if no divisor is at least half of that. tokens: of an image. devices:
-    of this process.
+    On a CPU, at most about 3,200 tokens, or 1,600 on each of several CPU devices: the activations of more do not stay
+    in the caches. On other devices, or if no divisor is at least half of that, all images. tokens: of an image.
+    devices: of this process.
     """
     if devices[0].platform != "cpu":
         return images
@@ -111,15 +111,15 @@ def part_size(images: int, tokens: int, devices: Sequence[Any]) -> int:
 
 
 def largest_divisor(number: int, most: int) -> int:
-    """The largest divisor of a positive number that is at most `most`, or 1."""
+    """Find the largest divisor of a positive number that is at most `most`, or 1."""
     return max(size for size in range(1, max(1, min(number, most)) + 1) if number % size == 0)
 
 
 def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     """Compute an elementwise function of a small array with all elements in one axis.
 
-    XLA:CPU unrolls loops over a short last axis: the logarithms of sizes take three times as long to compile. The
-    barrier keeps it from undoing the reshape.
+    XLA:CPU unrolls loops over a short last axis, so that the logarithms of sizes would take three times as long to
+    compile. The barrier keeps it from undoing the reshape.
     """
     return function(jax.lax.optimization_barrier(x.reshape(-1))).reshape(x.shape)
 
@@ -129,8 +129,8 @@ def einsum(
 ) -> jax.Array:
     """Compute `finish(jnp.einsum(...))` of two arrays of one float dtype; `finish` keeps the dtype that it is given.
 
-    On CPU in bfloat16 the sums are float32 and rounded after `finish`: only for these XLA's library uses the CPU's
-    matrix units (AMX), which are five times as fast, and each rounding costs as much as a pass over memory.
+    On CPU in bfloat16 the sums are float32 and rounded after `finish`. XLA's library uses the CPU's matrix units (AMX),
+    which are five times as fast, only for float32 sums; and each rounding costs as much as a pass over memory.
     """
 
     def plain(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Errors of users end in one line; tracebacks are for bugs of ours."""
+"""Errors of users end in one line; tracebacks are for bugs of this library."""
 
 import argparse
 import contextlib
@@ -22,7 +22,7 @@ def naming(name: object) -> Iterator[None]:
 
 
 def printable(text: object) -> str:
-    """Text that UTF-8 can express: bytes of a file's name that are not UTF-8 are escaped."""
+    """Escape what UTF-8 cannot express, such as bytes of a file's name."""
     return str(text).encode(errors="backslashreplace").decode()
 
 
@@ -30,8 +30,8 @@ def printable(text: object) -> str:
 def one_line_errors() -> Iterator[None]:
     """Turn an `InputError` into `error: ...` on standard error and exit status 2; Ctrl-C into a line and 130.
 
-    If JAX does not start, that is such an error too. If nobody reads standard output any more, the exit status is 141,
-    that of SIGPIPE. What standard output cannot encode is escaped.
+    A JAX that does not start is such an error too. If nobody reads standard output any more, the exit status is 141,
+    that of SIGPIPE. Characters that standard output cannot encode are escaped.
     """
     if reconfigure := getattr(sys.stdout, "reconfigure", None):
         reconfigure(errors="backslashreplace")
@@ -71,7 +71,7 @@ def _why_jax_does_not_start() -> str | None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A command line whose own errors are one line too, and whose description keeps its lines."""
+    """A command line with one-line errors, whose description keeps its lines."""
 
     def __init__(self, **options: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})

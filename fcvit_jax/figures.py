@@ -1,4 +1,4 @@
-"""The look that all plots share: colours that the colour-blind tell apart, and letters that a phone shows legibly."""
+"""The look that all plots share: colours that the colour-blind can tell apart, and letters legible on a phone."""
 
 import io
 from typing import TYPE_CHECKING, Any
@@ -9,11 +9,11 @@ if TYPE_CHECKING:
 # Okabe and Ito's palette without its yellow, which is hard to see on white; black is the dense model's.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a5c99", "#8a6d3b")
 GREY = "#7f7f7f"
-WIDTH, HEIGHT, DPI = 7.0, 4.4, 150  # inches of one panel; panels stand below each other, so that a phone shows them
+WIDTH, HEIGHT, DPI = 7.0, 4.4, 150  # inches of one panel; panels are stacked, so that they are legible on a phone
 
 
 def blank_figure(width: float, height: float) -> "Figure":
-    """A figure in inches that needs no display."""
+    """Make a figure that needs no display; sizes in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -23,14 +23,14 @@ def blank_figure(width: float, height: float) -> "Figure":
 
 
 def plain(axes: Any) -> None:
-    """A light grid behind the data, and no box around it."""
+    """Draw a light grid behind the data, and no box around it."""
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def png(figure: "Figure") -> bytes:
-    """The picture's bytes."""
+    """Encode a figure as PNG."""
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     return picture.getvalue()

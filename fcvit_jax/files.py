@@ -1,4 +1,4 @@
-"""Files and directories that are whole or not there: checks before long work, staging, one-line errors."""
+"""Files and directories that are written whole or not at all: checks before long work, staging, one-line errors."""
 
 import contextlib
 import os
@@ -15,11 +15,11 @@ from fcvit_jax.errors import InputError, printable
 
 
 def local_path(path: str | Path) -> Path:
-    """The path with "~" expanded. Raises InputError for an address, such as gs://bucket/name."""
+    """Expand "~" in a path. Raises InputError for an address, such as gs://bucket/name."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", str(path)):  # a Path has a single slash
         raise InputError(
-            f"{str(path).replace(':/', '://', 1).replace(':///', '://')} is an address, and only paths are read and "
-            "written: mount the bucket (gcsfuse, Mountpoint for S3), or copy to and from a local folder"
+            f"{str(path).replace(':/', '://', 1).replace(':///', '://')} is an address, but only local paths are "
+            "supported: mount the bucket (gcsfuse, Mountpoint for S3), or copy to and from a local folder"
         )
     try:
         return Path(path).expanduser()
@@ -29,7 +29,7 @@ def local_path(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def utf8_path(path: Path) -> Iterator[Path]:
-    """The absolute path of a directory, or a link to it if it is not UTF-8, the only names that TensorStore takes."""
+    """Yield the absolute path of a directory, or a link to it if it is not UTF-8, which TensorStore requires."""
     path = path.absolute()
     if printable(path) == str(path):
         yield path
@@ -41,7 +41,7 @@ def utf8_path(path: Path) -> Iterator[Path]:
 
 
 def check_target(path: str | Path, overwrite: bool, entries: frozenset[str]) -> Path:
-    """The path, resolved; to be called before any long work.
+    """Resolve the path of a directory to write; call it before any long work.
 
     Raises InputError if it exists (with `overwrite`: and has other entries than these), or cannot be written.
     """
@@ -50,7 +50,7 @@ def check_target(path: str | Path, overwrite: bool, entries: frozenset[str]) -> 
     if there and not overwrite:
         raise InputError(f"{path} exists already: choose another name, or pass --overwrite to replace it")
     if odd := sorted(there - entries):
-        raise InputError(f"{path} is not overwritten: it holds more than is replaced ({odd[0]}); choose another name")
+        raise InputError(f"{path} is not overwritten: it contains other files ({odd[0]}); choose another name")
     writable_directory(path.parent)
     return path
 
@@ -66,7 +66,7 @@ def writable_directory(path: Path) -> Path:
 
 
 def check_room(directory: Path, tree: Any) -> None:
-    """Raises InputError if the arrays of a tree do not fit on the disk, which Orbax would notice half-way."""
+    """Raise InputError if the arrays of a tree do not fit on the disk, which Orbax would notice half-way."""
     needed, free = sum(leaf.nbytes for leaf in jax.tree.leaves(tree)), shutil.disk_usage(directory).free
     if needed > free:
         room = f"{needed / 2**20:.1f} MiB are needed, {free / 2**20:.1f} MiB free"
@@ -75,7 +75,7 @@ def check_room(directory: Path, tree: Any) -> None:
 
 @contextlib.contextmanager
 def told_in_one_line(path: Path) -> Iterator[None]:
-    """A disk that is full after all, or fails, while `path` is written."""
+    """Raise InputError if the disk is full after all, or fails, while `path` is written."""
     try:
         yield
     except (OSError, ValueError, RuntimeError) as error:  # TensorStore raises ValueError, ArrayRecord RuntimeError
@@ -88,7 +88,7 @@ def told_in_one_line(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
-    """A directory beside `path` that takes its place when the block ends well, and vanishes when it does not."""
+    """Yield a directory beside `path` that replaces it if the block succeeds, and is deleted otherwise."""
     with told_in_one_line(path):
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
         try:
@@ -110,7 +110,7 @@ def staged(path: Path) -> Iterator[Path]:
 
 
 def sweep(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it; put an old directory back that was not yet replaced."""
+    """Remove what killed writers of `path` left beside it; restore an old directory that was not yet replaced."""
     random = "?" * 8  # as `mkdtemp` has it
     with told_in_one_line(path):
         for retired in path.parent.glob(f".{path.name}.old-{random}"):
@@ -132,5 +132,5 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def file_name(text: str) -> str:
-    """Text as part of a file name: explicit schedules contain colons, commas and parentheses."""
+    """Make text fit for a file name: explicit schedules contain colons, commas and parentheses."""
     return re.sub(r"[^A-Za-z0-9_.-]+", "-", text)

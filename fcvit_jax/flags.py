@@ -1,4 +1,4 @@
-"""Shared by the two scripts: flags, the cache of compiled programs, and one-line errors about flags."""
+"""What the two scripts share: flags, the cache of compiled programs, and one-line errors about flags."""
 
 import contextlib
 import functools
@@ -65,14 +65,14 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, sh
 
 
 def keep_programs(folder: str | None) -> None:
-    """Have JAX keep compiled programs in a folder, and reuse them. Nothing is kept if the folder cannot be written.
+    """Make JAX keep compiled programs in a folder, and reuse them. Nothing is kept if the folder cannot be written.
 
     folder: None for the default, "" for none.
     """
     options: Any = jax.config
     if folder is None:
         folder = options.jax_compilation_cache_dir or _default_cache()
-    # A bucket is opened by JAX itself.
+    # JAX opens a bucket itself.
     options.update("jax_compilation_cache_dir", folder if "://" in str(folder) else None)
     if not folder:
         return
@@ -99,14 +99,14 @@ def _parse(argv: list[str]) -> list[str]:
     with _one_line():
         home = os.path.expanduser("~")  # a shell expands it only where a word begins
         argv = [re.sub(r"^(--?config=)~(?=/)", lambda found: found[1] + home, each) for each in argv]
-        # The parsers of numbers know no "none".
+        # The parsers of numbers do not know "none".
         nothing = [re.fullmatch(r"--?config\.([\w.]+)=none", each, re.IGNORECASE) for each in argv]
         rest = app.parse_flags_with_usage([each for each, found in zip(argv, nothing, strict=True) if not found])
         config = flags.FLAGS.config
         _ = config.items  # a file that cannot be loaded raises at its first use
         for *parents, name in (found[1].split(".") for found in nothing if found):
             fields = functools.reduce(getattr, parents, config)
-            # Text stays: "none" may be one of its values.
+            # Text stays text: "none" may be one of its values.
             setattr(fields, name, "none" if isinstance(getattr(fields, name), str) else None)
         return rest
 

@@ -7,7 +7,7 @@ LOSSES = ("softmax", "sigmoid")
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array, loss: str) -> jax.Array:
-    """Cross-entropy of each row against soft targets, float32 [b, c] -> [b]; "sigmoid" is summed over classes."""
+    """Compute each row's cross-entropy to soft targets, float32 [b, c] -> [b]; "sigmoid" is summed over classes."""
     if loss == "softmax":
         return optax.softmax_cross_entropy(logits, targets)
     return optax.sigmoid_binary_cross_entropy(logits, targets).sum(axis=-1)

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from fcvit_jax.compiling import largest_divisor
 from fcvit_jax.errors import InputError
 
-# Smaller leaves are kept whole on every device: to gather them costs more than they weigh.
+# Smaller leaves are kept whole on every device: gathering them costs more than it saves.
 _SMALLEST_SHARDED = 2**16  # numbers
 
 _TOLD = "error: another process stopped: see its message"
@@ -34,7 +34,7 @@ _EXCHANGE = re.compile("gloo|nccl|coordination|barrier|unavailable|deadline", re
 def start_processes(where: str) -> None:
     """Join the other processes of this run, before anything else uses JAX.
 
-    where: "" for one process; "auto": JAX asks Slurm, Open MPI, Kubernetes or a TPU pod; "HOST:PORT,COUNT,INDEX": the
+    where: "" for one process; "auto": as Slurm, Open MPI, Kubernetes or a TPU pod reports; "HOST:PORT,COUNT,INDEX": the
     address of process 0, the number of processes, and which one this is. Raises InputError if it has another form, the
     others are not found, or their numbers of devices differ.
     """
@@ -54,38 +54,38 @@ def start_processes(where: str) -> None:
             jax.distributed.initialize()
     except ValueError:
         raise InputError(
-            "--distributed auto: nothing here tells of other processes (Slurm, Open MPI, Kubernetes or a TPU pod "
-            "does); write HOST:PORT,COUNT,INDEX"
+            "--distributed auto: found no Slurm, Open MPI, Kubernetes or TPU pod that lists the processes; "
+            "write HOST:PORT,COUNT,INDEX"
         ) from None
     except RuntimeError as error:
         why = str(error).splitlines()[0]
-        raise InputError(f"--distributed {where!r}: the processes do not find each other ({why})") from error
+        raise InputError(f"--distributed {where!r}: the processes cannot find each other ({why})") from error
     counts = collections.Counter(device.process_index for device in jax.devices())
     if len(set(counts.values())) > 1:
         told = ", ".join(str(counts[process]) for process in sorted(counts))
         raise InputError(
-            f"--distributed: the processes have {told} devices, and a batch is shared out "
+            f"--distributed: the processes have {told} devices, but batches are split "
             "evenly; give each as many (CUDA_VISIBLE_DEVICES)"
         )
 
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """If one of several processes fails inside, the others end too: within seconds, with a one-line message.
+    """End all processes, within seconds and with a one-line message, if one of them fails inside.
 
-    On their own they would wait in the next exchange, for minutes. A process that was killed is noticed when an
-    exchange breaks. Whoever is done waits for the others.
+    Otherwise they would wait for minutes in the next exchange. A process that was killed is noticed when an exchange
+    breaks. A process that has finished waits for the others.
     """
     if not jax.distributed.is_initialized():
         yield
         return
     from orbax.checkpoint import multihost  # its barriers are the only public way to JAX's coordination service
 
-    # Process 0 hears from every other one, and tells every other one. A message is a barrier of two processes, at which
-    # the receiver waits from the beginning.
+    # Process 0 hears from every other one, and notifies every other one. A message is a barrier of two processes, at
+    # which the receiver waits from the beginning.
     here = jax.process_index()
     peers = range(1) if here else range(1, jax.process_count())
-    ending = threading.Lock()  # whoever holds it reports why this process ends
+    ending = threading.Lock()  # its holder reports why this process ends
 
     def meet(sender: int, receiver: int, seconds: float) -> None:
         barrier = multihost.get_barrier_sync_fn(processes={sender, receiver})
@@ -108,8 +108,8 @@ def ending_together() -> Iterator[None]:
         sys.stderr.flush()
         # The others hear of it before exchanges break; process 0, which hosts the coordination service, goes last.
         time.sleep(1.0 if here else 3.0)
-        # A thread cannot end a process whose main thread waits in an exchange in any other way, and at a usual exit JAX
-        # waits for the other processes.
+        # Nothing else ends a process whose main thread waits in an exchange; and at a usual exit JAX waits for the
+        # other processes.
         os._exit(status)
 
     listening = [threading.Thread(target=listen, args=(peer,), daemon=True) for peer in peers]
@@ -137,10 +137,10 @@ def ending_together() -> Iterator[None]:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[], bool]]:
-    """A function that returns whether to stop: this process or another one received SIGTERM.
+    """Yield a function that returns whether to stop: this process or another one received SIGTERM.
 
     All processes must call it equally often, as none may stop alone: JAX's coordination service catches the signal
-    and gives all of them the same answer to the same call. In a thread of a notebook no signal can be caught.
+    and answers the same call alike in all of them. In a thread of a notebook no signal can be caught.
     """
     came: list[bool] = []
     if jax.process_count() > 1:
@@ -163,14 +163,14 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
 
 
 def data_mesh(devices: Sequence[Any] | None = None) -> Mesh:
-    """Devices along one axis, "data"; by default all of all hosts."""
+    """Arrange devices along one axis, "data"; by default all devices of all hosts."""
     devices = devices or jax.devices()
-    # Auto axes: with the default, Explicit, the class token does not concatenate with sharded patches.
+    # Auto axes: with the default, Explicit, the class token cannot be concatenated with sharded patches.
     return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
 
 
 def inference_mesh(batch_size: int) -> Mesh:
-    """As `data_mesh`, but on the CPU of a single process of as many devices as divide the batch."""
+    """Make a `data_mesh`; on the CPU of a single process, of as many devices as divide the batch."""
     devices = jax.devices()
     if devices[0].platform == "cpu" and jax.process_count() == 1:
         devices = devices[: largest_divisor(max(batch_size, 1), len(devices))]
@@ -178,16 +178,16 @@ def inference_mesh(batch_size: int) -> Mesh:
 
 
 def share_cpu() -> None:
-    """Take a CPU as two JAX devices for inference, unless the user chose a number or JAX has its devices already.
+    """Use a CPU as two JAX devices for inference, unless the user chose a number or JAX has created its devices.
 
-    The threads of one device wait for each other at every operation; two devices, with half of a batch each, wait once
-    a batch: up to 11 % faster at batch 8 on two cores, where four devices were slower. More cores get two as well,
+    The threads of one device wait for each other at every operation. Two devices, with half of a batch each, wait once
+    a batch: up to 11 % faster at batch 8 on two cores, where four devices were slower. More cores get two devices too,
     unmeasured: the threads of both devices share one pool of all cores, and each device keeps a copy of the weights.
     """
     flags = os.environ.get("XLA_FLAGS", "")
     chosen = jax.config.jax_num_cpu_devices != -1 or "xla_force_host_platform_device_count" in flags  # pyright: ignore
     if not chosen and usable_cores() > 1 and not jax.distributed.is_initialized():
-        with contextlib.suppress(RuntimeError):  # JAX has made its devices
+        with contextlib.suppress(RuntimeError):  # JAX has created its devices
             jax.config.update("jax_num_cpu_devices", 2)
 
 
@@ -197,17 +197,17 @@ def usable_cores() -> int:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same array on every device: parameters."""
+    """Make the sharding of parameters: the same array on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batched(mesh: Mesh) -> NamedSharding:
-    """Rows spread over the devices: images, labels."""
+    """Make the sharding of images and labels: rows spread over the devices."""
     return NamedSharding(mesh, PartitionSpec("data"))
 
 
 def fully_sharded(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for each leaf of parameters or an optimizer's state, along the longest axis that divides.
+    """Make a sharding for each leaf of parameters or an optimizer's state, along the longest axis that divides.
 
     XLA gathers each leaf where it is used (ZeRO stage 3, arXiv 1910.02054, known as FSDP). Small leaves, and those
     without an axis that divides, are replicated.
@@ -224,17 +224,17 @@ def fully_sharded(mesh: Mesh, tree: Any) -> Any:
 
 
 def settled(arrays: Any) -> Any:
-    """The arrays; with several CPU devices, once they are computed: with many in flight, exchanges deadlock."""
+    """Return the arrays; several CPU devices compute them first: with many in flight, exchanges deadlock."""
     return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" and jax.device_count() > 1 else arrays
 
 
 def sum_over_processes(count: int) -> int:
-    """The sum of what each process has counted; all of them call it together."""
+    """Add up the counts of all processes; all of them call it together."""
     return int(np.sum(multihost_utils.process_allgather(np.int32(count)))) if jax.process_count() > 1 else count
 
 
 def progress(*args: Any, **kwargs: Any) -> tqdm:
-    """A progress bar on the terminal of the first process, gone when it is done."""
+    """Show a progress bar on the terminal of the first process, and remove it when it is done."""
     return tqdm(*args, **kwargs, leave=False, disable=None if jax.process_index() == 0 else True)
 
 

@@ -1,4 +1,4 @@
-"""The one validator of configuration dataclasses: types come from annotations, bounds and choices from the field."""
+"""The validator of all configuration dataclasses: types come from annotations, bounds and choices from the field."""
 
 import argparse
 import contextlib
@@ -59,7 +59,7 @@ def _numbers(text: str) -> tuple[float, ...]:
     try:
         return tuple(map(float, text.split(",")))
     except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not numbers such as 0.05,0.2") from None
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0.05,0.2") from None
 
 
 def check_settings(config: Any, where: str = "") -> None:
@@ -102,12 +102,12 @@ def from_fields(cls: Any, fields: Mapping[str, Any], where: str = "") -> Any:
 
 
 def nested_class(field: dataclasses.Field) -> Any:
-    """The dataclass that a field holds, also if it is optional; None for other fields."""
+    """Return the dataclass that a field holds, even an optional one; None for other fields."""
     return next((kind for kind in (field.type, *typing.get_args(field.type)) if dataclasses.is_dataclass(kind)), None)
 
 
 def _fit(value: Any, kind: Any, limits: Mapping[str, Any]) -> Any:
-    """The value as its annotation has it. Raises TypeError or ValueError if it does not fit."""
+    """Convert a value to its annotated type. Raises TypeError or ValueError if it does not fit."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
         if type(None) in inner and isinstance(value, str) and value.lower() == "none":

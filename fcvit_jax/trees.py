@@ -1,4 +1,4 @@
-"""Trees of parameters as vectors, all leaves together: what SAM and the measures of flatness calculate with."""
+"""Trees of parameters as vectors, all leaves together, for SAM and the measures of flatness."""
 
 import zlib
 from collections.abc import Callable
@@ -15,34 +15,34 @@ Params = Any
 
 
 def dot(tree: Params, other: Params) -> jax.Array:
-    """The inner product, float32."""
+    """Compute the inner product, float32."""
     # Not optax.tree.vdot: it flattens the leaves, which gathers those that are spread over devices.
     products: Any = optax.tree.mul(optax.tree.cast(tree, jnp.float32), optax.tree.cast(other, jnp.float32))
     return jnp.asarray(optax.tree.sum(products))
 
 
 def unit(tree: Params) -> Params:
-    """The tree divided by its norm, float32; zero if the norm is."""
+    """Divide a tree by its norm, float32; a zero tree stays zero."""
     tree = optax.tree.cast(tree, jnp.float32)
     length = optax.tree.norm(tree)
     return optax.tree.scale(jnp.where(length > 0, 1 / length, 0.0), tree)
 
 
 def orthogonal(tree: Params, other: Params) -> Params:
-    """The part of a tree that is orthogonal to another."""
+    """Return the part of a tree that is orthogonal to another."""
     along = unit(other)
     return optax.tree.sub(tree, optax.tree.scale(dot(tree, along), along))
 
 
 def random_like(params: Params, key: jax.Array, sampler: Callable[..., jax.Array] = jax.random.normal) -> Params:
-    """A float32 tree of the parameters' shapes, drawn with `sampler(key, shape, dtype)`.
+    """Draw a float32 tree of the parameters' shapes with `sampler(key, shape, dtype)`.
 
     A leaf's key comes from its path, so that neither the order of the tree nor its other leaves matter.
     """
 
     def draw(path: Any, leaf: Any) -> jax.Array:
         drawn = sampler(jax.random.fold_in(key, zlib.crc32(leaf_name(path).encode())), leaf.shape, jnp.float32)
-        # On the leaf's devices: programs would be compiled again for another placement.
+        # On the leaf's devices: another placement would compile programs again.
         placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed
         return jax.device_put(drawn, leaf.sharding) if placed else drawn
 
@@ -50,7 +50,7 @@ def random_like(params: Params, key: jax.Array, sampler: Callable[..., jax.Array
 
 
 def leaf_name(path: Any) -> str:
-    """The path that JAX gives to a leaf, as text: "blocks_0/attn/qkv/kernel"."""
+    """Format the path that JAX gives to a leaf: "blocks_0/attn/qkv/kernel"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 

@@ -132,19 +132,19 @@ def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys
         ("--dtypes float16", "error: --dtypes: 'float16' is none of float32, tf32, bfloat16"),
         ("--dtypes tf32", "error: --dtypes: tf32 is a format of NVIDIA GPUs, and there is none here: leave it out"),
         ("--kernels flash", "error: --kernels: 'flash' is none of xla, triton"),
-        ("--kernels triton", "error: --kernels: triton takes an NVIDIA GPU and --dtypes bfloat16: leave it out"),
+        ("--kernels triton", "error: --kernels: triton requires an NVIDIA GPU and --dtypes bfloat16: leave it out"),
         (
             "--models vit_small_patch14_dinov2 --schedules s2winc7_r8",
             "error: schedule dense:1,local:6:r8:w2x2,global:5:r8",
         ),
         ("--compile", "error: --compile and --peer_schedules: these are PyTorch's: pass --peer timm with them"),
         ("--checkpoint x --image_size 64", "error: --image_size: the checkpoint has its own: leave it out"),
-        ("--devices 9", "error: --devices: 9 are asked for, and there are 2"),
+        ("--devices 9", "error: --devices: 9 is not from 1 to 2, the devices available"),
         ("--devices 2 --batch_sizes 8,7", "error: --batch_sizes: 7 images do not spread evenly over 2 devices"),
         ("--blocks 0", "error: --blocks and --block_seconds: both must be positive"),
         ("--models vit", "error: unknown model 'vit'"),
         ("--image_size 0", "error: image_size is (0, 0): it must be 2 whole numbers, 1 or more"),
-        ("--batch_sizes x", "error: argument --batch_sizes: 'x' is no list of batch sizes: write 8,32"),
+        ("--batch_sizes x", "error: argument --batch_sizes: 'x' is not a list of batch sizes: write 8,32"),
     ],
 )
 def test_what_cannot_work_is_told_in_one_line(flags, message, capsys):

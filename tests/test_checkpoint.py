@@ -87,7 +87,7 @@ def test_overwriting_is_asked_for_and_spares_what_is_no_checkpoint(saved, params
 
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter1.tex").write_text("...")
-    with pytest.raises(InputError, match="it holds more than is replaced"):
+    with pytest.raises(InputError, match="it contains other files"):
         save_checkpoint(tmp_path / "thesis", CONFIG, params, PREPROCESS, overwrite=True)
 
 

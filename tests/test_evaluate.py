@@ -723,11 +723,11 @@ def test_how_processes_find_each_other_is_reported_in_one_line(tmp_path):
         assert told(where) == f"--distributed {where!r}: {form}"
     process = start(tmp_path, "--distributed=auto")
     assert complaints([process]) == [
-        "error: --distributed auto: nothing here tells of other processes (Slurm, Open MPI, Kubernetes or a TPU pod "
-        "does); write HOST:PORT,COUNT,INDEX\n"
+        "error: --distributed auto: found no Slurm, Open MPI, Kubernetes or TPU pod that lists the processes; "
+        "write HOST:PORT,COUNT,INDEX\n"
     ]
     line = (
-        "error: --distributed: the processes have 1, 2 devices, and a batch is shared out evenly; give each as many "
+        "error: --distributed: the processes have 1, 2 devices, but batches are split evenly; give each as many "
         "(CUDA_VISIBLE_DEVICES)\n"
     )
     assert complaints(start_two(tmp_path, devices=(1, 2))) == [line, line]

@@ -5,7 +5,7 @@
     DIR/weights.npz                        the parameters by path, which all programs share
     DIR/run.py                             loads and runs them; imports jax and numpy, and Pillow to read pictures
 
-The weights are an argument of the programs, not constants in them: StableHLO files stay small and quick to parse.
+The weights are an argument of the programs, not constants: StableHLO files stay small and quick to parse.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ def export(
 
     Args:
       schedules: names and explicit forms separated by commas, `MergeSchedule`s, or a mapping, as `evaluate` takes them.
-      batch_sizes: every program has a fixed one.
+      batch_sizes: each program has one, fixed.
       dtype: a key of `PRECISIONS`. With bfloat16 the weights are stored in it too, except those of the norms.
       platforms: what the programs can be compiled for, some of `PLATFORMS`.
       features: return (logits, pooled) from a program, pooled float32 as in `ViT`: [b, d].
@@ -118,7 +118,7 @@ def export(
 
 
 def _classifier(model: ViT, preprocess: Preprocess, features: bool) -> Callable[..., Any]:
-    """The function that becomes a program; its parameters are one flat dict, which can be built without a library."""
+    """Make the function that becomes a program; its parameters are one flat dict, which needs no library to build."""
 
     def classify(params: dict[str, jax.Array], images: jax.Array) -> Any:
         variables = {"params": traverse_util.unflatten_dict(params, sep="/")}

@@ -4,12 +4,12 @@
   python -m fcvit_jax.export vit vit_served --schedules s2winc7_r16 --batch_sizes 64 --dtype bfloat16 --platforms cuda
   python served/run.py --help                                        how to run it, on any machine
 
-Merging needs fixed shapes, so every schedule at every batch size is a program of its own: a small StableHLO file,
+Merging needs fixed shapes, so each schedule at each batch size is its own program: a small StableHLO file,
 OUT/programs/SCHEDULE_bN.stablehlo. All share OUT/weights.npz. Programs normalise the pixels: they take uint8 images
 [N, height, width, 3] and return float32 logits [N, classes].
 
-No GPU is needed to export for one. A program runs with the JAX that wrote it and with releases of the following six
-months: keep the checkpoint, and export again.
+Exporting for a GPU needs no GPU. A program runs with the JAX that wrote it and with releases of the following six
+months: keep the checkpoint, to export again later.
 """
 
 import argparse
@@ -21,13 +21,13 @@ from fcvit_jax.export import PLATFORMS, export
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     parser = OneLineParser(prog="python -m fcvit_jax.export", description=__doc__)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or packaged:digits")
     parser.add_argument("path", metavar="OUT", help="directory to write, new or empty")
     schedules = "dense, tome_r13, s2dfe_r18, s2winc7_r16, or an explicit form such as dense:2,global:10:r16"
     parser.add_argument("--schedules", metavar="A,B", required=True, help=schedules)
-    sizes = "images per call; 1 answers soonest"
+    sizes = "images per call; 1 has the lowest latency"
     parser.add_argument("--batch_sizes", metavar="N,M", type=_counts, required=True, help=sizes)
     dtype = "of the computation; tf32 rounds products on GPUs, bfloat16 halves weights.npz too (default: float32)"
     parser.add_argument("--dtype", choices=tuple(PRECISIONS), default="float32", help=dtype)

@@ -62,7 +62,7 @@ def pixels(image):
     image = image.resize(size, Image.Resampling[steps["interpolation"].upper()])
     fill = tuple(round(255 * value) for value in steps["mean"]) if mode == "border" else (0, 0, 0)
     canvas = Image.new("RGB", (width, height), fill)
-    # In the centre; half of an odd number of pixels to cut off is rounded as timm does.
+    # In the centre; half of an odd number of pixels is rounded as timm does.
     margins = (canvas.width - image.width, canvas.height - image.height)
     left, top = (margin // 2 if margin > 0 else -round(-margin / 2) for margin in margins)
     canvas.paste(image, (left, top))
@@ -83,7 +83,7 @@ def rgb(image):
 
 
 def orientation(image):
-    """How a PIL image is turned, by its EXIF data: 1 (not at all) to 8."""
+    """Read how a PIL image is turned from its EXIF data: 1 (not at all) to 8."""
     try:
         found = image.getexif().get(274, 1)
     except Exception:  # damaged data raise anything, and say nothing
@@ -135,9 +135,9 @@ def classify(paths, program):
     size, names = META["programs"][program]["batch_size"], list(images)
     try:
         run = load(program)
-    except RuntimeError:  # of JAX, such as a platform that is not there
+    except RuntimeError:  # from JAX, such as a missing platform
         raise
-    except Exception as error:  # zipfile, JSON and JAX have their own
+    except Exception as error:  # zipfile, JSON and JAX raise their own types
         raise ValueError(f"{HERE} is incomplete or damaged ({first_line(error)}): export it again") from None
     for start in range(0, len(names), size):
         some = names[start : start + size]
@@ -161,7 +161,7 @@ def main():
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     try:
         classify(args.images, args.program or next(iter(META["programs"])))
-    except BrokenPipeError:  # whoever read the output, such as head, has gone
+    except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
     except (ValueError, RuntimeError) as error:

@@ -253,7 +253,7 @@ def test_only_a_checkpoint_is_overwritten(weights, tmp_path, capsys):
     out = tmp_path / "out"
     main([str(weights), str(out), *GIVEN])
     (out / "thesis.tex").write_text("years of work")
-    assert "it holds more than is replaced (thesis.tex)" in error(capsys, weights, out, *GIVEN, "--overwrite")
+    assert "it contains other files (thesis.tex)" in error(capsys, weights, out, *GIVEN, "--overwrite")
     assert (out / "thesis.tex").read_text() == "years of work"
 
 

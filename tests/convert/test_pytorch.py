@@ -166,7 +166,7 @@ def test_only_what_it_writes_is_replaced(tmp_path):
     for out, to in ((folder, "hf"), (file, "timm"), (file, "hf")):
         with pytest.raises(InputError, match="exists already"):
             pytorch.check_output(str(out), to, overwrite=False)
-    with pytest.raises(InputError, match=r"it holds more than is replaced \(thesis.txt\)"):
+    with pytest.raises(InputError, match=r"it contains other files \(thesis.txt\)"):
         pytorch.check_output(str(folder), "hf", overwrite=True)
     assert pytorch.check_output(str(file), "timm", overwrite=True) == file
     (folder / "config.json").write_text("{}")

@@ -422,7 +422,7 @@ def test_an_export_is_whole_or_not_there(checkpoint, tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_never_overwritten(checkpoint, tmp_path):
     path = save_checkpoint(tmp_path / "vit", CONFIG, checkpoint.params, PREPROCESS)
-    with pytest.raises(fc.InputError, match=r"it holds more than is replaced \(params\)"):
+    with pytest.raises(fc.InputError, match=r"it contains other files \(params\)"):
         fc.export(path, "dense", 1, path, overwrite=True)
 
 

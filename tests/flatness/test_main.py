@@ -143,7 +143,7 @@ def test_what_is_not_a_run_goes_into_the_working_directory(runs, tmp_path, monke
         (["--checkpoint", "nowhere"], "nowhere: there is no such checkpoint directory"),
         (["--dataset", "digits:both"], "digits:both: no split 'both'; there are digits:train and digits:test"),
         (["--rho", "0.5,0.1"], "rho is (0.5, 0.1): it must be numbers, above 0, in rising order"),
-        (["--rho", "a"], "argument --rho: 'a' is not numbers such as 0.05,0.2"),
+        (["--rho", "a"], "argument --rho: 'a' is not a list of numbers such as 0.05,0.2"),
         (["--limit", "3", "--batch_size", "4"], "batch_size is 4: limit is 3 and digits:train has 1437 images"),
         (["--schedule", "tome"], "schedule"),
         (["--schedule", "recommended"], "recommended: the checkpoint recommends none"),
