@@ -98,7 +98,7 @@ def test_a_batch_is_spread_over_devices(run):
         assert spread["memory_bytes"] < whole["memory_bytes"]  # of each device
 
 
-def test_a_wrong_peer_is_not_timed_even_where_rounding_would_hide_it(run, monkeypatch, capsys):
+def test_a_wrong_peer_is_not_timed_even_if_rounding_would_hide_it(run, monkeypatch, capsys):
     peer = pytest.importorskip("pytorch_tome")
     attend = peer.attend
     monkeypatch.setattr(peer, "attend", lambda attention, x, size: attend(attention, x, None))
@@ -112,7 +112,7 @@ def test_a_wrong_peer_is_not_timed_even_where_rounding_would_hide_it(run, monkey
     )
 
 
-def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys):
+def test_models_that_torch_cannot_compile_are_reported_and_left_out(run, monkeypatch, capsys):
     torch = pytest.importorskip("torch")
     pytest.importorskip("timm")
 
@@ -147,7 +147,7 @@ def test_what_torch_cannot_compile_is_told_and_left_out(run, monkeypatch, capsys
         ("--batch_sizes x", "error: argument --batch_sizes: 'x' is not a list of batch sizes: write 8,32"),
     ],
 )
-def test_what_cannot_work_is_told_in_one_line(flags, message, capsys):
+def test_options_that_cannot_work_are_a_one_line_error(flags, message, capsys):
     with pytest.raises(SystemExit) as stopped:
         inference.main(flags.split())
     assert stopped.value.code == 2
@@ -212,7 +212,7 @@ def test_token_merging_in_pytorch_equals_the_oracle(extra):
     assert ((logits - dense).abs().amax(dim=1) > 0.01).all()
 
 
-def test_the_commands_of_the_page_are_understood_and_the_gpu_s_is_that_of_the_help():
+def test_the_commands_of_the_page_are_valid_and_the_one_for_gpus_is_in_the_help():
     assert len(COMMANDS) == 5
     for command in COMMANDS:
         args = inference.parse(command)

@@ -77,7 +77,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, params, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_overwriting_is_asked_for_and_spares_what_is_no_checkpoint(saved, params, tmp_path):
+def test_overwriting_requires_an_option_and_spares_other_directories(saved, params, tmp_path):
     with pytest.raises(InputError, match="exists already"):
         save_checkpoint(saved, CONFIG, params, PREPROCESS)
     doubled = jax.tree.map(lambda x: 2 * x, params)
@@ -155,7 +155,7 @@ def test_a_damaged_parameter_file_is_reported(saved, harm):
         path.write_bytes(content)
 
 
-def test_what_does_not_fit_is_not_saved(tmp_path, params):
+def test_parts_that_do_not_fit_are_not_saved(tmp_path, params):
     other = {name: value for name, value in params.items() if name != "blocks_1"}
     with pytest.raises(InputError, match="blocks_1/attn/proj/bias is None"):
         save_checkpoint(tmp_path / "ckpt", CONFIG, other, PREPROCESS)
@@ -186,7 +186,7 @@ def test_a_failed_overwrite_keeps_what_was_there(saved, params, monkeypatch):
     assert [path.name for path in saved.parent.iterdir()] == ["ckpt"]
 
 
-def test_what_a_killed_writer_left_goes_and_what_it_took_away_comes_back(saved, params, monkeypatch):
+def test_leftovers_of_a_killed_writer_are_deleted_and_the_old_checkpoint_is_restored(saved, params, monkeypatch):
     class Killed(BaseException):
         pass
 

@@ -32,7 +32,7 @@ def test_a_program_compiles_with_the_options_and_computes_the_same(dtype, monkey
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-def test_what_a_program_is_decides_its_options(monkeypatch):
+def test_options_depend_on_backend_size_and_dtype(monkeypatch):
     monkeypatch.setattr(compiling, "_accepted", lambda name, value: True)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     assert compiling.options(1, 197, jnp.bfloat16) is None
@@ -58,7 +58,7 @@ def test_xla_flags_decide(monkeypatch):
     assert compiling.options(8, 197, jnp.bfloat16) is None
 
 
-def test_an_option_that_xla_has_not_is_left_out():
+def test_an_option_that_xla_lacks_is_left_out():
     assert not compiling._accepted("xla_no_such_option", True)
 
 

@@ -29,7 +29,7 @@ def test_jax_that_does_not_start_is_one_line(tmp_path, platform):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_unchanged():
     with pytest.raises(RuntimeError, match="a bug"), one_line_errors():
         raise RuntimeError("a bug")
 

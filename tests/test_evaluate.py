@@ -94,7 +94,7 @@ def log_softmax(rows):
     return rows - np.log(np.exp(rows).sum(axis=1, keepdims=True))
 
 
-def test_rows_and_files_are_what_is_counted_by_hand(checkpoint, run, tmp_path):
+def test_rows_and_files_equal_a_count_by_hand(checkpoint, run, tmp_path):
     (tmp_path / "logits_old.npz").write_bytes(b"of an earlier run")
     (tmp_path / "notes.txt").write_text("the user's")
     torn = [".results.jsonl.partial", ".report.html.partial", "gallery/.000_photo.png.partial"]  # by a kill
@@ -242,7 +242,7 @@ def counts(rows):
     return [(row["schedule"], row["correct"], row["top5"], row["gained"], row["lost"], row["kl"]) for row in rows]
 
 
-def test_interrupted_it_goes_on_and_counts_every_image_once(run, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_resumes_and_counts_every_image_once(run, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "inference_mesh", lambda _: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
     two = dict(batch_size=2, save_logits=True, schedules="dense,tome_r3")
     whole = run(tmp_path / "whole", **two)
@@ -267,7 +267,7 @@ def test_interrupted_it_goes_on_and_counts_every_image_once(run, tmp_path, monke
     assert not list((tmp_path / "parts").glob(".*"))
 
 
-def test_another_run_in_the_folder_is_begun_anew(run, tmp_path, monkeypatch, capsys):
+def test_another_run_in_the_folder_starts_over(run, tmp_path, monkeypatch, capsys):
     with interrupted(monkeypatch, 1):
         run(tmp_path, schedules="dense", save_logits=True)
     assert {path.name for path in tmp_path.iterdir()} == {".outcomes"}
@@ -325,7 +325,7 @@ def test_a_bad_image_stops_it_or_is_skipped_and_the_work_before_is_kept(
     assert len(list((tmp_path / "parts" / "gallery").glob("*.png"))) in (8, 9)
 
 
-def test_what_was_skipped_is_not_taken_for_finished_where_it_must_not_be(run, damaged, tmp_path, monkeypatch, capsys):
+def test_skipped_images_are_read_again_by_a_run_that_must_not_skip(run, damaged, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(parallel, "inference_mesh", lambda _: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
     two = dict(dataset=damaged, batch_size=2, schedules="dense")
     with interrupted(monkeypatch, 5):
@@ -336,7 +336,7 @@ def test_what_was_skipped_is_not_taken_for_finished_where_it_must_not_be(run, da
     assert "after 6 of 13 images" in capsys.readouterr().out  # the fourth batch has the bad image
 
 
-def test_where_no_image_can_be_read_that_is_reported(run, tmp_path):
+def test_a_data_set_without_a_readable_image_is_reported(run, tmp_path):
     bad = Source("broken", CLASSES, 5, lambda index: Record(b"no image", 0, f"image {index}"))
     with pytest.raises(InputError, match="no image was evaluated"):
         run(tmp_path, dataset=bad, on_bad="skip", schedules="dense")
@@ -443,7 +443,7 @@ def test_gmacs_need_neither_data_nor_weights():
     assert row["model"] == "deit_small_patch16_224.fb_in1k"
 
 
-def test_costs_take_nothing_from_an_evaluation(run, tmp_path, monkeypatch, capsys):
+def test_costs_do_not_replace_an_evaluation(run, tmp_path, monkeypatch, capsys):
     config: Any = eval_digits.get_config()
     config.gmacs_only, config.schedules = True, "dense,tome_r12"
 
@@ -547,7 +547,7 @@ def known(
     return inputs.reported_top1(source, loaded, limit)
 
 
-def test_what_is_reported_is_that_of_these_weights_and_images():
+def test_the_reported_accuracy_is_that_of_these_weights_and_images():
     assert known("tfds:imagenet2012/validation") == 0.79856
     assert known("tfds:imagenet2012:5.1.0/validation[:1000]@/data", size=1000) == 0.79856
     assert known("folder:val") == 0.79856
@@ -572,7 +572,7 @@ def test_what_is_reported_is_that_of_these_weights_and_images():
     assert known("tfds:val/test@data", ordered=True, labels_per_image=9) is None
 
 
-def test_published_accuracies_stand_in_the_rows_of_those_weights_and_images(run, monkeypatch):
+def test_published_accuracies_are_in_the_rows_of_those_weights_and_images(run, monkeypatch):
     monkeypatch.setattr(inputs, "reported_top1", lambda *args: 0.8)
     load, provenance = inputs.load_checkpoint, {"model": "vit_small_patch16_224.augreg_in21k_ft_in1k"}
 
@@ -677,7 +677,7 @@ def complaints(processes):
     return told
 
 
-def test_where_one_process_fails_the_others_end_at_once_and_each_says_a_line(checkpoint, folder, tmp_path):
+def test_if_one_process_fails_the_others_end_at_once_with_one_line_each(checkpoint, folder, tmp_path):
     broken = tmp_path / "photos"
     shutil.copytree(folder, broken)
     (broken / "c" / "05.png").write_bytes(b"x")  # the second process decodes it: of a batch of 8 images 4 to 7
@@ -700,7 +700,7 @@ def test_where_one_process_fails_the_others_end_at_once_and_each_says_a_line(che
         assert second == f"{OTHER}\n"
 
 
-def test_a_process_that_is_killed_is_missed_by_the_others(tmp_path):
+def test_the_others_notice_that_a_process_was_killed(tmp_path):
     two = start_two(tmp_path, schedules="dense", batch_size=4, throughput_blocks=0)
     while two[1].poll() is None and not (tmp_path / ".outcomes").exists():
         time.sleep(0.001)
@@ -780,7 +780,7 @@ def jax_cache():
         ("AuthenticAMD", "avx2 avx512f", True),
     ],
 )
-def test_programs_are_kept_where_xla_takes_them_back(vendor, instructions, kept, jax_cache, tmp_path, monkeypatch):
+def test_programs_are_kept_if_xla_accepts_them_again(vendor, instructions, kept, jax_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(flags, "_CPU", tmp_path / "cpuinfo")
     (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}\nflags : {instructions}")

@@ -50,7 +50,7 @@ def ends(processes):
     return [(process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=120)]]
 
 
-def test_of_three_processes_that_wait_and_one_that_fails_each_says_one_line():
+def test_each_of_three_processes_prints_one_line_if_one_fails():
     for culprit in (0, 2):
         processes = start_all(
             f"""
@@ -67,7 +67,7 @@ def test_of_three_processes_that_wait_and_one_that_fails_each_says_one_line():
         assert told == [(2, TOLD), (2, TOLD)]
 
 
-def test_those_who_are_done_wait_for_the_others():
+def test_finished_processes_wait_for_the_others():
     processes = start_all(
         """
         if index == 1:

@@ -58,7 +58,7 @@ def test_defaults_pass_and_metadata_stays():
         ("anything", {"x": 1}, {"x": 1}),
     ],
 )
-def test_values_become_what_the_annotation_says(field, given, kept):
+def test_values_are_converted_to_the_annotated_type(field, given, kept):
     found = getattr(Example(**{field: given}), field)
     assert found == kept
     assert type(found) is type(kept)
@@ -97,7 +97,7 @@ def test_values_become_what_the_annotation_says(field, given, kept):
         ("inner", {"depth": 2}, "it must be Inner, or none"),
     ],
 )
-def test_what_does_not_fit_is_named_with_what_would(field, value, wanted):
+def test_errors_name_the_value_and_what_would_fit(field, value, wanted):
     with pytest.raises(InputError, match=f"^{re.escape(f'example.{field} is {value!r}: {wanted}')}$"):
         Example(**{field: value})
 

@@ -62,7 +62,7 @@ def test_means_have_students_interval_over_the_seeds():
     assert report.mean([90.0], ".1f") == "90.0"
 
 
-def test_a_column_an_arm_and_a_line_a_schedule():
+def test_tables_have_a_column_per_arm_and_a_line_per_schedule():
     head, _, *body = cells(report.TABLES["accuracy"](ROWS))
     assert head == ["schedule", "GMACs", "AdamW", "SAM"]
     assert [line[:2] for line in body] == [["`dense`", "4"], ["`tome_r8`", "3"], ["`tome_r16`", "2"]]
@@ -86,7 +86,7 @@ def test_verdicts_are_counted_and_measures_ranked():
     assert ranked["worst case, radius 0.1"][0].startswith("+0.74 ")  # drops 6, 6, 3, 2 over 4, 5, 1, 2
 
 
-def test_only_what_stands_between_the_marks_is_written():
+def test_only_text_between_the_marks_is_rewritten():
     page = "before\n<!-- digits: conditions -->\nold\n<!-- end -->\nafter\n"
     filled = report.fill(page, ROWS, [], [])
     assert filled.startswith("before\n<!-- digits: conditions -->\n|  | radius |")
@@ -108,7 +108,7 @@ FITTED = [
 ]
 
 
-def test_arms_at_equal_fit_stand_beside_the_adamw_of_their_seed():
+def test_arms_at_equal_fit_are_shown_beside_the_adamw_of_their_seed():
     _, _, adamw, sam, late = cells(report.TABLES["fit"](FITTED))
     assert adamw[:2] + adamw[5:] == ["AdamW", "0.05", "", "", "0, 1"]
     assert sam[2].startswith("200 ± ")
@@ -127,7 +127,7 @@ def test_differences_from_adamw_a_line_a_schedule_and_the_share_of_the_way_to_sa
     assert lines["worst case, radius 0.1"] == ["0.25", "0.50"]  # of seed 0, which all have: 4, 1 and 2.5
 
 
-def test_what_each_method_costs_and_gives():
+def test_costs_and_gains_of_each_method():
     others = [row(arm, 0, (0.90, 0.88, 0.80), (0.1, 0.3), 4.0) for arm in ("msam", "asam")]
     costs = [
         {"method": name, "ratio": 1.0 + i, "half": 0.1 * i}
@@ -158,7 +158,7 @@ def test_training_ends_at_the_first_measurement_that_fits(target, steps, tmp_pat
     assert 1 < found["loss"] < 3
 
 
-def test_the_ablation_has_a_line_a_rate_and_a_column_a_family():
+def test_the_ablation_has_a_line_per_rate_and_a_column_per_family():
     rows = [
         {"schedule": f"{family}_r{r}", "correct": 300 + r, "gmacs": 5 - r / 8}
         for family in ("tome", "s2dfe")
@@ -177,5 +177,5 @@ def test_the_plots_are_pictures():
     assert report.plot_ablation(ablation).startswith(b"\x89PNG")
 
 
-def test_the_page_is_what_the_stored_rows_make():
+def test_the_pages_match_the_stored_rows():
     report.main(["--check"])

@@ -541,7 +541,7 @@ CASES |= {
 
 @pytest.mark.parametrize("size", SIZES, ids=["as trained", "larger", "not square"])
 @pytest.mark.parametrize("name", CASES)
-def test_features_and_logits_are_those_of_the_real_library(name, size, tmp_path, photos):
+def test_features_and_logits_equal_the_real_library(name, size, tmp_path, photos):
     backbone, images = CASES[name](tmp_path, size), photos(size)
     expected = theirs(backbone.run, images)
     checkpoint = convert(backbone.source, tmp_path / "out", *backbone.flags)
@@ -567,7 +567,7 @@ def test_features_and_logits_are_those_of_the_real_library(name, size, tmp_path,
         "PE",
     ],
 )
-def test_timm_loads_what_is_written_for_it(name, tmp_path, photos, monkeypatch):
+def test_timm_loads_the_written_weights(name, tmp_path, photos, monkeypatch):
     backbone, images = CASES[name](tmp_path, SIZES[0]), photos(SIZES[0])
     expected = theirs(backbone.run, images)
     convert(backbone.source, tmp_path / "out", *backbone.flags)
@@ -592,7 +592,7 @@ def test_timm_loads_what_is_written_for_it(name, tmp_path, photos, monkeypatch):
         ("DINOv2 giant, Hugging Face", "Dinov2Model"),
     ],
 )
-def test_transformers_loads_what_is_written_for_it(name, kind, tmp_path, photos):
+def test_transformers_loads_the_written_weights(name, kind, tmp_path, photos):
     backbone, images = CASES[name](tmp_path, SIZES[0]), photos(SIZES[0])
     _, expected = theirs(backbone.run, images)
     convert(backbone.source, tmp_path / "out", *backbone.flags)
@@ -651,7 +651,7 @@ def test_the_key_bias_counts(tmp_path, photos):
         "vit_pe_core_base_patch16_224",
     ],
 )
-def test_a_file_of_rotary_positions_alone_asks_for_the_name(name, tmp_path):
+def test_a_file_of_rotary_positions_alone_requires_the_name(name, tmp_path):
     model = create_model(name, **(SMALL | dict(embed_dim=128)))
     source = save(tmp_path / "weights.safetensors", model.state_dict())
     with pytest.raises(InputError, match=r"positions are rotary.*pass --model"):

@@ -70,7 +70,7 @@ def test_the_grid_that_is_assumed_is_reported(tmp_path):
     assert "assumed to be of a square grid; if it is not, pass the --image_size of the weights" in line
 
 
-def test_for_pytorch_the_path_is_returned(weights, tmp_path):
+def test_a_conversion_to_pytorch_returns_the_path(weights, tmp_path):
     lines = []
     out = convert(str(weights), tmp_path / "timm.safetensors", to="timm", num_heads=2, report=lines.append)
     assert out == (tmp_path / "timm.safetensors").resolve()

@@ -173,7 +173,7 @@ def test_sha256(site, cache):
     assert site.asked == asked + 1
 
 
-def test_a_damaged_cache_is_mended(site):
+def test_a_damaged_cache_is_repaired(site):
     site.content = safetensors(7)
     path = download(site.address, weights)
     path.write_bytes(site.content[:-1])

@@ -64,7 +64,7 @@ def test_an_unknown_layout_names_the_nearest_and_what_differs():
         detect_layout(arrays)
 
 
-def test_a_mask_token_tells_of_dinov2_unless_there_is_a_decoder():
+def test_a_mask_token_means_dinov2_unless_there_is_a_decoder():
     arrays = state_dict() | {"mask_token": np.zeros((1, 128), np.float32)}
     assert detect_layout(arrays).name == "DINOv2"
     assert translate(arrays).dropped == {"mask_token": "used in pre-training only"}

@@ -81,7 +81,7 @@ def test_a_file_becomes_a_checkpoint(weights, tmp_path, capsys):
     assert np.isfinite(logits).all()
 
 
-def test_another_size_warns_and_the_head_may_stay_behind(weights, tmp_path, capsys):
+def test_another_size_warns_and_the_head_may_be_left_out(weights, tmp_path, capsys):
     main([str(weights), str(tmp_path / "out"), *GIVEN, "--image_size", "48x64", "--num_classes", "0"])
     printed = capsys.readouterr().out
     assert "warning: position embedding 4x4, the model's grid 6x8" in printed
@@ -89,7 +89,7 @@ def test_another_size_warns_and_the_head_may_stay_behind(weights, tmp_path, caps
     assert fc.load_checkpoint(tmp_path / "out").config.num_classes == 0
 
 
-def test_overwriting_is_asked_for(weights, tmp_path, capsys):
+def test_overwriting_requires_an_option(weights, tmp_path, capsys):
     out = tmp_path / "out"
     main([str(weights), str(out), *GIVEN])
     assert "pass --overwrite" in error(capsys, weights, out, *GIVEN)
@@ -97,7 +97,7 @@ def test_overwriting_is_asked_for(weights, tmp_path, capsys):
     assert fc.load_checkpoint(out).config.grid == (8, 8)
 
 
-def test_inspect_tells_and_writes_nothing(weights, tmp_path, capsys):
+def test_inspect_prints_and_writes_nothing(weights, tmp_path, capsys):
     main(["--inspect", str(weights), "--num_heads", "2"])
     printed = capsys.readouterr().out
     assert re.search(r"^sha256 [0-9a-f]{64}  model.safetensors$", printed, re.MULTILINE)
@@ -195,7 +195,7 @@ def test_bad_requests_are_one_line_and_leave_nothing(arguments, says, weights, t
     assert os.listdir(tmp_path) == ["model.safetensors"]
 
 
-def test_the_pooling_may_be_said(weights, tmp_path):
+def test_the_pooling_may_be_given(weights, tmp_path):
     main([str(weights), str(tmp_path / "out"), *GIVEN, "--pool", "avg"])
     assert fc.load_checkpoint(tmp_path / "out").config.pool == "avg"
 
@@ -214,7 +214,7 @@ def test_out_is_needed(weights, capsys):
     assert "OUT is missing" in error(capsys, weights)
 
 
-def test_what_is_assumed_is_said(weights, tmp_path, capsys):
+def test_assumptions_are_printed(weights, tmp_path, capsys):
     main([str(weights), str(tmp_path / "out"), *GIVEN])
     assert "are assumed" not in capsys.readouterr().out
     wider = {128: 192, 384: 576, 256: 768}
@@ -279,7 +279,7 @@ def test_a_model_that_config_json_names_is_refused_by_its_name(tmp_path, capsys)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads VmHWM of /proc")
-def test_a_dinov3_of_vit_l_s_size_converts_within_three_times_its_size(tmp_path):
+def test_a_dinov3_as_large_as_vit_l_converts_within_three_times_its_size(tmp_path):
     source = tmp_path / "model.safetensors"
     write_safetensors(source, in_layout("timm", fc.zoo.get("vit_large_patch16_dinov3").config))
     size = source.stat().st_size

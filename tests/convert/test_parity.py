@@ -335,7 +335,7 @@ CASES |= {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_logits_are_those_of_the_real_library(name, tmp_path, photos):
+def test_logits_equal_the_real_library(name, tmp_path, photos):
     published = CASES[name](tmp_path)
     images = photos(published.image_size)
     expected = theirs(published.logits, images)
@@ -345,7 +345,7 @@ def test_logits_are_those_of_the_real_library(name, tmp_path, photos):
 
 
 @pytest.mark.parametrize(("name", "kind"), [("ViT", "squash"), ("DeiT", "squash"), ("Dinov2", "center")])
-def test_pixels_and_class_names_come_from_beside_the_file(name, kind, tmp_path):
+def test_pixels_and_class_names_come_from_files_beside_the_weights(name, kind, tmp_path):
     names = dict(enumerate("abcdefg"))
     published = huggingface(tmp_path, f"{name}ForImageClassification", id2label=names)
     checkpoint = convert(published.source, tmp_path / "out")
@@ -377,7 +377,7 @@ def test_a_wrong_order_of_the_projections_is_told_apart(trap, tmp_path, photos):
     assert difference.min() > 100 * TOLERANCE
 
 
-def test_the_epsilon_is_told_apart_where_tokens_vary_little(tmp_path, photos):
+def test_a_wrong_epsilon_is_told_apart_if_tokens_vary_little(tmp_path, photos):
     published = huggingface(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     faint = {key: value * 1e-3 if ".embeddings." in key else value for key, value in weights.items()}
@@ -430,7 +430,7 @@ def test_timm_and_back_gives_the_same_bytes(build, changes, flags, tmp_path, pho
         ("DeiT-III", {"no_embed_class": True, "init_values": 1e-6}),
     ],
 )
-def test_timm_loads_what_came_from_elsewhere(name, changes, tmp_path, photos):
+def test_timm_loads_weights_from_elsewhere(name, changes, tmp_path, photos):
     published = CASES[name](tmp_path)
     convert(published.source, tmp_path / "out", *published.flags)
     main([str(tmp_path / "out"), str(tmp_path / "timm.safetensors"), "--to", "timm"])
@@ -440,7 +440,7 @@ def test_timm_loads_what_came_from_elsewhere(name, changes, tmp_path, photos):
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if "For" in name])
-def test_transformers_loads_what_is_written_for_it(name, tmp_path, photos):
+def test_transformers_loads_the_written_weights(name, tmp_path, photos):
     published = huggingface(tmp_path, name, id2label=dict(enumerate("abcdefg")))
     checkpoint = convert(published.source, tmp_path / "out")
     main([str(tmp_path / "out"), str(tmp_path / "hf"), "--to", "hf"])

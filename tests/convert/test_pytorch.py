@@ -75,7 +75,7 @@ def test_the_call_that_is_printed_builds_the_module_in_timm(changes, tmp_path, m
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_the_image_processor_says_the_same_pixels(name, tmp_path):
+def test_the_image_processor_gives_the_same_pixels(name, tmp_path):
     pixels = PRESETS[name]
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(pytorch.to_image_processor(pixels)))
@@ -85,7 +85,7 @@ def test_the_image_processor_says_the_same_pixels(name, tmp_path):
     assert replace(read, crop_pct=pixels.crop_pct) == pixels
 
 
-def test_pixels_that_no_processor_can_say_are_reported(tmp_path):
+def test_pixels_that_no_processor_can_express_are_reported(tmp_path):
     for pixels in (Preprocess(crop_mode="border", image_size=(32, 32)), Preprocess(image_size=(32, 48))):
         assert pytorch.to_image_processor(pixels) is None
     told = pytorch.write_huggingface(
@@ -133,7 +133,7 @@ def test_class_names_go_along(tmp_path):
         ({"image_size": (32, 48)}, "not square"),
     ],
 )
-def test_what_transformers_cannot_hold_is_refused(changes, lacks, tmp_path):
+def test_models_that_transformers_cannot_hold_are_refused(changes, lacks, tmp_path):
     config = ViTConfig(**{**dict(zip(ViTConfig.__dataclass_fields__, SIZE, strict=False)), **changes})
     with pytest.raises(InputError, match=lacks):
         pytorch.write_huggingface(tmp_path / "out", config, params(config), None, None)
@@ -151,14 +151,14 @@ def test_what_transformers_cannot_hold_is_refused(changes, lacks, tmp_path):
     ],
     ids=str,
 )
-def test_what_timm_cannot_hold_is_refused(changes, tmp_path):
+def test_models_that_timm_cannot_hold_are_refused(changes, tmp_path):
     config = ViTConfig(*SIZE, **changes)
     with pytest.raises(InputError, match="it cannot hold this model"):
         pytorch.write_timm(tmp_path / "out.safetensors", config, params(config))
     assert os.listdir(tmp_path) == []
 
 
-def test_only_what_it_writes_is_replaced(tmp_path):
+def test_only_its_own_files_are_replaced(tmp_path):
     folder, file = tmp_path / "folder", tmp_path / "file.safetensors"
     folder.mkdir()
     (folder / "thesis.txt").write_text("")

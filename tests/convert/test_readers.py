@@ -130,7 +130,7 @@ def named(*names: str) -> bytes:
         ("my_orig_mod.a submodule.b", "my_orig_mod.a submodule.b"),
     ],
 )
-def test_what_wrappers_put_into_names_is_removed(tmp_path, names, plain):
+def test_additions_of_wrappers_to_names_are_removed(tmp_path, names, plain):
     read = read_weights(write(tmp_path / "w.safetensors", named(*names.split())))
     assert list(read.arrays) == plain.split()
     assert [int(array[0]) for array in read.arrays.values()] == [*range(len(names.split()))]

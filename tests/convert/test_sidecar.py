@@ -72,7 +72,7 @@ FIELDS = dict(embed_dim=32, depth=2, num_heads=4, mlp_dim=64, patch_size=8, imag
         ),
     ],
 )
-def test_what_transformers_saves(name, stated, expected, tmp_path):
+def test_files_that_transformers_saves(name, stated, expected, tmp_path):
     transformers = pytest.importorskip("transformers")
     getattr(transformers, f"{name}Config")(**GEOMETRY, **stated, num_labels=3).save_pretrained(tmp_path)
     sidecar = read_sidecar(tmp_path / "model.safetensors")
@@ -234,7 +234,7 @@ def test_pixels_that_cannot_be_expressed(stated, says, read):
 # ---- timm
 
 
-def test_what_timm_saves(tmp_path):
+def test_files_that_timm_saves(tmp_path):
     timm = pytest.importorskip("timm")
     chosen = dict(reg_tokens=2, act_layer="quick_gelu", global_pool="avg", embed_dim=96, num_heads=6, init_values=1e-5)
     model = timm.create_model("vit_tiny_patch16_224", img_size=(64, 32), depth=2, num_classes=3, **chosen)
@@ -322,7 +322,7 @@ def test_files_of_another_model_are_left_alone(tmp_path):
         ({"model_args": {"pool_include_prefix": True}}, "pool_include_prefix"),
     ],
 )
-def test_what_timm_has_and_we_have_not_is_refused_by_name(changes, says, tmp_path):
+def test_unsupported_features_of_timm_are_refused_by_name(changes, says, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIMM | changes))
     with pytest.raises(InputError, match=says):
         read_sidecar(tmp_path / "model.safetensors")
@@ -338,7 +338,7 @@ def test_what_timm_has_and_we_have_not_is_refused_by_name(changes, says, tmp_pat
         ("vit_base_patch16_224", {}),
     ],
 )
-def test_a_name_of_timm_tells_gelu_and_epsilon(name, fields, tmp_path):
+def test_a_name_of_timm_implies_gelu_and_epsilon(name, fields, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(TIMM | {"architecture": name}))
     found = read_sidecar(tmp_path / "model.safetensors").fields
     assert {key: found[key] for key in ("gelu", "norm_eps") if key in found} == fields
@@ -358,7 +358,7 @@ def test_the_gelu_of_each_siglip_is_that_of_timm(tmp_path):
         assert name not in zoo.ARCHITECTURES or zoo.ARCHITECTURES[name].gelu == expected, name
 
 
-def test_what_timm_publishes_with_each_name_of_the_zoo_agrees_with_it(read):
+def test_each_name_of_the_zoo_agrees_with_its_published_config(read):
     """A name of the zoo is downloaded from timm's repository on the hub, whose config.json must not contradict it."""
     models = pytest.importorskip("timm.models")
     for name in zoo.names():

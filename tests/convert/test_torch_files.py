@@ -218,7 +218,7 @@ def test_the_sibling_of_a_nested_wrapper_is_reported(tmp_path, torch):
     assert read_weights(path, ema=True).skipped == ("epoch", "model")
 
 
-def test_averaged_weights_that_are_not_there(tmp_path, torch):
+def test_missing_averaged_weights(tmp_path, torch):
     path = save(torch, fill(torch, {"model": {"a": 1}, "optimizer": {}, "epoch": 3}), tmp_path / "a.pth")
     said = "holds no averaged weights; its entries are model, optimizer, epoch: leave ema out"
     assert refusal(path, ema=True) == said

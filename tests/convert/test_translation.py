@@ -58,7 +58,7 @@ def test_other_floats_become_float32(dtype):
     np.testing.assert_array_equal(converted.params["norm"]["bias"], arrays["norm.bias"].astype(np.float32))
 
 
-def test_the_head_is_what_was_asked_for():
+def test_the_head_is_the_requested_one():
     arrays = state_dict()
     assert infer(arrays, num_heads=2, num_classes=5) == CONFIG
     with pytest.raises(InputError, match="the head has 5 classes, you asked for 10"):
@@ -152,7 +152,7 @@ def test_a_file_that_is_not_the_named_model_is_refused():
         infer(state_dict(), {"num_heads": 4}, num_heads=2)
 
 
-def test_norm_pre_asks_for_what_clip_models_differ_in():
+def test_norm_pre_requires_the_options_in_which_clip_models_differ():
     arrays = state_dict() | {f"norm_pre.{name}": np.ones(128, np.float32) for name in ("weight", "bias")}
     with pytest.raises(InputError, match=r"--gelu .*--norm_eps 1e-5"):
         infer(arrays, num_heads=2)
@@ -161,7 +161,7 @@ def test_norm_pre_asks_for_what_clip_models_differ_in():
     assert infer(arrays, {"gelu": "quick", "norm_eps": 1e-5, "num_heads": 2}) == config
 
 
-def test_a_grid_that_is_not_square_is_asked_for():
+def test_a_grid_that_is_not_square_must_be_given():
     arrays = state_dict(ViTConfig((32, 56), 8, 128, 2, 2, 256, num_classes=5))
     with pytest.raises(InputError, match="no square grid: pass --image_size"):
         infer(arrays, num_heads=2)
@@ -174,7 +174,7 @@ def test_a_grid_that_is_not_square_is_asked_for():
     assert infer(arrays, num_heads=2).no_embed_class
 
 
-def test_registers_are_not_counted_to_the_positions_because_a_size_is_asked_for():
+def test_a_requested_size_does_not_count_registers_as_positions():
     # 8x8 patches and a class entry: 65 entries, as many as 6x10 patches, a class token and four registers.
     arrays = state_dict(ViTConfig((64, 64), 8, 128, 2, 2, 256, num_classes=5))
     arrays |= {"register_tokens": np.ones((1, 4, 128), np.float32), "mask_token": np.ones((1, 128), np.float32)}
@@ -184,7 +184,7 @@ def test_registers_are_not_counted_to_the_positions_because_a_size_is_asked_for(
         assert (grid, config.no_embed_class, config.grid) == ((8, 8), True, (6, 10))
 
 
-def test_of_two_grids_of_as_many_patches_the_one_that_is_asked_for_is_taken():
+def test_the_requested_one_of_two_grids_with_as_many_patches_is_taken():
     config, grid = infer_config(translate(state_dict()), {}, {"num_heads": 2, "image_size": (16, 64)})
     assert (grid, config.grid) == ((2, 8), (2, 8))
     known = {"": {"image_size": (32, 32)}}  # unless another is known
@@ -199,7 +199,7 @@ def test_blocks_must_be_numbered_without_gaps():
         infer(arrays, num_heads=2)
 
 
-def test_another_image_size_resamples_the_positions_and_says_so():
+def test_another_image_size_resamples_the_positions_and_reports_it():
     arrays = state_dict()
     config = infer(arrays, num_heads=2, image_size=(48, 64))
     converted = convert(arrays, config)
@@ -209,7 +209,7 @@ def test_another_image_size_resamples_the_positions_and_says_so():
     assert ("pos_embed", (1, 17, 128), "embed/pos_embed", (1, 49, 128), "grid, resampled") in converted.keys
 
 
-def test_another_patch_size_resamples_the_kernel_and_says_so():
+def test_another_patch_size_resamples_the_kernel_and_reports_it():
     config = infer(state_dict(), num_heads=2, patch_size=16)
     assert (config.grid, config.image_size) == ((2, 2), (32, 32))
     converted = convert(state_dict(), config)
@@ -228,7 +228,7 @@ def test_the_position_of_the_class_token_goes_into_it_where_registers_have_none(
     np.testing.assert_array_equal(embed["cls_token"], arrays["cls_token"] + arrays["pos_embed"][:, :1])
 
 
-def test_what_the_zoo_knows_fits_a_file_of_the_model():
+def test_facts_of_the_zoo_fit_a_file_of_the_model():
     config = zoo.get("deit_tiny_patch16_224").config
     known = {name: value for name, value in config.to_dict().items() if name not in ("image_size", "num_classes")}
     assert infer(state_dict(config), known) == config
@@ -247,12 +247,12 @@ def test_arrays_need_not_be_aligned(dtype):
     jax.tree.map(np.testing.assert_array_equal, convert(shifted).params, convert(arrays).params)
 
 
-def test_the_size_that_is_known_goes_before_a_square():
+def test_a_known_size_is_preferred_to_a_square():
     arrays = state_dict(ViTConfig((16, 64), 8, 128, 2, 2, 256, num_classes=5))  # 2x8 patches, as many as 4x4
     assert infer(arrays, {"image_size": (16, 64)}, num_heads=2).grid == (2, 8)
 
 
-def test_of_two_sources_each_must_agree_with_the_file():
+def test_each_of_two_sources_must_agree_with_the_file():
     translation = translate(state_dict())
     with pytest.raises(InputError, match="not a small model: embed_dim is 128 in the file, 64 there"):
         infer_config(translation, {"a small model": {"embed_dim": 64}, "config.json": {"embed_dim": 128}}, {})
@@ -297,7 +297,7 @@ def test_any_prefix_of_the_model_is_removed(prefix, layout):
     assert_same_leaves(translation, translate(arrays))
 
 
-def test_what_self_supervised_training_leaves_beside_a_backbone_is_dropped():
+def test_leftovers_of_self_supervised_training_are_dropped():
     heads = ("module.head.mlp.0.weight", "module.head.last_layer.weight_g", "dino_head.mlp.0.bias", "n_averaged")
     arrays = prefixed("module.backbone.") | dict.fromkeys(heads, np.ones(3))
     translation = translate(arrays)
@@ -330,7 +330,7 @@ def test_a_head_of_another_name_is_recognised_by_its_shape(name, prefix):
     assert backbone.dropped == dict.fromkeys(head, "not part of the backbone")
 
 
-def test_a_head_of_google_s_layout_lies_the_other_way_round():
+def test_a_head_of_googles_layout_is_transposed():
     config = ViTConfig((32, 32), 8, 64, 2, 4, 128, 5)
     arrays = in_layout("big_vision", config)
     renamed = {key.replace("head/", "classifier/"): value for key, value in arrays.items()}

@@ -37,7 +37,7 @@ def rng(seed: int = 1) -> np.random.Generator:
 # RandomAffine
 
 
-def test_nothing_asked_nothing_done():
+def test_without_options_nothing_changes():
     pixels = random_pixels(16, 24)
     np.testing.assert_array_equal(RandomAffine()(pixels, rng()), pixels)
 
@@ -88,7 +88,7 @@ def test_the_digits_recipe_is_the_affine_of_the_evaluation():
     np.testing.assert_array_equal(ours, affine(SQUARE(image), rng(3)))  # steps that are off draw nothing
 
 
-def test_flip_is_left_to_right_and_as_often_as_asked():
+def test_flip_is_left_to_right_and_as_often_as_configured():
     image = random_image(40, 40)
     plain = SQUARE(image)
     np.testing.assert_array_equal(Augment(crop="eval", flip=1.0)(image, SQUARE, rng()), plain[:, ::-1])
@@ -127,7 +127,7 @@ def test_a_strip_takes_no_memory(crop):
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.crop)
-def test_the_generator_is_all_the_chance(recipe):
+def test_all_randomness_comes_from_the_generator(recipe):
     image = random_image(60, 80)
     first, again, other = (recipe(image, SQUARE, rng(seed)) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)

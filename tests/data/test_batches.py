@@ -181,7 +181,7 @@ def test_device_batches_are_sharded_and_equal():
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_what_is_before_a_bad_image_comes_first(depth):
+def test_images_before_a_bad_one_come_first(depth):
     batches = device_batches(eval_batches(source_of(13, broken=9), SMALL, 2), on_devices(), depth)
     assert [next(batches).names[0] for _ in range(4)] == [f"record-{i}" for i in (0, 2, 4, 6)]
     with pytest.raises(BadImage, match="record-9"):
@@ -246,7 +246,7 @@ def test_an_epoch_is_a_permutation_cut_to_whole_batches():
     assert (batches[row // 4].images[row % 4] != batches[3 + again // 4].images[again % 4]).any()
 
 
-def test_pixels_come_of_seed_epoch_and_index():
+def test_pixels_depend_on_seed_epoch_and_index():
     (batch,) = train(steps=range(7, 8))  # the third epoch's second
     source, index = source_of(13), np.random.default_rng((3, 2)).permutation(13)[4]
     data = source[index].image
@@ -300,7 +300,7 @@ def test_a_broken_training_image_stops_in_place_of_its_batch():
     assert decoding_threads() == []
 
 
-def test_a_broken_training_image_is_skipped_and_told():
+def test_a_broken_training_image_is_skipped_and_reported():
     sound, batches = train(), train(source=source_of(13, broken=6), on_bad="skip")
     skipped = 0
     for expected, batch in zip(sound, batches, strict=True):
@@ -317,7 +317,7 @@ def test_a_broken_training_image_is_skipped_and_told():
     assert sum(len(batch.skipped) for batch in device) == 9 * 8 - sum(int(batch.mask.sum()) for batch in device) > 0
 
 
-def test_what_a_transform_refuses_is_reported_by_name_and_its_bugs_are_not_skipped():
+def test_refusals_of_a_transform_are_reported_by_name_and_its_bugs_are_not_skipped():
     def refuse(image, rng):
         raise InputError("it is a strip")
 

@@ -66,7 +66,7 @@ def test_some_of_imagenets_classes_are_scored_among_themselves(names, classes, o
 
 
 @pytest.mark.parametrize("names", HEADS)
-def test_what_is_scored_already_stays_so(names):
+def test_existing_scoring_is_kept(names):
     source = match_head(source_of(*SYNSETS, scored=imagenet.IMAGENET_A), 1000, names, "dir")
     assert source.scored == imagenet.IMAGENET_A
     source = match_head(source_of(*SYNSETS[::-1], scored=(0, 5)), 1000, names, "dir")
@@ -103,7 +103,7 @@ def test_folders_named_by_synsets_are_mapped(tmp_path):
     ]
 
 
-def test_a_head_of_the_same_names_takes_them_as_they_are():
+def test_a_head_of_the_same_names_keeps_the_labels():
     for names in (list("abc"), IMAGENETTE):
         source = source_of(*names)
         assert match_head(source, len(names), names, "dir") is source

@@ -100,7 +100,7 @@ def test_copies_that_systems_make_are_left_out_and_counted(files):
     assert found.remarks == ("left out: 2 @eaDir folders, 1 __MACOSX folders",)
 
 
-def test_what_is_left_out_is_counted_by_its_suffix(files):
+def test_files_that_are_left_out_are_counted_by_their_suffix(files):
     root = files("a/1.jfif", "a/2.ppm", "a/3.avif", "a/4.heic", "a/5.HEIC", "a/6.txt", "a/README", "b/7.jpg", "8.jpg")
     found = list_images(root)
     assert [*found.names] == ["a/1.jfif", "a/2.ppm", "a/3.avif", "b/7.jpg"]
@@ -223,7 +223,7 @@ def test_a_folder_that_has_just_changed_is_not_kept(files, tmp_path, monkeypatch
     assert not (tmp_path / "cache").exists()
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(files, tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_ignored(files, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("FCVIT_JAX_CACHE", str(tmp_path / "file"))
     monkeypatch.setattr(listing, "INDEXED_FROM", 2)

@@ -112,7 +112,7 @@ def test_real_photos_give_the_logits_of_their_folder(clothing_test, tmp_path):
     assert names[0] == names[1]
 
 
-def test_what_is_there_stays(folder, tmp_path):
+def test_existing_data_sets_stay(folder, tmp_path):
     out = tmp_path / "data"
     source = open_source(f"folder:{folder}")
     prepare.prepare(source, out, "photos", "test")
@@ -150,7 +150,7 @@ def test_what_is_there_stays(folder, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["occupied", "photos"]
 
 
-def test_a_folder_whose_name_is_none_for_a_data_set_is_reported(folder, tmp_path, capsys):
+def test_a_folder_name_that_no_data_set_can_have_is_reported(folder, tmp_path, capsys):
     (renamed := tmp_path / "2024").mkdir()
     folder.rename(renamed / "2024")
     with pytest.raises(SystemExit):
@@ -212,7 +212,7 @@ def test_a_place_that_cannot_be_written_is_reported(folder, tmp_path, capsys):
         assert said.count("\n") == 1
 
 
-def test_what_is_written_is_what_tfds_expects(folder, tmp_path):
+def test_the_written_files_are_those_that_tfds_expects(folder, tmp_path):
     import tensorflow_datasets as tfds
 
     prepare.prepare(open_source(f"folder:{folder}"), tmp_path / "data", "photos", "test")

@@ -127,7 +127,7 @@ def test_tfds_takes_the_newest_version(data_dir, tmp_path):
         ("tiny_texts/test", r"no features of kind Image and none called 'image' \(text\)"),
     ],
 )
-def test_tfds_errors_name_the_mend(data_dir, spec, message):
+def test_tfds_errors_name_the_fix(data_dir, spec, message):
     with pytest.raises(InputError, match=message) as caught:
         open_source(f"tfds:{spec}@{data_dir}")
     assert str(caught.value).startswith(f"tfds:{spec}@{data_dir}: ")
@@ -159,7 +159,7 @@ def test_another_format_is_told_apart(data_dir, tmp_path):
         open_source(f"tfds:tiny_photos/test@{tmp_path}")
 
 
-def test_tensorflow_and_the_network_stay_out(data_dir):
+def test_neither_tensorflow_nor_the_network_is_used(data_dir):
     """In a process of its own: other tests may have imported what must not be imported here."""
     program = f"""
 import socket, sys
@@ -187,7 +187,7 @@ except sources.InputError:
 
 
 @tfds_warnings
-def test_imagenets_variants_are_scored_as_they_are_meant(tmp_path):
+def test_imagenets_variants_are_scored_as_intended(tmp_path):
     import tensorflow_datasets as tfds
 
     synsets = imagenet.synsets()
@@ -214,7 +214,7 @@ def test_imagenets_variants_are_scored_as_they_are_meant(tmp_path):
     ("name", "number", "file"),
     [("cifar10", 10, "test/00000000"), ("cifar100", 100, "test/00000000"), ("oxford_iiit_pet", 37, "a photo.jpg")],
 )
-def test_of_several_pictures_and_labels_it_takes_the_image_and_its_class(tmp_path, name, number, file):
+def test_the_image_and_its_class_are_taken_among_several_pictures_and_labels(tmp_path, name, number, file):
     """With the features that TFDS gives these sets: a coarse label, a species, a mask beside the image."""
     import tensorflow_datasets as tfds
 
@@ -334,7 +334,7 @@ def test_tfrecord_gives_the_records_of_array_record(data_dir, tfrecord_dir, part
 
 
 @tfds_warnings
-def test_of_two_formats_array_record_is_read(data_dir, tmp_path):
+def test_array_record_is_preferred_to_tfrecord(data_dir, tmp_path):
     directory = tmp_path / "tiny_photos" / "1.0.0"
     shutil.copytree(data_dir / "tiny_photos" / "1.0.0", directory)
     info = json.loads((directory / "dataset_info.json").read_text())

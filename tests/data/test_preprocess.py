@@ -226,7 +226,7 @@ def test_preset_overrides():
         ("timm/deit,crop_mode=tile", r"preprocess\.crop_mode is 'tile': choose one of center, squash, border"),
     ],
 )
-def test_preset_errors_name_the_mend(text, message):
+def test_preset_errors_name_the_fix(text, message):
     with pytest.raises(InputError, match=message):
         preset(text, (224, 224))
 
@@ -273,7 +273,7 @@ def png_of_size(width: int, height: int) -> bytes:
     ],
     ids=["empty", "web page", "jpeg", "png", "webp", "gif", "bomb", "large"],
 )
-def test_what_cannot_be_decoded_is_named(data, why):
+def test_data_that_cannot_be_decoded_are_named(data, why):
     with pytest.raises(InputError, match=rf"^image a/b\.jpg cannot be decoded: {why}") as caught:
         decode(data, "a/b.jpg")
     assert "\n" not in str(caught.value)
@@ -305,7 +305,7 @@ def tiff_with_exif_beyond_its_end() -> bytes:
         (tiff_with_exif_beyond_its_end, "Corrupt EXIF"),  # told on loading
     ],
 )
-def test_odd_files_decode_without_a_word(make, remark, capfd):
+def test_odd_files_decode_without_output(make, remark, capfd):
     data = make()
     with pytest.warns(UserWarning, match=remark):  # PIL alone complains: the file is odd indeed
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
@@ -377,7 +377,7 @@ def test_values_without_a_range_are_refused(pixels, message):
 
 @pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_ignored_counted_or_heeded(form, orientation):
+def test_exif_orientation_is_ignored_counted_or_applied(form, orientation):
     upright = noise(24, 16)
     back = {5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_90, 7: Image.Transpose.TRANSVERSE,
             8: Image.Transpose.ROTATE_270, 2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180,
@@ -407,7 +407,7 @@ def test_an_image_of_a_palette_keeps_its_orientation():
     np.testing.assert_array_equal(turned, np.asarray(image.convert("RGB").transpose(Image.Transpose.ROTATE_270)))
 
 
-def test_damaged_exif_says_nothing():
+def test_damaged_exif_prints_nothing():
     image = noise(24, 16)
     for exif in (b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0MM\0*" + bytes(9), b"nonsense"):
         with warnings.catch_warnings():

@@ -18,7 +18,7 @@ def write(path: Path, data: bytes = b"pixels") -> Path:
     return path
 
 
-def test_unknown_forms_are_reported_the_known_ones():
+def test_an_unknown_form_is_reported_with_the_known_ones():
     for spec in ("imagenet", "s3:bucket", ""):
         with pytest.raises(InputError, match=re.escape("folder:PATH, digits:train|test, tfds:NAME/SPLIT")):
             open_source(spec)
@@ -57,7 +57,7 @@ def test_folders_named_by_integers_are_in_numeric_order(tmp_path):
     assert open_source(f"folder:{tmp_path}").class_names == ("0", "1", "10", "2", "zebra")
 
 
-def test_folder_errors_name_the_folder_and_the_mend(tmp_path):
+def test_folder_errors_name_the_folder_and_the_fix(tmp_path):
     file = write(tmp_path / "file.jpg")
     (tmp_path / "empty").mkdir()
     write(tmp_path / "loose" / "x.jpg")

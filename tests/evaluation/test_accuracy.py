@@ -218,7 +218,7 @@ def test_one_batch_is_computed_while_another_is_handed_out_and_never_more(params
     assert log == ["read 0", "start", "read 1", "start", "out 0", "read 2", "start", "out 1", "out 2"]
 
 
-def test_between_cpu_devices_a_program_is_waited_for_before_the_next(params, monkeypatch):
+def test_several_cpu_devices_finish_each_program_before_the_next(params, monkeypatch):
     steps, placed, rows = compiled(params, 8, 1, ["dense"])
     batch = next(device_batches(eval_batches(noise(8), PREPROCESS, 8), rows, depth=0))
     waited = []
@@ -229,7 +229,7 @@ def test_between_cpu_devices_a_program_is_waited_for_before_the_next(params, mon
     assert len(waited) == 1
 
 
-def test_the_waiting_is_told_apart(params):
+def test_waiting_is_timed_apart_from_computing(params):
     steps, placed, rows = compiled(params, 8, 1, ["dense"])
     times = Times()
 
@@ -244,7 +244,7 @@ def test_the_waiting_is_told_apart(params):
     assert times.seconds["waiting for data"] >= 0.2
 
 
-def test_what_lies_on_the_device_does_not_grow_with_the_images(params):
+def test_memory_on_the_device_does_not_grow_with_the_images(params):
     steps, placed, rows = compiled(params, 8, 1)
     alive: list[int] = []
     compare = compile_comparison(CONFIG, StepConfig(PREPROCESS, mesh_of(1), 8))

@@ -56,7 +56,7 @@ def evaluated(backbone, tmp_path_factory):
     return fc.evaluate(backbone, IMAGES, SCHEDULES, **fields), workdir
 
 
-def test_rows_are_what_is_counted_by_hand(evaluated, backbone):
+def test_rows_equal_a_count_by_hand(evaluated, backbone):
     from sklearn.neighbors import KNeighborsClassifier
 
     rows, workdir = evaluated

@@ -49,7 +49,7 @@ class Page(HTMLParser):
 CLASSES = {"classes": ["cat", "dog"], "images": [10, 20], "correct": {"dense": [9, 18], "tome_r8": [9, 12]}}
 
 
-def test_the_page_asks_for_nothing_from_outside(make_run):
+def test_the_page_requests_nothing_from_outside(make_run):
     text = render_page([make_run()])
     assert len(text.encode()) < 2_000_000
     page = Page(text)
@@ -63,7 +63,7 @@ def test_the_page_asks_for_nothing_from_outside(make_run):
     assert any(meta.get("name") == "viewport" for meta in page.all("meta"))
 
 
-def test_the_table_and_the_text_of_each_point_say_the_same(make_run):
+def test_the_table_and_the_text_of_each_point_agree(make_run):
     run = make_run()
     page = Page(render_page([run]))
     titles = ["schedule", *(column.title for column in columns(run))]
@@ -131,7 +131,7 @@ def test_published_curves_are_thin_lines_of_their_own(make_run):
     assert point["gmacs"] == pytest.approx(2.70, abs=0.01)
 
 
-def test_what_is_far_from_what_is_reported_is_warned_of_on_the_page(make_run):
+def test_the_page_warns_of_accuracies_far_from_the_reported_ones(make_run):
     warning = (
         '<p class="warning">Warning: dense has 90.00 %, published is 91.00 %, 3.5 standard errors apart (pixels: P).'
     )
@@ -208,7 +208,7 @@ def test_conditions(make_rows):
     assert not {"top1", "kl", "schedule"} & set(told)
 
 
-def test_of_several_runs_each_row_names_its_own(make_run):
+def test_each_row_of_several_runs_names_its_run(make_run):
     page = Page(render_page([make_run("a"), make_run("b", preprocess="Q", images_per_second=None, speedup=None)]))
     assert page.text("title") == ["2 evaluations compared"]
     assert page.text("button")[:2] == ["run", "schedule"]

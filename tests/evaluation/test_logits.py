@@ -40,7 +40,7 @@ def check(directory):
         np.testing.assert_array_equal(saved["names"], whole.names)
 
 
-def test_an_interrupted_run_saves_the_rows_of_all_its_lives(tmp_path):
+def test_an_interrupted_run_saves_the_rows_of_all_its_starts(tmp_path):
     path = tmp_path / "journal"
     append(Journal(path, {}), 0, 1)
     (path / "2.npz").write_bytes(b"torn")
@@ -49,7 +49,7 @@ def test_an_interrupted_run_saves_the_rows_of_all_its_lives(tmp_path):
     check(tmp_path)
 
 
-def test_what_cannot_be_written_is_written_the_next_time(tmp_path):
+def test_a_failed_write_is_repeated_the_next_time(tmp_path):
     journal = append(Journal(tmp_path / "journal", {}), 0, 1, 2)
     occupied = tmp_path / "logits_dense-1-global-2-r3.npz"
     occupied.mkdir()

@@ -32,7 +32,7 @@ def expected(rows):
 
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("held", [False, True])
-def test_votes_are_scikit_learn_s(devices, held, monkeypatch):
+def test_votes_equal_scikit_learn(devices, held, monkeypatch):
     monkeypatch.setattr(features, "CHUNK", 4 * 8 * 13)  # fewer rows on a device than neighbours are sought
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
     votes = vote(TABLE.chunks(mesh, HELD), QUERIES, 6, mesh, held=held)

@@ -39,7 +39,7 @@ def written(tmp_path):
     return tmp_path / "journal", parts
 
 
-def test_a_run_goes_on_behind_its_last_batch(written):
+def test_a_run_resumes_after_its_last_batch(written):
     path, parts = written
     journal = Journal(path, dict(reversed(RUN.items())))
     assert_same(journal.parts, parts)
@@ -65,7 +65,7 @@ def test_the_whole_batches_before_a_torn_one_are_kept(written):
     assert Journal(path, RUN).parts == []
 
 
-def test_a_flipped_bit_ends_what_is_believed(written):
+def test_nothing_after_a_flipped_bit_is_kept(written):
     path, parts = written
     content = bytearray((path / "2.npz").read_bytes())
     content[content.index(b"rank.npy") + 160] ^= 1
@@ -92,7 +92,7 @@ def test_another_run_is_reported_and_overwritten_by_the_first_batch(written):
     assert_same(Journal(path, RUN | {"batch_size": 8, "limit": 3}).parts, [part(7)])
 
 
-def test_what_was_skipped_is_forgotten_with_all_that_follows(written):
+def test_skipped_images_are_forgotten_with_all_later_batches(written):
     path, parts = written
     journal = Journal(path, RUN)  # batches 1 and 2 have skipped images
     journal.forget_skips()

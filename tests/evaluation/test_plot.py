@@ -13,7 +13,7 @@ from fcvit_jax.figures import COLOURS
 VIT_S = "vit_small_patch16_224.augreg_in21k_ft_in1k"
 
 
-def test_a_line_a_family(make_run):
+def test_each_family_has_a_line(make_run):
     dense, tome, local = lines([make_run()])
     assert [line.name for line in (dense, tome, local)] == ["dense", "tome", "s2winc7"]
     assert [row["schedule"] for row in tome.rows] == ["tome_r8", "tome_r13"]
@@ -21,7 +21,7 @@ def test_a_line_a_family(make_run):
     assert tome.marker != local.marker
 
 
-def test_of_several_runs_a_colour_a_family_and_a_marker_a_run(make_run):
+def test_families_have_colours_and_several_runs_have_markers(make_run):
     drawn = lines([make_run("a"), make_run("b")])
     assert [line.name for line in drawn][1::3] == ["a: tome", "b: tome"]
     a, b = drawn[1], drawn[4]
@@ -97,7 +97,7 @@ def test_labels_of_a_sweep_do_not_cover_each_other(make_rows):
     assert {"r=0", "r=16"} <= {label.get_text() for label in figure.axes[0].texts}
 
 
-def test_published_curves_are_drawn_only_for_the_images_they_are_of(make_run):
+def test_published_curves_are_drawn_only_for_their_images(make_run):
     assert published_curves([make_run(model=VIT_S)]) == {}
     assert published_curves([make_run(model="vit_tiny_patch16_224", reference_top1=0.7)]) == {}
     evaluated = make_run(model=VIT_S, reference_top1=0.814)

@@ -88,7 +88,7 @@ def test_points_by_schedule():
     assert published.points("vit_tiny_patch16_224") == published.points(None) == published.points("") == {}
 
 
-def test_the_page_is_what_the_script_prints():
+def test_the_page_matches_the_output_of_the_script():
     assert (ROOT / "docs" / "published.md").read_text() == as_markdown()
 
 

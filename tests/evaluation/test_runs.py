@@ -67,7 +67,7 @@ def test_a_damaged_class_table(tmp_path, write_run, table):
         read_run(tmp_path)
 
 
-def test_alike_runs_differ_in_nothing(make_run):
+def test_equal_runs_have_no_differences(make_run):
     assert differences([make_run("a"), make_run("b")]) == []
     # What a row does not say is not held against it.
     assert differences([make_run("a"), make_run("b", preprocess=None, device=None, weights_sha256=None)]) == []

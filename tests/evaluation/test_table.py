@@ -17,13 +17,13 @@ def test_table(make_rows):
     assert len({line.index(".", line.index("-", 20) + 9) for line in lines[3:6]}) == 1
 
 
-def test_the_mark_needs_a_test_and_is_explained_only_where_it_stands(make_rows):
+def test_the_mark_needs_a_test_and_is_explained_only_if_it_is_used(make_rows):
     assert [differs(row) for row in make_rows()] == [False, False, True, False]
     assert not any(differs(row) for row in make_rows(mcnemar_p=None))
     assert "*" not in format_table(make_rows(mcnemar_p=0.05))
 
 
-def test_what_no_row_has_is_left_out(make_rows):
+def test_a_field_that_no_row_has_is_left_out(make_rows):
     absent = ("top1_low", "top1_high", "mcnemar_p", "agreement", "kl", "images_per_second", "speedup")
     untimed = [{key: value for key, value in row.items() if key not in absent} for row in make_rows()[1:]]
     lines = format_table(untimed).splitlines()
@@ -32,7 +32,7 @@ def test_what_no_row_has_is_left_out(make_rows):
     assert "images/s" not in "".join(lines)
 
 
-def test_what_one_row_lacks_is_a_dash(make_rows):
+def test_a_missing_value_is_a_dash(make_rows):
     rows = make_rows()
     rows[1] |= {"images_per_second": None, "speedup": None}
     assert format_table(rows).splitlines()[3].split()[-3:] == ["3.40", "-", "-"]
@@ -109,7 +109,7 @@ def costs(*rows, model):
     return [{**dict(zip(keys, row, strict=True)), **published.fields(model, row[0]), **common} for row in rows]
 
 
-def test_costs_stand_beside_the_published_ones():
+def test_costs_are_shown_beside_the_published_ones():
     rows = costs(("dense", 4.6, 197), ("s2dfe_r18", 2.78, 18), ("s2dfe_r17", 2.876, 27), model="vit_small_patch16_224")
     lines = format_table(rows).splitlines()
     assert lines[2].split() == ["dense", "197", "4.60", "1.00x", "-", "81.41"]
@@ -118,7 +118,7 @@ def test_costs_stand_beside_the_published_ones():
     assert any(line.startswith("published:") for line in lines)
 
 
-def test_measured_accuracies_stand_beside_the_published_ones(make_rows, make_run):
+def test_measured_accuracies_are_shown_beside_the_published_ones(make_rows, make_run):
     rows = [row | published.fields("vit_small_patch16_224", row["schedule"]) for row in make_rows()]
     lines = format_table(rows).splitlines()
     assert lines[0].split()[-4:] == ["GMACs", "published", "images/s", "speed-up"]

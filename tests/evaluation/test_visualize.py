@@ -241,7 +241,7 @@ def test_the_layers_of_stages(names, layers):
     assert stage_layers([MergeSchedule.parse(name, 12) for name in names], 12) == layers
 
 
-def test_what_is_drawn_is_a_file_a_folder_or_a_data_set(tmp_path):
+def test_images_to_draw_are_a_file_a_folder_or_a_data_set(tmp_path):
     for place in ("b/deep/2.PNG", "b/1.png", "a.png", ".hidden/3.png"):
         (tmp_path / place).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (3, 3), "red").save(tmp_path / place)

@@ -135,7 +135,7 @@ def test_programs_run_without_this_library_and_give_its_logits(checkpoint, expor
                 np.testing.assert_allclose(found, wanted[:size], rtol=0, atol=1e-5)
 
 
-def test_a_directory_holds_what_its_meta_data_say(checkpoint, exported):
+def test_a_directory_matches_its_metadata(checkpoint, exported):
     meta = json.loads((exported / "meta.json").read_text())
     assert sorted(file.name for file in exported.iterdir()) == ["meta.json", "programs", "run.py", "weights.npz"]
     assert list(meta["programs"]) == [f"{name}_b{size}" for name in SCHEDULES.split(",") for size in (1, 4)]
@@ -271,7 +271,7 @@ def test_the_script_classifies_pictures_and_arrays(checkpoint, exported, script,
     assert capsys.readouterr().err == told
 
 
-def test_the_script_s_errors_are_one_line(exported, script, tmp_path, monkeypatch, capsys):
+def test_errors_of_the_script_are_one_line(exported, script, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Image.fromarray(np.zeros((90, 60, 3), np.uint8)).save("whole.png")
     content = Path("whole.png").read_bytes()
@@ -340,7 +340,7 @@ def test_the_script_counts_odd_images_once(exported, script, tmp_path, monkeypat
     ]
 
 
-def test_the_script_tells_a_bad_image_in_one_line(script, tmp_path, monkeypatch, capsys):
+def test_the_script_reports_a_bad_image_in_one_line(script, tmp_path, monkeypatch, capsys):
     buffer = io.BytesIO()
     Image.fromarray(some_images(1)[0]).save(buffer, "JPEG")
     contents = {
@@ -364,7 +364,7 @@ def test_the_script_tells_a_bad_image_in_one_line(script, tmp_path, monkeypatch,
         assert printed.out == ""
 
 
-def test_the_script_ends_quietly_where_its_output_is_not_read(exported, tmp_path):
+def test_the_script_ends_quietly_if_its_output_is_not_read(exported, tmp_path):
     np.save(tmp_path / "many.npy", some_images(4))
     command = [sys.executable, str(exported / "run.py"), *[str(tmp_path / "many.npy")] * 300]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
@@ -388,7 +388,7 @@ def test_a_broken_export_and_a_missing_platform_are_one_line(exported, tmp_path)
     assert "is incomplete or damaged" in done.stderr
 
 
-def test_what_does_not_fit_is_reported_and_nothing_is_written(checkpoint, tmp_path):
+def test_arguments_that_do_not_fit_are_reported_and_nothing_is_written(checkpoint, tmp_path):
     out = tmp_path / "out"
     for schedules, batch_sizes, options, told in [
         ("dense", 0, {}, "batch_sizes is .0,.: give at least one, each 1 or more"),
@@ -405,7 +405,7 @@ def test_what_does_not_fit_is_reported_and_nothing_is_written(checkpoint, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_is_whole_or_not_there(checkpoint, tmp_path, monkeypatch):
+def test_an_export_is_written_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch):
     out = fc.export(checkpoint, "dense", 1, tmp_path / "out")
     (out / "__pycache__").mkdir()  # as Python makes where run.py is imported
     with pytest.raises(fc.InputError, match="exists already"):
@@ -426,7 +426,7 @@ def test_a_checkpoint_is_never_overwritten(checkpoint, tmp_path):
         fc.export(path, "dense", 1, path, overwrite=True)
 
 
-def test_the_command_line_tells_mistakes_in_one_line(tmp_path, capsys):
+def test_the_command_line_reports_mistakes_in_one_line(tmp_path, capsys):
     for flags, told in [
         ("--schedules dense --batch_sizes 1,x", "'1,x' is not a batch size: write 32, or several as 1,32"),
         ("--schedules sparse --batch_sizes 1", "'sparse' is not a schedule"),

@@ -131,7 +131,7 @@ def test_rises_within_rounding_are_not_read():
     assert readings["keskar", 0.1] == "lower"
 
 
-def test_no_ratio_to_what_may_be_nothing(tmp_path):
+def test_no_ratio_to_a_value_that_may_be_zero(tmp_path):
     nothing = made_up(1.0, average=0.0)
     nothing.curves["average"].samples[:] = np.random.default_rng(0).normal(0, 0.1, (3, 8, 16))
     comparison = compare(made_up(1.0), nothing)
@@ -179,7 +179,7 @@ def test_other_measures_are_not_compared(field, value):
         compare(made_up(), other)
 
 
-def test_a_tolerance_that_is_none():
+def test_a_tolerance_must_be_finite_and_not_negative():
     for tolerance in (-0.1, np.nan, np.inf):
         with pytest.raises(InputError, match="loss_tolerance is"):
             check_comparable(FlatnessConfig(), FlatnessConfig(), tolerance)

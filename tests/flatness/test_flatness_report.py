@@ -52,7 +52,7 @@ def test_what_is_written_is_read_back(tmp_path):
     np.testing.assert_array_equal(after.eigenvalues["largest"].samples, before.eigenvalues["largest"].samples)
 
 
-def test_nothing_is_written_of_numbers_that_json_has_not(tmp_path):
+def test_reports_with_numbers_that_json_lacks_are_not_written(tmp_path):
     with pytest.raises(ValueError, match="JSON compliant"):
         report(weight_norm=float("nan")).write(tmp_path / "flatness.json")
     assert not list(tmp_path.iterdir())
@@ -83,7 +83,7 @@ def test_alignment():
         ('{"format": 1}', "KeyError 'losses'"),
     ],
 )
-def test_what_is_no_report_is_refused_in_one_line(tmp_path, content, why):
+def test_other_files_are_refused_in_one_line(tmp_path, content, why):
     path = tmp_path / "flatness.json"
     path.write_text(content)
     with pytest.raises(InputError) as caught:

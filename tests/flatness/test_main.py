@@ -130,7 +130,7 @@ def test_numbers_are_those_of_the_library(runs, tmp_path):
     assert again.conditions | {"checkpoint": str(runs / "a")} == report.conditions
 
 
-def test_what_is_not_a_run_goes_into_the_working_directory(runs, tmp_path, monkeypatch):
+def test_reports_of_other_checkpoints_go_into_the_working_directory(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run("--checkpoint", str(runs / "a" / "checkpoint"))
     assert (tmp_path / "workdir" / "flatness" / "flatness.json").is_file()

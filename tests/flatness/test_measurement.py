@@ -196,7 +196,7 @@ def test_parameters_must_be_float32():
         measure_surface(LossSurface(quadratic, params, [jnp.float32(1)]), QUICK)
 
 
-def test_what_is_not_finite_is_named():
+def test_a_measure_that_is_not_finite_is_named():
     params = {"a": jnp.float32([0.0]), "b": jnp.float32([2.0])}
     with pytest.raises(InputError, match="the loss at the parameters is not finite"):
         measure_surface(LossSurface(quadratic, params, [jnp.float32(np.nan)]), QUICK)

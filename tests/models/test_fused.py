@@ -153,7 +153,7 @@ def test_triton_merges_and_norms(layer, d, keep_norm):
 
 
 @pytest.mark.parametrize("schedule", ["dense", "tome_r5", "s1winc2_r8", "s1winc2_r8@nearest"])
-def test_a_model_computes_the_same_by_either_kernels(schedule):
+def test_a_model_computes_the_same_with_both_kernels(schedule):
     config = fc.ViTConfig((64, 64), 8, 64, 4, 4, 128, num_classes=5)
     merges = fc.MergeSchedule.parse(schedule, 4)
     images = jax.random.normal(jax.random.key(3), (3, 64, 64, 3))
@@ -179,7 +179,7 @@ def test_a_model_computes_the_same_by_either_kernels(schedule):
         (Layer(577, 561, 16), 64, 3),  # matched by XLA
     ],
 )
-def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done(layer, width, programs):
+def test_programs_for_nvidia_gpus_are_lowered_on_any_machine(layer, width, programs):
     """Triton's intermediate language comes out; what is behind it takes a GPU."""
     n = layer.tokens_in
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, n, 3, 6, width), (2, n, 384))]
@@ -195,7 +195,7 @@ def test_the_programs_are_written_for_nvidia_gpus_wherever_that_is_done(layer, w
     assert lowered.as_text().count("__gpu$xla.gpu.triton") == programs
 
 
-def test_each_of_several_devices_runs_triton_s_programs_on_its_own_images():
+def test_each_of_several_devices_runs_tritons_programs_on_its_own_images():
     config = fc.ViTConfig((32, 32), 8, 32, 2, 2, 64, num_classes=5)
     schedule = fc.MergeSchedule.parse("tome_r3", 2)
     images = jax.random.normal(jax.random.key(0), (4, 32, 32, 3), jnp.bfloat16)

@@ -111,7 +111,7 @@ def test_gradient_and_vmap():
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_what_nothing_is_merged_into_keeps_its_value_to_the_last_bit(dtype):
+def test_a_token_that_nothing_is_merged_into_keeps_its_value_bit_for_bit(dtype):
     layer = Layer(33, 25, 8)
     matching = random_matching(jax.random.key(8), layer, 1)
     x = jax.random.normal(jax.random.key(9), (3, 33, 16)).astype(dtype)
@@ -150,7 +150,7 @@ def test_weights_and_gains_replace_sizes(order):
 
 
 @pytest.mark.parametrize("order", [ORDER, None])
-def test_a_pruned_token_brings_neither_value_nor_size(order):
+def test_a_pruned_token_adds_neither_value_nor_size(order):
     matching = Matching(TARGET, 2, order, weight=SIZE.at[0, 2].set(0.0))
     merged, size = merge_tokens(X, SIZE, matching)
     np.testing.assert_allclose(merged, [[[(3 + 4 * 5) / 5, 4 * 12 / 5], [0.0, 4.0]]], rtol=1e-6)
@@ -201,7 +201,7 @@ def test_a_norm_that_cannot_be_kept_leaves_the_mean():
     assert np.isfinite(gradient).all()
 
 
-def test_the_order_changes_the_way_and_not_the_result():
+def test_the_order_does_not_change_the_result():
     layer = Layer(33, 25, 8)
     matching = random_matching(jax.random.key(15), layer, 1)
     x = jax.random.normal(jax.random.key(16), (3, 33, 16))

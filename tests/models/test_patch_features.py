@@ -67,6 +67,6 @@ def test_a_norm_after_the_pooling_is_left_out():
     np.testing.assert_allclose(found.patches.reshape(2, 24, 24), out["tokens"][:, 3:], atol=1e-6)
 
 
-def test_a_layer_that_is_not_there():
+def test_a_layer_that_does_not_exist():
     with pytest.raises(fc.InputError, match=r"layer 4: the model has layers 0 to 3"):
         features("dense", layers=(0, 4))

@@ -350,7 +350,7 @@ def test_a_configuration_without_positions_or_with_odd_heads_is_refused():
         Rotary(rotation="both")
 
 
-def test_a_stored_configuration_of_the_first_format_has_none_of_it():
+def test_a_stored_configuration_of_the_first_format_lacks_rotary_positions():
     fields = fc.ViTConfig().to_dict()
     first = list(fields)[: list(fields).index("learned_positions")]
     assert fc.ViTConfig.from_dict({name: fields[name] for name in first}) == fc.ViTConfig()

@@ -221,7 +221,7 @@ def sort(tokens):
 
 
 @pytest.mark.parametrize("name", RULES)
-def test_what_a_matching_must_be(name, place):
+def test_properties_of_every_matching(name, place):
     (layer, prefix), rule = place, RULES[name]
     tokens = Tokens.random(layer, prefix)
     matching, _, size = merged(rule, tokens, layer, prefix)
@@ -244,7 +244,7 @@ def test_what_a_matching_must_be(name, place):
         assert (np.asarray(weight == 0).sum(axis=1) == dropped).all()
 
 
-def test_what_each_part_of_nearest_is_for():
+def test_each_part_of_nearest_changes_the_pairs():
     def pairs(rule, keys, layer, size=None, seen=None, features=None):
         """Which tokens move where. keys, features: degrees, [h, n] and [n]. seen: attention, which no key shows."""
         angles = np.deg2rad(np.asarray(keys, np.float32))

@@ -74,7 +74,7 @@ def test_local_rate_is_capped_at_half_a_window():
         ("tome_r" + "9" * 5000, ("not a schedule",)),
     ],
 )
-def test_what_does_not_fit_is_told_with_its_numbers(text, numbers):
+def test_errors_of_schedules_that_do_not_fit_have_the_numbers(text, numbers):
     with pytest.raises(ValueError, match=r"schedule|stage") as caught:
         MergeSchedule.parse(text, 12)
     assert isinstance(caught.value, InputError)
@@ -103,7 +103,7 @@ class Odd(NamedTuple):
     patch_size: int = 32
 
 
-def test_what_does_not_fit_a_model_is_told_as_it_was_typed():
+def test_errors_name_a_schedule_as_it_was_typed():
     for typed, message in (
         (
             "tome_r8,s2winc5_r8",
@@ -128,7 +128,7 @@ def test_what_does_not_fit_a_model_is_told_as_it_was_typed():
         fit_schedules({"mine": MergeSchedule((Local(6, 4),))}, Odd())
 
 
-def test_schedules_with_a_question_mark_are_left_out_where_they_do_not_fit():
+def test_schedules_with_a_question_mark_are_left_out_if_they_do_not_fit():
     typed = "dense,s2winc5_r8?,tome_r2,s9dfe_r4?,s2winc5:1-3?,dense:1,local:5:r4:w2x2?,global:5:r2?,s2dfe_r3?"
     named, lines = fit_schedules(typed, Odd())
     assert [*named] == ["dense", "tome_r2", "s2dfe_r3"]
@@ -230,7 +230,7 @@ def other(monkeypatch):
     ],
 )
 @pytest.mark.usefixtures("other")
-def test_rules_stand_behind_names_and_stages(text, stages):
+def test_rules_follow_names_and_stages(text, stages):
     schedule = MergeSchedule.parse(text, 12)
     assert schedule == MergeSchedule(stages)
     assert MergeSchedule.parse(str(schedule), 12) == schedule

@@ -128,7 +128,7 @@ def test_bfloat16_stays_near_float32_with_float32_logits(schedule):
 @pytest.mark.parametrize(
     "fields", [{}, {"layer_scale": 0.1, "pre_norm": True}, {"dist_token": True, "pool": "dist_avg"}]
 )
-def test_parameters_cast_beforehand_give_the_same_to_the_last_bit(fields):
+def test_parameters_cast_beforehand_give_the_same_bit_for_bit(fields):
     config = replace(TINY, **fields)
     params = random_params(config)
     cast = cast_params(params, jnp.bfloat16)
@@ -199,7 +199,7 @@ def test_jit_prunes_what_is_not_used():
         ({"image_size": (0, 8)}, "image_size is"),
     ],
 )
-def test_contradictions_in_a_configuration_are_told(fields, message):
+def test_contradictions_in_a_configuration_are_refused(fields, message):
     with pytest.raises(InputError, match=message):
         replace(TINY, **fields)
 

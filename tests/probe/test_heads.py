@@ -38,7 +38,7 @@ def centred(x):
 
 
 @pytest.mark.parametrize("strength", [1.0, 1e-3])
-def test_logistic_regression_is_scikit_learn_s(strength):
+def test_logistic_regression_equals_scikit_learn(strength):
     head = heads.logistic(chunks(), CLASSES)("fit", strength)
     scaler = StandardScaler().fit(VALUES[FIT].astype(np.float64))
     other = LogisticRegression(C=1 / (FIT.sum() * strength), tol=1e-8, max_iter=10_000)
@@ -53,7 +53,7 @@ def test_logistic_regression_is_scikit_learn_s(strength):
 
 
 @pytest.mark.parametrize("rows", ["fit", "all"])
-def test_ridge_regression_is_scikit_learn_s(rows):
+def test_ridge_regression_equals_scikit_learn(rows):
     chosen = {"fit": FIT, "all": ~GONE}[rows]
     head = heads.ridge(chunks(), CLASSES)(rows, 0.1)
     scaler = StandardScaler().fit(VALUES[chosen].astype(np.float64))

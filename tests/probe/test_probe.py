@@ -85,7 +85,7 @@ def test_the_report_counts_the_held_out_images(probed):
     assert f"k-NN: {100 * report.neighbours / report.held_out.count:.2f} %" in text
 
 
-def test_neighbours_are_scikit_learn_s(probed, digits):
+def test_neighbours_equal_scikit_learn(probed, digits):
     from sklearn.neighbors import KNeighborsClassifier
 
     from fcvit_jax.evaluation.features import Features

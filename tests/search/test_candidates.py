@@ -38,7 +38,7 @@ def test_slope_and_hump_are_in_units_of_the_mean():
     assert sum(removed(slope=1.5)) == 120
 
 
-def test_text_says_what_is_really_removed():
+def test_text_has_the_rates_that_are_really_removed():
     schedule = Candidate(ToMe(), switch=6).at(90, CONFIG)
     assert MergeSchedule.parse(str(schedule), 12) == schedule
     # 196 patches, of which each layer can merge half.

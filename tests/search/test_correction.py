@@ -93,7 +93,7 @@ def test_the_head_computes_the_mapped_logits(name):
     assert np.abs(mapped(before) - before).max() > 0.1
 
 
-def test_what_is_not_better_is_not_written(tmp_path):
+def test_a_correction_that_is_not_better_is_not_written(tmp_path):
     opened, _ = checkpoint(CONFIG)
     generator = np.random.default_rng(0)
     merged = generator.normal(size=(128, 5))
@@ -156,7 +156,7 @@ def test_a_corrected_checkpoint_is_refused_under_another_schedule(tmp_path):
         ("0.5", {"num_classes": 0}, "has no head to correct"),
     ],
 )
-def test_what_cannot_be_corrected_is_one_line(budget, config, message, tmp_path):
+def test_models_that_cannot_be_corrected_are_a_one_line_error(budget, config, message, tmp_path):
     opened = fc.load_checkpoint("packaged:digits")
     opened = replace(opened, config=replace(opened.config, **config))
     with pytest.raises(fc.InputError, match=message):

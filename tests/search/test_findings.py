@@ -27,7 +27,7 @@ def test_chance_is_rarely_taken_for_better():
     assert sum(judge(*noisy(64, 0.6, seed), seed=0).better for seed in range(50)) > 40
 
 
-def test_few_images_cannot_tell():
+def test_few_images_are_too_few_to_judge():
     judgement = judge([0.1] * (FEWEST - 1), [1.0] * (FEWEST - 1), seed=0)
     assert not judgement.better
     assert "cannot tell" in judgement.reason
@@ -80,7 +80,7 @@ def test_one_schedule_may_be_named_too(tmp_path):
         ("search:HERE/odd", "is not the file of a search"),
     ],
 )
-def test_what_is_not_there_is_one_line(text, message, tmp_path):
+def test_a_missing_recommendation_is_a_one_line_error(text, message, tmp_path):
     (tmp_path / "odd").mkdir()
     (tmp_path / "search.json").write_text(json.dumps({"recommended": FORMS}))
     (tmp_path / "odd" / "search.json").write_text('{"recommended": [1]}')

@@ -102,7 +102,7 @@ def test_without_a_head_the_score_is_the_cosine(digits):
     np.testing.assert_allclose(distance(headless, dense, merged), [0.0, 1.0], atol=1e-6)
 
 
-def test_eight_images_cannot_tell_and_the_simple_schedule_is_written_into_the_checkpoint(digits, tmp_path):
+def test_eight_images_are_too_few_and_the_simple_schedule_is_written_into_the_checkpoint(digits, tmp_path):
     checkpoint = fc.save_checkpoint(tmp_path / "copy", digits.config, digits.params, digits.preprocess)
     report = fc.search(checkpoint, "digits:train", 0.6, limit=8, candidates=1, rules="nearest", write=True)
     assert not report.found[0].judgement.better

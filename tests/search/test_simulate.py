@@ -97,7 +97,7 @@ def test_options_of_the_rule(rule):
     assert compare(CONFIG, rule, schedules, params, images) < 1e-4
 
 
-def test_keys_that_are_turned():
+def test_rotary_keys():
     params, images = random_model(CONFIGS["rotary"], seed=2)
     for rule in (ToMe(turned=True), Nearest(turned=True)):
         schedules = [with_rule(SCHEDULES["windows, then global"], rule)]
@@ -126,7 +126,7 @@ def test_the_packaged_digits(rule):
     assert compare(checkpoint.config, rule, schedules, checkpoint.params, images) < 1e-4
 
 
-def test_what_does_not_fit_has_no_rates():
+def test_schedules_that_do_not_fit_have_no_rates():
     assert rates(with_rule("global:5:r9", ToMe()), CONFIG, Nearest()) is None
     assert rates(MergeSchedule.parse("local:5:r9:w4x1", 5), CONFIG, ToMe()) is None
     assert rates(MergeSchedule.parse("global:5:r9", 5), replace(CONFIG, pool="map"), ToMe()) is None

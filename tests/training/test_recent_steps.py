@@ -86,7 +86,7 @@ def test_the_first_step_that_was_not_finite_is_named_though_later_ones_are(tmp_p
         assert steps.first_bad(8) is None
 
 
-def test_what_is_left_out_is_told_and_counted_on(tmp_path, capsys):
+def test_skipped_images_are_reported_and_counted(tmp_path, capsys):
     with opened(tmp_path, skipped=5) as steps:
         steps.add(batch("a", skipped=("b cannot be read", "c cannot be read")), metrics())
         assert steps.skipped() == 7
@@ -97,14 +97,14 @@ def test_what_is_left_out_is_told_and_counted_on(tmp_path, capsys):
         assert steps.skipped() is None
 
 
-def test_what_processes_count_is_added_up(monkeypatch):
+def test_counts_of_processes_are_added_up(monkeypatch):
     assert parallel.sum_over_processes(3) == 3
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     monkeypatch.setattr(parallel.multihost_utils, "process_allgather", lambda mine: np.array([mine, 4]))
     assert parallel.sum_over_processes(3) == 7
 
 
-def test_what_comes_between_steps_is_no_part_of_their_time(tmp_path, clock):
+def test_time_between_steps_does_not_count(tmp_path, clock):
     with opened(tmp_path) as steps:
         for _ in (1, 2):
             clock.now += 2

@@ -524,7 +524,7 @@ def test_a_bad_field_is_named(field, value, reason):
         SAMConfig(**{field: value})
 
 
-def test_contradictions_are_refused_and_doubtful_choices_told():
+def test_contradictions_are_refused_and_doubtful_choices_reported():
     with pytest.raises(InputError, match=r"sam\.rho_final is 0\.1: it requires a rho above 0"):
         SAMConfig(rho=0.0, rho_final=0.1)
     mistakes: list[dict[str, Any]] = [{"gap_weight": 0.4}, {"refresh_every": 5}, {"scope": "microbatch"}]
@@ -631,6 +631,6 @@ def test_the_second_pass_costs_one_more_and_micro_batches_save_memory():
     assert ratios["chunks"][1] < 0.5
 
 
-def test_what_a_loop_of_ones_own_needs_is_at_the_top():
+def test_names_for_a_custom_loop_are_public():
     for name in ("SAMConfig", "sam_value_and_grad"):
         assert getattr(fcvit_jax, name) is getattr(sam, name)

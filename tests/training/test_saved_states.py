@@ -70,7 +70,7 @@ def test_a_full_disk_is_one_line(tmp_path, monkeypatch):
             states.save(1, state(), {})
 
 
-def test_what_fails_in_the_background_is_one_line_wherever_it_comes_up(tmp_path, monkeypatch):
+def test_a_failure_in_the_background_is_one_line_wherever_it_is_raised(tmp_path, monkeypatch):
     def failing(*words):
         def fail(*args, **kwargs):
             raise OSError(*words)
@@ -118,7 +118,7 @@ def test_a_disk_that_turns_out_full_is_one_line(tmp_path, monkeypatch, caplog):
         subprocess.run(["umount", tmp_path], check=True)
 
 
-def test_notes_are_those_of_the_moment_whatever_becomes_of_them(tmp_path, monkeypatch):
+def test_notes_are_saved_as_they_were_at_the_call(tmp_path, monkeypatch):
     with contextlib.closing(SavedStates(tmp_path)) as states:
         given, notes = [], {"best": 0.1}
         monkeypatch.setattr(states._manager, "save", lambda step, args: given.append(args))
@@ -161,7 +161,7 @@ def test_any_change_of_a_state_on_disk_is_noticed(tmp_path):
 # Where the first of several leaves cannot be read, TensorStore's threads may find the loop closed that waited for them.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["notes", "gone", "cut", "empty"])
-def test_a_damaged_state_is_named_and_the_run_goes_on_without_it(tmp_path, how):
+def test_a_damaged_state_is_named_and_the_run_resumes_without_it(tmp_path, how):
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state())
 
     def read(states):
@@ -183,7 +183,7 @@ def test_a_damaged_state_is_named_and_the_run_goes_on_without_it(tmp_path, how):
                 assert read(states)[0] == {"best": 0.1}
 
 
-def test_processes_that_see_other_states_are_told_that_they_share_a_directory(tmp_path, monkeypatch):
+def test_processes_that_see_different_states_raise(tmp_path, monkeypatch):
     with contextlib.closing(SavedStates(tmp_path)) as states:
         states.check_shared()
         with monkeypatch.context() as patch:
@@ -198,7 +198,7 @@ def test_processes_that_see_other_states_are_told_that_they_share_a_directory(tm
                     states.check_shared()
 
 
-def test_what_a_killed_run_left_half_written_goes(tmp_path):
+def test_half_written_states_of_a_killed_run_are_deleted(tmp_path):
     (tmp_path / "7.orbax-checkpoint-tmp").mkdir()
     with contextlib.closing(SavedStates(tmp_path)) as states:
         assert states.latest() is None
@@ -207,7 +207,7 @@ def test_what_a_killed_run_left_half_written_goes(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["8"]
 
 
-def test_the_log_of_a_run_that_goes_on_has_no_row_twice(tmp_path):
+def test_the_log_of_a_resumed_run_has_no_row_twice(tmp_path):
     log = Log(tmp_path, 0, tensorboard=False)
     for step in (1, 2, 3):
         log.write(step, {"loss": 1.0 / step})
@@ -251,7 +251,7 @@ def test_a_log_on_a_full_disk_is_one_line(tmp_path, monkeypatch):
     log.close()
 
 
-def test_where_no_events_can_be_written_it_is_said(tmp_path, monkeypatch, capsys):
+def test_events_that_cannot_be_written_are_reported(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "tensorboardX", None)
     for wanted in (True, False):
         log = Log(tmp_path, 0, tensorboard=wanted)
@@ -271,6 +271,6 @@ def test_events_are_written_for_tensorboard(tmp_path):
 
 
 @pytest.mark.parametrize("where", ["here", "host:1,2", "host:1,2,2", "host,2,0", "host:1,two,0"])
-def test_where_the_processes_are_is_checked(where):
+def test_the_address_of_the_processes_is_checked(where):
     with pytest.raises(InputError, match="write auto, or HOST:PORT,COUNT,INDEX"):
         parallel.start_processes(where)

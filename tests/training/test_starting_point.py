@@ -112,7 +112,7 @@ def test_as_many_other_classes_get_a_new_head_where_names_are_known(saved):
     assert params["head"]["kernel"].shape == (8, 2)
 
 
-def test_a_test_set_of_other_classes_is_told(saved):
+def test_a_test_set_of_other_classes_is_refused(saved):
     pets, other = source("cat", "dog"), source("cat", "cow", spec="folder:test")
     told = "folder:test has class 'cow' where a model trained on folder:train has 'dog': its labels mean other classes"
     with pytest.raises(InputError, match=told):

@@ -205,7 +205,7 @@ def test_one_device_equals_eight():
     assert_close(*results, atol=2e-5)
 
 
-def test_a_learning_rate_of_zero_leaves_the_parameters_as_they_are():
+def test_a_learning_rate_of_zero_leaves_the_parameters_unchanged():
     state, step = make(dataclasses.replace(SGD, learning_rate=0.0, weight_decay=0.1), params=PARAMS)
     for seed in range(10):
         state, metrics = step(state, batch(seed))
@@ -252,7 +252,7 @@ def test_weight_decay_takes_from_the_parameters_not_from_the_perturbed_ones():
         np.testing.assert_allclose(leaf - other, expected, atol=1e-6, err_msg=str(path))
 
 
-def test_what_is_frozen_neither_changes_nor_is_perturbed_nor_counts():
+def test_frozen_parameters_neither_change_nor_are_perturbed_nor_count():
     config, rho = dataclasses.replace(SGD, weight_decay=0.5, freeze="embed|blocks_|norm"), 0.5
     start, step = make(config, SAMConfig(rho=rho), params=PARAMS)
     images, labels, mask = batch()
@@ -330,7 +330,7 @@ def test_the_state_can_be_donated_and_the_callers_parameters_outlive_it():
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(params))
 
 
-def test_a_step_that_is_not_finite_leaves_the_state_as_it_was():
+def test_a_step_that_is_not_finite_leaves_the_state_unchanged():
     optimizer, rate = make_optimizer(SGD, PARAMS, STEPS)
     sam = SAMConfig()
     rho = lambda step: jnp.where(step == 1, jnp.inf, 0.05)  # noqa: E731

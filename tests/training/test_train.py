@@ -185,7 +185,7 @@ def assert_equals_whole(workdir, whole):
         assert (facts[0]["steps"], facts[0]["test"]) == (facts[1]["steps"], facts[1]["test"])
 
 
-def test_the_run_leaves_what_it_says(whole):
+def test_the_run_writes_its_files_and_rows(whole):
     assert {path.name for path in whole.iterdir()} >= {"checkpoint", "best", "metrics.jsonl", "states"}
     steps = [row["step"] for row in rows(whole) if "loss" in row]
     assert steps == list(range(4, 45, 4))
@@ -387,7 +387,7 @@ def test_two_processes_equal_one(whole, tmp_path):
     assert_same(params(killed), params(tmp_path / "two"))
 
 
-def test_a_checkpoint_goes_on_where_it_ended_on_several_devices(whole, tmp_path, devices, capsys):
+def test_a_run_from_a_checkpoint_starts_where_that_ended_on_several_devices(whole, tmp_path, devices, capsys):
     devices(2)
     config = tiny(checkpoint=str(whole), preprocess=None, optimizer__learning_rate=0.0, epochs=0.25, warmup_epochs=0.0)
     accuracy = train(config, tmp_path)
@@ -468,7 +468,7 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
         ({"schedules": "local:2:r4:w3x3"}, "4x4 grid does not divide into 3x3 windows"),
     ],
 )
-def test_bad_configurations_are_one_line_and_told_at_once(changes, says, tmp_path, monkeypatch):
+def test_bad_configurations_are_a_one_line_error_at_once(changes, says, tmp_path, monkeypatch):
     monkeypatch.setattr(assessment, "compile_steps", None)
     config = tiny()
     config.update_from_flattened_dict(changes)
@@ -514,7 +514,7 @@ def test_a_published_model_is_converted_once_and_not_taken_for_another(tmp_path,
     assert {path.name for path in (tmp_path / "pretrained").iterdir()} == {*names}
 
 
-def test_a_run_from_nowhere_asks_for_a_checkpoint_and_one_over_its_source_is_refused(tmp_path):
+def test_a_run_from_nowhere_requires_a_checkpoint_and_one_over_its_source_is_refused(tmp_path):
     config = defaults()
     config.train = config.test = "digits:train"
     config.optimizer.learning_rate = 1e-3
@@ -528,7 +528,7 @@ def test_a_run_from_nowhere_asks_for_a_checkpoint_and_one_over_its_source_is_ref
             train(config, tmp_path)
 
 
-def test_the_schedule_may_be_what_a_search_has_found_and_is_kept_as_it_was(tmp_path, devices):
+def test_the_schedule_may_be_that_of_a_search_and_is_stored_in_its_explicit_form(tmp_path, devices):
     form = "dense:1,global:5:r3@nearest"
     (tmp_path / "search.json").write_text(json.dumps({"recommended": {"0.6": form}}))
     config = tiny(checkpoint="packaged:digits", schedule=f"search:{tmp_path}", schedules=f"search:{tmp_path}:0.6")
@@ -540,7 +540,7 @@ def test_the_schedule_may_be_what_a_search_has_found_and_is_kept_as_it_was(tmp_p
         training_run.open_run(TrainConfig.from_dict(config.to_dict()), tmp_path / "run")
 
 
-def test_folders_of_different_classes_are_told(tmp_path, devices):
+def test_folders_of_different_classes_are_refused(tmp_path, devices):
     config = tiny(train=photos(tmp_path / "train"), test=photos(tmp_path / "test"), batch_size=16)
     (tmp_path / "test" / "dark").rename(tmp_path / "test" / "dusk")
     told = f"{config.test} has class 'dusk' where a model trained on {config.train} has 'dark'"
@@ -565,7 +565,7 @@ def test_evaluation_is_compiled_before_the_first_step_and_as_large_as_a_micro_ba
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
-def test_flatness_is_measured_at_the_end_if_asked_for(tmp_path, monkeypatch, devices, capsys):
+def test_flatness_is_measured_at_the_end_if_configured(tmp_path, monkeypatch, devices, capsys):
     config = tiny(epochs=0.25, warmup_epochs=0.0, targets__loss="sigmoid", schedule="tome_r2", schedules="dense")
     config.model.pool = "avg"  # a last merge does not change the class token
     train_sam.main(config, tmp_path)
@@ -644,7 +644,7 @@ def test_unreadable_images_stop_it_or_are_skipped_and_counted_through_a_restart(
     assert [row["test/skipped"] for row in rows(tmp_path / "run") if "test/skipped" in row] == [2, 2]
 
 
-def test_a_run_that_an_unreadable_image_ended_goes_on_without_it(tmp_path, devices, monkeypatch):
+def test_a_run_that_an_unreadable_image_ended_resumes_without_it(tmp_path, devices, monkeypatch):
     changes = dict(batch_size=16, epochs=3.0, eval_every=4, schedules="dense")
     config = tiny(train=photos(tmp_path / "train"), test=photos(tmp_path / "test", broken=2), **changes)
     opened = lambda spec: (several_labels if spec == config.test else open_source)(spec)  # noqa: E731
@@ -680,7 +680,7 @@ def test_a_full_disk_ends_a_run_in_one_line(tmp_path, devices):
         subprocess.run(["umount", disk], check=True)
 
 
-def test_a_run_of_a_notebook(tmp_path, devices):
+def test_a_run_in_a_notebook(tmp_path, devices):
     config = fc_training.TrainConfig(
         train="digits:train",
         test="digits:test",
