@@ -18,7 +18,7 @@ def float64(x):
 
 
 def by_numpy(q, k, v, size):
-    """[b, h, q, w], [b, h, n, w] twice and sizes [b, n], or None for ones -> [b, h, q, w]."""
+    """Attend: [b, h, q, w], [b, h, n, w] twice and sizes [b, n], or None for ones -> [b, h, q, w]."""
     q, k, v = map(float64, (q, k, v))
     logits = q @ k.swapaxes(2, 3) / np.sqrt(q.shape[-1])
     weights = np.exp(logits - logits.max(-1, keepdims=True))

@@ -1,7 +1,7 @@
 """Strict numerics, two CPU devices, one cache of compiled programs, and the table of slow tests.
 
-`@pytest.mark.devices(8)` runs a test in a process of its own that has eight CPU devices. `slow` tests run only when
-asked for: `-m slow`, or `-m ""` for everything.
+`@pytest.mark.devices(8)` runs a test in its own process, with eight CPU devices. `slow` tests run only on request:
+`-m slow`, or `-m ""` for everything.
 """
 
 import importlib.metadata
@@ -19,7 +19,7 @@ DAYS = 14
 
 
 def xla_rejects_its_own_programs() -> bool:
-    """As `fcvit_jax.flags` has it: CPUs on which a cache costs more than it saves."""
+    """Return whether a cache costs more than it saves on this CPU, as in `fcvit_jax.flags`."""
     cpu = Path("/proc/cpuinfo")
     text = cpu.read_text() if cpu.exists() else ""
     return "GenuineIntel" in text and "avx512f" in text and "amx_tile" not in text
@@ -46,7 +46,7 @@ jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES
 jax.config.update("jax_default_matmul_precision", "highest")
 
 LONG = ("test_train.py", "test_end_to_end.py", "test_evaluate.py", "test_html.py", "test_browser.py")
-# The tests that get the marker `slow`, by file; all of a file if none is named. After a bracket: one parametrisation.
+# The tests that get the marker `slow`, by file; all of a file if none is named. A bracket starts a parametrisation.
 SLOW: dict[str, tuple[str, ...]] = {
     "test_allocator.py": (),
     "test_benchmarks.py": (),
@@ -203,7 +203,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Elsewhere(pytest.Item):
-    """A test that runs in a process of its own, which has more CPU devices than this one."""
+    """A test that runs in its own process, with more CPU devices than this one."""
 
     def __init__(self, *, devices: int, **arguments: Any):
         super().__init__(**arguments)
@@ -231,12 +231,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             parent: Any = item.parent
             items[index] = Elsewhere.from_parent(parent, name=item.name, devices=mark.args[0])
             items[index].own_markers.extend(item.own_markers)
-    # The files that take minutes come first: of two workers, one would be left alone with the last.
+    # The files that take minutes come first; otherwise one of two workers would be left alone with the last.
     items.sort(key=lambda item: item.path.name not in LONG)
 
 
 def mark_slow(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Mark what `SLOW` names. A file that does not exist is an error; so is a name that no test of its file has."""
+    """Mark the tests in `SLOW`. A file that does not exist, or a name that no test of it has, is an error."""
     unmatched = {}
     for file, names in SLOW.items():
         inside = [item for item in items if item.path == ROOT / "tests" / file]
@@ -253,7 +253,7 @@ def mark_slow(config: pytest.Config, items: list[pytest.Item]) -> None:
 
 
 def shared(relative: str) -> Path:
-    """A file of the folder of real photos and weights that may stand beside the checkout, or skip the test."""
+    """Find a file of the folder of real photos and weights beside the checkout, or skip the test."""
     path = SHARED / relative
     if not path.exists():
         pytest.skip(f"{path} is absent: the test needs real data that the project does not carry")

@@ -1,4 +1,4 @@
-"""Matchings for tests: random ones, and what one says of an image as plain lists."""
+"""Matchings for tests: random ones, and the matching of an image as plain lists."""
 
 import jax
 import numpy as np
@@ -12,7 +12,7 @@ def random_matching(key, layer, prefix, batch=3, width=8):
 
 
 def lists(matching, image=0):
-    """Of one image: the tokens that stay, in the order of the output; those that are merged away; where these go."""
+    """List for one image the tokens that stay, in the order of the output; those that merge away; their targets."""
     target, order = np.asarray(matching.target)[image], np.asarray(matching.order)[image]
     assert sorted(order) == list(range(len(order)))
     kept = target.max() + 1

@@ -1,4 +1,4 @@
-"""Small random models of the real libraries, and what they and ours make of real photos.
+"""Small random models of the real libraries, and their outputs and ours on real photos.
 
 No parameter is 0 or 1, so that none can be left out or mistaken for another.
 """
@@ -28,7 +28,7 @@ State = dict[str, Any]
 
 
 class Published(NamedTuple):
-    """SRC, what its user has to say of it, and what the real library makes of images [b, 3, height, width]."""
+    """SRC, the options that it requires, and the real library's function of images [b, 3, height, width]."""
 
     source: Path
     flags: tuple[str, ...]
@@ -67,7 +67,7 @@ def rename(state: Mapping[str, Any], *replacements: tuple[str, str]) -> State:
 
 
 def load_photos():
-    """Normalised photos [3, 3, height, width] of a given size: real ones where they stand beside the checkout."""
+    """Load normalised photos [3, 3, height, width] of a given size: real ones if they lie beside the checkout."""
     paths = [sorted(place.iterdir())[0] for place in sorted((SHARED / "data/clothing/test").glob("*"))[:3]]
     noise = np.random.default_rng(0).integers(0, 256, (3, 97, 131, 3), np.uint8)
     images = [decode(path.read_bytes(), path.name) for path in paths] or [decode(pixels, "noise") for pixels in noise]

@@ -1,15 +1,15 @@
 """A slow, plain PyTorch forward pass with token merging: the oracle of the parity tests.
 
-It is written from the description of the method alone and shares no code with the library, so that the two can only
-agree where both are right. It runs timm's own modules (`timm.models.vision_transformer.VisionTransformer`) and puts
-the merging of tokens between attention and MLP:
+It is written from the description of the method alone and shares no code with the library, so that the two agree only
+if both are right. It runs timm's own modules (`timm.models.vision_transformer.VisionTransformer`) and merges tokens
+between attention and MLP:
 
 - Token Merging, Bolya et al., arXiv 2210.09461: bipartite matching on the keys, size-weighted means, proportional
   attention `softmax(q k^T / sqrt(d) + log s)` with `s` the number of patches a key stands for.
 - Heo et al., arXiv 2303.02331: first dense layers, then merging inside windows, then merging over all tokens.
 
-How tokens move is written as a list of *groups* for each image: the new token `j` is made of the old tokens
-`groups[j]`. A reordering is the case in which every group has one member.
+A list of *groups* for each image describes how tokens move: the new token `j` is made of the old tokens `groups[j]`. In
+a reordering, every group has one member.
 
 Shapes: `b` images, `n` tokens (prefix tokens first: class, distillation, registers), `d` width, `h` heads, `k` head
 width, `c` classes.
@@ -30,7 +30,7 @@ Groups = list[list[int]]
 
 
 def load_clothing(path: str | Path) -> VisionTransformer:
-    """The ten-class DINOv2-S/14 classifier of a safetensors file in timm's layout: 224 px, float32, eval mode."""
+    """Load the ten-class DINOv2-S/14 classifier of a safetensors file in timm's layout: 224 px, float32, eval mode."""
     model = timm.create_model("vit_small_patch14_dinov2", pretrained=False, img_size=224, num_classes=10)
     assert isinstance(model, VisionTransformer)
     model.load_state_dict(safetensors.torch.load_file(path), strict=True)  # float16 in the file, float32 in the model
@@ -46,7 +46,7 @@ def merged_forward(
     swap_qk: bool = False,
     prop_attn: bool = True,
 ) -> dict[str, Any]:
-    """Class logits of a timm ViT that merges tokens, with the bookkeeping of what was merged.
+    """Compute class logits of a timm ViT that merges tokens, and report what was merged.
 
     Args:
         model: in eval mode, of any float dtype (float64 for an oracle); pools by 'token' or 'avg', or is distilled.
@@ -71,7 +71,7 @@ def merged_forward(
         raise ValueError(f"stages {stages} do not add up to {len(model.blocks)} layers")
 
     patches = model.patch_embed(images.to(model.patch_embed.proj.weight.dtype))
-    # What merging inside windows starts from: every patch a window of its own.
+    # Merging inside windows starts with every patch as its own window.
     windows = tuple(patches.shape[1:3]) if patches.ndim == 4 else model.patch_embed.grid_size
     x = model.norm_pre(model._pos_embed(patches))  # [b, n, d]
     b, n, _ = x.shape
@@ -126,7 +126,7 @@ def merged_forward(
 def attend(
     attn: Any, x: torch.Tensor, sizes: torch.Tensor | None, metric: str, swap_qk: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """timm's self-attention written out, and what tokens are compared by: `[b, n, d] -> [b, n, d], [b, n, k]`."""
+    """Compute timm's self-attention, and what tokens are compared by: `[b, n, d] -> [b, n, d], [b, n, k]`."""
     if getattr(attn, "gate", None) is not None:
         raise ValueError("gated attention is not supported")
     b, n, _ = x.shape
@@ -146,11 +146,11 @@ def attend(
 
 
 def group_tokens(compared: torch.Tensor, prefix: int, r: int, margins: list[float]) -> Groups:
-    """Which tokens of one image (or one window) become one, `compared` being `[n, k]`: r tokens fewer.
+    """Group the tokens of one image (or one window), r fewer; `compared` is `[n, k]`.
 
     Even positions are A, odd ones B, prefix tokens counted but never merged. Every A token proposes its most similar
-    B token; the r best proposals are merged; [prefix][A kept, in order][B] is left. Nothing moves where r is 0.
-    By how much each decision was taken, as a difference of cosines, is appended to `margins`.
+    B token, and the r best proposals are merged. The result is [prefix][A kept, in order][B]; nothing moves if r is 0.
+    The margin of each decision, a difference of cosines, is appended to `margins`.
     """
     n = len(compared)
     r = min(r, (n - prefix) // 2)
@@ -164,7 +164,7 @@ def group_tokens(compared: torch.Tensor, prefix: int, r: int, margins: list[floa
     chosen, rest = order[:r], order[r:]
     margins += [float(best[i, 0] - best[i, 1]) for i in chosen if len(b) > 1]
     margins += [float(best[chosen[-1], 0] - best[rest[0], 0])] if rest else []
-    partner = partner[:, 0].tolist()  # the first B token where several are equally similar
+    partner = partner[:, 0].tolist()  # the first B token if several are equally similar
     kept = [[a[i]] for i in range(len(a)) if i not in chosen]
     receiving = [[token] for token in b]
     for i in chosen:
@@ -173,7 +173,7 @@ def group_tokens(compared: torch.Tensor, prefix: int, r: int, margins: list[floa
 
 
 def group_in_windows(compared: torch.Tensor, prefix: int, r: int, windows: int, margins: list[float]) -> Groups:
-    """`group_tokens` inside each of the equally long windows that follow the prefix; ceil(r / windows) in each."""
+    """Call `group_tokens` in each of the equally long windows after the prefix, with ceil(r / windows)."""
     groups = [[i] for i in range(prefix)]
     length = (len(compared) - prefix) // windows
     for w in range(windows):
@@ -184,7 +184,7 @@ def group_in_windows(compared: torch.Tensor, prefix: int, r: int, windows: int, 
 
 
 def coarsen_windows(old: Sequence[int], new: Sequence[int], patch_tokens: int) -> list[int]:
-    """The order of patch tokens that puts whole old windows, row by row, into new ones, which stand row by row too.
+    """Order patch tokens so that whole old windows, row by row, form new ones, which are row by row too.
 
     `old` and `new` are numbers of windows, (down, across). The patch grid itself is the finest set of windows.
     """
@@ -205,7 +205,7 @@ def coarsen_windows(old: Sequence[int], new: Sequence[int], patch_tokens: int) -
 def apply_groups(
     groups: list[Groups], x: torch.Tensor, sizes: torch.Tensor, source: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Each group becomes one token: the mean weighted by size, in at least float32; sizes add up; patches follow."""
+    """Merge each group into one token: the mean weighted by size, in at least float32; sizes add up; patches follow."""
     new_x, new_sizes, new_source = [], [], []
     for image, image_groups in enumerate(groups):
         value, size = x[image].to(sizes.dtype), sizes[image]
@@ -223,7 +223,7 @@ def apply_groups(
 
 
 def classify(model: Any, x: torch.Tensor, sizes: torch.Tensor) -> torch.Tensor:
-    """`[b, n, d] -> [b, c]`; pooling 'avg' is the mean over patches, hence weighted by size where tokens merged."""
+    """Classify `[b, n, d] -> [b, c]`; pooling 'avg' is the mean over patches, weighted by size if tokens merged."""
     if isinstance(model, VisionTransformerDistilled):
         return (model.head(x[:, 0]) + model.head_dist(x[:, 1])) / 2
     if model.global_pool == "token":

@@ -1,4 +1,4 @@
-"""Small weight files, and what is said of them."""
+"""Small weight files, and the errors about them."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ CONFIG = ViTConfig((32, 32), 8, 128, 2, 2, 256, num_classes=5)
 
 
 def state_dict(config=CONFIG, seed=0):
-    """In timm's layout, written from the table of timm's own names and shapes."""
+    """Make a state in timm's layout, from the table of timm's own names and shapes."""
     rng = np.random.default_rng(seed)
     width, mlp = config.embed_dim, config.mlp_dim
     shapes = {
@@ -49,10 +49,10 @@ def state_dict(config=CONFIG, seed=0):
 
 
 def in_layout(name, config, seed=0):
-    """Random arrays under the keys of one of our layouts, as a file of a configuration would hold them.
+    """Draw arrays under the keys of one of our layouts, as in a file of a configuration.
 
-    Written from the tables, so that it shows that a table can be followed both ways; that the tables are right is for
-    the real libraries to say.
+    It uses the tables, and so tests that a table works in both directions; the tables themselves are tested with the
+    real libraries.
     """
     layout = next(layout for layout in LAYOUTS if layout.name == name)
     rng = np.random.default_rng(seed)
@@ -60,7 +60,7 @@ def in_layout(name, config, seed=0):
     for pattern, (target, transform) in layout.table.items():
         path, _, part = target.partition(":")
         shape = leaves.get(path.replace("#", "0"))
-        # Of two sets of keys for one module a file holds one: the first in the table.
+        # A file has one of two sets of keys for a module: the first in the table.
         others = {each.partition(":")[2] for each in filled if each.partition(":")[0] == path}
         if shape is None or target in filled or pattern.startswith("norm." if config.fc_norm else "fc_norm."):
             continue
@@ -88,7 +88,7 @@ def torch_bytes(torch, tensor) -> bytes:
 
 
 def refusal(path: Path, ema: bool = False) -> str:
-    """The one line with which a file is refused, less the path that it must begin with."""
+    """Return the one-line error for a file, without the path that it must begin with."""
     with pytest.raises(InputError) as caught:
         read_weights(path, ema)
     message = str(caught.value)

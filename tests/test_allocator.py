@@ -1,4 +1,4 @@
-"""What programs free stays theirs: large buffers cost page faults once."""
+"""Programs keep the memory that they free: large buffers cost page faults once."""
 
 import os
 import platform
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(**variables):
-    """Page faults of 60 calls of a program whose output takes 100 MiB, on one CPU device."""
+    """Count the page faults of 60 calls of a program whose output takes 100 MiB, on one CPU device."""
     variables |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": ""}
     environment = {name: value for name, value in os.environ.items() if "MALLOC" not in name} | variables
     return int(subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, check=True).stdout)

@@ -21,7 +21,7 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.files import file_name
 
 ROOT = Path(__file__).parents[1]
-sys.path.append(str(ROOT / "benchmarks"))  # where a script finds its neighbours
+sys.path.append(str(ROOT / "benchmarks"))  # so that scripts can import each other
 contenders = importlib.import_module("contenders")
 inference = importlib.import_module("inference")
 
@@ -43,7 +43,7 @@ def checkpoint(tmp_path):
 
 @pytest.fixture
 def run(checkpoint, monkeypatch, tmp_path):
-    """Run the benchmark on the tiny checkpoint, quickly; returns its rows."""
+    """Return a function that runs the benchmark quickly on the tiny checkpoint, and returns its rows."""
     monkeypatch.setitem(contenders.SQUARES, "cpu", (64,))
     quick = ["--batch_sizes", "2", "--blocks", "2", "--block_seconds", "0.01", "--json", str(tmp_path / "rows.jsonl")]
 

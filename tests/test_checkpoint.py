@@ -63,7 +63,7 @@ def test_saving_is_whole_or_not_at_all(tmp_path, params, monkeypatch):
     "error", [OSError(28, "No space left on device"), ValueError("RESOURCE_EXHAUSTED: No space left")]
 )
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, params, monkeypatch, error):
-    """The two forms in which the operating system and TensorStore were seen to tell it."""
+    """The operating system and TensorStore report it in two forms."""
 
     def full(*args, **kwargs):
         raise error
@@ -196,7 +196,7 @@ def test_leftovers_of_a_killed_writer_are_deleted_and_the_old_checkpoint_is_rest
         def call(source, target):
             calls.append(source)
             if len(calls) >= count:
-                raise Killed  # and nothing can be done any more: the ones that would mend it fail too
+                raise Killed  # and no cleanup is possible: the calls that would repair it fail too
             replace(source, target)
 
         return call
@@ -210,7 +210,7 @@ def test_leftovers_of_a_killed_writer_are_deleted_and_the_old_checkpoint_is_rest
             save_checkpoint(saved, CONFIG, doubled, PREPROCESS, overwrite=True)
         monkeypatch.undo()
         assert saved.exists() == (count == 1)
-        (saved.parent / ".ckpt.partial-mine").mkdir(exist_ok=True)  # no name that a writer makes
+        (saved.parent / ".ckpt.partial-mine").mkdir(exist_ok=True)  # not a name that a writer makes
         assert len(list(saved.parent.iterdir())) == 3 + (count == 1)
         sweep(saved)
         assert sorted(path.name for path in saved.parent.iterdir()) == [".ckpt.partial-mine", "ckpt"]

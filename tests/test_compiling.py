@@ -153,11 +153,11 @@ def test_sums_are_finished_before_they_are_rounded_on_cpu_alone():
 
     product = jax.jit(lambda x, y: compiling.einsum("nd,dm->nm", x, y, finish))
     found = product(x, y)
-    assert set(seen) == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}  # of both platforms
+    assert set(seen) == {jnp.dtype(jnp.float32), jnp.dtype(jnp.bfloat16)}  # from both platforms
     wide = x.astype(jnp.float32), y.astype(jnp.float32)
     once = np.asarray((jnp.einsum("nd,dm->nm", *wide) + 100.0).astype(jnp.bfloat16))
     twice = np.asarray(jnp.einsum("nd,dm->nm", *wide).astype(jnp.bfloat16) + jnp.bfloat16(100.0))
     if jax.default_backend() == "cpu":
-        assert (np.asarray(found) != once).mean() < 0.01  # but for the order of the sums
+        assert (np.asarray(found) != once).mean() < 0.01  # except for the order of the sums
         assert (twice != once).mean() > 0.01
     assert product(*wide).dtype == jnp.float32

@@ -1,4 +1,4 @@
-"""The commands of docs/conversion.md, run as written on files made here; what the network has stands in the caches."""
+"""The commands of docs/conversion.md, run as written on files made here; the caches stand in for the network."""
 
 import json
 import re
@@ -35,7 +35,7 @@ def zoo(name):
 
 
 def save(path, arrays, wrapper=None):
-    """In the format that the name tells."""
+    """Save in the format of the name's suffix."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".safetensors":
         write_safetensors(path, arrays)
@@ -96,7 +96,7 @@ def in_hub_cache(home, repository):
 
 
 def make(source, home):
-    """The file that a command reads, by its name."""
+    """Make the file that a command reads, by its name."""
     here = Path(source)
     scaled = dict(layer_scale=1e-5)
     if source == "my_hf_model":

@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 def run(*arguments, cwd=ROOT, env=None):
     command = [sys.executable, *map(str, arguments)]
-    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} | (env or {})  # as users have it
+    env = os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "0"} | (env or {})  # as for users
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=env, timeout=900)
 
 
@@ -37,7 +37,7 @@ def rows(workdir):
 
 
 def test_the_embedded_default(tmp_path):
-    read_only = {"XDG_CACHE_HOME": "/proc/nowhere"}  # where nothing can be kept, and nothing breaks
+    read_only = {"XDG_CACHE_HOME": "/proc/nowhere"}  # no cache can be written, and nothing breaks
     done = run(ROOT / "evaluate.py", "--workdir=out", cwd=tmp_path, env=read_only)  # from anywhere
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
@@ -65,7 +65,7 @@ def test_the_embedded_default(tmp_path):
     assert [row["tokens_out"] for row in results] == [65, 17, 3, 2, 17, 3, 2, 33, 9, 5, 25, 5, 3]
     assert (tmp_path / "out" / "pareto.png").stat().st_size > 10_000
     assert len((tmp_path / "out" / "results.csv").read_text().splitlines()) == 14
-    # What the packaged checkpoint says of itself is what it does.
+    # The packaged checkpoint's metadata agree with its results.
     meta = json.loads((ROOT / "fcvit_jax" / "pretrained" / "digits" / "meta.json").read_text())
     assert meta["provenance"]["test"] == {"dataset": "digits:test", "correct": dense["correct"], "num_images": 360}
     size = sum(path.stat().st_size for path in (ROOT / "fcvit_jax" / "pretrained" / "digits").rglob("*"))
@@ -76,7 +76,7 @@ def test_the_embedded_default(tmp_path):
 def test_the_packaged_checkpoints_come_from_the_configurations(name, config):
     provenance = fc.load_checkpoint(f"packaged:{name}").meta["provenance"]
     now = TrainConfig.from_dict(config.get_config().to_dict()).to_dict()
-    now["schedules"] = now["schedules"].replace("?", "")  # which does not matter to a model that they fit
+    now["schedules"] = now["schedules"].replace("?", "")  # no difference for a model that they fit
     check_same({"config": provenance["train_config"]}, {"config": now}, Path(name))
     assert provenance["steps"] == 27 * (1437 // 32)
     assert f"{provenance['test']['correct']} of 360" in config.__doc__
@@ -113,7 +113,7 @@ def clothing(tmp_path_factory):
 
 
 def test_real_photos_under_five_schedules(clothing, clothing_test, tmp_path):
-    """What timm (dense), the official Token Merging code and an independent float64 program count on these weights."""
+    """The counts are those of timm (dense), the official Token Merging code, and an independent float64 program."""
     done = run_evaluate(
         "--config=configs/eval_folder.py",
         f"--workdir={tmp_path}",

@@ -1,4 +1,4 @@
-"""What ends a command is one line: for JAX that does not start, a closed pipe, names of any bytes."""
+"""Errors that end a command are one line: JAX that does not start, a closed pipe, names of any bytes."""
 
 import os
 import subprocess

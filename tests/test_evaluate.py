@@ -56,7 +56,7 @@ def checkpoint(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Thirteen images of noise in seven classes; in the folder's order, image i has the pixels `PIXELS[i]`."""
+    """Thirteen images of noise in seven classes; in the order of the folder, image i has the pixels `PIXELS[i]`."""
     path = tmp_path_factory.mktemp("photos")
     for index, pixels in enumerate(PIXELS):
         (path / CLASSES[index // 2]).mkdir(exist_ok=True)
@@ -74,7 +74,7 @@ def run(checkpoint, folder):
 
 
 def logits_by_hand(checkpoint):
-    """Each schedule's logits, image by image, in float64."""
+    """Logits of each schedule, image by image, in float64."""
     loaded = fc.load_checkpoint(checkpoint)
     found = {}
     for name in SCHEDULES:
@@ -85,7 +85,7 @@ def logits_by_hand(checkpoint):
 
 
 def ranks(logits, labels, scored=range(7)):
-    """The place of the first right label in the order of the scored logits."""
+    """Rank the first right label among the scored logits."""
     order = [sorted(scored, key=lambda c: (-row[c], c)) for row in logits]
     return np.array([min(of.index(label) for label in each) for of, each in zip(order, labels, strict=True)])
 
@@ -181,7 +181,7 @@ def test_names_of_any_bytes_give_all_results(checkpoint, folder, tmp_path):
 
 
 def test_the_time_of_timing_is_reported(run, tmp_path, monkeypatch):
-    # On one device: of eight on a few cores the many calls in flight wait for each other.
+    # On one device: with eight on a few cores, the many calls in flight wait for each other.
     monkeypatch.setattr(parallel, "inference_mesh", lambda _: jax.sharding.Mesh(np.array(jax.devices()[:1]), ("data",)))
     (row,) = run(tmp_path, schedules="tome_r3", limit=5, throughput_blocks=1)
     assert row["images_per_second"] > 0
@@ -212,7 +212,7 @@ def test_rules_cross_the_schedules_of_an_evaluation(run, tmp_path):
 
 
 class Stop(Exception):
-    """What ends a run in the middle of a test."""
+    """Ends a run in the middle of a test."""
 
     @classmethod
     def end(cls, *args):
@@ -221,7 +221,7 @@ class Stop(Exception):
 
 @contextlib.contextmanager
 def interrupted(monkeypatch, batches):
-    """A run that breaks off behind so many batches of this life, with half of the next one written."""
+    """Stop a run after this many of its batches, with half of the next one written."""
     append, done = Journal.append, []
 
     def stop(self, outcomes, logits=()):
@@ -288,7 +288,7 @@ def test_a_run_that_counted_nothing_leaves_nothing(run, tmp_path):
 
 @pytest.fixture
 def damaged(folder, tmp_path):
-    """The folder's images, of which the eighth is cut off."""
+    """The images of the folder, with the eighth cut off."""
     path = tmp_path / "damaged"
     shutil.copytree(folder, path)
     (file,) = path.glob("*/07.png")
@@ -321,7 +321,7 @@ def test_a_bad_image_stops_it_or_is_skipped_and_the_work_before_is_kept(
         assert (row["num_images"], row["images_skipped"], row["images_excluded"]) == (12, 1, 0)
     assert "1 images were skipped" in report.format_table(rows)
     assert "1 images were skipped" in (tmp_path / "parts" / "report.html").read_text()
-    # One of the thirteen is not drawn: of the nine that are asked for, evenly spread, image 7 is none or is left out.
+    # Nine evenly spread images of the thirteen: image 7 is not among them, or is left out.
     assert len(list((tmp_path / "parts" / "gallery").glob("*.png"))) in (8, 9)
 
 
@@ -352,7 +352,7 @@ def test_a_limit_on_a_folder_takes_images_of_all_classes(run, tmp_path, capsys):
     assert any("spread evenly over all 13" in line for line in rows[0]["remarks"])
     assert "spread evenly over all 13" in (tmp_path / "report.html").read_text()
     assert run(None, limit=13, schedules="dense")[0]["remarks"] == []
-    # Of what is not sorted by class it takes the first.
+    # If the images are not sorted by class, it takes the first ones.
     shuffled = Source("shuffled", CLASSES, 13, lambda index: Record(PIXELS[index], 0, f"image {index}"))
     run(tmp_path / "first", limit=3, dataset=shuffled, schedules="dense")
     assert np.load(tmp_path / "first" / "outcomes.npz")["names"].tolist() == [f"image {index}" for index in range(3)]
@@ -400,7 +400,7 @@ def test_the_order_of_classes_must_be_known(checkpoint, tmp_path, capsys):
     (stored,) = evaluation.evaluate(dataclasses.replace(lost, meta=lost.meta | {"class_order": "timm"}), **ask)
     for row in (timm, file, stored):
         assert (row["correct"], row["top5"]) == (right["correct"], right["top5"])
-    # Where the orders agree, one is assumed, and that is said.
+    # If the orders agree, one is assumed, and this is reported.
     capsys.readouterr()
     shutil.rmtree(tmp_path / "photos" / "c10")
     shutil.copytree(tmp_path / "photos" / "c1", tmp_path / "photos" / "c9")
@@ -428,7 +428,7 @@ def test_memory_does_not_grow_by_pixels(run, monkeypatch):
         tracemalloc.stop()
     assert len(held) == 50
     early, late = np.mean(held[10:20]), np.mean(held[30:40])
-    assert late - early < 160 * 1000  # bytes: the outcomes of 160 images, and not one image's pixels each
+    assert late - early < 160 * 1000  # bytes: outcomes of 160 images, without their pixels
 
 
 def test_gmacs_need_neither_data_nor_weights():
@@ -462,9 +462,9 @@ def test_costs_do_not_replace_an_evaluation(run, tmp_path, monkeypatch, capsys):
         assert kept(tmp_path / name) == (
             f"nothing is written: {tmp_path / name} has the results of an evaluation, which are kept"
         )
-    (tmp_path / "whole" / "outcomes.npz").unlink()  # the table alone will do
+    (tmp_path / "whole" / "outcomes.npz").unlink()  # the table is enough
     assert kept(tmp_path / "whole").startswith("nothing is written")
-    # Costs take the place of costs.
+    # Costs replace costs.
     for _ in range(2):
         evaluate.main(config, tmp_path / "costs")
         assert (
@@ -563,7 +563,7 @@ def test_the_reported_accuracy_is_that_of_these_weights_and_images():
     assert known("folder:val", limit=49_999) is None
     assert known("folder:val", limit=50_000) == 0.79856
     assert known("tfds:imagenet2012/validation", limit=1000) == 0.79856
-    # The folder as our own command has prepared it, under whatever name.
+    # The folder as prepared by our own command, under any name.
     for spec in ("tfds:val/test@data", "tfds:imagenet2012/validation@data"):
         assert known(spec, ordered=True) == 0.79856
         assert known(spec, ordered=True, limit=1000) is None
@@ -591,7 +591,7 @@ def test_published_accuracies_are_in_the_rows_of_those_weights_and_images(run, m
 
 
 def start(workdir, *more: Any, devices: Any = 1, cache: Any = None, **fields: Any):
-    """evaluate.py as a process."""
+    """Start evaluate.py as a process."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
@@ -609,7 +609,7 @@ def start(workdir, *more: Any, devices: Any = 1, cache: Any = None, **fields: An
 
 
 def start_two(workdir, devices=(2, 2), **fields: Any):
-    """Two processes, by default of two devices each."""
+    """Start two processes, by default of two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -622,7 +622,7 @@ def start_two(workdir, devices=(2, 2), **fields: Any):
 def finish(process):
     try:
         output, errors = process.communicate(timeout=600)
-    except subprocess.TimeoutExpired:  # what hangs says where
+    except subprocess.TimeoutExpired:  # a process that hangs prints where
         process.send_signal(signal.SIGABRT)
         pytest.fail(process.communicate()[1])
     assert process.returncode == 0, errors
@@ -639,7 +639,7 @@ def assert_same_outcomes(ours, theirs):
     np.testing.assert_allclose(ours["kl"], theirs["kl"], atol=1e-5)
 
 
-# JAX's transport tells standard output of its connections, a word at a time and from several threads: lines interleave.
+# JAX's transport prints its connections to standard output, a word at a time from several threads: lines interleave.
 GLOO = re.compile(r"\[Gloo\]| Rank |is connected to | peer ranks\. |Expected number of connected peer ranks is : |\d+")
 
 
@@ -668,7 +668,7 @@ OTHER = "error: another process stopped: see its message"
 
 
 def complaints(processes):
-    """What processes that fail say, each less what JAX's transport says of itself."""
+    """Return what failing processes print, without the lines of JAX's transport."""
     told = []
     for process in processes:
         output, errors = process.communicate(timeout=60)
@@ -680,7 +680,7 @@ def complaints(processes):
 def test_if_one_process_fails_the_others_end_at_once_with_one_line_each(checkpoint, folder, tmp_path):
     broken = tmp_path / "photos"
     shutil.copytree(folder, broken)
-    (broken / "c" / "05.png").write_bytes(b"x")  # the second process decodes it: of a batch of 8 images 4 to 7
+    (broken / "c" / "05.png").write_bytes(b"x")  # the second process decodes it: images 4 to 7 of a batch of 8
     fields = dict(schedules="dense", batch_size=8, throughput_blocks=0)
     two = start_two(tmp_path / "two", dataset=f"folder:{broken}", checkpoint=checkpoint, **fields)
     two[1].wait(timeout=120)
@@ -689,7 +689,7 @@ def test_if_one_process_fails_the_others_end_at_once_with_one_line_each(checkpoi
     assert time.monotonic() - ended < 10  # and not when the exchange gives up, after 30 seconds
     why = "no known image format; repair it, or leave it out with on_bad=skip, and resume"
     assert complaints(two) == [f"{OTHER}\n", f"error: image c/05.png cannot be decoded: {why}\n"]
-    # What the first process alone finds out, before it begins and when the others are done.
+    # Errors of the first process alone, before it begins and when the others have finished.
     (tmp_path / "file").write_text("")
     (tmp_path / "late").mkdir()
     (tmp_path / "late" / "gallery").write_text("")
@@ -709,7 +709,7 @@ def test_the_others_notice_that_a_process_was_killed(tmp_path):
     (told,) = complaints(two[:1])
     assert told.startswith(OTHER)
     assert told.count("\n") == 1
-    assert (tmp_path / ".outcomes").exists()  # from which it goes on
+    assert (tmp_path / ".outcomes").exists()  # from which it resumes
 
 
 def test_how_processes_find_each_other_is_reported_in_one_line(tmp_path):
@@ -752,7 +752,7 @@ def test_killed_at_any_moment_on_any_devices_it_ends_in_the_same_outcomes(tmp_pa
     done = re.search(r"resuming the interrupted run after (\d+) of 360 images", output)
     assert done
     assert 8 <= int(done[1]) < 360
-    assert errors == ""  # and XLA takes its own programs from the cache without a word
+    assert errors == ""  # and XLA accepts its own programs from the cache without a warning
     assert len(outcomes(parts)["names"]) == 360
     assert_same_outcomes(outcomes(parts), outcomes(tmp_path / "whole"))
     assert not list(parts.glob(".*"))
@@ -761,7 +761,7 @@ def test_killed_at_any_moment_on_any_devices_it_ends_in_the_same_outcomes(tmp_pa
 
 @pytest.fixture
 def jax_cache():
-    """JAX's options for compiled programs, as they are put back afterwards."""
+    """JAX's options for compiled programs, which are restored afterwards."""
     names = ["dir", "persistent_cache_min_compile_time_secs", "persistent_cache_min_entry_size_bytes"]
     names = [f"jax_compilation_cache_{name}" if name == "dir" else f"jax_{name}" for name in names]
     before = {name: getattr(jax.config, name) for name in names}

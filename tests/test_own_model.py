@@ -24,7 +24,7 @@ SCHEDULES = ["dense", "tome_r9", "s2winc3_r12"]
 @functools.cache
 def run(text: str) -> dict[str, Any]:
     names: dict[str, Any] = {"__name__": "example"}
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as users have them
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as for users
         exec(text, names)
     return names
 
@@ -34,7 +34,7 @@ def draw(shape, key):
 
 
 def ours(leaves: dict[str, jax.Array]) -> dict[str, Any]:
-    """Parameters of `fc.ViT` from {"path": leaf} of the examples' structure."""
+    """Convert {"path": leaf} of the examples to parameters of `fc.ViT`."""
     params = {}
     for path, leaf in leaves.items():
         path = re.sub(r"^blocks?/?(\d+)/", r"blocks_\1/", path)

@@ -1,4 +1,4 @@
-"""A merge rule that is written here, and registered nowhere, works everywhere."""
+"""A merge rule that is written here, without registration, works everywhere."""
 
 import dataclasses
 import json
@@ -69,7 +69,7 @@ def test_pruned_patches_are_told_apart_and_the_source_map_stays_total(digits, im
     schedule = schedule_of(config.depth, prune=True)
     _, out = run(digits, images, schedule)
     for layer, tokens in zip(out["layers"], schedule.tokens(config), strict=True):
-        # Every patch is in a token of its own, or dropped.
+        # Every patch is in one token, or dropped.
         assert (layer["pruned"].sum(axis=1) == config.num_tokens - tokens).all()
         np.testing.assert_array_equal(layer["size"], np.ones((4, tokens)))
         kept = [np.unique(row[~gone]) for row, gone in zip(layer["source"], layer["pruned"], strict=True)]
@@ -114,7 +114,7 @@ def test_in_training(digits, tmp_path):
         optimizer=fc.OptimizerConfig(learning_rate=1e-4),
         tensorboard=False,
     )
-    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as users have them
+    with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):  # as for users
         result = fc.train(config, tmp_path)
     assert int(result.state.step) == 2
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state.params))

@@ -1,4 +1,4 @@
-"""How several processes end, and a CPU becomes two devices, in processes of their own."""
+"""How several processes end, and how a CPU becomes two devices, tested in separate processes."""
 
 import os
 import socket
@@ -15,7 +15,7 @@ TOLD = "error: another process stopped: see its message\n"
 
 
 def start_all(body, count=2):
-    """Processes that run the body, with `index` and `exchange()`, inside `ending_together`."""
+    """Start processes that run the body, with `index` and `exchange()`, inside `ending_together`."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -46,7 +46,7 @@ def start_all(body, count=2):
 
 
 def ends(processes):
-    """Exit status and standard error of each."""
+    """Return the exit status and standard error of each process."""
     return [(process.returncode, errors) for process in processes for _, errors in [process.communicate(timeout=120)]]
 
 
@@ -62,7 +62,7 @@ def test_each_of_three_processes_prints_one_line_if_one_fails():
         )
         began = time.monotonic()
         told = ends(processes)
-        assert time.monotonic() - began < 60  # most of it is starting
+        assert time.monotonic() - began < 60  # most of it is the start
         assert told.pop(culprit) == (2, "error: this one failed\n")
         assert told == [(2, TOLD), (2, TOLD)]
 

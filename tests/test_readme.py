@@ -1,4 +1,4 @@
-"""README: its examples run as written, and its numbers are those computed."""
+"""README: its examples run as written, and its numbers are the computed ones."""
 
 import re
 from pathlib import Path

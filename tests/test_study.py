@@ -1,5 +1,5 @@
-"""The tables of benchmarks/study_report.py, on rows made by hand, the pages that are made of the stored ones, and the
-training of benchmarks/study.py that ends at a loss."""
+"""The tables of benchmarks/study_report.py, on rows made by hand; the pages made from the stored rows; and the training
+of benchmarks/study.py that ends at a loss."""
 
 import importlib
 import sys
@@ -124,7 +124,7 @@ def test_differences_from_adamw_a_line_a_schedule_and_the_share_of_the_way_to_sa
     body = cells(report.TABLES["paired_kl"](FITTED))[2:]
     assert body[0] == ["`tome_r8`", f"{np.log(0.5):+.2f} ± 0.00", f"{np.log(0.5):+.2f}"]
     lines = {line[0]: line[1:] for line in cells(report.TABLES["halfway"](FITTED))[2:]}
-    assert lines["worst case, radius 0.1"] == ["0.25", "0.50"]  # of seed 0, which all have: 4, 1 and 2.5
+    assert lines["worst case, radius 0.1"] == ["0.25", "0.50"]  # seed 0, which all have: 4, 1 and 2.5
 
 
 def test_costs_and_gains_of_each_method():
@@ -148,7 +148,7 @@ def test_training_ends_at_the_first_measurement_that_fits(target, steps, tmp_pat
         size | {"epochs": 1.0, "warmup_epochs": 0.25, "ema_decay": 0.9, "sam.start": 10.0}
     )
     fit = study.Fit(epochs=0.5, most=2, every=4, images=64)
-    with jax.numpy_dtype_promotion("standard"):  # as users have it
+    with jax.numpy_dtype_promotion("standard"):  # as for users
         found = study.train_until(TrainConfig.from_dict(config.to_dict()), tmp_path, fit, target)
     checkpoint = fc.load_checkpoint(tmp_path)
     assert checkpoint.meta["provenance"]["steps"] == steps

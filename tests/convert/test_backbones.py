@@ -1,8 +1,8 @@
 """Backbones beyond the plain ViT through the command line, against timm and transformers.
 
-Each case writes a small random model as its users find it, and says what the real library makes of photos: features of
-every token, and what comes of the pooling. Files in Meta's, OpenAI's and Google's keys are timm's, renamed by the
-tables here.
+Each case writes a small random model in its published form, and computes with the real library the features of every
+token and the pooled output of photos. Files in Meta's, OpenAI's and Google's keys are timm's, renamed by the tables
+here.
 """
 
 import functools
@@ -49,7 +49,7 @@ PIXELS = ("--preprocess", "timm/augreg")
 
 
 class Backbone(NamedTuple):
-    """SRC, what its user has to say of it, and a function of images: features of all tokens, normed, and logits."""
+    """SRC, the options that it requires, and a function of images: features of all tokens, normed, and logits."""
 
     source: Path
     flags: tuple[str, ...]
@@ -97,7 +97,7 @@ def run_timm(model):
 
 
 def of_timm(folder, size, name, suffix=None, flags=(), **changes):
-    """A model of timm by its name: saved for the hub, or as a state dict alone, whose user names the model."""
+    """Save a model of timm by its name: for the hub, or as a state dict alone, whose user names the model."""
     changes = SMALL | changes
     model = randomise(create_model(name, **changes))
     timm.models.save_for_hf(model, folder, safe_serialization=True)
@@ -144,12 +144,12 @@ def dinov3(folder, size, gated=False, rounded=True):
     source = save(folder / "dinov3_vits16.pth", rename(state, *table, *gates))
     if rounded:
         model.rope.periods.copy_(periods.bfloat16())
-        model.rope.feat_shape, model.rope.pos_embed_cached = None, None  # or it would keep what it has computed
+        model.rope.feat_shape, model.rope.pos_embed_cached = None, None  # drops what it has cached
     return Backbone(source, (*PIXELS, "--image_size", f"{size[0]}x{size[1]}"), run_timm(model))
 
 
 def run_hf(model, norm=None):
-    """norm: the last one, if the model gives tokens out before it."""
+    """Make the function. norm: the last one, if the model returns tokens before it."""
 
     def run(images):
         out = model(images)
@@ -182,7 +182,7 @@ CASES |= {
 
 
 def hf_siglip(folder, size, kind="SiglipVisionModel", strip=False, hidden_act="gelu_pytorch_tanh"):
-    """strip: leave what is the class's default out of the configuration, as older files do."""
+    """Save a SigLIP. strip: leave the class's defaults out of the configuration, as older files do."""
     vision = HF_SMALL | dict(hidden_act=hidden_act)
     text = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, vocab_size=50)
     text |= dict(bos_token_id=1, eos_token_id=2, max_position_embeddings=8)
@@ -210,7 +210,7 @@ def hf_siglip(folder, size, kind="SiglipVisionModel", strip=False, hidden_act="g
 
 
 def big_vision(folder, size, scanned=False):
-    """big_vision's names, from timm's by the table here; with a text tower beside the image's."""
+    """Save in big_vision's names, from timm's by the table here; with a text tower beside the image's."""
     name = "vit_base_patch16_siglip_224"
     model = randomise(create_model(name, **SMALL))
     heads = (4, 16)
@@ -307,7 +307,7 @@ OPENAI = (
 
 
 def in_openai(model) -> State:
-    """The state of a tower of timm in OpenAI's keys; its head's bias is 0."""
+    """Rename the state of a tower of timm to OpenAI's keys; its head's bias is 0."""
     state = rename(model.state_dict(), *OPENAI)
     state["class_embedding"] = state["class_embedding"].reshape(-1)
     state["positional_embedding"] = state["positional_embedding"][0]
@@ -317,7 +317,7 @@ def in_openai(model) -> State:
 
 
 def timm_pair(name, size, filtering: Any = vision_transformer, **changes):
-    """A model of timm as trained, without a bias in its head, and the same for images of a size."""
+    """Make a model of timm as trained, without a bias in its head, and the same for images of a size."""
     changes = SMALL | dict(num_classes=24) | changes
     model = randomise(create_model(name, **changes))
     model.head.bias.data.zero_()
@@ -339,7 +339,7 @@ def openai(folder, size, towers=True, name="vit_base_patch16_clip_quickgelu_224"
 def open_clip(
     folder, size, name="vit_base_patch16_clip_224", flags=("--gelu", "exact", "--norm_eps", "1e-5"), **changes
 ):
-    """A tower of timm in a model of open_clip, which puts a projection beside it."""
+    """Save a tower of timm in a model of open_clip, which puts a projection beside it."""
     model, other = timm_pair(name, size, **changes)
     state = {f"visual.trunk.{key}": value for key, value in model.state_dict().items() if not key.startswith("head.")}
     state["visual.head.proj.weight"] = model.state_dict()["head.weight"]
@@ -349,7 +349,7 @@ def open_clip(
 
 
 def open_clip_headed(folder, size, name, **changes):
-    """The same where timm's own head is the projection, or there is none; timm's config.json stands beside it."""
+    """Save the same with timm's own head as the projection, or without one; timm's config.json lies beside it."""
     backbone = of_timm(folder, size, name, **changes)
     state = {f"visual.trunk.{key}": value for key, value in load_file(backbone.source).items()}
     text = {f"text.{key}": value for key, value in TEXT.items() if key != "logit_scale"}

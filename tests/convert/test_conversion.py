@@ -60,7 +60,7 @@ def test_the_grid_that_is_assumed_is_reported(tmp_path):
     wide, (line,) = made(tmp_path / "wide.safetensors", "wide", num_heads=2, image_size=(16, 64))
     np.testing.assert_array_equal(wide.params["embed"]["pos_embed"], arrays["pos_embed"])
     assert "assumed to be of a 2x8 grid, which fits --image_size exactly; if it is of 4x4, convert without" in line
-    # The way to say otherwise: a square first.
+    # To choose another grid: convert to a square first.
     square, lines = made(tmp_path / "wide.safetensors", "square", num_heads=2)
     assert (square.config.grid, lines) == ((4, 4), [])
     resampled, lines = made(tmp_path / "square", "resampled", image_size=(16, 64))

@@ -1,4 +1,4 @@
-"""Against servers on this machine that break, lie and change their minds."""
+"""Downloads from servers on this machine that break, lie, and change between requests."""
 
 import hashlib
 import http.server
@@ -42,12 +42,12 @@ def weights(path: Path, name: str) -> WeightFile:
 
 
 def anything(path: Path, name: str) -> None:
-    """No check."""
+    """Accept any file."""
 
 
 @dataclass
 class Site:
-    """What the server answers, and how often it was asked."""
+    """The answers of the server, and how often it was called."""
 
     content: bytes = CONTENT
     headers: dict[str, str] = field(default_factory=dict)
@@ -164,7 +164,7 @@ def test_sha256(site, cache):
     named = site.address.replace("model", "model-cd65a155")
     refuse(f"sha256 begins {right[:8]}, its name says cd65a155", open_weights, named, False, None)
     assert held(cache) == []
-    assert open_weights(named, False, right)[0].arrays["w"] == [7]  # what the user says goes before the name
+    assert open_weights(named, False, right)[0].arrays["w"] == [7]  # the user's digest overrides that in the name
     named = named.replace("cd65a155", right[:8])
     path = open_weights(named, False, None)[0].path
     asked = site.asked
@@ -228,7 +228,7 @@ def test_redirects(site, serve, cache):
         ("http://example.org/x", "redirected to http://example.org/x: plain http may be tampered with"),
         ("ftp://example.org/x", "redirected to ftp://example.org/x: only https"),
         ("file:///etc/passwd", "redirected to file:///etc/passwd: only https"),
-        (address, "cannot be downloaded .*redirects"),  # for ever
+        (address, "cannot be downloaded .*redirects"),  # endlessly
     ]:
         hop.headers = {"Location": location}
         refuse(told, download, address, anything)
@@ -362,7 +362,7 @@ def test_unknown_names():
         "deit_smal_patch16_224.fb_in1k",
         anything,
     )
-    # An architecture: its weights are offered.
+    # For an architecture, its weights are suggested.
     told = refuse("no such file", locate, "deit3_small_patch16_224", anything)
     assert told.endswith("deit3_small_patch16_224.fb_in1k, deit3_small_patch16_224.fb_in22k_ft_in1k")
     refuse("^checkpoints/last.pth: no such file: check the path$", locate, "checkpoints/last.pth", anything)
@@ -452,7 +452,7 @@ def test_hub_revision(hub):
 
 
 def test_hub_files_of_one_commit(hub, monkeypatch):
-    """A branch that moves on between two files."""
+    """A branch moves on between two files."""
     hub.repositories["timm/vit"] = {"model.safetensors": b"w", "config.json": CONFIG}
     answer = Hub.answer
 

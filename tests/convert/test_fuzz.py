@@ -19,8 +19,8 @@ from fcvit_jax.errors import InputError
 
 Files = dict[str, bytes]  # by name; the first is the one to read
 
-# What is not in proportion to the size of these files, some 130 kB: the 64 KiB pieces in which a deflated member is
-# unpacked, held twice for a moment, and the interpreter's own objects for names, members and the steps of a pickle.
+# Memory that does not grow with the files, some 130 kB: the 64 KiB pieces in which a deflated member is unpacked, held
+# twice for a moment, and the interpreter's own objects for names, members and the steps of a pickle.
 OVERHEAD = 2**18
 TRIALS = {
     "safetensors": 1500,
@@ -62,7 +62,7 @@ def saved(save: Callable[..., None], *args: object, **kwargs: object) -> bytes:
 
 
 def make(kind: str) -> Files:
-    """An undamaged file, or several, of a kind."""
+    """Make an undamaged file, or several, of a kind."""
     arrays = values()
     if kind == "safetensors":
         return {"w": safetensors(arrays)}
@@ -85,7 +85,7 @@ def make(kind: str) -> Files:
     return {"w": saved(lambda file: torch.save(tree, file, _use_new_zipfile_serialization=kind == "torch zip"))}
 
 
-# Where the bytes are that say where the others are.
+# Bytes that say where the others are.
 MARKS = re.compile(rb"PK[\x01-\x07]|NUMPY|\x80\x02|data_offsets|shape|weight_map|storage|safetensors")
 NUMBER = re.compile(rb"\d+|\Z")
 EXTREMES = [b"\xff" * 8, b"\xff" * 4, b"\xff" * 2, b"\xff", bytes(8), bytes(4), b"\0", b"\xff\xff\xff\x7f"]
@@ -93,7 +93,7 @@ EXTREMES += [struct.pack("<Q", 1 << power) for power in (16, 24, 30, 31, 32, 40,
 
 
 def damage(rng: random.Random, content: bytes, donor: bytes) -> bytes:
-    """The content with one kind of damage."""
+    """Damage the content in one way."""
     marks = [found.start() for found in MARKS.finditer(content)] or [0]
 
     def place() -> int:
@@ -135,7 +135,7 @@ def damage(rng: random.Random, content: bytes, donor: bytes) -> bytes:
 
 
 def damage_inside(rng: random.Random, content: bytes, donor: bytes) -> bytes:
-    """Damage behind what a checksum or a length in front guards: as somebody would who means it."""
+    """Damage the bytes that a checksum or a length guards, and correct these: as an attacker would."""
     if content[:2] == b"PK":
         with zipfile.ZipFile(io.BytesIO(content)) as old:
             chosen = rng.choice([name for name in old.namelist() if name.endswith(("npy", "pkl"))])
@@ -154,7 +154,7 @@ def damage_inside(rng: random.Random, content: bytes, donor: bytes) -> bytes:
 
 
 def check(path: Path, size: int, ema: bool) -> bool:
-    """Whether files of `size` bytes are read; where not, they are refused as they should be."""
+    """Return whether files of `size` bytes are read; check that others are refused correctly."""
     tracemalloc.start()
     begun = time.perf_counter()
     arrays = {}
@@ -198,4 +198,4 @@ def test_damaged_files(tmp_path, kind):
             print(f"{kind}, trial {trial}: {path} is kept")
             raise
         (tmp_path / name).write_bytes(files[name])
-    assert TRIALS[kind] // 20 < read < TRIALS[kind] * 19 // 20  # neither is everything refused, nor everything read
+    assert TRIALS[kind] // 20 < read < TRIALS[kind] * 19 // 20  # some are refused, and some are read

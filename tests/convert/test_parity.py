@@ -1,6 +1,6 @@
 """Published weights through the command line, against the library that they come from.
 
-Each case writes a small random model as its users find it. The file is converted, and logits on real photos are
+Each case writes a small random model in its published form. The file is converted, and logits on real photos are
 compared with those of the real library. No parameter is 0 or 1, so that none can be left out or mistaken for another.
 """
 
@@ -51,7 +51,7 @@ TimmViT: Any = vision_transformer.VisionTransformer
 TimmDistilled: Any = deit.VisionTransformerDistilled
 
 SMALL: dict[str, Any] = dict(img_size=64, patch_size=8, embed_dim=64, depth=2, num_heads=4, num_classes=7)
-HEADS = ("--num_heads", "4")  # neither keys nor shapes tell it where heads are not 64 wide
+HEADS = ("--num_heads", "4")  # neither keys nor shapes show heads that are not 64 wide
 TIMM = (*HEADS, "--preprocess", "timm/augreg")
 
 
@@ -117,7 +117,7 @@ def resized_timm(folder, image_size, build=TimmViT):
 
 
 def averaged(folder, wrap, flags=()):
-    """A training checkpoint, which holds the weights and their moving average."""
+    """Save a training checkpoint with the weights and their moving average."""
     model, mean = (randomise(TimmViT(**SMALL), seed) for seed in (0, 1))
     average = {"model": "model_ema", "state_dict": "state_dict_ema"}[wrap]
     source = save(folder / "checkpoint.pth", {wrap: model.state_dict(), average: mean.state_dict(), "epoch": 3})
@@ -182,7 +182,7 @@ PROCESSORS: dict[str, tuple[str, State]] = {
 
 
 def huggingface(folder, name="ViTForImageClassification", way="saved", flags=(), image_size=(64, 64), **changes):
-    """way: a directory by `save_pretrained`, the same in several shards, or the names that modules have in memory."""
+    """Save a model. way: by `save_pretrained`, the same in several shards, or under the modules' names in memory."""
     family = re.split("For|Model", name)[0]
     shape = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=64, patch_size=8, num_labels=7)
     shape |= dict(mlp_ratio=2) if family.startswith("Dinov2") else dict(intermediate_size=128)
@@ -196,7 +196,7 @@ def huggingface(folder, name="ViTForImageClassification", way="saved", flags=(),
         model.save_pretrained(folder, max_shard_size="50KB" if way == "sharded" else "5GB")
         source = folder / "model.safetensors.index.json" if way == "sharded" else folder
     assert source.exists()
-    # DINOv2 resamples its positions unasked.
+    # DINOv2 resamples its positions by default.
     options = {} if image_size == (64, 64) or "Dinov2" in name else dict(interpolate_pos_encoding=True)
 
     def logits(images):
@@ -249,7 +249,7 @@ CASES |= {
 
 
 def google_arrays(big_vision: bool, class_token: bool, pre_logits: int) -> dict[str, np.ndarray]:
-    """A small model as Flax names it: vision_transformer counts all modules of a block, big_vision those of a kind."""
+    """Make a small model in Flax's names: vision_transformer counts all modules of a block, big_vision each kind."""
     width, heads, mlp, patches, classes = 64, 4, 128, 64, 7
     attention, norm2, dense = (0, 1, 0) if big_vision else (1, 2, 3)
     shapes: dict[str, tuple[int, ...]] = {"embedding/kernel": (8, 8, 3, width), "embedding/bias": (width,)}
@@ -276,7 +276,7 @@ def google_arrays(big_vision: bool, class_token: bool, pre_logits: int) -> dict[
 
 
 def stack_blocks(arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """As `nn.scan` over the blocks leaves them: one array with the depth in front."""
+    """Stack the blocks as `nn.scan` does: one array with the depth in front."""
     first = re.compile("(Transformer/encoderblock)_0(.*)")
     stacked = {
         f"{found[1]}{found[2]}": np.stack([arrays[f"{found[1]}_{index}{found[2]}"] for index in range(2)])
@@ -291,7 +291,7 @@ def google(
 ):
     arrays = google_arrays(big_vision, changes.get("class_token", True), pre_logits)
     published: State = {name: array.astype(dtype) for name, array in arrays.items()}
-    # timm is given the loop form in float32, which the others are made of.
+    # timm gets the loop form in float32, from which the others are made.
     arrays = {name: array.astype(np.float32) for name, array in published.items()}
     reference: State = {f"params/{name}" if big_vision else name: array for name, array in arrays.items()}
     np.savez(folder / "reference.npz", **reference)
@@ -355,13 +355,13 @@ def test_pixels_and_class_names_come_from_files_beside_the_weights(name, kind, t
 
 
 def swap_queries_and_keys(state):
-    """timm packs the rows of queries, keys and values."""
+    """Exchange queries and keys, whose rows timm packs with the values."""
     parts = {key: value.chunk(3) for key, value in state.items() if ".qkv." in key}
     return state | {key: torch.cat([k, q, v]) for key, (q, k, v) in parts.items()}
 
 
 def mix_heads(state):
-    """Rows head by head, [q k v] in each, as some code bases pack them."""
+    """Pack the rows head by head, [q k v] in each, as some code bases do."""
     packed = {key: value for key, value in state.items() if ".qkv." in key}
     return state | {
         key: value.unflatten(0, (3, 4, 16)).transpose(0, 1).flatten(0, 2).contiguous() for key, value in packed.items()

@@ -17,7 +17,7 @@ ANY = [*FROM_SQUARE, ((7, 9), (16, 11)), ((12, 5), (5, 12)), ((1, 4), (3, 1)), (
 
 
 def random_grid(size, dtype: DTypeLike = np.float64):
-    """In float64, as torch then computes: in float32 its coordinates alone are worth 1e-5 in a large grid."""
+    """Draw in float64, so that torch computes in it: in float32 coordinates alone cost 1e-5 in a large grid."""
     return np.random.default_rng(size).standard_normal((*size, WIDTH)).astype(dtype)
 
 
@@ -27,7 +27,7 @@ def assert_close(actual, expected):
 
 
 def interpolate(grid, **how):
-    """torch.nn.functional.interpolate of [rows, columns, d] as of an image."""
+    """Call torch.nn.functional.interpolate on [rows, columns, d] as on an image."""
     torch = pytest.importorskip("torch")
     image = torch.from_numpy(grid).permute(2, 0, 1)[None]
     return torch.nn.functional.interpolate(image, **how)[0].permute(1, 2, 0).numpy()
@@ -116,7 +116,7 @@ def test_scipy_zoom(old, new):
 
 @pytest.mark.parametrize(("old", "new"), [((24, 24), (22, 22)), ((32, 32), (16, 16)), ((16, 16), (30, 7))])
 def test_zoom_keeps_the_corners_where_scipy_loses_them(old, new):
-    # (old - 1) / (new - 1) * (new - 1) rounds to more than old - 1: scipy's `mode` says what lies there, by default 0.
+    # (old - 1) / (new - 1) * (new - 1) rounds to more than old - 1: scipy's `mode` sets the value there, by default 0.
     ndimage = pytest.importorskip("scipy.ndimage")
     grid = random_grid(old)
     actual = resample(grid, new, "zoom")
@@ -128,7 +128,7 @@ def test_zoom_keeps_the_corners_where_scipy_loses_them(old, new):
 
 @pytest.mark.parametrize("new", [(5, 7), (14, 20)])
 def test_conventions_differ(new):
-    # Were two of them mixed up, the tests above, at 1e-5, could not miss it.
+    # If two of them were mixed up, the tests above, at 1e-5, would fail.
     grid = random_grid((9, 12))
     results = {convention: resample(grid, new, convention) for convention in RESAMPLINGS}
     same = {"timm-npz", "bilinear"} if new == (14, 20) else set()  # antialiasing has no effect when the grid grows
@@ -147,7 +147,7 @@ def test_properties_of_every_convention(convention):
         assert same.dtype == np.float32
         np.testing.assert_array_equal(same, grid.astype(np.float32))
         assert_close(resample(grid, (7, 3), convention), resample(grid.astype(np.float32), (7, 3), convention))
-    # A constant stays what it is, and rows and columns are treated alike.
+    # A constant stays constant, and rows and columns are treated alike.
     assert_close(resample(np.full((4, 6, 2), 3.0), (9, 2), convention), np.full((9, 2, 2), 3.0))
     transposed = resample(grid.swapaxes(0, 1), (3, 7), convention).swapaxes(0, 1)
     assert_close(resample(grid, (7, 3), convention), transposed)
@@ -170,7 +170,7 @@ def test_patch_kernels_equal_timm(old, new):
 
 
 def test_a_larger_patch_gives_the_same_token():
-    """FlexiViT, section 3.4: the response to a patch does not change when patch and kernel grow together."""
+    """FlexiViT, section 3.4: the response to a patch does not change if patch and kernel grow together."""
     rng = np.random.default_rng(0)
     kernel, patch = rng.standard_normal((8, 8, 3, WIDTH)), rng.standard_normal((8, 8, 3))
     larger = resample_patch(kernel, 12)

@@ -112,7 +112,7 @@ def test_lying_safetensors(tmp_path, content, message):
 
 
 def named(*names: str) -> bytes:
-    """A safetensors file with tensors of these names, each of one number: its place."""
+    """Make a safetensors file with tensors of these names, each of one number: its place."""
     header = {
         name: {"dtype": "U8", "shape": [1], "data_offsets": [place, place + 1]} for place, name in enumerate(names)
     }
@@ -320,14 +320,14 @@ def test_lying_npz(tmp_path, content, message, compression):
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", compression) as archive:
         archive.writestr("w.npy", content)
-        archive.writestr("filler", bytes(range(256)) * 99, zipfile.ZIP_STORED)  # no bomb
+        archive.writestr("filler", bytes(range(256)) * 99, zipfile.ZIP_STORED)  # not a bomb
     assert message in refusal(write(tmp_path / "x.npz", buffer.getvalue()))
 
 
 def test_npz_bombs(tmp_path):
     np.savez_compressed(tmp_path / "a.npz", w=np.zeros(1_000_000))
     assert refusal(tmp_path / "a.npz").startswith("unpacks to 8000128 bytes from 7")
-    # The directory and the header promise little, the stream goes on.
+    # The directory and the header state little data, but the stream does not end.
     np.savez_compressed(tmp_path / "b.npz", w=np.zeros(30_000_000, np.uint8))
     content = (tmp_path / "b.npz").read_bytes()
     place = content.rindex(b"PK\x01\x02") + 24

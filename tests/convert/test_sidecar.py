@@ -345,7 +345,7 @@ def test_a_name_of_timm_implies_gelu_and_epsilon(name, fields, tmp_path):
 
 
 def test_the_gelu_of_each_siglip_is_that_of_timm(tmp_path):
-    """timm trains none of them: some of its models approximate GELU by tanh, as Google's do, and some do not."""
+    """timm trained none of them: some of its models approximate GELU by tanh, as Google's do, and some do not."""
     timm, torch = pytest.importorskip("timm"), pytest.importorskip("torch")
     names = timm.list_models("vit_*siglip*")
     assert len(names) > 30

@@ -44,7 +44,7 @@ def save(torch, tree, path: Path, new: bool = True) -> Path:
 
 
 def fill(torch, tree: dict) -> dict:
-    """The same tree with tensors for its numbers, but for what is called an epoch."""
+    """Replace the numbers of a tree by tensors, except an epoch."""
     return {
         key: fill(torch, leaf)
         if isinstance(leaf, dict)
@@ -207,7 +207,7 @@ def test_live_and_averaged_weights(tmp_path, torch, tree, live, a, averaged, e):
         read = read_weights(path, ema=ema)
         assert (read.wrapper, list(read.arrays)) == (wrapper, [name])
         walked = {key.rstrip(".") for key in (wrapper or "").split(", ")}
-        assert set(tree) - walked - {name} <= set(read.skipped)  # what is left aside is reported
+        assert set(tree) - walked - {name} <= set(read.skipped)  # everything left out is reported
         assert read.arrays[name].shape == ()
 
 
@@ -289,11 +289,11 @@ def test_payload_is_not_executed_and_the_tensors_are_read(tmp_path, torch, new):
     told = f"holds no tensors but a {name}, which was not executed: save the model's state_dict alone"
     assert refusal(save(torch, {"evil": evil}, tmp_path / "y.pth", new)) == told
     assert not mark.exists()
-    pickle.loads(pickle.dumps(evil))  # the payload does run where nothing holds it back
+    pickle.loads(pickle.dumps(evil))  # without protection, the payload does run
     assert mark.exists()
 
 
-TWINS = b")" + b"2\x86" * 99  # (), ((), ()), ... : 99 deep, each of the one before and itself
+TWINS = b")" + b"2\x86" * 99  # (), ((), ()), ... : 99 deep, each a pair of the one before
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ TWINS = b")" + b"2\x86" * 99  # (), ((), ()), ... : 99 deep, each of the one bef
         b"\x80\x04\x8c\x05posix\x8c\x06system\x93\x8c\x01x\x85\x81.",  # NEWOBJ
         b"\x80\x02cbuiltins\neval\n(S'1'\ntR.",
         b"\x80\x02ctorch._utils\n__builtins__\n.",
-        b"\x80\x02ctorch\nFloatStorage\n(S'x'\ntR.",  # a storage is no callable
+        b"\x80\x02ctorch\nFloatStorage\n(S'x'\ntR.",  # a storage is not callable
         b"\x80\x02ctorch._utils\n_rebuild_tensor\n(tR.",
         b"\x80\x02\x82\x01.",  # an extension code
         b"\x80\x02(lp0\nh\x00h\x00a.",
@@ -321,7 +321,7 @@ TWINS = b")" + b"2\x86" * 99  # (), ((), ()), ... : 99 deep, each of the one bef
         b"\x80\x02(X\x07\x00\x00\x00storage" + TWINS + b"X\x01\x00\x00\x000X\x03\x00\x00\x00cpuK\x01tQ.",
         b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19.\x80\x02M\xe9\x03.\x80\x02}.\x80\x02}.\x80\x02]"
         + TWINS
-        + b"a.",  # the name of a storage that is looked for, and told
+        + b"a.",  # the name of a storage that is looked up, and printed
     ],
 )
 def test_pickle_programs_are_refused(tmp_path, program):
@@ -340,7 +340,7 @@ def test_build_cannot_change_the_reader(tmp_path, torch):
 
 
 def test_extension_codes_reach_no_function(tmp_path):
-    """Once another unpickler has met an extension code, its function is cached and no longer asked for by name."""
+    """Once another unpickler has met an extension code, its function is cached and no longer looked up by name."""
     mark = tmp_path / "mark"
     command = f"touch {mark}".encode()
     program = b"\x80\x02\x82\xf0(X" + struct.pack("<I", len(command)) + command + b"tR."
@@ -354,7 +354,7 @@ def test_extension_codes_reach_no_function(tmp_path):
 
 
 class Settings(dict):
-    """A dictionary of a class that is not known here."""
+    """A dictionary of a class that the reader does not know."""
 
 
 @dataclasses.dataclass

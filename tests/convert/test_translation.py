@@ -100,7 +100,7 @@ def test_conversion_is_strict_on_both_sides(change, message):
 
 
 def huggingface(arrays):
-    """The same numbers under the keys of transformers, for what its parts do; its own files are tested for parity."""
+    """Rename to the keys of transformers, to test the parts; its own files are in the parity tests."""
     renamed = {}
     for key, value in arrays.items():
         block = key.replace("blocks.", "vit.encoder.layer.")
@@ -167,7 +167,7 @@ def test_a_grid_that_is_not_square_must_be_given():
         infer(arrays, num_heads=2)
     assert infer(arrays, num_heads=2, image_size=(32, 56)).grid == (4, 7)
     assert infer(arrays, {"image_size": (32, 56)}, num_heads=2).grid == (4, 7)
-    # 4x6 patches and a class entry, or 5x5 without: the size asked for decides.
+    # 4x6 patches and a class entry, or 5x5 without: the requested size decides.
     arrays = state_dict(ViTConfig((32, 48), 8, 128, 2, 2, 256, num_classes=5))
     config = infer(arrays, num_heads=2, image_size=(32, 48))
     assert (config.grid, config.no_embed_class) == ((4, 6), False)

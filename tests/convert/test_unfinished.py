@@ -86,7 +86,7 @@ def test_a_directory_of_torch_distributed_as_torch_writes_it(tmp_path):
         inspect(tmp_path / "dcp")
     from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "whole.pth")  # what the message names
+    dcp_to_torch_save(tmp_path / "dcp", tmp_path / "whole.pth")  # the function that the message names
     assert read_weights(tmp_path / "whole.pth").arrays.keys() == state.keys()
 
 

@@ -1,4 +1,4 @@
-"""Augmentation against timm's and torchvision's: pixel for pixel where nothing is drawn, by its moments where it is."""
+"""Augmentation against timm's and torchvision's: pixel for pixel, or by moments if something is drawn."""
 
 import dataclasses
 import itertools
@@ -20,7 +20,7 @@ OFF = {"crop": "eval", "flip": 0.0}
 
 
 def random_pixels(height: int, width: int, seed: int = 0) -> np.ndarray:
-    """Smooth enough for interpolation to matter, not so smooth that every filter gives the same."""
+    """Draw pixels smooth enough for interpolation to matter, but not so smooth that all filters agree."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)).resize((width, height))
     return (np.asarray(coarse) * 0.8 + rng.integers(0, 51, (height, width, 3))).astype(np.uint8)
@@ -61,7 +61,7 @@ def test_a_quarter_turn_about_the_centre():
 
     pixels = np.random.default_rng(0).integers(0, 256, (9, 9, 3), dtype=np.uint8)
     turned = RandomAffine(degrees=90)(pixels, Quarter())  # pyright: ignore[reportArgumentType]
-    inner = np.s_[1:-1, 1:-1]  # clockwise, but for rounding
+    inner = np.s_[1:-1, 1:-1]  # clockwise, except for rounding
     np.testing.assert_allclose(turned[inner].astype(int), np.rot90(pixels, -1)[inner].astype(int), atol=1)
 
 
@@ -85,7 +85,7 @@ def test_the_digits_recipe_is_the_affine_of_the_evaluation():
     affine = RandomAffine(degrees=12, shift=0.06, scale=(0.88, 1.12))
     image = random_image(8, 8)
     ours = Augment(**OFF, affine=affine)(image, SQUARE, rng(3))
-    np.testing.assert_array_equal(ours, affine(SQUARE(image), rng(3)))  # steps that are off draw nothing
+    np.testing.assert_array_equal(ours, affine(SQUARE(image), rng(3)))  # disabled steps draw nothing
 
 
 def test_flip_is_left_to_right_and_as_often_as_configured():
@@ -132,7 +132,7 @@ def test_all_randomness_comes_from_the_generator(recipe):
     first, again, other = (recipe(image, SQUARE, rng(seed)) for seed in (5, 5, 6))
     np.testing.assert_array_equal(first, again)
     assert (first != other).any()
-    np.testing.assert_array_equal(np.asarray(image), random_pixels(60, 80))  # the image itself is left alone
+    np.testing.assert_array_equal(np.asarray(image), random_pixels(60, 80))  # the image itself is unchanged
 
 
 def test_hashable_equal_and_back_from_json():
@@ -328,7 +328,7 @@ def test_strings_are_parsed_as_timm_does(text):
     ],
 )
 def test_operations_levels_and_signs_are_drawn_as_stated(monkeypatch, text, mean, std, highest):
-    """The last: a half normal, as what is above the limit is clipped to it."""
+    """The last case is a half normal, as values above the limit are clipped to it."""
     drawn: list[tuple[int, float]] = []
     recorders = {str(k): lambda image, level, look, k=k: drawn.append((k, level)) or image for k in range(15)}
     monkeypatch.setattr(augment, "rand_operations", lambda increasing: recorders)

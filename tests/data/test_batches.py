@@ -1,4 +1,4 @@
-"""Batches: every record once, in order, in one shape, on every number of processes; and no thread left behind."""
+"""Batches: every record once, in order, in one shape, on any number of processes; and no thread is left running."""
 
 import io
 import threading
@@ -21,7 +21,7 @@ SMALL = Preprocess((4, 6), 1.0)
 
 
 def source_of(count: int, broken: int | None = None, seen: list[int] | None = None) -> Source:
-    """Record i is a PNG of one colour, i + 1, with label 100 + i; `seen` notes which were read."""
+    """Make a source whose record i is a PNG of one colour, i + 1, with label 100 + i; `seen` notes reads."""
 
     def read(i: int) -> Record:
         if seen is not None:
@@ -137,7 +137,7 @@ def test_look_ahead_is_bounded():
     seen: list[int] = []
     batches = eval_batches(source_of(100, seen=seen), SMALL, 4)
     time.sleep(0.05)
-    assert seen == []  # nothing is read before it is asked for
+    assert seen == []  # nothing is read before it is requested
     for used in (1, 2, 3):
         next(batches)
         ahead = 4 * (used + LOOKAHEAD)
@@ -152,14 +152,14 @@ def test_look_ahead_is_bounded():
 @pytest.mark.parametrize("wrap", [lambda batches: batches, lambda batches: device_batches(batches, on_devices())])
 def test_breaking_off_leaves_no_threads(wrap):
     seen: list[int] = []
-    decoded = eval_batches(source_of(1000, seen=seen), SMALL, 80, workers=3)  # held on to: closing must do it
+    decoded = eval_batches(source_of(1000, seen=seen), SMALL, 80, workers=3)  # referenced: only closing may end it
     batches = wrap(decoded)
     next(batches)
     assert len(decoding_threads()) == 3
     read = len(seen)
     batches.close()
     assert decoding_threads() == []
-    assert len(seen) <= read + 3 * MOST_A_TASK  # what waited was dropped, not decoded
+    assert len(seen) <= read + 3 * MOST_A_TASK  # waiting records were dropped, not decoded
 
 
 def on_devices() -> NamedSharding:
@@ -235,7 +235,7 @@ def assert_equal(ours: list[Batch], theirs: list[Batch]) -> None:
 def test_an_epoch_is_a_permutation_cut_to_whole_batches():
     batches = train()
     assert all(batch.mask.all() and batch.skipped == () for batch in batches)
-    # Three batches an epoch: twelve different records, one left out; another order and other pixels in the next.
+    # Three batches an epoch: twelve different records, one left out. The next epoch has another order and other pixels.
     first, second = ([name for batch in batches[k : k + 3] for name in batch.names] for k in (0, 3))
     assert len({*first}) == len({*second}) == 12
     assert first != second
@@ -288,7 +288,7 @@ def test_training_processes_put_together_give_the_same_batches(process_count, on
         for rows in zip(*parts, strict=True)
     ]
     assert_equal(joined, whole)
-    assert [len(read) for read in seen] == [9 * 4 // process_count] * process_count  # its own records alone
+    assert [len(read) for read in seen] == [9 * 4 // process_count] * process_count  # only its own records
 
 
 def test_a_broken_training_image_stops_in_place_of_its_batch():

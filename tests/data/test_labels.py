@@ -1,4 +1,4 @@
-"""Labels mean the head's outputs, or one line says why they do not."""
+"""Labels index the head's outputs, or a one-line error says why not."""
 
 import importlib.util
 import io
@@ -27,7 +27,7 @@ IMAGENETTE = [
 
 
 def source_of(*classes: str, labels=None, **fields) -> Source:
-    """One record of each class, in their order, or of each of `labels`."""
+    """Make a source with one record of each class, in their order, or of each of `labels`."""
     labels = labels or range(len(classes))
     return Source("set:x", classes, len(labels), lambda i: Record(b"", labels[i], f"image {i}"), **fields)
 
@@ -107,7 +107,7 @@ def test_a_head_of_the_same_names_keeps_the_labels():
     for names in (list("abc"), IMAGENETTE):
         source = source_of(*names)
         assert match_head(source, len(names), names, "dir") is source
-    source = match_head(source_of(*"abc"), 3, None, "dir")  # nothing is known against it
+    source = match_head(source_of(*"abc"), 3, None, "dir")  # nothing contradicts it
     assert labels_of(source) == [0, 1, 2]
     assert source.remarks == (
         "the head of dir has no class names: its 3 outputs are assumed to be the classes of set:x in sorted order",
@@ -129,7 +129,7 @@ def test_a_class_without_images_may_be_an_empty_folder():
     source = match_head(source_of("a", "c", empty=("b", "junk")), 3, [*"abc"], "dir")
     assert labels_of(source) == [0, 2]
     assert (source.class_names, source.scored) == (("a", "b", "c"), None)  # a prediction of b is wrong
-    # Of ImageNet's classes too.
+    # The same for ImageNet's classes.
     source = match_head(source_of(*SYNSETS[1:], empty=(SYNSETS[0],)), 1000, None, "dir")
     assert (labels_of(source)[0], source.scored) == (1, None)
 
@@ -292,7 +292,7 @@ def test_real_labels_go_by_the_files_names(tmp_path, folder):
 
 
 def test_real_labels_do_not_depend_on_folders(tmp_path):
-    """All validation images in one folder, as they come out of the archive."""
+    """All validation images in one folder, as in the archive."""
     (tmp_path / "val" / "all").mkdir(parents=True)
     for i in (1, 3):
         (tmp_path / "val" / "all" / f"ILSVRC2012_val_{i:08d}.JPEG").write_bytes(b"pixels")

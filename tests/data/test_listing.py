@@ -1,4 +1,4 @@
-"""Listings: every file once, nothing silently left out, and an index that no change to a folder survives."""
+"""Listings: every file once, nothing silently left out, and an index that any change to a folder invalidates."""
 
 import os
 import time
@@ -14,7 +14,7 @@ from fcvit_jax.errors import InputError
 
 @pytest.fixture
 def files(tmp_path):
-    """A function that makes empty files below a folder, which it returns."""
+    """Return a function that makes empty files below a folder, and returns the folder."""
 
     def make(*names: str) -> Path:
         for name in names:
@@ -55,7 +55,7 @@ def test_links_to_elsewhere_are_followed_once(files, tmp_path):
         (store / name).touch()
     (root / "c").symlink_to(store / "two")  # a class
     (root / "a" / "more").symlink_to(store / "one")
-    (root / "b" / "again").symlink_to(store / "one" / "in")  # inside of what a has
+    (root / "b" / "again").symlink_to(store / "one" / "in")  # inside the folder of a
     (store / "one" / "back").symlink_to(root)
     (root / "b" / "6.png").symlink_to(store / "two" / "5.png")  # a file, under another name
     found = list_images(root)
@@ -75,7 +75,7 @@ def test_a_class_may_have_another_name(files):
 
 
 def test_a_link_to_a_hidden_folder_is_followed(files):
-    """As volumes of Kubernetes have it."""
+    """As in volumes of Kubernetes."""
     root = files("..2024/a/1.png", "b/2.png")
     (root / "..data").symlink_to("..2024")
     (root / "a").symlink_to("..data/a")
@@ -140,7 +140,7 @@ def test_a_folder_that_cannot_be_read_is_reported(files, monkeypatch):
 
 @pytest.fixture
 def indexed(files, tmp_path, monkeypatch):
-    """A folder whose listing is kept, and a function that says whether the next listing reads the folders again."""
+    """A folder whose listing is kept, and a function that returns whether the next listing reads the folders again."""
     monkeypatch.setenv("FCVIT_JAX_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(listing, "INDEXED_FROM", 2)
     root = files("a/1.png", "a/deep/2.png", "b/3.png", "empty/x.txt", "c/@eaDir/4.png")

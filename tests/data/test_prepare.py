@@ -1,4 +1,4 @@
-"""A folder written as a prepared data set gives the same records, pixels and logits, or one line says why not."""
+"""A folder written as a prepared data set gives the same records, pixels and logits, or a one-line error."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def test_the_command(folder, tmp_path, capsys):
 
 
 def test_many_files_keep_the_order_and_are_all_read(folder, tmp_path, monkeypatch):
-    """More files than may be open when the reading starts: ArrayRecord's readers keep each open."""
+    """More files than the limit of open files: ArrayRecord's readers keep each open."""
     monkeypatch.setattr(prepare, "IMAGES_PER_FILE", 1)
     one = records(open_source(f"folder:{folder}"))
     source = Source("test:60", tuple(CLASSES), 60, lambda i: one[i % 5]._replace(name=f"{i}.png"))
@@ -88,7 +88,7 @@ def test_many_files_keep_the_order_and_are_all_read(folder, tmp_path, monkeypatc
 
 
 def test_real_photos_give_the_logits_of_their_folder(clothing_test, tmp_path):
-    """The files of three classes, JPEGs as they were found, through a small ViT."""
+    """The files of three classes, unchanged JPEGs, through a small ViT."""
     for name in ("dress", "hat", "t-shirt"):
         (tmp_path / "photos" / name).mkdir(parents=True)
         for photo in sorted((clothing_test / name).iterdir())[:4]:
@@ -140,7 +140,7 @@ def test_existing_data_sets_stay(folder, tmp_path):
     for name in ("Photos", "a/b", "", "1st"):
         refused(f"--name {name!r} is not valid: write lower-case letters", name=name)
     refused("--split 'all' is not valid", split="all")
-    # What fails half-way leaves nothing behind.
+    # A failure half-way leaves nothing behind.
     (folder / "cat" / "a.png").unlink()
     refused("a.png cannot be read: No such file", split="train")
     refused("a.png cannot be read: No such file", name="another")
@@ -177,7 +177,7 @@ def test_names_that_are_not_utf8_are_escaped(folder, tmp_path):
 
 @pytest.mark.parametrize(("name", "scored"), [("imagenet_a", imagenet.IMAGENET_A), ("imagenet_r", imagenet.IMAGENET_R)])
 def test_some_of_imagenets_classes_are_scored_as_their_folder_is(tmp_path, name, scored):
-    """The folder is called as TFDS calls the data set, which names all 1,000 classes, where this one names 200."""
+    """The folder has the name of TFDS's data set, which names all 1,000 classes, while this one names 200."""
     for index in scored:
         path = tmp_path / name / imagenet.synsets()[index] / "x.png"
         path.parent.mkdir(parents=True)
@@ -231,7 +231,7 @@ def test_the_commands_of_the_documentation(folder, tmp_path, monkeypatch):
     fields = set(re.findall(r"--config\.(\w+)", text)) - {"FIELD"}
     assert fields <= {*eval_digits.get_config(), *defaults()}
     assert {"dataset", "real_labels", "train", "test"} <= fields
-    # The names are those that TFDS knows.
+    # TFDS knows these names.
     for spec in re.findall(r"--config\.dataset=(tfds:(?!photos)[^` ]+)", text):
         with pytest.raises(InputError, match="prepare it once, where TensorFlow is installed"):
             open_source(f"{spec}@{tmp_path}")

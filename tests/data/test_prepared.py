@@ -31,7 +31,7 @@ def jpeg(seed: int) -> bytes:
 
 
 def prepare(data_dir: Path, features, examples, name: str, config: str = "") -> Path:
-    """Prepare a data set of `examples` ({split: [example]}) as ArrayRecord, the way TFDS itself does."""
+    """Prepare a data set of `examples` ({split: [example]}) as ArrayRecord, as TFDS itself does."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core import registered
 
@@ -160,7 +160,7 @@ def test_another_format_is_told_apart(data_dir, tmp_path):
 
 
 def test_neither_tensorflow_nor_the_network_is_used(data_dir):
-    """In a process of its own: other tests may have imported what must not be imported here."""
+    """In its own process: other tests may have imported the modules that must not be imported here."""
     program = f"""
 import socket, sys
 import fcvit_jax.data.sources as sources
@@ -180,7 +180,7 @@ except sources.InputError:
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stdout == "5\nFalse\n", done.stdout + done.stderr
-    assert done.stderr == ""  # where TensorFlow is absent, TFDS would say so at length on trying to import it
+    assert done.stderr == ""  # without TensorFlow, TFDS would print a long warning when it tries to import it
 
 
 # ImageNet's variants
@@ -215,7 +215,7 @@ def test_imagenets_variants_are_scored_as_intended(tmp_path):
     [("cifar10", 10, "test/00000000"), ("cifar100", 100, "test/00000000"), ("oxford_iiit_pet", 37, "a photo.jpg")],
 )
 def test_the_image_and_its_class_are_taken_among_several_pictures_and_labels(tmp_path, name, number, file):
-    """With the features that TFDS gives these sets: a coarse label, a species, a mask beside the image."""
+    """With TFDS's features of these data sets: a coarse label, a species, a mask beside the image."""
     import tensorflow_datasets as tfds
 
     picture, mask = jpeg(3), io.BytesIO()
@@ -272,7 +272,7 @@ def test_real_has_several_labels_or_none(tmp_path):
 
 
 def as_tfrecord(directory: Path, target: Path, shards: dict[str, list[int]]) -> Path:
-    """The same examples as TFRecord files of so many records, written by hand; `shards` by split."""
+    """Write the same examples as TFRecord files by hand; `shards`: the numbers of records by split."""
     import tensorflow_datasets as tfds
     from tensorflow_datasets.core.decode import DeserializeMethod
 
@@ -293,13 +293,13 @@ def as_tfrecord(directory: Path, target: Path, shards: dict[str, list[int]]) -> 
 
 
 def framed(data: bytes) -> bytes:
-    """A TFRecord: the length and the bytes, each followed by its checksum."""
+    """Frame a TFRecord: the length and the bytes, each followed by its checksum."""
     length = struct.pack("<Q", len(data))
     return length + struct.pack("<I", masked(length)) + data + struct.pack("<I", masked(data))
 
 
 def masked(data: bytes) -> int:
-    """CRC-32C bit by bit, by its definition, masked as TensorFlow does."""
+    """Compute CRC-32C bit by bit, by its definition, masked as TensorFlow does."""
     crc = 2**32 - 1
     for bit in (byte >> place & 1 for byte in data for place in range(8)):
         crc = crc >> 1 ^ (0x82F63B78 if (crc ^ bit) & 1 else 0)

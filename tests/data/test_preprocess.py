@@ -1,4 +1,4 @@
-"""Preprocessing: the same pixels as timm, bit for bit, and one line for each thing a user may get wrong."""
+"""Preprocessing: the same pixels as timm, bit for bit, and a one-line error for each mistake of a user."""
 
 import dataclasses
 import io
@@ -21,7 +21,7 @@ from fcvit_jax.errors import InputError
 
 
 def noise(width: int, height: int, seed: int = 0) -> Image.Image:
-    """Coarse noise: edges at every scale, so that a shift of one pixel anywhere changes the result."""
+    """Draw coarse noise: edges at every scale, so that a shift of one pixel anywhere changes the result."""
     generator = np.random.default_rng(seed)
     coarse = generator.integers(0, 256, (max(1, height // 4), max(1, width // 4), 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.NEAREST)
@@ -44,7 +44,7 @@ def timm_transform(preprocess: Preprocess, **options):
 def assert_pixels_equal_timm(preprocess: Preprocess, image: Image.Image) -> None:
     pixels = preprocess(image)
     assert pixels.dtype == np.uint8
-    theirs = timm_transform(preprocess, use_prefetcher=True)(image)  # stops before it normalises
+    theirs = timm_transform(preprocess, use_prefetcher=True)(image)  # does not normalise
     np.testing.assert_array_equal(pixels, theirs.numpy().transpose(1, 2, 0))
 
 
@@ -249,7 +249,7 @@ def test_exif_orientation_is_ignored():
 
 
 def png_of_size(width: int, height: int) -> bytes:
-    """A PNG that claims to be that large, and holds nothing."""
+    """Make a PNG that claims this size, and contains nothing."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
     body = b"".join(struct.pack(">I", len(d)) + t + d + struct.pack(">I", zlib.crc32(t + d)) for t, d in chunks)
@@ -269,7 +269,7 @@ def png_of_size(width: int, height: int) -> bytes:
         (
             png_of_size(10_000, 10_000),
             "(?!Image size)",
-        ),  # PIL only warns of this size: allowed, but there is nothing in it
+        ),  # PIL only warns of this size: allowed, but empty
     ],
     ids=["empty", "web page", "jpeg", "png", "webp", "gif", "bomb", "large"],
 )
@@ -301,13 +301,13 @@ def tiff_with_exif_beyond_its_end() -> bytes:
     ("make", "remark"),
     [
         (palette_with_transparency, "Transparency"),
-        (tiff_with_two_compressions, "too many entries"),  # told on opening
-        (tiff_with_exif_beyond_its_end, "Corrupt EXIF"),  # told on loading
+        (tiff_with_two_compressions, "too many entries"),  # raised on opening
+        (tiff_with_exif_beyond_its_end, "Corrupt EXIF"),  # raised on loading
     ],
 )
 def test_odd_files_decode_without_output(make, remark, capfd):
     data = make()
-    with pytest.warns(UserWarning, match=remark):  # PIL alone complains: the file is odd indeed
+    with pytest.warns(UserWarning, match=remark):  # PIL alone does warn: the file is odd
         expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

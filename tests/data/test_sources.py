@@ -1,4 +1,4 @@
-"""Sources: which files, in which order, under which label; and one line for each thing a user may get wrong."""
+"""Sources: which files, in which order, under which label; and a one-line error for each mistake of a user."""
 
 import re
 from pathlib import Path

@@ -33,7 +33,7 @@ SCHEDULES = ("dense", "tome_r3", "s1winc1_r4")
 
 
 def noise(count, size=16):
-    """A source of random images, each with a label of its own draw."""
+    """Make a source of random images with random labels."""
     rng = np.random.default_rng(0)
     pixels, labels = rng.integers(0, 256, (count, size, size, 3), dtype=np.uint8), rng.integers(0, 7, count)
     names = tuple(f"class {index}" for index in range(7))
@@ -63,7 +63,7 @@ def compiled(params, batch_size, count, schedules=SCHEDULES):
 
 
 def by_hand(params, source, schedule):
-    """Image by image: the place of the label in the order of the logits."""
+    """Rank the label among the logits, image by image."""
     model = ViT(CONFIG, MergeSchedule.parse(schedule, 3))
     apply = jax.jit(lambda image: model.apply({"params": params}, PREPROCESS.normalize(image[None]))[0][0])
     ranks = []
@@ -196,7 +196,7 @@ def test_one_compile_a_schedule_and_none_for_later_batches(params):
     finally:
         jax.monitoring.unregister_event_duration_listener(listen)
     assert sum("eval_step" in str(name) for name in compilations) == len(SCHEDULES)
-    with pytest.raises(TypeError):  # another shape cannot compile a second program: it is refused
+    with pytest.raises(TypeError):  # another shape is refused instead of compiling a second program
         measure_accuracy(steps, placed, device_batches(eval_batches(noise(8), PREPROCESS, 4), rows))
 
 
@@ -255,7 +255,7 @@ def test_memory_on_the_device_does_not_grow_with_the_images(params):
 
 
 class Spy:
-    """A compiled program that tells when it is called."""
+    """A compiled program that reports each call."""
 
     def __init__(self, call, tell):
         self._call, self._tell = call, tell

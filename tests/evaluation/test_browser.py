@@ -42,7 +42,7 @@ def report(tmp_path, make_rows):
 
 @pytest.fixture
 def open_page(browser, report):
-    """Open the report in a window of a width; console output and requests are failures."""
+    """Return a function that opens the report in a window of a width; console output and requests are failures."""
     said, asked, contexts = [], [], []
 
     def open_page(width=1280):
@@ -90,7 +90,7 @@ def test_nothing_sticks_out(open_page, width):
         box = page.locator(selector).first.bounding_box()
         assert box["x"] >= 0, selector
         assert box["x"] + box["width"] <= width, selector
-    # The names of the lines stand below the axis' title, and within the chart, whatever is drawn.
+    # The names of the lines are below the axis title, and within the chart, whatever is drawn.
     for axis in ("gmacs", "speedup"):
         page.select_option("#x", axis)
         title, legend, chart = (page.locator(selector).bounding_box() for selector in (".xtitle", ".legend", "#chart"))
@@ -118,7 +118,7 @@ def test_no_button_sends_the_data_away(open_page):
 
 
 def drawn(page):
-    """What the chart shows: {line: [(x, y)]} of the visible lines."""
+    """Return what the chart shows: {line: [(x, y)]} of the visible lines."""
     lines = page.evaluate("chart._fullData.map((line) => [line.name, line.x, line.y])")
     return {name: list(zip(x, y, strict=True)) for name, x, y in lines}
 
@@ -160,7 +160,7 @@ def test_a_heading_sorts(open_page):
     assert texts(page, "#rows tbody td:first-child")[0] == "dense:1,local:6:r16:w2x2,global:5:r16"
     page.click("#rows th:has-text('KL') button")
     assert texts(page, "#rows tbody td:first-child")[:3] == ["tome_r13", "tome_r8", "dense"]
-    page.click("#rows th:has-text('KL') button")  # what was not measured stays last
+    page.click("#rows th:has-text('KL') button")  # rows without a measurement stay last
     assert texts(page, "#rows tbody td:first-child")[:3] == ["dense", "tome_r8", "tome_r13"]
     page.click("#rows th:has-text('schedule') button")
     assert texts(page, "#rows tbody td:first-child")[:2] == ["tome_r13", "tome_r8"]  # 13 is more than 8

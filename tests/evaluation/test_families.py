@@ -11,7 +11,7 @@ from fcvit_jax.evaluation.families import family, point_label, rate
         ("s2winc7_r16", ("s2winc7", 16)),
         ("dense:2,local:5:r16:w2x2,global:5:r16", ("dense:2,local:5:r:w2x2,global:5:r", 16)),
         ("local:7:r8:w2x2,global:5:r16", ("local:7:r:w2x2,global:5:r", None)),
-        # Rules are families of their own; the digits of their names and options are no rate.
+        # Each rule is its own family; digits in names and options are not a rate.
         ("tome_r16@nearest", ("tome@nearest", 16)),
         ("s2winc7_r16@evit(fuse=true)", ("s2winc7@evit(fuse=true)", 16)),
         ("tome_r16@pitome(margin=0.9,r3=_r2)", ("tome@pitome(margin=0.9,r3=_r2)", 16)),
@@ -28,7 +28,7 @@ from fcvit_jax.evaluation.families import family, point_label, rate
         ("diffrate_s_g2.9", ("diffrate_s", None)),
         ("tome_r16@diffrate(prune=0.4)", ("tome@diffrate(prune=0.4)", 16)),
         ("my own", ("my own", None)),
-        # What a search has found at several budgets is a family; the digits of its directory are no rate.
+        # The schedules of a search at several budgets are a family; digits in its directory are not a rate.
         ("search:found_r16:0.6", ("search:found_r16", None)),
         ("search:/a:b/c@x_r2:2.8G", ("search:/a:b/c@x_r2", None)),
         ("search:found_r16", ("search:found_r16", None)),

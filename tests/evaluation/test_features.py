@@ -35,7 +35,7 @@ IMAGES, NEAR = spread(26), spread(60, 100, "neighbours")
 
 
 def by_hand(checkpoint, source, name):
-    """Pooled features [n, d] and those of all patches [n, p, d], float64, of one schedule."""
+    """Compute pooled features [n, d] and features of all patches [n, p, d], float64, under one schedule."""
     pixels = np.stack([checkpoint.preprocess(Image.fromarray(source[i].image)) for i in range(len(source))])
     model = fc.ViT(checkpoint.config, fc.MergeSchedule.parse(name, checkpoint.config.depth))
     pooled, out = jax.jit(model.apply)({"params": checkpoint.params}, checkpoint.preprocess.normalize(pixels))
@@ -44,7 +44,7 @@ def by_hand(checkpoint, source, name):
 
 
 def compared(a, b):
-    """Cosine and relative distance of rows."""
+    """Compute the cosine and the relative distance of rows."""
     cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
     return cosine, np.linalg.norm(a - b, axis=-1) / np.linalg.norm(a, axis=-1)
 
@@ -145,7 +145,7 @@ def test_an_interrupted_evaluation_resumes(evaluated, backbone, tmp_path, monkey
 
 
 def test_a_projection_gives_features_too(backbone):
-    """CLIP's image tower: the output is an embedding, and no classes."""
+    """CLIP's image tower: the output is an embedding, without classes."""
     config = dataclasses.replace(backbone.config, num_classes=24, head_bias=False)
     kernel = np.random.default_rng(0).normal(0, 1, (64, 24)).astype(np.float32)
     tower = dataclasses.replace(backbone, config=config, params={**backbone.params, "head": {"kernel": kernel}})

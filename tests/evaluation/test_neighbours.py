@@ -22,7 +22,7 @@ TABLE = Features(VALUES, np.where(LEFT_OUT, -1, LABELS))
 
 
 def expected(rows):
-    """By scikit-learn: the share of each class in the votes of the nearest."""
+    """Compute by scikit-learn the share of each class in the votes of the nearest."""
     near: dict[str, Any] = dict(
         metric="cosine", algorithm="brute", weights=lambda distance: np.exp((1 - distance) / TEMPERATURE)
     )
@@ -33,7 +33,7 @@ def expected(rows):
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.parametrize("held", [False, True])
 def test_votes_equal_scikit_learn(devices, held, monkeypatch):
-    monkeypatch.setattr(features, "CHUNK", 4 * 8 * 13)  # fewer rows on a device than neighbours are sought
+    monkeypatch.setattr(features, "CHUNK", 4 * 8 * 13)  # fewer rows on a device than neighbours
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:devices]), ("data",))
     votes = vote(TABLE.chunks(mesh, HELD), QUERIES, 6, mesh, held=held)
     shares, predictions = expected(~LEFT_OUT & (held | ~HELD))

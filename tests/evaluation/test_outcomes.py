@@ -8,7 +8,7 @@ RUN = {"dataset": "noise", "batch_size": 4, "versions": {"jax": "1"}}
 
 
 def part(index, rows=4):
-    """Outcomes of one batch under two schedules, all numbers of their own."""
+    """Make the outcomes of one batch under two schedules, with all numbers different."""
     numbers = np.arange(rows, dtype=np.int32) + 100 * index
     return Outcomes(
         np.array([f"a/ä {number}.png" for number in numbers]),
@@ -58,7 +58,7 @@ def test_the_whole_batches_before_a_torn_one_are_kept(written):
     for size in (0, 1, 100, len(content) // 2, len(content) - 1):
         (path / "2.npz").write_bytes(content[:size])
         assert_same(Journal(path, RUN).parts, parts[:2])
-    # What is appended takes the place of the torn batch.
+    # The appended batch replaces the torn one.
     Journal(path, RUN).append(part(2))
     assert_same(Journal(path, RUN).parts, [parts[0], parts[1], part(2)])
     (path / "0.npz").unlink()

@@ -48,7 +48,7 @@ def test_the_curves_that_the_plots_pin_down():
 
 
 def test_the_rates_of_the_sam_plot_fit_its_speed():
-    # It has images/s alone. With the right rates the machine does as many multiply-accumulates a second at each point.
+    # It has only images/s. With the right rates, each point has the same multiply-accumulates a second.
     for curve in published.curves("vit_base_patch16_224.sam_in1k"):
         timed = [(curve.gmacs(point), point.images_per_second) for point in curve.points]
         work = [gmacs * rate for gmacs, rate in timed if gmacs and rate]

@@ -69,7 +69,7 @@ def test_a_damaged_class_table(tmp_path, write_run, table):
 
 def test_equal_runs_have_no_differences(make_run):
     assert differences([make_run("a"), make_run("b")]) == []
-    # What a row does not say is not held against it.
+    # A missing field is not a difference.
     assert differences([make_run("a"), make_run("b", preprocess=None, device=None, weights_sha256=None)]) == []
     # Other weights are another model, unless they have one name.
     assert differences([make_run("a", model="v"), make_run("b", model="w", weights_sha256="cd34")]) == []

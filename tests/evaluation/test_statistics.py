@@ -10,7 +10,7 @@ from fcvit_jax.evaluation.statistics import mcnemar, sigmas, wilson
 
 
 def test_wilson_is_where_the_score_test_turns():
-    # The definition: at both ends, the fraction observed lies z standard errors of that end away.
+    # The definition: the observed fraction is z standard errors of each end away from that end.
     for correct, n, z in (
         (81, 263, 1.959963984540054),
         (3, 10, 1.959963984540054),
@@ -48,7 +48,7 @@ def test_mcnemar_is_scipys_binomial_test():
 
 
 def test_mcnemar_keeps_its_level():
-    # Of pairs that a fair coin makes, at most 5 % are called different at 0.05; a test that is too eager calls more.
+    # At 0.05, at most 5 % of pairs from a fair coin count as different; a test that is too liberal finds more.
     n = 40
     chance = [math.comb(n, k) / 2**n for k in range(n + 1)]
     assert sum(p for k, p in enumerate(chance) if mcnemar(k, n - k) < 0.05) <= 0.05

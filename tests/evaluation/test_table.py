@@ -13,7 +13,7 @@ def test_table(make_rows):
     assert lines[4].split() == ["tome_r13", "85.00", "82.70-87.10", "-5.00*", "95.0", "1,000", "2.70", "170", "1.70x"]
     assert lines[6:9] == ["", "C on D; pixels: P", "float32, batch 8, 1 x X"]
     assert "* more than chance: McNemar's test on the same images, p < 0.05, each row by itself." in lines
-    # Digits stand below digits, with the mark and without.
+    # Digits are aligned, with the mark and without.
     assert len({line.index(".", line.index("-", 20) + 9) for line in lines[3:6]}) == 1
 
 
@@ -92,7 +92,7 @@ def test_columns_of_several_runs_are_the_same(make_run):
     timed, untimed = make_run("a"), make_run("b", images_per_second=None, speedup=None, kl=None)
     titles = [[column.title for column in columns(run, [timed, untimed])] for run in (timed, untimed)]
     assert titles[0] == titles[1]
-    alone = Run("c", untimed.rows[1:])  # without dense, of which nothing is a change
+    alone = Run("c", untimed.rows[1:])  # without dense, so that there are no changes
     assert "change" not in [column.title for column in columns(alone)]
     assert [column.title for column in columns(alone, [timed, alone])] == titles[0]
     assert {"KL", "images/s"} <= set(titles[0])

@@ -76,7 +76,7 @@ def test_a_line_runs_inside_every_border_in_the_colour_of_its_region():
     assert {tuple(colour) for colour in corner} == {(153, 183, 255), (40, 40, 40), (200, 200, 200), (167, 167, 167)}
     assert (lined[:4, 4:8][inside] == 167).all()  # a patch alone: its own colour, a sixth darker
     alone = outline(np.full((2, 2, 3), 40, np.uint8), np.array([[0]]))
-    assert (alone == 40 + 215 // 6).all()  # or, where that is dark, a sixth nearer to white
+    assert (alone == 40 + 215 // 6).all()  # or a sixth closer to white, if it is dark
 
 
 def test_thick_lines_and_corners():
@@ -164,7 +164,7 @@ def test_no_region_crosses_the_border_of_a_window_in_a_local_stage(checkpoint, w
 
 
 def test_regions_follow_what_the_image_shows(checkpoint):
-    """Two colours, split row by row in its own way: equal patches have equal keys, and meet."""
+    """Two colours, split differently in each row: equal patches have equal keys, and merge."""
     flat = {
         **checkpoint.params,
         "embed": {**checkpoint.params["embed"], "pos_embed": np.zeros((1, 27, 16), np.float32)},

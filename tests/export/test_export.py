@@ -30,12 +30,12 @@ from fcvit_jax.models.config import Rotary
 ROOT = Path(__file__).parents[2]
 DOCS = (ROOT / "docs" / "serving.md").read_text()
 
-# 4 x 6 patches: windows of six tokens, and no side that could be taken for another.
+# 4 x 6 patches: windows of six tokens, and all sides different.
 CONFIG = fc.ViTConfig((32, 48), 8, 32, 3, 2, 64, num_classes=7, layer_scale=0.1, pre_norm=True)
 SCHEDULES = "dense,tome_r5,s2winc2_r6"
 PREPROCESS = Preprocess((32, 48), mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.25))
 
-# A process of its own that finds nothing but Python's library, jax and what jax needs, and numpy.
+# A separate process that finds only Python's library, numpy, jax and what jax needs.
 ALONE = """
 import os, runpy, sys
 from importlib.machinery import BuiltinImporter, FrozenImporter, PathFinder
@@ -75,7 +75,7 @@ def some_images(count, config=CONFIG):
 
 
 def by_the_model(checkpoint, name, images, dtype="float32"):
-    """(logits, pooled) of the library's own model."""
+    """Compute (logits, pooled) by the library's own model."""
     compute, precision = PRECISIONS[dtype]
     model = fc.ViT(checkpoint.config, fc.MergeSchedule.parse(name, checkpoint.config.depth), compute)
 
@@ -89,7 +89,7 @@ def by_the_model(checkpoint, name, images, dtype="float32"):
 
 
 def read(out, program):
-    """A program and its parameters."""
+    """Read a program and its parameters."""
     meta = json.loads((out / "meta.json").read_text())
     data = bytearray((out / meta["programs"][program]["file"]).read_bytes())
     with np.load(out / "weights.npz") as arrays:
@@ -120,7 +120,7 @@ def test_programs_run_without_this_library_and_give_its_logits(checkpoint, expor
     images = some_images(4)
     np.save(tmp_path / "images.npy", images)
     command = [sys.executable, "-c", ALONE, str(exported), "images.npy", "logits.npz"]
-    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}  # it is the program's own that counts
+    environment = {**os.environ, "JAX_DEFAULT_MATMUL_PRECISION": "bfloat16"}  # must not matter: the program has its own
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "logits.npz") as logits:
@@ -171,7 +171,7 @@ def test_a_program_has_the_precision_of_its_dtype(checkpoint, tmp_path):
         asked = {word for line in products for word in re.findall(r"precision = \[(\w+), (\w+)\]", line)}
         assert len(products) >= 3 * 6
         assert asked <= {(precision, precision)}
-        assert asked or precision == "DEFAULT"  # which need not be written
+        assert asked or precision == "DEFAULT"  # DEFAULT may be left out
 
 
 @pytest.mark.devices(8)
@@ -302,7 +302,7 @@ def test_errors_of_the_script_are_one_line(exported, script, tmp_path, monkeypat
 
 
 def odd_images(folder):
-    """Files of 16-bit grey and with EXIF orientations, by name."""
+    """Write files of 16-bit grey and with EXIF orientations, by name."""
     rng, exif = np.random.default_rng(1), Image.Exif()
     grey = Image.fromarray(rng.integers(0, 65536, (60, 90), np.uint16))
     grey.save(folder / "deep.png")
@@ -407,7 +407,7 @@ def test_arguments_that_do_not_fit_are_reported_and_nothing_is_written(checkpoin
 
 def test_an_export_is_written_whole_or_not_at_all(checkpoint, tmp_path, monkeypatch):
     out = fc.export(checkpoint, "dense", 1, tmp_path / "out")
-    (out / "__pycache__").mkdir()  # as Python makes where run.py is imported
+    (out / "__pycache__").mkdir()  # as Python makes when run.py is imported
     with pytest.raises(fc.InputError, match="exists already"):
         fc.export(checkpoint, "tome_r5", 1, out)
     with monkeypatch.context() as patch:

@@ -20,7 +20,7 @@ def chosen(name, scale) -> Any:
 
 
 def made_up(scale=1.0, loss=0.2, batches=16, fingerprint="a", noise=0.05, seed=0, **scales: Any):
-    """A report whose rises at three radii are `scale` (or that of their name) times 0.1, 0.4 and 0.9, and noise."""
+    """Make a report with rises of 0.1, 0.4 and 0.9 at three radii, times `scale` (or that of their name), and noise."""
     rng = np.random.default_rng(seed)
     common = 1 + 0.8 * np.random.default_rng(100).uniform(-1, 1, batches)  # how sharp each batch is, for all reports
 
@@ -102,7 +102,7 @@ def test_the_other_measures_do_not_count(other):
 
 
 def test_pairing_narrows_the_intervals():
-    # Batches differ by up to 80% in sharpness, the reports by 10%: only batch by batch does that show.
+    # Batches differ by up to 80% in sharpness, the reports by 10%: this shows only batch by batch.
     paired = compare(made_up(0.9), made_up(1.0, seed=1))
     apart = compare(made_up(0.9, fingerprint="b"), made_up(1.0, seed=1))
     assert paired.verdict == "flatter"
@@ -126,7 +126,7 @@ def test_few_batches_give_no_verdict():
 def test_rises_within_rounding_are_not_read():
     flat, sharp = (replace(made_up(scale), resolution=0.03) for scale in (0.5, 1.0))
     readings = {(row.name, row.radius): row.reading for row in compare(flat, sharp).ratios}
-    # The difference must be over ten times 0.03: those of about 0.06 and 0.23 are not, that of 0.5 is.
+    # The difference must be over ten times 0.03: about 0.06 and 0.23 are not, 0.5 is.
     assert [readings["worst", radius] for radius in (0.1, 0.2, 0.3)] == ["", "", "lower"]
     assert readings["keskar", 0.1] == "lower"
 
@@ -162,7 +162,7 @@ def test_the_interval_is_that_of_the_mean():
     low, high = interval(rows)
     assert low == pytest.approx(rows.mean() - 1.96 * 2 / 20, abs=0.05)
     assert high == pytest.approx(rows.mean() + 1.96 * 2 / 20, abs=0.05)
-    # Draws that differ for all batches alike: 30 of them, not 12,000 samples.
+    # Draws differ alike for all batches: there are 30 draws, not 12,000 samples.
     low, high = interval(wide)
     assert high - low == pytest.approx(2 * 1.96 * wide.mean(axis=1).std() / np.sqrt(30), rel=0.1)
     assert interval(np.full((1, 1), 3.0)) == (3.0, 3.0)

@@ -101,7 +101,7 @@ class TestAgainstTheDenseHessian:
         assert samples.shape == (100, 3)
         error, trace = standard_error(samples), np.trace(dense.mean(0))
         assert abs(samples.mean() - trace) < 3 * error
-        # Of Rademacher probes the variance is twice the squares off the diagonal (Hutchinson's equation).
+        # The variance of Rademacher probes is twice the squares off the diagonal (Hutchinson's equation).
         off = dense.mean(0) - np.diag(np.diag(dense.mean(0)))
         np.testing.assert_allclose(error, np.sqrt(2 * np.sum(off**2) / 100), rtol=0.3)
 
@@ -126,8 +126,8 @@ def test_an_eigenvalue_that_was_not_found_is_flagged():
 
 
 def test_lanczos_stays_orthogonal():
-    # A far-off end converges in a few steps; without orthogonalisation it would return as copies, and the recurrence
-    # would not notice that twelve dimensions are spent after twelve products.
+    # A distant end converges in a few steps. Without orthogonalisation it would return as copies, and the recurrence
+    # would not notice that twelve dimensions are exhausted after twelve products.
     values = [1000.0, *np.linspace(0.5, 1.5, 11)]
     params, batches = spectrum(*values)
     largest, smallest = lanczos(LossSurface(quadratic, params, batches), KEY, 100, 1e-9)

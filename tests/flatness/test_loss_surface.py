@@ -20,7 +20,7 @@ def test_filters_are_as_long_as_the_weights_own():
     }
     direction, raw = filter_normalised(params, KEY), random_like(params, KEY)
 
-    # By hand: of a Dense kernel [in, out] the columns; of a convolution [height, width, in, out] all but the last axis.
+    # By hand: the columns of a Dense kernel [in, out]; all but the last axis of a convolution [height, width, in, out].
     drawn = np.asarray(raw["head"]["kernel"])
     for column in range(3):
         wanted = drawn[:, column] / np.linalg.norm(drawn[:, column]) * np.linalg.norm(dense[:, column])
@@ -42,7 +42,7 @@ def test_filters_are_as_long_as_the_weights_own():
 
 
 def test_rescaled_filters_give_the_same_slice():
-    # What filter normalisation is for: the first layer times 4 and the second over 4 are the same function of the line.
+    # The purpose of filter normalisation: the first layer times 4 and the second over 4 give the same line.
     def loss(params, batch):
         return jnp.square(jax.nn.relu(batch @ params["a"]["kernel"]) @ params["b"]["kernel"] - 1).mean(), jnp.float32(0)
 

@@ -78,7 +78,7 @@ def test_a_run_is_measured_into_its_own_directory(runs, capsys):
     assert value > report.curves["one_step"].samples[1].mean() > 0
     assert any(line.startswith("worst case, plain") and f" {value:.4g} " in line for line in out.splitlines())
     assert f"written into {runs / 'a'}: flatness.json, flatness.png" in out
-    fc.load_checkpoint(runs / "a")  # is still one
+    fc.load_checkpoint(runs / "a")  # is still a checkpoint
 
 
 def test_two_checkpoints_are_compared(runs, tmp_path, capsys):
@@ -104,7 +104,7 @@ def test_two_checkpoints_are_compared(runs, tmp_path, capsys):
     assert row["low"] <= row["ratio"] <= row["high"]
     assert f" {row['ratio']:.3g} {row['low']:.3g} .. {row['high']:.3g}" in " ".join(out.split())
 
-    # The report in place of the checkpoint gives the same, and what is stale goes.
+    # The report in place of the checkpoint gives the same, and stale files are deleted.
     before = (tmp_path / "comparison.json").read_text()
     other = tmp_path / "other.json"
     shutil.copy(tmp_path / "flatness_other.json", other)

@@ -61,7 +61,7 @@ def test_all_measures_of_a_quadratic():
     assert largest.vector is None
     np.testing.assert_allclose(report.trace, np.tile([2.5, 7.5], (3, 1)), rtol=1e-5)
 
-    # Within 1 of (0, 2) the most of 4 a^2 + b^2: by brute force over the circle.
+    # The maximum of 4 a^2 + b^2 within 1 of (0, 2), by brute force over the circle.
     angles = np.linspace(0, 2 * np.pi, 100001)
     rise = (4 * np.cos(angles) ** 2 + (2 + np.sin(angles)) ** 2 - 4).max() / 2
     np.testing.assert_allclose(report.curves["worst"].samples, [[[0.5 * rise, 1.5 * rise]]], rtol=1e-4)
@@ -109,7 +109,7 @@ def test_the_line_lies_in_the_plane():
 def test_the_loss_is_plain_cross_entropy(params):
     rng = np.random.default_rng(0)
     images, labels = jnp.uint8(rng.integers(0, 256, (6, 8, 8, 3))), jnp.int32(rng.integers(0, 10, 6))
-    model = ViT(TINY, dropout=0.5, drop_path=0.5)  # of the training; without a key it must not be drawn
+    model = ViT(TINY, dropout=0.5, drop_path=0.5)  # used in training only: without a key nothing may be drawn
     logits = np.asarray(jax.jit(model.apply)({"params": params}, PIXELS.normalize(images))[0], np.float64)
     own = logits[np.arange(6), labels]
     loss, accuracy = ClassificationLoss(model, PIXELS)(params, (images, labels))

@@ -58,7 +58,7 @@ def relu_problem():
 
 
 def test_at_a_minimum_it_is_half_the_eigenvalue_times_the_radius_squared():
-    # The gradient there is 0, so that only the ascent from a random point finds anything.
+    # The gradient is 0 there, so that only the ascent from a random point finds a rise.
     worst = worst_case(LossSurface(quadratic, PARAMS, [batch()]), PLAIN, (0.1, 0.5), KEY, 60, restarts=1)
     eigenvalue = np.linalg.eigvalsh(HESSIAN)[-1]
     np.testing.assert_allclose(worst.found[:, 0], [0.1**2 * eigenvalue / 2, 0.5**2 * eigenvalue / 2], rtol=1e-4)
@@ -193,7 +193,7 @@ def test_resolution_is_that_of_float32():
     params = {"w": jnp.linspace(0.5, 1.5, 1000)}
     small, large = (resolution(LossSurface(loss, params, [jnp.float32(c)] * 8), KEY) for c in (0.0, 1000.0))
     assert small < 1e-6
-    # At 1000 the numbers are 6e-5 apart: either the loss does not move at all, or by that.
+    # At 1000, float32 numbers are 6e-5 apart: the loss either does not change, or by that.
     assert large == 0 or 1e-5 < large < 1e-4
 
 

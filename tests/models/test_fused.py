@@ -25,7 +25,7 @@ INTERPRET = jax.default_backend() != "gpu"
 
 
 def in_one(*parts):
-    """[b, h, n, k] each -> [b, n, parts, h, k]."""
+    """Stack parts [b, h, n, k] into [b, n, parts, h, k]."""
     return jnp.stack(parts, axis=2).transpose(0, 3, 2, 1, 4)
 
 
@@ -34,7 +34,7 @@ def norm_by_numpy(x, scale, bias):
     return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-6) * float64(scale) + float64(bias)
 
 
-# Less than a tile of keys, one and a few, two; a head of a width that is no power of two.
+# Less than a tile of keys, one and a few, two; a head whose width is not a power of two.
 @pytest.mark.parametrize(("tokens", "width"), [(11, 16), (77, 16), (128, 32), (130, 20), (33, 8)])
 @pytest.mark.parametrize("proportional", [True, False])
 def test_triton_attention_equals_float64(tokens, width, proportional):
@@ -104,7 +104,7 @@ def test_triton_adds_and_norms(shape, with_branch):
     np.testing.assert_allclose(float64(normed), norm_by_numpy(total, scale, bias), atol=0.04)
 
 
-# 8 rows a tile where the width is 384, else all in one.
+# 8 rows a tile at width 384, otherwise all in one.
 @pytest.mark.parametrize("keep_norm", [False, True])
 @pytest.mark.parametrize(
     ("layer", "d"),
@@ -129,7 +129,7 @@ def test_triton_merges_and_norms(layer, d, keep_norm):
         x, branch, size, matching, Affine(scale, bias, 1e-6), INTERPRET
     )
 
-    # One by one, as the target says.
+    # One by one, by the target.
     expected, expected_size, norms = np.zeros((2, t, d)), np.zeros((2, t)), np.zeros((2, t))
     for image in range(2):
         for token in range(n):
@@ -142,7 +142,7 @@ def test_triton_merges_and_norms(layer, d, keep_norm):
         expected *= (norms / np.linalg.norm(expected, axis=-1))[..., None]
     np.testing.assert_allclose(float64(merged), expected / expected_size[..., None], atol=0.07)
     np.testing.assert_allclose(float64(normed), norm_by_numpy(merged, scale, bias), atol=0.04)
-    # What nothing is merged into keeps its value, but for the rounding of the sum.
+    # A token that nothing is merged into keeps its value, except for the rounding of the sum.
     tokens, target, moved = x + branch, np.asarray(matching.target), np.ones((2, n), bool)
     np.put_along_axis(moved, np.asarray(matching.order[:, :t]), False, axis=1)
     for image in range(2):
@@ -158,7 +158,7 @@ def test_a_model_computes_the_same_with_both_kernels(schedule):
     merges = fc.MergeSchedule.parse(schedule, 4)
     images = jax.random.normal(jax.random.key(3), (3, 64, 64, 3))
     params: Any = jax.jit(fc.ViT(config).init)(jax.random.key(4), images)["params"]
-    # Of a trained model's magnitude, which a new one's head is not.
+    # As large as a trained model's: a new head is zero.
     params["head"]["kernel"] = jax.random.normal(jax.random.key(5), params["head"]["kernel"].shape)
     plain, ours = (
         jax.jit(fc.ViT(config, merges, dtype=jnp.bfloat16, kernels=kernels).apply)({"params": params}, images)[0]
@@ -173,14 +173,14 @@ def test_a_model_computes_the_same_with_both_kernels(schedule):
     [
         (Layer(197, 184, 13), 64, 4),
         (Layer(197, 181, 4, 4, ((14, 14), (2, 2))), 64, 4),
-        (Layer(50, 42, 8), 80, 4),  # less than a tile; heads of a width that is no power of two
+        (Layer(50, 42, 8), 80, 4),  # less than a tile; heads whose width is not a power of two
         (Layer(189, 181, 8), 64, 4),  # the last tile as large as the others
         (Layer(197, 184, 13, rule=Nearest(), grid=(14, 14)), 64, 4),
         (Layer(577, 561, 16), 64, 3),  # matched by XLA
     ],
 )
 def test_programs_for_nvidia_gpus_are_lowered_on_any_machine(layer, width, programs):
-    """Triton's intermediate language comes out; what is behind it takes a GPU."""
+    """The result is Triton's intermediate language; the steps after it need a GPU."""
     n = layer.tokens_in
     shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((2, n, 3, 6, width), (2, n, 384))]
     size, vector = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, n), (384,)))

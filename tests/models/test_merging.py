@@ -33,7 +33,7 @@ def test_window_by_window_equals_each_window_alone():
 def test_merging_is_the_size_weighted_mean():
     x = jnp.asarray([[[1.0], [10.0], [100.0], [1000.0]]])
     size = jnp.asarray([[1.0, 2.0, 3.0, 4.0]])
-    # Tokens 0 and 2 both go into token 3, which stands first in the output.
+    # Tokens 0 and 2 both go into token 3, which is first in the output.
     matching = Matching(jnp.asarray([[0, 1, 0, 0]]), 2, jnp.asarray([[3, 1, 0, 2]]))
     merged, new_size = merge_tokens(x, size, matching)
     np.testing.assert_allclose(merged, [[[(1 + 300 + 4000) / 8], [10.0]]], rtol=1e-6)
@@ -69,7 +69,7 @@ def test_mass_is_conserved_and_jit_changes_nothing(layer, prefix, dtype):
 
 
 def test_source_map_and_unmerge_follow_every_patch():
-    # Tokens hold the number of patches in them and which: merged means say exactly who went where.
+    # Tokens hold their number of patches, and which: the merged means show exactly where each patch went.
     layers = [Layer(33, 25, 2, 4, ((4, 8), (2, 2))), Layer(25, 17, 2, 4), Layer(17, 12, 5)]
     x = jnp.broadcast_to(jnp.eye(33)[None], (2, 33, 33))
     size, source = jnp.ones((2, 33)), jnp.broadcast_to(jnp.arange(1, 33, dtype=jnp.int32), (2, 32))
@@ -170,7 +170,7 @@ def test_the_mean_may_keep_the_norm(order, dtype):
     norm = (1 * 3 + 3 * 10 + 4 * 13) / 8
     expected = mean / np.linalg.norm(mean) * norm
     np.testing.assert_allclose(merged[0, 0].astype(jnp.float32), expected, rtol=1e-6 if dtype == jnp.float32 else 1e-2)
-    np.testing.assert_array_equal(merged[0, 1], X[0, 1].astype(dtype))  # alone: to the last bit
+    np.testing.assert_array_equal(merged[0, 1], X[0, 1].astype(dtype))  # alone: bit for bit
     np.testing.assert_allclose(size, [[8.0, 2.0]])
 
 

@@ -64,7 +64,7 @@ def test_merged_logits_on_real_photos_equal_the_reference(clothing, name):
     expected = reference.merged_forward(deepcopy(model).double(), images, SCHEDULES[name])
     logits, out = run(config, params, images, MergeSchedule.parse(name, 12))
     assert [layer["tokens"].shape[1] for layer in out["layers"]] == expected["tokens"]
-    # Where two proposals are equal but for rounding, float32 may take either: there, and only there, logits may differ.
+    # If two proposals are equal except for rounding, float32 may take either: only then may logits differ.
     clear = expected["margin"].numpy() > 2e-7
     assert clear.sum() >= len(images) - 1
     np.testing.assert_array_equal(out["source"][clear], expected["source"].numpy()[clear])
@@ -97,7 +97,7 @@ SMALL: dict[str, Any] = {
     "num_heads": 3,
     "num_classes": 11,
 }
-# name -> what to build; registers, LayerScale, pre-norm, pooling and biases in the combinations that are published.
+# name -> a model to build; registers, LayerScale, pre-norm, pooling and biases in the published combinations.
 VARIANTS: dict[str, dict[str, Any]] = {
     "vit": {},
     "registers": {"reg_tokens": 4, "no_embed_class": True, "init_values": 1e-5},
@@ -113,7 +113,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def build(name):
-    """A small timm model with random weights that are as large as trained ones."""
+    """Build a small timm model with random weights as large as trained ones."""
     from timm.models.deit import VisionTransformerDistilled
     from timm.models.vision_transformer import VisionTransformer
 

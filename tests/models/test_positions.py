@@ -1,8 +1,8 @@
 """Rotary positions, and merging with them, against a program in float64 that is written from their definition.
 
-In a layer tokens attend, queries and keys turned by the angles of their coordinates; then tokens merge by the cosine of
-the keys before that, or after it by option; a merged token is the size-weighted mean of its members, and lies
-at the size-weighted mean of their coordinates, of which the next layer computes its angles.
+In a layer, queries and keys are rotated by the angles of their tokens' coordinates, and tokens attend. Then tokens
+merge by the cosine of the keys before rotation, or optionally after it. A merged token is the size-weighted mean of its
+members, and lies at the size-weighted mean of their coordinates. The next layer computes its angles from these.
 """
 
 import math
@@ -50,7 +50,7 @@ def draw(config, count=3):
 
 
 class Program:
-    """The model in float64, for one image, with its tokens in lists."""
+    """The model in float64, for one image, with tokens in lists."""
 
     def __init__(self, config, params):
         self.config = config
@@ -76,7 +76,7 @@ class Program:
         return self.linear(f"{path}/fc2", self.norm(f"{path}/norm", x) if normed else x)
 
     def turn(self, x, coordinates):
-        """[heads, n, w], pair by pair, as complex numbers."""
+        """Rotate [heads, n, w], pair by pair, as complex numbers."""
         rotary, width = self.config.rotary, x.shape[-1]
         periods = np.array([rotary.theta ** (4 * j / width) for j in range(width // 4)])
         y, x_ = coordinates[:, :1] / periods, coordinates[:, 1:] / periods
@@ -257,14 +257,14 @@ def test_without_merging_any_schedule_is_dense(family, name):
 
 
 def by_every_rule(r, last):
-    """Every published rule in one model; of those before the last, sizes are numbers of patches."""
+    """Build a schedule of every published rule; sizes before the last one are numbers of patches."""
     rules = ("tofu(prune=0.0)", "tofu(prune=1.0)", "ppt(threshold=0.0)", "ppt(threshold=1.0)", "evit", "random")
     local = [f"local:1:r{4 * r}:w2x2@{rule}" for rule in ("pitome", "random(prune=true)")]
     return ",".join([*local, *(f"global:1:r{r}@{rule}" for rule in rules), f"global:1:r{3 * r}@{last}"])
 
 
 class Placed(fc.ViT):
-    """Its `out` has the coordinates of what leaves the last layer too."""
+    """A ViT whose `out` also has the coordinates of the tokens that leave the last layer."""
 
     def _run_blocks(self, x, plan, train):
         pooled, layers = super()._run_blocks(x, plan, train)
@@ -295,7 +295,7 @@ def test_published_rules_keep_mass_and_merge_positions(config, last):
     assert np.isfinite(logits).all()
     before, after = out["layers"][-2:]
     left = np.asarray(~before["pruned"]).sum(axis=1)
-    assert (left <= 24 - 4 - 1 - 1 - 1).all()  # those pruned take their patches along
+    assert (left <= 24 - 4 - 1 - 1 - 1).all()  # pruned tokens take their patches with them
     np.testing.assert_allclose(before["size"][:, prefix:].sum(axis=1), left, rtol=1e-6)
     assert (np.asarray(after["size"])[:, prefix:].sum(axis=1) < left).all()
     if config.rotary:

@@ -47,7 +47,7 @@ HEADS, WIDTH = 2, 4
 
 
 class Tokens(NamedTuple):
-    """What a rule gets of a batch of 3 images."""
+    """The inputs of a rule, for a batch of 3 images."""
 
     attended: Attended
     x: jax.Array
@@ -78,7 +78,7 @@ class Window(NamedTuple):
     """The patch tokens of one window in float64.
 
     key: mean over heads. keys: side by side. seen: attention of the class token, or of the mean query. parity: of the
-    position of its first token. even: of the cells, row by row, that are A in a checkerboard; all others are B.
+    position of its first token. even: the cells, row by row, that are A in a checkerboard; all others are B.
     """
 
     x: np.ndarray
@@ -116,7 +116,7 @@ def cosine(x, y):
 
 
 def bipartite(key, r, parity):
-    """Token Merging's pairs, from best to worst: (token, the one that it merges into)."""
+    """List Token Merging's pairs from best to worst: (token, the one that it merges into)."""
     a, b = np.arange(parity, len(key), 2), np.arange(1 - parity, len(key), 2)
     similar = cosine(key[a], key[b])
     best = np.argsort(-similar.max(axis=1))[:r]
@@ -124,7 +124,7 @@ def bipartite(key, r, parity):
 
 
 def mean(window, groups, weight, norm=None):
-    """(value, size) of each group of tokens."""
+    """Compute (value, size) of each group of tokens."""
     out = []
     for group in groups:
         value = np.average(window.x[group], axis=0, weights=weight[group])
@@ -232,7 +232,7 @@ def test_properties_of_every_matching(name, place):
         assert target[image, order[image, : layer.tokens_out]].tolist() == list(range(layer.tokens_out))
         gone = target[image, order[image, layer.tokens_out :]]
         assert prefix <= gone.min() <= gone.max() < layer.tokens_out
-    # Mass is conserved, or what is missing was pruned.
+    # Mass is conserved, except for pruned tokens.
     weight = tokens.size if matching.weight is None else matching.weight
     kept = np.where(weight > 0, tokens.size, 0).sum(axis=1)
     if matching.gain is not None:  # merged and fused tokens count less
@@ -246,7 +246,7 @@ def test_properties_of_every_matching(name, place):
 
 def test_each_part_of_nearest_changes_the_pairs():
     def pairs(rule, keys, layer, size=None, seen=None, features=None):
-        """Which tokens move where. keys, features: degrees, [h, n] and [n]. seen: attention, which no key shows."""
+        """Return which tokens move where. keys, features: degrees, [h, n] and [n]. seen: attention, apart from keys."""
         angles = np.deg2rad(np.asarray(keys, np.float32))
         k = jnp.asarray(np.stack([np.cos(angles), np.sin(angles), 0 * angles], -1))[None]
         if seen is not None:  # a third dimension of the class token alone, too small to change a cosine
@@ -276,7 +276,7 @@ def test_each_part_of_nearest_changes_the_pairs():
     assert pairs(rule, keys, layer, size=[1, 1, 2, 2, 4, 4, 1]) == {2: 3}
     assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1]) == {4: 5}
     assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.1, 0.1, 0.3, 0.2, 0.1]) == {2: 3}
-    # The one with the features that are alike, whose weight is half of the keys'.
+    # The pair with similar features, whose weight is half of the keys'.
     assert pairs(rule, keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {4: 5}
     assert pairs(rule, keys, layer, features=[0, 0, 45, 45, 0, 90, 0]) == {2: 3}
     assert pairs(dataclasses.replace(rule, features=0.0), keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {2: 3}
@@ -302,7 +302,7 @@ def test_no_image_influences_another_and_bfloat16_is_finite(name):
 
 
 def scripted(attention, x, keys=None):
-    """A class token whose attention to itself and to the patches is as given; v of norm 1."""
+    """Make a class token with the given attention to itself and to the patches; v of norm 1."""
     k = jnp.log(jnp.asarray(attention, jnp.float32))[None, None, :, None]
     ones = jnp.ones((1, 1, len(attention), 1))
     return Tokens(Attended(ones, ones, k, ones), jnp.asarray(x, jnp.float32)[None], jnp.ones((1, len(attention))))
@@ -328,7 +328,7 @@ def test_by_hand():
     _, found, size = merged(DiffRate(prune=0.0), tokens, layer, 1)  # and token 2 with 1 or 5, of cosine 0.6: the first
     np.testing.assert_allclose(found[0], [x[0], [13 / 3, -1 / 3], x[3], x[5]], rtol=1e-6)
     np.testing.assert_allclose(size, [[1, 1.6, 1, 1]], rtol=1e-6)
-    # Keys of one dimension: A is 2 and 4, B is 1, 3 and 5; all cosines are 1, and the first of equals wins.
+    # Keys of one dimension: A is 2 and 4, B is 1, 3 and 5; all cosines are 1, and ties go to the first.
     _, found, size = merged(ToFu(prune=0.0), tokens, layer, 1)
     together = np.array([13.0, -1.0]) / 3
     np.testing.assert_allclose(found[0, 1], 10 * together / np.linalg.norm(together), rtol=1e-6)
@@ -357,7 +357,7 @@ def test_the_random_choice():
     np.testing.assert_array_equal(first, order(Random(), layer))
     assert (first != order(Random(seed=1), layer)).any()
     assert (first != order(Random(), layer._replace(index=4))).any()
-    # Of the 33 - 25 that go, each of the four windows loses two.
+    # 33 - 25 tokens are removed, two in each of the four windows.
     quarter = np.argsort(window_order((4, 8), (2, 2), 32)) // 8
     assert np.bincount(quarter[first[0, 25:] - 1]).tolist() == [2, 2, 2, 2]
 
@@ -368,7 +368,7 @@ def digits():
 
 
 def schedules_of(config, r):
-    """Every rule in one model: in windows and global, by turns."""
+    """Build schedules with every rule, alternately in windows and global."""
     names = ["evit", "diffrate", "ppt", "evit(fuse=true)", "tofu", "random"], ["nearest", "pitome", "pitome(open=1.0)"]
     text = [f"local:1:r{r}:w2x2@{name}" for name in names[1]] + [
         f"global:1:r{r}@{name}" for name in ("nearest", *names[0][:2])
@@ -421,7 +421,7 @@ def test_macs_beyond_token_mergings():
 
 @pytest.mark.parametrize("name", DIFFRATE_KEPT)
 def test_published_counts_of_diffrate(name):
-    """The tokens that are left are those published, and the cost is that in the name."""
+    """The remaining tokens are the published ones, and the cost is that in the name."""
     model, gmacs = name.removeprefix("diffrate_").split("_g")
     config = fc.zoo.get({"s": "deit_small_patch16_224", "b": "deit_base_patch16_224"}[model]).config
     schedule = fc.MergeSchedule.parse(name, 12)
@@ -441,7 +441,7 @@ def test_the_rate_is_capped_at_half_the_tokens_unless_diffrate_may_go_further():
 
 
 def test_trained_weights_of_evit_convert_and_give_what_its_model_gives(tmp_path):
-    """Its keys are DeiT's, in a training checkpoint; two layers keep 0.6 of the patches and fuse the rest."""
+    """A training checkpoint in DeiT's keys; two layers keep 0.6 of the patches and fuse the rest."""
     torch = pytest.importorskip("torch")
     vision_transformer = pytest.importorskip("timm.models.vision_transformer")
     torch.manual_seed(0)

@@ -12,7 +12,7 @@ from matchings import lists, random_matching
 
 
 def angles(degrees):
-    """Unit vectors in the plane: the similarity of two tokens is the cosine of the angle between them."""
+    """Make unit vectors in the plane: the similarity of two tokens is the cosine of the angle between them."""
     radians = np.deg2rad(np.asarray(degrees, np.float32))
     return jnp.asarray(np.stack([np.cos(radians), np.sin(radians)], -1))[None]
 
@@ -23,7 +23,7 @@ def test_global_matching_by_hand():
     # A: 2, 4, 6 (0 is the prefix); B: 1, 3, 5. Best: 2->3 (10 degrees), 4->1 (10), 6->5 (8).
     matching = match_tokens(metric, Layer(7, 6, 1), prefix=1)
     assert lists(matching) == ([0, 2, 4, 1, 3, 5], [6], [5])
-    # Two: 6->5, then, of two equal ones, the lower position.
+    # Two: 6->5, then the lower position of two equal ones.
     matching = match_tokens(metric, Layer(7, 5, 2), prefix=1)
     assert lists(matching) == ([0, 4, 1, 3, 5], [2, 6], [3, 4])
 

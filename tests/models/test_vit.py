@@ -20,7 +20,7 @@ def images(config, batch=2, seed=0):
 
 
 def random_params(config, seed=1):
-    """Parameters as large as in a trained model: fresh heads are zero, and LayerScale nearly."""
+    """Draw parameters as large as a trained model's: fresh heads are zero, and LayerScale nearly."""
     leaves, tree = jax.tree.flatten_with_path(abstract_params(config))
     rng = np.random.default_rng(seed)
     draw = lambda path, leaf: (path[-1].key == "scale") + 0.2 * rng.standard_normal(leaf.shape)  # noqa: E731
@@ -86,8 +86,8 @@ def test_r_zero_is_the_dense_model_bit_for_bit(schedule):
 
 
 def test_merging_of_identical_patches_changes_nothing():
-    # With proportional attention, one token of size s attracts as much as s equal tokens. All patches alike, without
-    # positions: whatever merges, the class token sees the same.
+    # With proportional attention, one token of size s attracts as much as s equal tokens. If all patches are alike,
+    # without positions, the class token sees the same whatever merges.
     config = replace(TINY, no_embed_class=True)
     params = random_params(config)
     params["embed"]["pos_embed"] *= 0
@@ -120,7 +120,7 @@ def test_bfloat16_stays_near_float32_with_float32_logits(schedule):
     params = random_params(TINY)
     full, low = apply(TINY, schedule, params)[0], apply(TINY, schedule, params, dtype=jnp.bfloat16)[0]
     assert low.dtype == jnp.float32
-    # Where bfloat16 flips a match the logits move; the dense model only rounds.
+    # If bfloat16 flips a match, the logits move; the dense model only rounds.
     assert np.abs(full - low).max() < (0.15 if schedule is None else 1.5)
     assert not np.array_equal(full, low)
 
@@ -168,7 +168,7 @@ def test_dropout_and_stochastic_depth_act_in_training_only():
 
 
 def test_stochastic_depth_drops_whole_branches_of_single_images():
-    # All branches but the first layer's dropped with certainty but for the rescaling: rate 1 at the last layer.
+    # Rate 1 in the last layer always drops its branches.
     config = replace(TINY, depth=2)
     params = random_params(config)
     model = ViT(config, drop_path=1.0)

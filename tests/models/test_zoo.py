@@ -48,7 +48,7 @@ def test_an_unknown_name_offers_the_nearest():
 
 
 def check_rotary(rotary, rope, attention, name):
-    """Ours against timm's module, which keeps the sines and cosines of its grid, or computes them."""
+    """Compare ours with timm's module, which keeps the sines and cosines of its grid, or computes them."""
     assert (rotary is None) == (rope is None), name
     if rope is None:
         return
@@ -103,11 +103,11 @@ def test_every_name_agrees_with_timm():
         assert config.dist_token or config.pool == model.global_pool, name
         assert config.fc_norm == isinstance(model.fc_norm, torch.nn.LayerNorm), name
         check_rotary(config.rotary, getattr(model, "rope", None), block.attn, name)
-        classes = model.num_classes  # of the name's own weights, where timm and the zoo differ
+        classes = model.num_classes  # from the weights of the name, if timm and the zoo differ
         ours = abstract_params(replace(config, num_classes=classes, head_bias=True))
         counted = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(ours))
         assert counted == sum(parameter.numel() for parameter in model.parameters()), name
-    # Sizes that timm leaves out of the ViT grid, and nothing else.
+    # Only sizes that timm leaves out of the ViT grid.
     assert len(missing) == 19
     assert all(re.fullmatch(r"vit_(tiny|small|base|large|huge)_patch\d+_(224|384|512|518)", name) for name in missing)
 

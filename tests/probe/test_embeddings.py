@@ -15,14 +15,14 @@ VALUES = np.random.default_rng(0).normal(0, 1, (3, 8)).astype(np.float32)
 
 
 def file(folder, **changes):
-    """An .npz of three classes; None leaves an array out."""
+    """Write an .npz of three classes; None leaves an array out."""
     arrays = {"embeddings": VALUES, "names": np.array(NAMES), **changes}
     np.savez(folder / "classes.npz", **{name: array for name, array in arrays.items() if array is not None})
     return folder / "classes.npz"
 
 
 def two_towers(kind, folder):
-    """A model, its checkpoint, and the class embeddings that its text tower makes: as in docs/probing.md."""
+    """Make a model, its checkpoint, and the class embeddings from its text tower, as in docs/probing.md."""
     real = pytest.importorskip("real_models")
     import torch
     import transformers

@@ -13,7 +13,7 @@ from fcvit_jax.probe import heads
 CLASSES, WIDTH, ROWS = 4, 12, 203
 RNG = np.random.default_rng(0)
 LABELS = RNG.integers(0, CLASSES, ROWS).astype(np.int32)
-# Of unlike scales and far from zero, one of them constant, as trained features may be.
+# With different scales, far from zero, and one of them constant, as trained features may be.
 VALUES = RNG.normal(0, 1, (CLASSES, WIDTH))[LABELS] + RNG.normal(0, 1.5, (ROWS, WIDTH))
 VALUES = (VALUES * np.geomspace(0.1, 10, WIDTH) + np.linspace(-50, 50, WIDTH)).astype(np.float32)
 VALUES[:, 3] = 7.0

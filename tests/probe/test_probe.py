@@ -31,7 +31,7 @@ def digits():
 
 
 def spread(count=LIMIT, start=0):
-    """Digits of the training set, from one index on."""
+    """Take digits of the training set, from one index on."""
     source = open_source("digits:train")
     return Source("some digits", source.class_names, count, lambda index: source[start + index])
 
@@ -43,7 +43,7 @@ def probed(digits, tmp_path_factory):
 
 
 def pooled(checkpoint, source):
-    """Class tokens, image by image, by the model as it is."""
+    """Compute class tokens, image by image, by the unchanged model."""
     pixels = np.stack([checkpoint.preprocess(Image.fromarray(source[i].image)) for i in range(len(source))])
     model = fc.ViT(checkpoint.config)
     return np.asarray(

@@ -41,7 +41,7 @@ def test_slope_and_hump_are_in_units_of_the_mean():
 def test_text_has_the_rates_that_are_really_removed():
     schedule = Candidate(ToMe(), switch=6).at(90, CONFIG)
     assert MergeSchedule.parse(str(schedule), 12) == schedule
-    # 196 patches, of which each layer can merge half.
+    # 196 patches; each layer can merge half of them.
     assert schedule.stages[:3] == (Local(1, 92), Local(1, 52), Local(1, 24))
     assert sum(stage.layers * stage.r for stage in schedule.stages if hasattr(stage, "r")) == 195  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -79,4 +79,4 @@ def test_drawn_candidates_depend_on_the_seed_alone():
     assert drawn[:2] == [Candidate(Nearest()), Candidate(ToMe())]
     assert not any(candidate.switch for candidate in draw_candidates(40, [ToMe()], ODD, (0,)))
     for candidate in [*drawn, *(near for each in drawn for near in each.neighbours(CONFIG, 0.4))]:
-        candidate.at(10, CONFIG).plan(CONFIG)  # raises if it is no schedule of the model
+        candidate.at(10, CONFIG).plan(CONFIG)  # raises if it is not a schedule of the model

@@ -32,7 +32,7 @@ HEADS = {
 
 
 def logits(images, classes=5, seed=0, noise=0.1):
-    """Dense and merged logits: linear maps of each other but for noise."""
+    """Draw dense and merged logits: linear maps of each other, plus noise."""
     generator = np.random.default_rng(seed)
     merged = 3 * generator.normal(size=(images, classes))
     moved = merged @ (np.eye(classes) + 0.2 * generator.normal(size=(classes, classes))) + 0.3

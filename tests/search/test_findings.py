@@ -9,7 +9,7 @@ from fcvit_jax.search.findings import FEWEST, judge
 
 
 def noisy(count, ratio, seed=0):
-    """Scores of two schedules, heavy-tailed; the first are `ratio` of the second but for noise of both."""
+    """Draw heavy-tailed scores of two schedules; the first are `ratio` of the second, with noise in both."""
     generator = np.random.default_rng(seed)
     found, simple = generator.lognormal(0, 1, count) * generator.lognormal(0, 0.5, (2, count))
     return ratio * found, simple

@@ -28,7 +28,7 @@ def digits():
 
 @pytest.fixture(scope="module")
 def found(digits, tmp_path_factory):
-    """A search of two budgets, and where it was written."""
+    """A search of two budgets, and its working directory."""
     workdir = tmp_path_factory.mktemp("found")
     return fc.search(digits, "digits:train", "0.5,0.7", workdir=workdir, **SMALL), workdir
 
@@ -115,7 +115,7 @@ def test_eight_images_are_too_few_and_the_simple_schedule_is_written_into_the_ch
 
 
 def test_a_speed_is_measured(digits, monkeypatch):
-    """With a machine whose time is the GMACs, a speed budget finds what the share finds."""
+    """On a machine whose time is the GMACs, a speed budget finds the same as the share."""
     images = {}
 
     def speeds(self, schedules):

@@ -33,7 +33,7 @@ CONFIGS = {
 
 
 def random_model(config, seed=0, images=4):
-    """Random weights of which no two tokens are alike, and images."""
+    """Draw random weights, under which no two tokens are alike, and images."""
     keys = jax.random.split(jax.random.key(seed), 3)
     pixels = jax.random.normal(keys[0], (images, *config.image_size, 3))
     params = fc.ViT(config).init(keys[1], pixels)["params"]
@@ -44,7 +44,7 @@ def random_model(config, seed=0, images=4):
 
 
 def simulator(config, rule):
-    """One program: (params, images, rates) -> logits."""
+    """Make the program (params, images, rates) -> logits."""
     return jax.jit(
         lambda params, images, layers: SimulatedViT(config, rule=rule, rates=layers).apply({"params": params}, images)[
             0
@@ -58,7 +58,7 @@ def with_rule(text, rule):
 
 
 def compare(config, rule, schedules, params, images):
-    """The largest difference of logits, relative to their spread, and that one program computed all."""
+    """Return the largest difference of logits, relative to their spread; check that one program computed all."""
     simulate, worst = simulator(config, rule), 0.0
     for schedule in schedules:
         layers = rates(schedule, config, rule)
@@ -105,7 +105,7 @@ def test_rotary_keys():
 
 
 def test_the_comparison_can_fail():
-    """Another rate in one layer, or windows in place of none, is far from equal."""
+    """Another rate in one layer, or windows instead of none, gives other logits."""
     params, images = random_model(CONFIG)
     simulate = simulator(CONFIG, ToMe())
     expected = jax.jit(fc.ViT(CONFIG, with_rule("dense:1,local:2:r16:w2x2,global:2:r11", ToMe())).apply)

@@ -1,4 +1,4 @@
-"""Every experiment loads, and what it says makes sense to whom it is for."""
+"""Every experiment loads, and its fields make sense."""
 
 import importlib
 import re
@@ -30,7 +30,7 @@ def test_the_experiment_loads_and_its_fields_make_sense(name, tmp_path):
         names = ("checkpoint", "dataset", "schedules", "sweep", "gmacs_only")  # the other fields are of the evaluation
         EvaluationConfig(**{name: value for name, value in config.items() if name not in names})
         return
-    # What is left to the command line.
+    # Fields that the command line must set.
     config.train, config.test = config.train or "folder:train", config.test or "folder:test"
     if not config.model and not config.checkpoint:
         config.checkpoint = "deit_small_patch16_224.fb_in1k"

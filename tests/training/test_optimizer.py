@@ -47,7 +47,7 @@ PARAMS = random_like(SHAPES)
 
 
 def run(optimizer, params: Any = PARAMS, steps=STEPS):
-    """The parameters after steps of unlike gradients."""
+    """Return the parameters after steps with different gradients."""
     update = jax.jit(optimizer.update)
     state = optimizer.init(params)
     for step in range(steps):
@@ -144,7 +144,7 @@ def test_frozen_parameters_do_not_change_and_the_rest_move_as_if_they_were_alone
     assert remembered
     assert not [path for path in remembered if "blocks_1/" in path or "embed" in path]
 
-    # A frozen gradient, however large, takes no share of the norm that is clipped.
+    # A frozen gradient, however large, does not count in the clipped norm.
     gradient = random_like(SHAPES, 1)
     large = {part: jax.tree.map(lambda g: 1e6 * g, gradient[part]) for part in ("embed", "blocks_1")}
     update, start = jax.jit(optimizer.update), optimizer.init(PARAMS)
@@ -194,7 +194,7 @@ def test_layer_decay_and_weight_decay_are_those_of_timm(config, arguments):
             block = re.search(r"\.(\d+)\.", name)
             path = TIMM[re.sub(r"\.\d+\.", ".#.", name)][0].partition(":")[0].replace("#", block[1] if block else "")
             seen.add(path)
-            # timm decays the probe, big_vision kernels alone.
+            # timm decays the probe, big_vision only kernels.
             assert decays[path] == (group["weight_decay"] > 0 and name != "attn_pool.latent"), name
             # timm counts the last norm to the last block, unless it follows the pooling; BEiT and MAE do not.
             expected = 1.0 if name.startswith("norm.") else group["lr_scale"]

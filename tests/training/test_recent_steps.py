@@ -1,4 +1,4 @@
-"""The log's means, on clocks and steps of our own making."""
+"""The means of the log, with fake clocks and steps."""
 
 import contextlib
 import importlib.util
@@ -122,7 +122,7 @@ def test_time_between_steps_does_not_count(tmp_path, clock):
 
 
 def drive(load, step, count=6):
-    """Seconds that devices wait of those that it takes, where a batch takes `load` and a step `step` seconds."""
+    """Return the seconds that devices wait, and all seconds, if a batch takes `load` and a step `step` seconds."""
 
     class Busy:
         free = 0.0
@@ -147,9 +147,9 @@ def drive(load, step, count=6):
 
 
 def test_the_host_waits_for_a_batch_while_the_step_before_is_computed():
-    waited, _ = drive(load=0.05, step=0.2)  # all but the first batch are loaded beside a step
+    waited, _ = drive(load=0.05, step=0.2)  # all but the first batch are loaded during a step
     assert 0.05 <= waited < 0.15
-    waited, took = drive(load=0.2, step=0.05)  # of each, 0.05 are
+    waited, took = drive(load=0.2, step=0.05)  # 0.05 s of each load are
     assert 6 * 0.15 < waited < took - 5 * 0.05 + 0.01
 
 

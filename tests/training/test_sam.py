@@ -38,7 +38,7 @@ def mlp_batch(rows=32):
 
 
 def mlp_loss(params, batch, key, dropout=0.0):
-    """Squared error of an MLP with a norm's leaves; in its aux are rows, a mean and a mean per column."""
+    """Compute the squared error of an MLP with a norm's leaves; aux: rows, a mean, and a mean per column."""
     x = jnp.tanh(batch["inputs"] @ params["fc1"]["kernel"] + params["fc1"]["bias"][None])
     x = x * params["norm1"]["scale"][None] + params["norm1"]["bias"][None]
     if dropout:
@@ -58,7 +58,7 @@ def compiled(cfg, loss_fn):
 
 
 def estimate(cfg, params, batch=None, loss_fn=mlp_loss, *, key=KEY, rho=None, step=0, state=None):
-    """One call under jit and strict promotion, with the radius and the step traced as in a training step."""
+    """Call it once under jit and strict promotion, with radius and step traced as in a training step."""
     rho, state = cfg.rho if rho is None else rho, init_sam(cfg, params) if state is None else state
     with jax.numpy_dtype_promotion("strict"):
         return compiled(cfg, loss_fn)(params, batch, key, jnp.float32(rho), jnp.int32(step), state)
@@ -73,18 +73,18 @@ def norm(tree):
 
 
 def error(tree, expected):
-    """Relative, over all leaves together."""
+    """Return the relative error over all leaves together."""
     return np.linalg.norm(flat(tree) - flat(expected)) / norm(expected)
 
 
 def across(tree, other):
-    """The part of `tree` orthogonal to `other`, flat and in float64."""
+    """Return the part of `tree` orthogonal to `other`, flat and in float64."""
     a, b = flat(tree), flat(other)
     return a - (a @ b) / (b @ b) * b
 
 
 def counting(loss_fn):
-    """The loss, and a list that grows by one each time it is computed."""
+    """Return the loss, and a list that grows by one each time it is computed."""
     calls = []
 
     def counted(*args):
@@ -160,7 +160,7 @@ def test_rho_zero_is_the_plain_gradient_bit_for_bit():
     value_and_grad = jax.value_and_grad(dropout_loss, has_aux=True)
     expected = jax.jit(value_and_grad)(params, batch, KEY)
     counted, calls = counting(dropout_loss)
-    # 0 by configuration, and, with LookSAM, 0 by a schedule: then too, the second pass is not run.
+    # 0 by configuration, or, with LookSAM, 0 by a schedule: in both cases the second pass is not run.
     for cfg in (SAMConfig(rho=0.0), SAMConfig(refresh_every=3)):
         value, grads, state, info = estimate(cfg, params, batch, counted, rho=0.0)
         jax.effects_barrier()
@@ -169,7 +169,7 @@ def test_rho_zero_is_the_plain_gradient_bit_for_bit():
         jax.tree.map(np.testing.assert_array_equal, (value, grads), expected)
         jax.tree.map(np.testing.assert_array_equal, state, init_sam(cfg, params))
         assert (info.gap, info.rho, info.cosine, info.adv_grad_norm) == (0, 0, 1, info.grad_norm)
-    # A radius of 0 where the configuration has no room for it costs a second pass, and gives the same.
+    # A radius of 0 against a configured rho above 0 costs a second pass, and gives the same.
     _, grads, _, info = estimate(SAMConfig(rho=0.1), params, batch, dropout_loss, rho=0.0)
     assert error(grads, expected[1]) < 1e-6
     assert float(info.gap) == pytest.approx(0, abs=2e-7 * float(info.loss))  # of two programs, each with its rounding
@@ -224,7 +224,7 @@ def test_two_wells():
 
 
 def test_one_perturbation_for_all_micro_batches_is_that_of_the_batch():
-    # Weights that average to 1 over the batch, padding rows of weight 0 among them: as any chunk must do without them.
+    # Weights that average to 1 over the batch, with padding rows of weight 0, but not over each chunk.
     params, batch = mlp_params(), mlp_batch()
     weight = jnp.arange(32.0).at[-5:].set(0)
     batch["weight"] = weight / weight.mean()
@@ -232,7 +232,7 @@ def test_one_perturbation_for_all_micro_batches_is_that_of_the_batch():
     (loss, aux), grads, _, info = estimate(SAMConfig(rho=0.5, microbatches=4), params, batch)
     assert error(grads, expected) < 1e-6
     np.testing.assert_allclose(flat(info), flat(expected_info), rtol=1e-5)
-    # Loss and aux are those at the parameters; rows come back in the batch's order, and means are averaged.
+    # Loss and aux are those at the parameters; rows are returned in the batch's order, and means are averaged.
     expected = mlp_loss(params, batch, KEY)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), (loss, aux), expected)
 
@@ -388,7 +388,7 @@ def test_gsam_takes_off_the_part_of_the_clean_gradient_across_the_adversarial_on
 
 
 def test_gsam_that_takes_nothing_off_is_sam():
-    # 1e-12, because where the configuration has 0 the subtraction is left out.
+    # 1e-12, because a configured 0 leaves the subtraction out.
     params, batch = mlp_params(), mlp_batch()
     expected = estimate(SAMConfig(rho=0.5), params, batch)
     tiny = estimate(SAMConfig(rho=0.5, gap_weight=1e-12), params, batch)
@@ -434,7 +434,7 @@ def test_looksam_runs_every_kth_second_pass_only():
 
 
 def test_looksam_adds_nothing_to_a_linear_loss():
-    # What is orthogonal here is rounding, which must not become a direction; and steps start from the parameters.
+    # The orthogonal part is only rounding, which must not become a direction; and steps start from the parameters.
     slope = jax.tree.map(lambda w: jnp.sin(jnp.arange(1.0, w.size + 1)).reshape(w.shape), mlp_params())
 
     def loss_fn(params, batch, key):
@@ -449,7 +449,7 @@ def test_looksam_adds_nothing_to_a_linear_loss():
 
 
 def momentum_sam(w, curvature, rho, name, steps=6, rate=0.1):
-    """MSAM on w'Hw / 2 in float64: every gradient is H (w - rho m / |m|), which the momentum m then takes in."""
+    """Run MSAM on w'Hw / 2 in float64: every gradient is H (w - rho m / |m|), and updates the momentum m."""
     m, v = np.zeros_like(w), np.zeros_like(w)
     for t in range(1, steps + 1):
         g = curvature * (w - rho * m / (np.linalg.norm(m) or 1.0))
@@ -624,8 +624,8 @@ def test_the_second_pass_costs_one_more_and_micro_batches_save_memory():
     assert ratios["rho 0"][0] == pytest.approx(1, abs=0.01)
     assert ratios["msam"][0] == pytest.approx(1, abs=0.02)
     assert 1.95 < ratios["sam"][0] < 2.05
-    assert 1.95 < ratios["all"][0] < 2.05  # of a conditional, the dearer branch is counted
-    assert ratios["sam"][1] < 1.2  # the passes follow one another: activations are not there twice
+    assert 1.95 < ratios["all"][0] < 2.05  # the more expensive branch of a conditional counts
+    assert ratios["sam"][1] < 1.2  # the passes run one after the other: activations are not stored twice
     # XLA counts the body of a loop once: two passes over a chunk.
     assert 1.95 < ratios["chunks"][0] * plain / chunk < 2.05
     assert ratios["chunks"][1] < 0.5

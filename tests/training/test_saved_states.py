@@ -81,7 +81,7 @@ def test_a_failure_in_the_background_is_one_line_wherever_it_is_raised(tmp_path,
     told = r"cannot be written \(the disk is full\): make room"
     with monkeypatch.context() as patch:
         patch.setattr(states._manager, "wait_until_finished", failing(28, "No space left on device"))
-        # The room that the state before takes is known only when it is written.
+        # The size of the previous state is known only when it is written.
         patch.setattr("fcvit_jax.training.saved_states.check_room", failing("asked too early"))
         with pytest.raises(InputError, match=told):
             states.save(1, state(), {})
@@ -93,14 +93,14 @@ def test_a_failure_in_the_background_is_one_line_wherever_it_is_raised(tmp_path,
 
 
 def test_a_disk_that_turns_out_full_is_one_line(tmp_path, monkeypatch, caplog):
-    """A real one, of half a megabyte, where this user may mount it."""
+    """A real disk of half a megabyte, if this user may mount it."""
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "tmpfs", tmp_path], capture_output=True)
     if mounted.returncode:
         pytest.skip("no file system may be mounted here")
     try:
         monkeypatch.setattr("fcvit_jax.training.saved_states.check_room", lambda *_: None)
         with contextlib.closing(SavedStates(tmp_path / "states")) as states:
-            rng = np.random.default_rng(0)  # what Orbax cannot compress
+            rng = np.random.default_rng(0)  # so that Orbax cannot compress it
             large = {"kernel": jnp.asarray(rng.standard_normal(2**19), jnp.float32)}
 
             def write():
@@ -122,7 +122,7 @@ def test_notes_are_saved_as_they_were_at_the_call(tmp_path, monkeypatch):
     with contextlib.closing(SavedStates(tmp_path)) as states:
         given, notes = [], {"best": 0.1}
         monkeypatch.setattr(states._manager, "save", lambda step, args: given.append(args))
-        states.save(1, state(), notes)  # Orbax writes them in a thread of its own
+        states.save(1, state(), notes)  # Orbax writes them in its own thread
         notes["best"] = 0.2
         assert given[0]["notes"].item == {"best": 0.1}
 
@@ -139,7 +139,7 @@ def damage(path, how):
 
 
 def test_any_change_of_a_state_on_disk_is_noticed(tmp_path):
-    """A changed byte inside an array's numbers included, which Orbax reads as other numbers."""
+    """Even a changed byte inside an array's numbers, which Orbax reads as other numbers."""
     with contextlib.closing(SavedStates(tmp_path / "saved")) as states:
         for step in (1, 2):
             states.save(step, state(), {"best": step / 10})
@@ -158,7 +158,7 @@ def test_any_change_of_a_state_on_disk_is_noticed(tmp_path):
         shutil.rmtree(copy)
 
 
-# Where the first of several leaves cannot be read, TensorStore's threads may find the loop closed that waited for them.
+# If the first of several leaves cannot be read, TensorStore's threads may find the loop that waited for them closed.
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["notes", "gone", "cut", "empty"])
 def test_a_damaged_state_is_named_and_the_run_resumes_without_it(tmp_path, how):

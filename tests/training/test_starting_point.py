@@ -28,7 +28,7 @@ def params_of(config):
 
 
 def source(*names, spec="folder:train"):
-    """One record a class."""
+    """Make a source with one record per class."""
     return Source(spec, names, len(names), lambda index: Record(np.zeros((8, 8, 3), np.uint8), index, str(index)))
 
 
@@ -56,7 +56,7 @@ def test_imagenets_head_stays_whatever_its_classes_are_called(saved, head, folde
     outputs = range(1000)[::-1] if folder == SYNSETS[::-1] else range(1000)
     assert [start.train_set[index].label for index in (0, 7, 999)] == [outputs[index] for index in (0, 7, 999)]
     assert start.train_set.class_names == (head or SYNSETS)
-    # A test set of a few of its classes is asked for those alone, as ImageNet-A wants it.
+    # A test set with some of its classes is scored among those alone, as ImageNet-A requires.
     assert [start.test_set[index].label for index in range(5)] == [9, 8, 7, 6, 5]
     assert start.test_set.scored == (5, 6, 7, 8, 9)
 
@@ -89,7 +89,7 @@ def test_as_many_other_classes_get_a_new_head_where_names_are_known(saved):
     cats = source("cat", "dog")
     start, params = from_checkpoint(saved(("cat", "dog"), config), cats, cats)
     assert params["head"]["kernel"].any()
-    start, params = from_checkpoint(saved((), config), cats, cats)  # nothing is known against it
+    start, params = from_checkpoint(saved((), config), cats, cats)  # nothing contradicts it
     assert params["head"]["kernel"].any()
     assert start.train_set.class_names == ("cat", "dog")
     assert any("no class names: its 2 outputs are assumed to be" in line for line in start.train_set.remarks)

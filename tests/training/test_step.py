@@ -23,7 +23,7 @@ from fcvit_jax.training.targets import TargetConfig, soft_targets
 
 CONFIG = ViTConfig((16, 16), 4, 16, 1, 2, 32, num_classes=3)
 DEEPER = dataclasses.replace(CONFIG, depth=2)
-NEWER = dataclasses.replace(  # what DINOv3, EVA-02 and SigLIP have
+NEWER = dataclasses.replace(  # the parts of DINOv3, EVA-02 and SigLIP
     DEEPER, learned_positions=False, rotary=Rotary(), gated=True, key_bias=False, pool="map", map_heads=2
 )
 PREPROCESS = preset("timm/augreg", (16, 16))
@@ -38,7 +38,7 @@ QUICKLY: dict[str, Any] = {"xla_backend_optimization_level": 0}
 
 
 def batch(seed=0, rows=16):
-    """Three kinds of images that a tiny model tells apart: red, green, blue, with noise."""
+    """Draw three kinds of images that a tiny model can tell apart: red, green, blue, with noise."""
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, 3, rows)
     images = rng.integers(0, 60, (rows, 16, 16, 3))
@@ -48,7 +48,7 @@ def batch(seed=0, rows=16):
 
 @functools.cache
 def compiled(model, config, sam, targets, ema) -> tuple[Recipe, Any]:
-    """The recipe, and the step under jit: tests of one recipe share its compilation, most of what they cost."""
+    """Return the recipe and the jitted step; tests of one recipe share its compilation, most of their time."""
     shapes = abstract_params(model.config)
     optimizer, rate = make_optimizer(config, shapes, STEPS, 5 if config == ADAMW else 0)
     frozen = None if config.freeze is None else frozen_mask(shapes, config.freeze)
@@ -63,7 +63,7 @@ def make(config=SGD, sam=SAM, targets=PLAIN, ema=0.0, params=None, vit=CONFIG, *
 
 
 def random_params():
-    """All away from zero: a fresh head is zero, and so is the gradient below it."""
+    """Draw parameters away from zero: a fresh head is zero, and so is the gradient below it."""
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda w: np.float32(0.2 * rng.standard_normal(w.shape)), abstract_params(CONFIG))
 
@@ -228,7 +228,7 @@ def test_clipping_bounds_the_step_and_leaves_the_perturbation_alone():
 
 
 def test_four_microbatches_take_less_than_a_third_of_the_memory():
-    """What grows with the batch: needed for twice the batch, less needed for the batch."""
+    """Memory that grows with the batch: that of twice the batch less that of the batch."""
     needed = {}
     for parts in (1, 4):
         state, step = make(sam=SAMConfig(microbatches=parts), vit=ViTConfig((16, 16), 4, 64, 1, 2, 256, num_classes=3))
@@ -344,7 +344,7 @@ def test_a_step_that_is_not_finite_leaves_the_state_unchanged():
     assert jnp.isfinite(metrics["loss"])
     assert not kept.finite
     assert_equal(kept, good._replace(finite=kept.finite))
-    # Nor does any later step change it, though it be finite itself: the loop may look as late as it likes.
+    # No later step changes it either, even a finite one: the loop may check at any time.
     later = kept._replace(step=jnp.int32(2))
     assert step(later._replace(finite=good.finite), batch(2))[1]["finite"] == 1
     still, metrics = step(later, batch(2))

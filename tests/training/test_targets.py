@@ -59,7 +59,7 @@ def test_padding_weighs_nothing():
     np.testing.assert_allclose(weights, [1.5, 0, 1.5, 1.5, 0, 1.5])
     assert float(jnp.mean(weights * losses)) == (0 + 2 + 3 + 5) / 4
     parts = [float(jnp.mean(weights[i::3] * losses[i::3])) for i in range(3)]
-    assert np.mean(parts) == (0 + 2 + 3 + 5) / 4  # however the padding lies in them
+    assert np.mean(parts) == (0 + 2 + 3 + 5) / 4  # wherever the padding is
     assert (row_weights(ALL) == 1).all()
     assert (row_weights(~ALL) == 0).all()
 

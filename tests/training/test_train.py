@@ -56,7 +56,7 @@ TINY = {
     "log_every": 4,
     "tensorboard": False,
 }
-# Of a measure of flatness that takes seconds.
+# Fields of a measurement of flatness that takes seconds.
 FEW = dict(limit=8, batch_size=4, ascent_steps=1, draws=1, eigen_steps=1, probes=1, line_points=0, plane_points=0)
 
 
@@ -70,12 +70,12 @@ def tiny(**changes):
 
 
 def run(config, workdir):
-    """`train` with a configuration of the scripts."""
+    """Call `train` with a configuration of the scripts."""
     return loop.train(TrainConfig.from_dict(config.to_dict()), workdir)
 
 
 def train(config, workdir):
-    """The accuracy in the end; None if a signal stopped the run."""
+    """Train; return the final accuracy, None if a signal stopped the run."""
     return run(config, workdir).accuracy
 
 
@@ -113,7 +113,7 @@ def params(workdir):
 
 
 def states_in(workdir):
-    """The steps of the states on disk."""
+    """List the steps of the states on disk."""
     return sorted(int(path.name) for path in (workdir / "states").glob("*") if path.name.isdigit())
 
 
@@ -124,7 +124,7 @@ def wait_for(found, process):
 
 @pytest.fixture
 def devices(monkeypatch):
-    """Of how many devices a run in this process is to know."""
+    """Return a function that sets the number of devices which a run in this process sees."""
 
     def few(count):
         mesh = Mesh(np.array(jax.devices()[:count]), ("data",), axis_types=(AxisType.Auto,))
@@ -136,7 +136,7 @@ def devices(monkeypatch):
 
 @pytest.fixture
 def stop_at(monkeypatch):
-    """Have the next run in this process find, at its n-th question, that a signal came."""
+    """Return a function that makes the next run in this process see a signal at its n-th query."""
 
     def at(number):
         @contextlib.contextmanager
@@ -150,7 +150,7 @@ def stop_at(monkeypatch):
 
 
 def photos(folder, count=16, size=(24, 20), broken=0):
-    """Two kinds of pictures, of which the first few of the first kind are broken."""
+    """Write two kinds of pictures; the first few of the first kind are broken."""
     chance = np.random.default_rng(0)
     for name, low in (("bright", 160), ("dark", 0)):
         (folder / name).mkdir(parents=True)
@@ -199,7 +199,7 @@ def test_the_run_writes_its_files_and_rows(whole):
 
 def test_killed_at_any_moment_it_ends_in_the_same_parameters(whole, tmp_path):
     chance, began = random.Random(0), time.monotonic()
-    finish(start(tmp_path / "timed"))  # whose programs are compiled already, as those of the lives to come are
+    finish(start(tmp_path / "timed"))  # its programs are compiled already, as are those of the later starts
     seconds = time.monotonic() - began
     tmp_path, ends = tmp_path / "killed", []
     for _ in range(10):
@@ -215,7 +215,7 @@ def test_killed_at_any_moment_it_ends_in_the_same_parameters(whole, tmp_path):
     assert_equals_whole(tmp_path, whole)
     ours, theirs = ([row["step"] for row in rows(place)] for place in (tmp_path, whole))
     assert ours[-1] == theirs[-1]
-    assert len(ours) == len(set(ours)) + 1  # none twice but the last, which is logged and tested
+    assert len(ours) == len(set(ours)) + 1  # none twice except the last, which is logged and tested
     litter = [path.name for path in (*tmp_path.iterdir(), *(tmp_path / "states").iterdir()) if "-" in path.name]
     assert litter == []
 
@@ -230,7 +230,7 @@ def test_killed_before_at_and_after_the_start_of_sam_it_ends_in_the_same_paramet
     logged = {row["step"]: row["rho"] for row in rows(tmp_path / "whole") if "rho" in row}
     assert [step for step, rho in logged.items() if rho] == [step for step in logged if step > 22]
     place = tmp_path / "killed"
-    for at in (20, 22, 24):  # a state of this step is there, and no later one
+    for at in (20, 22, 24):  # a state of this step exists, and no later one
         train_to_kill = start(place, **late)
         wait_for(lambda: (place / "states" / str(at)).exists(), train_to_kill)  # noqa: B023
         train_to_kill.kill()
@@ -270,7 +270,7 @@ def test_sigterm_saves_and_loses_no_step(tmp_path, devices, monkeypatch, capsys)
 
 
 def pauses(patch):
-    """Whether the clock of the log stands still, each time that a test begins."""
+    """Record whether the clock of the log is stopped, each time that a test begins."""
     paused, assess, inside, told = RecentSteps.paused, assessment.Assessment.__call__, [], []
 
     @contextlib.contextmanager
@@ -296,7 +296,7 @@ def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_
     with pytest.MonkeyPatch.context() as undisturbed:
         undisturbed.setattr(parallel, "stop_signal", lambda: contextlib.nullcontext(lambda: False))
         accuracy = train(config, tmp_path / "whole")
-    # Each step asks once; an evaluation, of 12 batches, asks after each of them and at its end.
+    # Each step queries once; an evaluation, of 12 batches, queries after each of them and at its end.
     for question, state, tested in ((4 + 3, 4, []), (5, 4, []), (13 + 4 + 3, 8, [4]), (13 + 3, 11, [4, 8])):
         stop_at(question)
         stopped = tmp_path / "stopped"
@@ -309,7 +309,7 @@ def test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_
     with monkeypatch.context() as patch:
         told = pauses(patch)
         assert train(config, tmp_path / "stopped") == accuracy
-        assert told == [True]  # what is made up for is no part of the steps' time
+        assert told == [True]  # the late evaluation does not count in the steps' time
     assert_equals_whole(tmp_path / "stopped", tmp_path / "whole")
     steps = [[(row["step"], "loss" in row) for row in rows(tmp_path / name)] for name in ("stopped", "whole")]
     assert steps[0][-1] == steps[1][-1]
@@ -343,12 +343,12 @@ def test_other_data_than_those_of_the_run_are_refused(tmp_path, devices, stop_at
     refused("labels.1 'dark' there, 'dusk' here")
     for folder in (training, testing):
         (folder / "dusk").rename(folder / "dark")
-        (folder / "third").mkdir()  # no class, without images
+        (folder / "third").mkdir()  # not a class, without images
     assert train(config, tmp_path / "run") is not None
 
 
 def start_pair(workdir, **changes):
-    """Two processes with two devices each."""
+    """Start two processes with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -356,7 +356,7 @@ def start_pair(workdir, **changes):
 
 
 def test_two_processes_equal_one(whole, tmp_path):
-    # Adam would divide gradients that are rounding alone, such as those of the keys' biases, by their own size.
+    # Adam would divide gradients that are only rounding, such as those of the keys' biases, by their own size.
     changes = dict(fsdp=True, optimizer__name="sgd", optimizer__learning_rate=0.1, checkpoint=str(whole), epochs=0.5)
     for process in start_pair(tmp_path / "two", **changes):
         finish(process)
@@ -366,7 +366,7 @@ def test_two_processes_equal_one(whole, tmp_path):
     tests = [fc.load_checkpoint(tmp_path / name).meta["provenance"]["test"] for name in ("one", "two")]
     assert tests[0] == tests[1]
 
-    # Killed after a state is written, they go on to the same parameters, bit for bit.
+    # Killed after a state is written, they resume to the same parameters, bit for bit.
     both, killed = start_pair(tmp_path / "killed", **changes), tmp_path / "killed"
     wait_for(lambda: states_in(killed), both[0])
     for process in both:
@@ -374,7 +374,7 @@ def test_two_processes_equal_one(whole, tmp_path):
         process.communicate()
     for process in both:
         assert process.returncode == -signal.SIGKILL
-    # So they do after SIGTERM, which both obey at the same step.
+    # The same after SIGTERM, which both obey at the same step.
     before, both = states_in(killed), start_pair(killed, save_every=1000, **changes)
     wait_for(lambda: any(row["step"] > before[-1] for row in rows(killed)), both[0])
     for process in both:
@@ -477,7 +477,7 @@ def test_bad_configurations_are_a_one_line_error_at_once(changes, says, tmp_path
 
 
 def several_labels(spec):
-    """The data set with a tuple of labels an image; the last image has none."""
+    """Give each image of a data set a tuple of labels; the last image has none."""
     source = open_source(spec)
 
     def read(index):
@@ -579,7 +579,7 @@ def test_flatness_is_measured_at_the_end_if_configured(tmp_path, monkeypatch, de
     assert facts == {"checkpoint": str(tmp_path), "dataset": "digits:train", "schedule": "global:2:r2"}
     (tmp_path / "flatness.png").stat()
     assert f"written into {tmp_path}: flatness.json, flatness.png\ntest top-1 " in capsys.readouterr().out
-    # The command that several processes print measures the same.
+    # The command that several processes print gives the same measures.
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     loop.measure_flatness(TrainConfig.from_dict(config.to_dict()), tmp_path)
     told = capsys.readouterr().out
@@ -594,7 +594,7 @@ def test_flatness_is_measured_at_the_end_if_configured(tmp_path, monkeypatch, de
 
 @pytest.mark.parametrize("interval", ["log_every", "save_every", "eval_every"])
 def test_a_loss_that_is_not_finite_stops_with_the_images(tmp_path, devices, interval):
-    """At whatever is due first, so that nothing is saved, tested or logged past it."""
+    """It stops at whatever is due first, so that nothing later is saved, tested or logged."""
     intervals = dict(log_every=1000, save_every=1000, eval_every=1000) | {interval: 4}
     config = tiny(optimizer__learning_rate=1e30, optimizer__clip_norm=1e30, schedules="dense", **intervals)
     with pytest.raises(fc.InputError, match=r"not finite at step \d+ \(images digits/\d+") as told:
@@ -637,8 +637,8 @@ def test_unreadable_images_stop_it_or_are_skipped_and_counted_through_a_restart(
     assert accuracy is not None
     assert accuracy.num_images == 30
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("skipped: ")]
-    assert len([line for line in told if "bright/02" in line]) == 3  # a broken one of the training set, once an epoch
-    assert len(told) == 3 * 3 + 2  # those of the test set once, though it is tested twice
+    assert len([line for line in told if "bright/02" in line]) == 3  # a broken training image, once an epoch
+    assert len(told) == 3 * 3 + 2  # broken test images once, though tested twice
     logged = {row["step"]: row["skipped"] for row in rows(tmp_path / "run") if "skipped" in row}
     assert (logged[2], logged[4], logged[6]) == (3, 6, 9)
     assert [row["test/skipped"] for row in rows(tmp_path / "run") if "test/skipped" in row] == [2, 2]
@@ -655,11 +655,11 @@ def test_a_run_that_an_unreadable_image_ended_resumes_without_it(tmp_path, devic
         ):
             train(config, tmp_path / "run")
         assert states_in(tmp_path / "run") == [4]
-    # Where and when it is computed may change too.
+    # Fields that do not change the result may change too.
     config.update(on_bad="skip", fsdp=True, remat=True, workers=1)
     accuracy = train(config, tmp_path / "run")
     assert accuracy is not None
-    assert accuracy.num_images == 29  # one has no label, which is no reason to call it skipped
+    assert accuracy.num_images == 29  # one has no label, and does not count as skipped
     assert [(row["step"], row["test/skipped"]) for row in rows(tmp_path / "run") if "test/skipped" in row] == [
         (4, 2),
         (6, 2),
@@ -667,7 +667,7 @@ def test_a_run_that_an_unreadable_image_ended_resumes_without_it(tmp_path, devic
 
 
 def test_a_full_disk_ends_a_run_in_one_line(tmp_path, devices):
-    """A real one, of two megabytes, if this user may mount it."""
+    """A real disk of two megabytes, if this user may mount it."""
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", disk], capture_output=True).returncode:
