@@ -6,8 +6,8 @@
   python -m fcvit_jax.convert --inspect model.safetensors                      what it holds, how each key is mapped
   python -m fcvit_jax.convert my_vit my_vit.safetensors --to timm              back to PyTorch
 
-SRC is a file (.safetensors, .pth, .pt, .bin, .npz, or the index.json of a sharded one), a directory as transformers
-saves it, a checkpoint of this library, https://..., hf-hub:OWNER/NAME, or a full name of the zoo. Its keys tell its
+SRC is a file (.safetensors, .pth, .pt, .bin, .npz, or the index.json of a sharded one), a directory saved by
+transformers, a checkpoint of this library, https://..., hf-hub:OWNER/NAME, or a full name of the zoo. Its keys show its
 layout: timm and DeiT, DINO and DINOv2, MAE, Hugging Face, torchvision, Google's .npz.
 
 The geometry (width, depth, patch, grid, classes) is inferred from shapes. Normalisation cannot be inferred: timm's ViT
@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None) -> None:
             if found.problem and not found.source:
                 raise found.problem
         elif out is None:
-            raise InputError("OUT is missing: name what is to be written, or pass --inspect to look only")
+            raise InputError("OUT is missing: name the directory or file to write, or pass --inspect to only look")
         else:
             convert(src, out, **options, report=print)
 
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--pool", choices=POOLS, help="what the head reads, if the keys do not show it")
     order = "or the order in which it has a data set's classes: timm, imagefolder (torchvision's), numeric"
     add("--class_names", metavar="FILE", help=f"text file with one class a line, in the head's order; {order}")
-    unweighted = "merged tokens attract attention as single ones do (for weights fine-tuned so, such as MAE's)"
+    unweighted = "merged tokens attract attention like single ones (for weights fine-tuned that way, such as MAE's)"
     flag, field = "--no_proportional_attention", "proportional_attention"
     add(flag, dest=field, action="store_const", const=False, help=unweighted)
 

@@ -91,12 +91,12 @@ def convert(
     except InputError:
         if preprocess or not to:
             raise
-        pixels = None  # PyTorch's file does without
+        pixels = None  # PyTorch's file needs none
     names = source.class_names(options.get("class_names"), config.num_classes)
     remarks = (*source.assumptions(config, options.get("num_heads")), *converted.remarks)
     converted = replace(converted, remarks=remarks)
     provenance = source.provenance(converted)
-    del found, source  # and with them the file's pages, before as many are needed to write
+    del found, source  # frees the file's pages before writing needs as many
     if to == "timm":
         usage = pytorch.write_timm(path, config, converted.params)
     elif to == "hf":
@@ -144,7 +144,7 @@ def inspect(src: PathLike, **options: Unpack[ConversionOptions]) -> Inspection:
 
 @dataclass(frozen=True)
 class _AskedFields:
-    """Fields of `ViTConfig` as a user states them; None leaves a field to the weights."""
+    """Fields of `ViTConfig` that a user states; None leaves a field to the weights."""
 
     num_classes: int | None = setting(None, low=0)
     image_size: tuple[int, int] | None = setting(None, low=1)
@@ -160,7 +160,7 @@ class _AskedFields:
 
 
 def _asked(options: ConversionOptions) -> dict[str, Any]:
-    """The fields of `ViTConfig` among the options that are stated, as `infer_config` takes them."""
+    """Select the fields of `ViTConfig` among the stated options, as `infer_config` takes them."""
     asked = {field.name: options.get(field.name) for field in fields(_AskedFields)}
     if type(size := asked["image_size"]) is int:
         asked["image_size"] = (size, size)

@@ -1,4 +1,4 @@
-"""From what a user names (path, address, hub repository, zoo name) to a local file, by way of a cache."""
+"""From a path, address, hub repository or zoo name to a local file, through a cache."""
 
 import difflib
 import ipaddress
@@ -51,7 +51,7 @@ def locate(source: str, check: Check, sha256: str | None = None) -> Path:
 
 
 def weight_file(directory: Path) -> Path:
-    """Return the weights, or the index of their shards, in a directory of transformers; else the only weight file.
+    """Return the weights, or the index of their shards, in a directory of transformers, or the only weight file.
 
     Raises InputError if there is none, if there are several, or if the directory cannot be read.
     """
@@ -76,7 +76,7 @@ def download(url: str, check: Check, sha256: str | None = None) -> Path:
     """Download a file into the cache, unless it is there, and return its path.
 
     The cache is `$FCVIT_JAX_CACHE`, or pooch's for "fcvit_jax": `~/.cache/fcvit_jax` on Linux. A file gets its name
-    there when it is whole and checked, and is downloaded again when it has become damaged.
+    there when it is whole and checked, and is downloaded again if it is damaged later.
 
     check: called with the path and the name of a whole file; raises InputError if it is not the right one. sha256: what
     the user states; plain http needs all 64 digits, unless the host is this machine.

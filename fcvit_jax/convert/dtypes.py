@@ -34,7 +34,7 @@ _TABLE = (
 NUMPY_DTYPES = {name: np.dtype(getattr(ml_dtypes, name, name)) for name, _, _ in _TABLE}
 SAFETENSORS_DTYPES = {tag: name for name, tag, _ in _TABLE if tag}
 STORAGE_DTYPES = {storage: name for name, _, storage in _TABLE if storage} | {
-    "UntypedStorage": "uint8",  # bytes: the tensor says what they are
+    "UntypedStorage": "uint8",  # bytes: the tensor has their dtype
     "TypedStorage": "uint8",
     # Dtypes of quantised tensors, which are not read.
     "QInt8Storage": "int8",

@@ -1,4 +1,4 @@
-"""The configuration of a model: inferred from the shapes of its leaves, completed by what is known and asked."""
+"""The configuration of a model: inferred from the shapes of its leaves, completed by known and stated fields."""
 
 import math
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from fcvit_jax.models.config import ViTConfig
 
 Grid = tuple[int, int]
 
-_SETTINGS = ("gelu", "norm_eps", "proportional_attention", "map_heads")  # which no key or shape shows
+_SETTINGS = ("gelu", "norm_eps", "proportional_attention", "map_heads")  # no key or shape shows these
 
 
 def infer_config(
@@ -119,7 +119,7 @@ def infer_config(
 def _grid(
     translation: Translation, prefix: tuple[int, ...], patch: int, known: Mapping[str, Any], asked: Mapping[str, Any]
 ) -> tuple[Grid | None, bool]:
-    """(rows, columns) of the position embedding, and whether prefix tokens have no entries in it."""
+    """Find (rows, columns) of the position embedding, and whether prefix tokens have no entries in it."""
     if "embed/pos_embed" not in translation.leaves:
         if translation.layout.sincos2d:
             return None, any(prefix)
@@ -130,14 +130,14 @@ def _grid(
             "timm's name, such as vit_small_patch16_dinov3"
         )
     entries = translation.shape("embed/pos_embed", 3)[1]
-    # Entries for all prefix tokens but the registers, for all, or for none: whichever leaves a grid.
+    # Entries for all prefix tokens but the registers, for all, or for none: the first that leaves a grid.
     every, few = sum(prefix), prefix[0] + prefix[1]
     options = [*([few] if prefix[2] else []), every, 0]
     if "no_embed_class" in known:
         options = [each for each in options if each != every] if known["no_embed_class"] and every else [every]
     sizes = [fields.get("image_size", (0, 0)) for fields in (known, asked)]
     stated, wanted = ((height // patch, width // patch) for height, width in sizes)
-    # First what is known, then what is asked if it fits exactly, then a square.
+    # First the known size, then the requested one if it fits exactly, then a square.
     for taken in options:
         side = math.isqrt(max(entries - taken, 0))
         for grid in (stated, wanted, (side, side)):
@@ -175,7 +175,7 @@ def _pool(translation: Translation, cls: int, dist: int, fc_norm: bool) -> str:
 
 
 def _num_classes(translation: Translation, asked: int | None) -> int:
-    """The number of classes of the file's head. Raises InputError if another was asked."""
+    """Count the classes of the file's head. Raises InputError if another number was requested."""
     there = _columns(translation, "head/kernel")
     if not there and asked != 0 and "head/bias" in translation.leaves:
         raise InputError("the head has a bias, but no weight: the file is incomplete; pass --num_classes 0 without it")
@@ -194,7 +194,7 @@ def _columns(translation: Translation, path: str) -> int:
 
 
 def _usual_heads(width: int) -> int:
-    """The heads of all known models of this width; packed projections do not show it, so others must be stated."""
+    """Return the number of heads that all known models of this width have: packed projections do not show it."""
     usual = {config.num_heads for config in zoo.ARCHITECTURES.values() if config.embed_dim == width}
     if len(usual) == 1:
         return usual.pop()

@@ -1,4 +1,4 @@
-"""What a weight file holds, how each key is mapped, and which model results, as a value that prints as a report."""
+"""The content of a weight file, how each key is mapped, and the resulting model, as a value that prints a report."""
 
 import math
 import re
@@ -16,7 +16,7 @@ from fcvit_jax.models.config import ViTConfig
 
 @dataclass(frozen=True)
 class Inspection:
-    """`str()` gives the report of `--inspect`.
+    """The result of `inspect`; `str()` gives the report of `--inspect`.
 
     source: None if the keys are not understood. config, converted: None if the model does not follow from them.
     problem: why either is None.
@@ -40,7 +40,7 @@ class Inspection:
         if wrapper := ", ".join(filter(None, (weights.wrapper, prefix))):
             lines.append(f"unwrapped from {wrapper!r}")
         if weights.skipped:
-            lines.append(f"left aside: {', '.join(weights.skipped)}")
+            lines.append(f"left out: {', '.join(weights.skipped)}")
         if not self.source:
             return "\n".join([*lines, *_table((key, _times(array.shape)) for key, array in weights.arrays.items())])
         if self.source.sidecar.files:
@@ -56,7 +56,7 @@ class Inspection:
 
 
 def describe_model(config: ViTConfig) -> str:
-    """A model in one line."""
+    """Describe a model in one line."""
     height, width = config.image_size
     return (
         f"ViT {config.embed_dim} wide, {config.depth} layers, {config.num_heads} heads, patch {config.patch_size} at "
@@ -69,13 +69,13 @@ def describe_model(config: ViTConfig) -> str:
 
 
 def remark_lines(converted: Converted) -> list[str]:
-    """The warnings of a conversion, and the keys that it drops."""
+    """List the warnings of a conversion, and the keys that it drops."""
     dropped = [f"dropped: {key} ({reason})" for key, reason in converted.dropped.items()]
     return [f"warning: {remark}" for remark in converted.remarks] + dropped
 
 
 def _key_table(keys: Iterable[MappedKey]) -> list[str]:
-    """One line for the same key of all blocks, with "#" for the block's number."""
+    """Format one line for the same key of all blocks, with "#" for the block's number."""
     folded: Counter[tuple[str, ...]] = Counter()
     for mapped in keys:
         key, path = mapped.key, mapped.path

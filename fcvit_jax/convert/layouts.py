@@ -2,15 +2,15 @@
 
 A table maps a source key to (path in the parameter tree, transform). "#" in a key stands for a block's number; a path
 with "#" under a key without one is that of an array stacked over the blocks. A path that ends in ":q", ":k", ":v" or
-":kv" is a part of the packed projection, one in ":g" or ":x" the gate's or the other part of a gated MLP. Transforms
-are those of `translation.py`:
+":kv" is a part of the packed projection; ":g" and ":x" are the gate and the other part of a gated MLP. Transforms are
+those of `translation.py`:
 
     copy     unchanged
     linear   [out, in] -> [in, out]
     masked   a bias of queries, keys and values, without the keys'
     conv     [d, 3, p, p] -> [p, p, 3, d]
     token    [d], [1, d] or [1, n, d] -> [1, n, d]
-    grid     [n, d], [n, 1, d] or [1, n, d] -> [1, n, d], a position embedding: resampled where the grids differ
+    grid     [n, d], [n, 1, d] or [1, n, d] -> [1, n, d], a position embedding: resampled if the grids differ
     heads    [..., h, k] -> [..., h k], Flax's projection into heads; this gives the number of heads
     merge    [h, k, d] -> [h k, d], Flax's projection out of the heads
 """
@@ -40,7 +40,7 @@ Names = str | tuple[str, ...]
 
 
 def _parts(path: str, names: Names) -> dict[str, str]:
-    """The path of a module, or of its parts: queries, keys, values; queries and the others; gate and the other part."""
+    """Map a module, or its parts, to paths: queries, keys, values; queries and the others; gate and the other part."""
     if isinstance(names, str):
         return {names: path}
     parts = "qkv" if len(names) == 3 else ("q", "kv") if path.endswith("qkv") else "gx"
@@ -48,7 +48,7 @@ def _parts(path: str, names: Names) -> dict[str, str]:
 
 
 def _block(block: str, *names: Names) -> dict[str, str]:
-    """A block's modules, named in the order of `_BLOCK`."""
+    """Map a block's modules, named in the order of `_BLOCK`."""
     paths = {}
     for path, each in zip(_BLOCK, names, strict=True):
         paths |= {f"{block}{name}": target for name, target in _parts(f"blocks_#/{path}", each).items()}
@@ -56,7 +56,7 @@ def _block(block: str, *names: Names) -> dict[str, str]:
 
 
 def _pool(pool: str, *names: Names) -> dict[str, str]:
-    """The modules of attention pooling: probe, qkv, proj, norm, fc1, fc2."""
+    """Map the modules of attention pooling: probe, qkv, proj, norm, fc1, fc2."""
     paths = {}
     for path, each in zip(("probe", "qkv", "proj", "norm", "mlp/fc1", "mlp/fc2"), names, strict=True):
         paths |= {f"{pool}{name}": target for name, target in _parts(f"pool/{path}", each).items()}
@@ -64,7 +64,7 @@ def _pool(pool: str, *names: Names) -> dict[str, str]:
 
 
 def _table(paths: Mapping[str, str], flax: bool = False) -> Table:
-    """The table of a layout of torch or Flax, from the path of each array or module, which has a weight and a bias."""
+    """Make the table of a layout of torch or Flax from the paths of arrays, and of modules with a weight and a bias."""
     table = {}
     for source, path in paths.items():
         if transform := _ARRAYS.get(path.rpartition("/")[2]):
@@ -85,8 +85,8 @@ def _table(paths: Mapping[str, str], flax: bool = False) -> Table:
     return table
 
 
-# timm's ViT, and with it DeiT, DeiT-III, DINO, DINOv2, MAE and timm's CLIP and SigLIP towers; timm's EVA, and with it
-# EVA-02, PE and DINOv3.
+# timm's ViT, for DeiT, DeiT-III, DINO, DINOv2, MAE and timm's CLIP and SigLIP towers; timm's EVA, for EVA-02, PE and
+# DINOv3.
 TIMM = _table(
     {
         "cls_token": "embed/cls_token",
@@ -215,7 +215,7 @@ TORCHVISION = _table(
 
 
 def _google(positions: str, block: str, attention: int, norm2: int, mlp: int) -> Table:
-    """Google's two code bases number the modules of a block differently: one counts every module, one each kind."""
+    """Make a table of Google's: its two code bases number a block's modules differently, all together or each kind."""
     heads, dense = f"MultiHeadDotProductAttention_{attention}/", f"MlpBlock_{mlp}/Dense_"
     qkv = (f"{heads}query", f"{heads}key", f"{heads}value")
     paths = {
@@ -257,7 +257,7 @@ class Layout:
     note: str | None = None  # a warning for the user
 
     def find(self, key: str) -> tuple[Target | None, str]:
-        """The target of a key, and the number of its block ("" if it has none)."""
+        """Look up the target of a key, and the number of its block ("" if it has none)."""
         key = re.sub(f"^({self.prefix})", "", key)
         if not (found := _NUMBERED.match(key)):
             return self.table.get(key), ""
@@ -271,12 +271,12 @@ class Layout:
         return any(target == path for target, _ in self.table.values())
 
     def reason(self, key: str) -> str | None:
-        """Why a key is dropped, if it is."""
+        """Return why a key is dropped, None if it is not."""
         key = re.sub(f"^({self.prefix})", "", key)
         return next((reason for pattern, reason in self.dropped.items() if re.match(pattern, key)), None)
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """For each leaf that every ViT has and nothing in the file fills: its first key."""
+        """List the first key of each leaf that every ViT has and nothing in the file fills."""
         found = map(self.find, names)
         filled = {target[0].split(":")[0] for target, number in found if target and number in ("", "0")}
         keys = {target[0].split(":")[0]: key for key, target in reversed([*self.table.items()])}
@@ -310,7 +310,7 @@ PERIODS = (
 _DINOV3 = dict(norm_eps=1e-5, gelu="exact", pool="token", rotary=Rotary())
 _PE = dict(map_heads=8, rotary=Rotary(1e4, "interleaved", "index", offset=1.0, x_first=True))
 
-# The one that knows most of a file's keys is taken; where two know as many, the first.
+# The layout that knows most of a file's keys is taken, the first of several.
 LAYOUTS = (
     Layout("DINOv2 with registers", TIMM, dropped=_PRETRAINING, sign=r"^register_tokens$", config_json="timm"),
     Layout("DINOv2", TIMM, "", _PRETRAINING, "dino", sign=r"^mask_token$", config_json="timm"),
@@ -350,7 +350,7 @@ LAYOUTS = (
     Layout("big_vision, scanned", BIG_VISION_SCAN, _BV, _BV_DROPPED, "zoom", sincos2d=True, note=_TANH),
     Layout("fcvit_jax", OWN),
 )
-# What begins the keys of the image tower, in a file with a text tower too: open_clip's and PE's; TIPS v2's.
+# Prefixes of the image tower's keys, in a file with a text tower too: open_clip's and PE's; TIPS v2's.
 _TOWERS = ("visual.", "vision_encoder.")
 _TEXT = re.compile(
     r"(text|text_encoder|transformer|token_embedding|ln_final)\.|(positional_embedding|text_projection|temperature)"
@@ -393,7 +393,7 @@ def before_tower(prefix: str) -> str:
 
 
 def image_tower(keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """The keys that may be the image model's, each with its name inside the image tower; and why the others are not.
+    """Find the keys that may be the image model's, each with its name inside the image tower; and why others are not.
 
     In a file of one tower all keys are their own names.
     """
@@ -405,7 +405,7 @@ def image_tower(keys: Iterable[str]) -> tuple[dict[str, str], dict[str, str]]:
 
 
 def detect_layout(keys: Iterable[str]) -> Layout:
-    """The layout that knows most keys of a file.
+    """Find the layout that knows most keys of a file.
 
     Raises InputError that names the family that a key belongs to, or the nearest layout and what differs.
     """

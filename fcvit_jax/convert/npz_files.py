@@ -1,4 +1,4 @@
-"""Zip archives of weights: what is common to them, and NumPy's `.npz` without its pickles."""
+"""Zip archives of weights: their common parts, and NumPy's `.npz` without its pickles."""
 
 import io
 import mmap
@@ -15,9 +15,9 @@ from fcvit_jax.convert.dtypes import NUMPY_DTYPES, check_total, damaged, shaped
 from fcvit_jax.errors import InputError
 
 _CHUNK = 2**16
-_MAX_HEADER = 2**11  # enough for 64 axes; parsing takes some eighty times as much
+_MAX_HEADER = 2**11  # enough for 64 axes; parsing takes about eighty times as much
 _HEADERS = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
-_RAW = np.dtype("V2")  # what bfloat16 is to a NumPy that does not know it
+_RAW = np.dtype("V2")  # bfloat16 for a NumPy that does not know it
 
 
 def check_members(archive: zipfile.ZipFile, size: int) -> None:
@@ -28,9 +28,9 @@ def check_members(archive: zipfile.ZipFile, size: int) -> None:
 
 
 def map_member(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarray:
-    """The bytes of an uncompressed member: a view of the mapped file, perhaps not aligned.
+    """Return the bytes of an uncompressed member: a view of the mapped file, perhaps not aligned.
 
-    Raises KeyError for a member that is not there, InputError or an error of zipfile for one that is damaged.
+    Raises KeyError for a missing member, InputError or an error of zipfile for a damaged one.
     """
     member = archive.getinfo(name)
     with archive.open(member):  # the standard library compares the member's own header with the directory
@@ -47,7 +47,7 @@ def map_member(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarr
 
 
 def read_npz(archive: zipfile.ZipFile, data: mmap.mmap) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The arrays by name, and the members that are no arrays; `check_members` comes first.
+    """Read the arrays by name, and list the members that are not arrays; call `check_members` first.
 
     Raises InputError without the file's name, or whatever zipfile and NumPy make of a damaged member.
     """
@@ -64,7 +64,7 @@ def _read_npy(archive: zipfile.ZipFile, name: str, data: mmap.mmap) -> np.ndarra
     if version not in _HEADERS:
         raise InputError(f"has {name!r} in version {version} of .npy, which is not read: save it as .safetensors")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what Python 2 wrote, and odd literals in a damaged header
+        warnings.simplefilter("ignore")  # headers by Python 2, and odd literals in damaged ones
         shape, fortran_order, dtype = _HEADERS[version](head, _MAX_HEADER)
     if dtype.hasobject:
         raise InputError(f"has pickled objects in {name!r}, which are not read: save it as an array of numbers")

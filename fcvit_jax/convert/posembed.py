@@ -1,4 +1,4 @@
-"""Position embeddings and patch kernels of other sizes, after the conventions of those who published the weights.
+"""Position embeddings and patch kernels of other sizes, by the conventions of the weights' publishers.
 
 Every convention is linear and separable: one matrix [new, old] per axis, in float64. They differ in the kernel, the
 places of the samples and the edge.
@@ -22,12 +22,12 @@ RESAMPLINGS: dict[str, str] = {
 def resample(grid: np.ndarray, size: tuple[int, int], convention: str) -> np.ndarray:
     """Resample a grid of position embeddings, [rows, columns, d] of any float dtype, to float32 [*size, d].
 
-    convention: a key of `RESAMPLINGS`; InputError for others. `zoom` departs from scipy where rounding takes scipy's
-    last sample just outside the grid (24 to 22, 32 to 16), so that its last row and column are 0.
+    convention: a key of `RESAMPLINGS`; InputError for others. At some sizes (24 to 22, 32 to 16) rounding takes scipy's
+    last sample just outside the grid, so that its last row and column are 0; `zoom` does not follow it there.
     """
     if convention not in RESAMPLINGS:
         raise InputError(f"unknown resampling {convention!r}: expected one of {', '.join(RESAMPLINGS)}")
-    # Asked of the grid, not of each axis: with DINO's offset an axis that keeps its length is resampled too.
+    # Compared as a grid, not by axis: with DINO's offset an axis that keeps its length is resampled too.
     if grid.shape[:2] == tuple(size):
         return grid.astype(np.float32)
     rows, columns = (_matrix(old, new, convention) for old, new in zip(grid.shape[:2], size, strict=True))
@@ -49,7 +49,7 @@ def resample_patch(kernel: np.ndarray, patch_size: int) -> np.ndarray:
 
 
 def sincos_2d(size: tuple[int, int], width: int) -> np.ndarray:
-    """The fixed embedding of big_vision's ViTs with posemb="sincos2d", after MoCo v3, arXiv 2104.02057.
+    """Compute the fixed embedding of big_vision's ViTs with posemb="sincos2d", after MoCo v3, arXiv 2104.02057.
 
     With omega_k = 10000^(-k / (width/4 - 1)), the patch in row y and column x has the quarters sin(x omega),
     cos(x omega), sin(y omega), cos(y omega). Returns float32 [1, rows * columns, width], patches row by row.
@@ -62,18 +62,18 @@ def sincos_2d(size: tuple[int, int], width: int) -> np.ndarray:
 
 
 def _matrix(old: int, new: int, convention: str) -> np.ndarray:
-    """The matrix [new, old], float64, that resizes one axis; its rows sum to 1."""
+    """Build the matrix [new, old], float64, that resizes one axis; its rows sum to 1."""
     index = np.arange(new)[:, None]
     if convention in ("align-corners", "zoom"):
         centre = index * (old - 1) / max(new - 1, 1)  # a single sample is the first entry, in torch and in scipy
     else:
-        # DINO asks torch for a factor of (new + 0.1) / old, lest rounding down lose a row; it moves every sample too.
+        # DINO passes torch a factor of (new + 0.1) / old, so that rounding loses no row; it moves every sample too.
         centre = (index + 0.5) * old / (new + 0.1 * (convention == "dino")) - 0.5
-    if convention in ("timm", "bilinear"):  # antialiased: wider when shrinking, and what lies outside is left out
+    if convention in ("timm", "bilinear"):  # antialiased: wider when shrinking, without entries outside the grid
         distance = (centre - np.arange(old)) / max(old / new, 1)
         weights = _cubic(distance, -0.5) if convention == "timm" else _linear(distance)
         return weights / weights.sum(axis=1, keepdims=True)
-    entries = np.arange(-2, old + 2)  # as far as a kernel reaches; what lies outside counts for the edge
+    entries = np.arange(-2, old + 2)  # as far as a kernel reaches; entries outside count for the edge
     distance = centre - entries
     weights = _linear(distance) if convention in ("timm-npz", "zoom") else _cubic(distance, -0.75)
     return weights @ (entries.clip(0, old - 1)[:, None] == np.arange(old))
@@ -84,7 +84,7 @@ def _linear(distance: np.ndarray) -> np.ndarray:
 
 
 def _cubic(distance: np.ndarray, a: float) -> np.ndarray:
-    """Keys' interpolation kernel (1981); `a` is its slope at distance 1, -0.5 in PIL, -0.75 in OpenCV."""
+    """Evaluate Keys' interpolation kernel (1981); `a` is its slope at distance 1, -0.5 in PIL, -0.75 in OpenCV."""
     x = abs(distance)
     near = ((a + 2) * x - (a + 3)) * x**2 + 1
     far = a * (((x - 5) * x + 8) * x - 4)

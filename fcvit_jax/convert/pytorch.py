@@ -39,7 +39,7 @@ HF_ENTRIES = frozenset({"config.json", "model.safetensors", "preprocessor_config
 
 
 def check_output(out: str | Path, to: str, overwrite: bool) -> Path:
-    """Return the path if it may be written, or raise InputError; to be called before any long work.
+    """Return the path if it may be written, or raise InputError; call it before any long work.
 
     `OUT.safetensors` is a file, any other OUT a directory of transformers. Only such a file or directory is replaced.
     """
@@ -102,7 +102,7 @@ def write_huggingface(
 
 
 def timm_call(config: ViTConfig) -> str:
-    """The expression that builds the module in timm. Raises InputError if timm has no such module."""
+    """Write the expression that builds the module in timm. Raises InputError if timm has no such module."""
     eva = _needs_eva(config)
     pooling = config.pool == "map" and (config.map_heads or config.map_mlp_dim)
     lacking = {
@@ -193,17 +193,17 @@ def _eva_arguments(config: ViTConfig, arguments: dict[str, Any]) -> dict[str, An
 
 
 def _ratio(width: int, hidden: int) -> float:
-    """The ratio of which timm makes exactly this hidden width, rounding down."""
+    """Find the ratio from which timm makes exactly this hidden width, rounding down."""
     return next(x for x in (hidden / width, math.nextafter(hidden / width, math.inf)) if int(width * x) == hidden)
 
 
 def to_huggingface(
     config: ViTConfig, params: Mapping[str, Any], class_names: tuple[str, ...] | None
 ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """The state dict and the config.json of transformers' ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP: what holds it.
+    """Make the state dict and config.json of transformers' ViT, DeiT, DINOv2, DINOv3, CLIP or SigLIP.
 
     A model with LayerScale, registers or `token_avg` pooling becomes a DINOv2, whose head sees the class token and the
-    patches' mean: a head on the class token gets zeros for the other half. Raises InputError if none can hold it.
+    patches' mean: a head on the class token gets zeros for the other half. Raises InputError if no class fits.
     """
     if config.rotary or config.pre_norm or config.pool == "map":
         return _to_tower(config, params)
@@ -234,7 +234,7 @@ def to_huggingface(
         kind, name = ("deit", "DeiT") if config.dist_token else ("vit", "ViT")
     both_heads = config.pool == "dist_avg" and config.num_classes > 0
     skip = "classifier" if both_heads else "cls_classifier"
-    if config.gated:  # of the saved names, which are not those in memory
+    if config.gated:  # the saved names, which differ from those in memory
         skip += r"|encoder\.layer\.#\.mlp\.(fc|gate|up|down)"
     arrays = _invert(HF_DINOV2 if dinov2 else HF_VIT, params, skip)
     positions, width = arrays["embeddings.position_embeddings"], config.embed_dim
@@ -272,7 +272,7 @@ def to_huggingface(
 
 
 def _mlp_ratio(config: ViTConfig) -> int | None:
-    """The whole ratio of which DINOv2 makes this hidden width; None if there is none."""
+    """Find the whole ratio from which DINOv2 makes this hidden width; None if there is none."""
 
     def hidden(ratio: int) -> int:
         wide = ratio * config.embed_dim
@@ -282,7 +282,7 @@ def _mlp_ratio(config: ViTConfig) -> int | None:
 
 
 def _to_tower(config: ViTConfig, params: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-    """As `to_huggingface`, of DINOv3, and of the image towers of CLIP and SigLIP."""
+    """Make the same as `to_huggingface` for DINOv3, and for the image towers of CLIP and SigLIP."""
     usual: dict[str, Any] = dict(pool="token", num_classes=0)
     if rotary := config.rotary:
         table, kind, name = HF_DINOV3_GATED if config.gated else HF_DINOV3, "dinov3_vit", "DINOv3ViTModel"
@@ -335,7 +335,7 @@ def _to_tower(config: ViTConfig, params: Mapping[str, Any]) -> tuple[dict[str, n
 
 
 def to_image_processor(preprocess: Preprocess) -> dict[str, Any] | None:
-    """The preprocessor_config.json of the same preprocessing, or None if no processor of transformers can do it."""
+    """Make the preprocessor_config.json of a preprocessing; None if no processor of transformers can do it."""
     (resize_height, resize_width), (height, width) = preprocess.resize_size, preprocess.image_size
     mode, cropped = preprocess.crop_mode, preprocess.resize_size != preprocess.image_size
     if mode == "border" or (mode == "center" and height != width):
@@ -359,20 +359,20 @@ def to_image_processor(preprocess: Preprocess) -> dict[str, Any] | None:
 
 
 def write_safetensors(path: Path, arrays: Arrays) -> None:
-    """Write float32 arrays as a safetensors file that is whole or not there, with the metadata that transformers needs.
+    """Write float32 arrays as a safetensors file, whole or not at all, with the metadata that transformers needs.
 
     Raises InputError if the place cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
-    # The library writes an array's memory, whatever its strides.
+    # The library writes an array's memory and ignores its strides.
     contiguous = {name: np.ascontiguousarray(array, np.float32) for name, array in arrays.items()}
     try:
         with tempfile.TemporaryDirectory(prefix=f".{path.name}.partial-", dir=path.parent) as folder:
             file = Path(folder, path.name)
             save_file(contiguous, file, metadata={"format": "pt"})
-            file.chmod(0o644)  # the library's is the owner's alone
+            file.chmod(0o644)  # the library makes it readable by the owner alone
             os.replace(file, path)
     except (OSError, SafetensorError) as error:
         why = getattr(error, "strerror", None) or error
@@ -411,7 +411,7 @@ def _invert(table: Table, params: Mapping[str, Any], skip: str) -> dict[str, np.
 
 
 def _part(value: np.ndarray, part: str, narrow: bool) -> np.ndarray:
-    """A part of a packed leaf, by its letters; narrow: it has none of the keys."""
+    """Take a part of a packed leaf, by its letters; narrow: it has no part for the keys."""
     letters = "gx" if part in "gx" else "qv" if narrow else "qkv"
     width = value.shape[-1] // len(letters)
     start = letters.index(part[0])

@@ -1,7 +1,7 @@
 """Weight files as NumPy arrays, without torch and without executing code from a file.
 
-Four formats are read, identified by content: safetensors, the zip of `torch.save`, the legacy stream that it wrote
-before version 1.6, and NumPy's `.npz`; also the index of a checkpoint in several such files.
+Four formats are read, identified by content: safetensors, the zip of `torch.save`, its legacy stream before version
+1.6, and NumPy's `.npz`; also the index of a checkpoint in several such files.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from fcvit_jax.convert.unfinished import check_finished, check_name
 from fcvit_jax.errors import InputError
 
 _MAX_HEADER = 100_000_000
-# What torch.compile, FSDP, checkpointing and DDP put in front of, or into the names of a module's tensors.
+# Additions of torch.compile, FSDP, checkpointing and DDP to the names of a module's tensors.
 _INFIX = re.compile(
     r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_fpw_module|_checkpoint_wrapped_module|_forward_module)\.|(?<=\.)module\."
 )
@@ -35,7 +35,7 @@ _FOREIGN = {b"\x93NUMPY": ".npy", b"\x89HDF\r\n\x1a\n": "HDF5", b"GGUF": "GGUF"}
 
 @dataclass(frozen=True)
 class WeightFile:
-    """Named arrays of one file, or of the several that an index names.
+    """Named arrays of one file, or of all files of an index.
 
     `arrays` is in the files' order and in the files' dtypes: nothing is upcast. Arrays may be read-only, may be views
     of the memory-mapped file, share memory where the file's tensors do, and need not be contiguous or aligned.
@@ -45,21 +45,21 @@ class WeightFile:
     format: str  # "safetensors", "torch zip", "torch legacy" or "npz"; of shards "safetensors, 3 shards"
     arrays: dict[str, np.ndarray]
     files: dict[str, str]  # the names of the files read, and the sha256 of their bytes in hex; an index comes first
-    wrapper: str | None  # what stood around the names: "state_dict, model", "module.", or both as "model, module."
+    wrapper: str | None  # removed around the names: "state_dict, model", "module.", or both as "model, module."
     skipped: tuple[str, ...]  # entries that are not among the tensors: "epoch", "model_ema"
 
 
 def read_weights(path: str | Path, ema: bool = False, key: str | None = None) -> WeightFile:
     """Read `.safetensors`, `.npz`, a state dict saved by `torch.save`, or the `.index.json` of several such files.
 
-    A state dict under a key such as "model" is unwrapped: the live weights, or with `ema` the averaged ones. What
-    torch.compile, FSDP and checkpointing put into names is removed. Nothing that a file names is imported or called.
+    A state dict under a key such as "model" is unwrapped: the live weights, or with `ema` the averaged ones. Additions
+    of torch.compile, FSDP and checkpointing to names are removed. Nothing that a file names is imported or called.
 
     key: the dictionary of a training checkpoint that holds the weights, or the beginning of their names.
 
-    Raises InputError if a file is missing, damaged, of a kind that is not read, holds no tensors, unpacks to more than
-    four times its size, has no averaged weights for `ema`, nothing under `key`, disagrees with its index, or needs
-    another tool first.
+    Raises InputError if a file is missing, damaged, of a kind that is not read, without tensors, in disagreement with
+    its index, or needs another tool first. The same if it unpacks to more than four times its size, has no averaged
+    weights for `ema`, or nothing under `key`.
     """
     path = Path(path)
     with _told_of(path):
@@ -91,18 +91,18 @@ def _told_of(subject: object) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise InputError(_one_line(f"{subject} cannot be read ({error.strerror}): check the path")) from error
-        # A damaged file can fail anywhere in json, zipfile, pickle or numpy: for the user it is one and the same thing.
+        # A damaged file can fail anywhere in json, zipfile, pickle or numpy: for the user this is the same error.
         what = damaged(f"{type(error).__name__}: {str(error)[:200]}")
         raise InputError(_one_line(f"{subject} {what}")) from error
 
 
 def _one_line(text: str) -> str:
-    """Names come from the file: no line break, escape sequence or lone surrogate of theirs reaches a terminal."""
+    """Escape line breaks, escape sequences and lone surrogates, which names in a file may contain."""
     return "".join(c if c.isprintable() else "?" for c in text)
 
 
 def _read(path: Path, wanted: Wanted, files: dict[str, str]) -> tuple[str, Contents]:
-    """The format of a file, and what it holds; enters its sha256 in `files`, which is empty but for shards."""
+    """Read the format and the content of a file; enter its sha256 in `files`, which is empty except for shards."""
     if path.is_dir():
         raise InputError("is a directory: name the weight file inside it")
     if not path.exists():
@@ -158,9 +158,9 @@ def _read_shards(folder: Path, data: mmap.mmap, wanted: Wanted, files: dict[str,
 
 
 def parse_index(data: bytes) -> dict[str, set[str]]:
-    """The names of the shards in an index.json, and of the tensors in each.
+    """Read the names of the shards in an index.json, and of the tensors in each.
 
-    Raises InputError, without the name of the index, where it is damaged or names a file elsewhere.
+    Raises InputError, without the name of the index, if it is damaged or names a file elsewhere.
     """
     try:
         index = json.loads(data)
@@ -179,7 +179,7 @@ def parse_index(data: bytes) -> dict[str, set[str]]:
 
 
 def _identify(data: mmap.mmap, path: Path) -> str:
-    """The kind of file, by content; InputError for the files that people take for weights."""
+    """Identify the kind of file by its content; InputError for files that are often mistaken for weights."""
     head = data[:512]
     if head[4:9] == b"\0\0\0\0{":  # a header length below 4 GiB, then JSON
         return "safetensors"
@@ -200,7 +200,7 @@ def _identify(data: mmap.mmap, path: Path) -> str:
         raise InputError(f"is packed by {packer}, which is not read: unpack it first")
     if head[257:262] == b"ustar":
         raise InputError("is a tar archive, which is not read: unpack it first")
-    # What has no magic number is known by its suffix alone.
+    # Files without a magic number are known only by their suffix.
     foreign = next((name for magic, name in _FOREIGN.items() if head.startswith(magic)), path.suffix)
     if foreign in (*_FOREIGN.values(), ".onnx", ".msgpack"):
         raise InputError(f"is a file of {foreign} kind, which is not read: save the weights as .safetensors")
@@ -236,7 +236,7 @@ def _safetensor(name: str, entry: dict[str, Any], content: np.ndarray) -> np.nda
 
 
 def _select(arrays: dict[str, np.ndarray], key: str) -> tuple[dict[str, np.ndarray], str, tuple[str, ...]]:
-    """The tensors whose names have `key` in front, after a wrapper's prefix or none; that prefix; the other names."""
+    """Select tensors whose names begin with `key`, or with a wrapper's prefix and it; return prefix and other names."""
     starts = {name: found[0] for name in arrays if (found := re.match(rf"(?:.*?[./])?{re.escape(key)}[./]", name))}
     if not starts:
         listed = ", ".join(dict.fromkeys(re.split(r"[./]", name)[0] for name in [*arrays][:1000]))[:200]

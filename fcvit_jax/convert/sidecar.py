@@ -20,7 +20,7 @@ from fcvit_jax.errors import InputError
 from fcvit_jax.models import zoo
 from fcvit_jax.models.config import Rotary, ViTConfig
 
-# model_type -> what its class takes for keys that are absent, and its image processor.
+# model_type -> the defaults of its class for absent keys, and its image processor.
 _DINOV2 = {"layer_norm_eps": 1e-6, "hidden_act": "gelu"}
 _MODEL_TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "vit": ({"layer_norm_eps": 1e-12, "hidden_act": "gelu"}, "ViT"),
@@ -45,7 +45,7 @@ _MODEL_TYPES: dict[str, tuple[dict[str, Any], str]] = {
     "clip_vision_model": ({"layer_norm_eps": 1e-5, "hidden_act": "quick_gelu", "num_attention_heads": 12}, "CLIP"),
     "tipsv2_vision_model": (_DINOV2 | {"num_attention_heads": 12}, "Tipsv2"),
 }
-# Models of an image and a text: what describes the image tower is under "vision_config".
+# Models of images and texts: "vision_config" describes the image tower.
 _TOWERS = {"siglip": "siglip_vision_model", "clip": "clip_vision_model", "tipsv2": "tipsv2_vision_model"}
 _DINOV2_KEYS = "tipsv2"  # whose files have DINOv2's own keys, not those of transformers' modules
 # Image processor -> default filter and centre crop; whether a size of one number, in files from before transformers
@@ -78,8 +78,8 @@ TIMM_FIELDS = {name: name for name in _SAME} | {
     "init_values": "layer_scale",
     "act_layer": "gelu",
 }
-# What timm's names imply and its files do not state, of models that the zoo does not know: fields, or what is not
-# supported.
+# Facts that timm's names imply and its files do not state, for models that the zoo does not know: fields, or an
+# unsupported part.
 _TIMM_NAMES: dict[str, tuple[dict[str, Any], str | None]] = {
     r"_rope_mixed": ({}, "rotary frequencies of its own in each layer"),
     r"_rope|dinov3|eva02|_pe_|lingbot|sapiens": ({}, "rotary positions in a way that the zoo does not know"),
@@ -87,7 +87,7 @@ _TIMM_NAMES: dict[str, tuple[dict[str, Any], str | None]] = {
     r"naflex": ({}, "images of sizes of their own"),
     r"^vit_.*_clip_quickgelu_": ({"gelu": "quick", "norm_eps": 1e-5}, None),
     r"^vit_.*_clip_(?!quickgelu)": ({"gelu": "exact", "norm_eps": 1e-5}, None),
-    # timm runs the other SigLIPs with the exact GELU, all of which Google trained with tanh.
+    # timm runs the other SigLIPs with the exact GELU; Google trained all with tanh.
     r"(patch32|(so400m|giantopt)_patch16)_siglip|large_patch16_siglip_(gap_)?512": ({"gelu": "tanh"}, None),
 }
 _GELU = {"gelu": "exact", "quick_gelu": "quick"} | dict.fromkeys(
@@ -100,11 +100,11 @@ Stated = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Sidecar:
-    """kind: "huggingface" or "timm", by config.json; "fcvit_jax" for a checkpoint of ours; else None.
+    """Facts from the JSON files. kind: "huggingface" or "timm", by config.json; "fcvit_jax" for our checkpoints.
 
-    files: names of those read. fields: of `ViTConfig`, stated in config.json. architecture: timm's name, whether or not
-    the zoo knows it. resampling: of positions, if not the layout's. provenance: that of a checkpoint of ours. None
-    where something is not stated.
+    files: names of the files read. fields: of `ViTConfig`, stated in config.json. architecture: timm's name, whether or
+    not the zoo knows it. resampling: of positions, if not the layout's. provenance: that of our checkpoint. None if
+    something is not stated.
     """
 
     kind: str | None = None
@@ -193,7 +193,7 @@ def _read_timm(config: Stated) -> Sidecar:
 
 
 def _timm_rotary(stated: Stated, usual: Rotary) -> Rotary:
-    """Rotary positions of a model by its name's, and by what its arguments change."""
+    """Adapt the rotary positions that a model's name implies to its arguments."""
     changes = {}
     for key, name in {"rope_temperature": "theta", "rope_grid_offset": "offset"}.items():
         if key in stated:
@@ -226,14 +226,14 @@ def _pretrained_cfg(config: Stated) -> Stated:
 
 
 def _read_timm_pixels(pixels: Stated) -> Preprocess:
-    """As timm's `resolve_data_config`, at the size of training: absence, null and 0 mean the default, ours too."""
+    """Read pixels as timm's `resolve_data_config`, at the size of training: absence, null and 0 mean the default."""
     names = ("crop_pct", "crop_mode", "interpolation", "mean", "std")
     stated = {name: pixels[name] for name in names if pixels.get(name)}
     return Preprocess(_size("input_size", pixels.get("input_size") or 224), **stated)
 
 
 def _read_huggingface_pixels(stated: Stated, model_type: str | None) -> Preprocess:
-    """As the image processor that the file names, or else that of the model type."""
+    """Read pixels as the image processor that the file names, or that of the model type."""
     stated = _known(stated)
     name = stated.get("image_processor_type", stated.get("feature_extractor_type"))
     family = re.sub(r"(ImageProcessor|FeatureExtractor)(Fast|Pil)?$", "", str(name))
@@ -279,7 +279,7 @@ def _read_huggingface_pixels(stated: Stated, model_type: str | None) -> Preproce
 
 
 def _crop_pct(image: tuple[int, int], resized: tuple[int, int]) -> float:
-    """The share for which `Preprocess.resize_size` is exactly that."""
+    """Find the share for which `Preprocess.resize_size` is exactly `resized`."""
     share = min(side / whole for side, whole in zip(image, resized, strict=True))
     for pct in (share, math.nextafter(share, 0)):  # the quotient may have been rounded up
         if tuple(math.floor(side / pct) for side in image) == resized:
@@ -288,7 +288,7 @@ def _crop_pct(image: tuple[int, int], resized: tuple[int, int]) -> float:
 
 
 def _load(path: Path) -> dict[str, Any] | None:
-    """The JSON object of a file; None if the file does not exist."""
+    """Read the JSON object of a file; None if the file does not exist."""
     if not path.is_file():
         return None
     try:
@@ -309,12 +309,12 @@ def _naming(path: Path, fix: str = "") -> Iterator[None]:
 
 
 def _known(stated: Stated) -> dict[str, Any]:
-    """Without the nulls, which mean the default just as absence does."""
+    """Drop the nulls, which mean the default, as absence does."""
     return {key: value for key, value in stated.items() if value is not None}
 
 
 def _take(stated: Stated, key: str, *kinds: Any) -> Any:
-    """The value of a key; InputError if it is absent or of another kind."""
+    """Return the value of a key; InputError if it is absent or of another kind."""
     value = stated.get(key)
     if type(value) not in kinds:
         raise InputError(f"{key} {reprlib.repr(value)}, expected {' or '.join(kind.__name__ for kind in kinds)}")
@@ -329,7 +329,7 @@ def _choose(stated: Stated, key: str, known: Mapping[Any, str]) -> str:
 
 
 def _size(key: str, value: Any) -> tuple[int, int]:
-    """(height, width) of a number, of [height, width] with or without channels in front, of {"height", "width"}."""
+    """Read (height, width) from a number, from [height, width], perhaps after channels, or {"height", "width"}."""
     if isinstance(value, dict) and value.keys() == {"height", "width"}:
         value = [value["height"], value["width"]]
     sides: list[Any] = value[-2:] if isinstance(value, list) and len(value) in (2, 3) else [value, value]
@@ -339,7 +339,7 @@ def _size(key: str, value: Any) -> tuple[int, int]:
 
 
 def _names(key: str, value: Any) -> tuple[str, ...] | None:
-    """The names in a list or in {"0": name}; None if there are none, or not one for each index."""
+    """Read the names in a list or in {"0": name}; None if there are none, or not one for each index."""
     if isinstance(value, dict):
         order = [str(index) for index in range(len(value))]
         value = [value[index] for index in order] if value.keys() == {*order} else None

@@ -1,7 +1,7 @@
-"""What `torch.save` wrote, as NumPy arrays: the zip of version 1.6 and later, and the legacy stream before it.
+"""Files of `torch.save` as NumPy arrays: the zip of version 1.6 and later, and the legacy stream before it.
 
-Both are pickles, and a pickle is a program. It runs here in an interpreter that gives out nothing but plain data:
-strings, dicts and the records below. Tensors are looked at only when it has ended. Nothing else that a file names is
+Both are pickles, and a pickle is a program. It runs here in an interpreter that produces nothing but plain data:
+strings, dicts and the records below. Tensors are read only after it has ended. Nothing else that a file names is
 imported or called: such objects are inert dicts, which keep what is stored in them.
 """
 
@@ -28,12 +28,12 @@ _LEGACY_PROTOCOL = 1001
 _MAX_WRAPPERS = 4
 # In a pickle: "f4", "i8"; ml_dtypes' by their own names.
 _NUMPY_NAMES = {kind.str[1:]: kind for kind in NUMPY_DTYPES.values() if kind.kind != "V"} | NUMPY_DTYPES
-# Keys under which training scripts put the weights, and an average of them over the steps; the first found is taken.
+# Keys under which training scripts put the weights, and their average over the steps; the first found is taken.
 _LIVE = ("model", "state_dict", "model_state_dict", "module", "teacher", "student", "encoder", "net", "network")
 _AVERAGED = ("model_ema", "state_dict_ema", "ema", "model_ema_state_dict", "ema_state_dict", "ema_model")
 _AVERAGED += ("target_encoder",)  # I-JEPA
 _MAX_NAME, _MOST_SEARCHED = 500, 1000  # keep hostile files cheap
-# What writes weights in parts, and what joins them.
+# Writers of weights in parts -> the tool that joins them.
 _TOOLS = {
     "torch.distributed.checkpoint": "convert the directory with `python -m torch.distributed.checkpoint.format_utils "
     "dcp_to_torch DIRECTORY OUT.pth`",
@@ -47,7 +47,7 @@ class NoTensors(InputError):
 
 
 class Wanted(NamedTuple):
-    """Which weights of a training checkpoint: the averaged ones; those in the dictionary of this name."""
+    """Which weights of a training checkpoint to read: the averaged ones; those in the dictionary of this name."""
 
     ema: bool = False
     key: str | None = None
@@ -69,7 +69,7 @@ class _Tuple(tuple):
 # The records are compared by identity for the same reason.
 @dataclass(frozen=True, eq=False, repr=False)
 class _Storage:
-    """A run of `length` bytes in the file, or `content` of NumPy's; `dtype` is a key of `NUMPY_DTYPES`."""
+    """A run of `length` bytes in the file, or NumPy's `content`; `dtype` is a key of `NUMPY_DTYPES`."""
 
     key: str | int
     dtype: str
@@ -90,9 +90,9 @@ class _Tensor:
 
 
 class _Inert(dict):
-    """Stands for an object that is not tensor data: takes anything, and keeps the items that it gets."""
+    """A stand-in for an object that is not tensor data: it accepts anything, and keeps the items that it gets."""
 
-    array: _Tensor | None = None  # what it is if it is NumPy's
+    array: _Tensor | None = None  # the array, if it is NumPy's
     module: dict[Any, Any] | None = None  # its attributes if it is a torch.nn.Module
 
     def __init__(self, *args: object, **kwargs: object):
@@ -137,7 +137,7 @@ def _rebuild_subclass(function: Any, kind: object, arguments: Any, *state: objec
 
 
 def _rebuild_numpy(content: object, dtype: object, shape: Any, order: object = "C") -> _Tensor | None:
-    """The array that a pickle of NumPy holds; None if it is none of numbers."""
+    """Rebuild the array of a NumPy pickle; None if it does not hold numbers."""
     kind = dtype.kind if isinstance(dtype, _Dtype) else None
     if not (kind and isinstance(content, bytes) and isinstance(shape, tuple) and is_shape(shape)):
         return None
@@ -150,7 +150,7 @@ def _rebuild_numpy(content: object, dtype: object, shape: Any, order: object = "
 
 
 def _plain(data: Any, *ignored: object) -> Any:
-    """The tensor itself, of a parameter or of a device's tensor, which NumPy's array may hold."""
+    """Return the tensor inside a parameter or a device's tensor, which may hold a NumPy array."""
     return data.array if isinstance(data, _Inert) and data.array else data
 
 
@@ -179,15 +179,14 @@ def _seal_tuple(run: Callable[[Any], None]) -> Callable[[Any], None]:
     return run_and_seal
 
 
-# Absent are EXT, whose cache of objects goes past `find_class`; BYTEARRAY8, which allocates the stated size before it
-# reads (it is read as bytes); buffers outside the file; and FROZENSET, which compares what it holds, at any
-# depth.
+# Left out: EXT, whose cache of objects bypasses `find_class`; BYTEARRAY8, which allocates the stated size before it
+# reads (it is read as bytes); buffers outside the file; and FROZENSET, which compares its elements at any depth.
 _ABSENT = pickle.EXT1 + pickle.EXT2 + pickle.EXT4 + pickle.BYTEARRAY8 + pickle.FROZENSET
 _ABSENT += pickle.NEXT_BUFFER + pickle.READONLY_BUFFER
 _TUPLES = pickle.EMPTY_TUPLE + pickle.TUPLE1 + pickle.TUPLE2 + pickle.TUPLE3 + pickle.TUPLE
 
 
-# The interpreter in Python, not the one in C: its memo is a dict, so that an index of four billion allocates nothing.
+# The Python interpreter, not the C one: its memo is a dict, so that an index of four billion allocates nothing.
 class _Unpickler(pickle._Unpickler):
     """A pickle interpreter whose only callables are `_REBUILDERS` and `_Inert`.
 
@@ -214,7 +213,7 @@ class _Unpickler(pickle._Unpickler):
         return _Inert
 
     def encode(self, text: object, *coding: object) -> bytes:
-        """The bytes that old protocols write as text; of all texts together no more than the file is long."""
+        """Return the bytes that old protocols write as text; all texts together at most the size of the file."""
         content = text.encode("latin1") if isinstance(text, str) and len(text) <= self.unread else b""
         self.unread -= len(content)
         return content
@@ -237,7 +236,7 @@ class _Unpickler(pickle._Unpickler):
         if code not in _ABSENT
     }
 
-    # The opcode sets attributes of any object, our functions included: here only of inert objects, and only these.
+    # The opcode can set attributes of any object, even our functions: here only these, and only of inert objects.
     def load_build(self: Any) -> None:
         state, target = self.stack.pop(), self.stack[-1]
         if not isinstance(target, _Inert):
@@ -254,12 +253,12 @@ class _Unpickler(pickle._Unpickler):
     dispatch[pickle.BYTEARRAY8[0]] = pickle._Unpickler.load_binbytes8  # pyright: ignore[reportAttributeAccessIssue]
 
 
-# The tensors by name; the keys they stood under, if any; the entries that are no tensors.
+# The tensors by name; the keys above them, if any; the entries that are not tensors.
 Contents = tuple[dict[str, np.ndarray], str | None, tuple[str, ...]]
 
 
 def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, wanted: Wanted) -> Contents:
-    """Read an archive and the map of its file; for what is wrong with it, an InputError without the file's name."""
+    """Read an archive, given the map of its file. Raises InputError without the file's name."""
     names = archive.namelist()
     root = next((name.removesuffix("data.pkl") for name in names if re.fullmatch(r"[^/]*/data\.pkl", name)), None)
     if root is None:
@@ -285,7 +284,7 @@ def read_torch_zip(archive: zipfile.ZipFile, data: mmap.mmap, wanted: Wanted) ->
 
 
 def read_torch_legacy(data: mmap.mmap, wanted: Wanted) -> Contents:
-    """Read a legacy file from its start; for what is wrong with it, an InputError without the file's name."""
+    """Read a legacy file from its start. Raises InputError without the file's name."""
     unpickler = _Unpickler(data, len(data))
     tree = unpickler.load()
     if isinstance(tree, dict) and not unpickler.storages:  # pickle.dump of NumPy's arrays
@@ -318,7 +317,7 @@ def read_torch_legacy(data: mmap.mmap, wanted: Wanted) -> Contents:
 
 @contextlib.contextmanager
 def _naming_stranger(unpickler: _Unpickler) -> Iterator[None]:
-    """Describe what a file without tensors holds instead."""
+    """Describe the content of a file without tensors in its error."""
     try:
         yield
     except NoTensors as error:
@@ -330,7 +329,7 @@ def _naming_stranger(unpickler: _Unpickler) -> Iterator[None]:
 
 
 def no_averaged(entries: Iterable[object]) -> InputError:
-    """The error for averaged weights that are asked and absent."""
+    """Make the error for averaged weights that are requested and absent."""
     names = [str(entry) for entry in entries if isinstance(entry, str | int)]
     listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     return InputError(f"holds no averaged weights; its entries are {listed or 'none'}: leave ema out")
@@ -339,7 +338,7 @@ def no_averaged(entries: Iterable[object]) -> InputError:
 def _build_arrays(
     tree: object, load: Callable[[str | int], np.ndarray], size: int, wanted: Wanted, swapped: bool = False
 ) -> Contents:
-    """The tensors of a state dict in `tree`. Storages that it does not use, an optimizer's say, are not loaded."""
+    """Build the tensors of a state dict in `tree`; unused storages, such as an optimizer's, are not loaded."""
     if not isinstance(tree, dict):
         what = "a tensor without a name" if isinstance(tree, _Tensor) else f"a {type(tree).__name__.strip('_').lower()}"
         raise InputError(f"holds {what}, not a dictionary of tensors: save the model's state_dict")
@@ -367,7 +366,7 @@ def _build_arrays(
 
 
 def _find_state(tree: dict[Any, Any], wanted: Wanted) -> tuple[str, ...]:
-    """The keys that lead to the tensors wanted: live weights first, averaged ones if alone, or with `ema`.
+    """Find the keys that lead to the wanted tensors: live weights first, averaged ones if alone, or with `ema`.
 
     Live wrappers go first, as some training scripts leave a score beside them that is a tensor as well. Under unknown
     keys, the only dictionary of tensors is taken; those that hold less than half as many as the largest do not count.
@@ -408,7 +407,7 @@ def _find_state(tree: dict[Any, Any], wanted: Wanted) -> tuple[str, ...]:
 
 
 def _count_tensors(tree: dict[Any, Any]) -> dict[tuple[str, ...], int]:
-    """How many tensors each dictionary holds that has any, by the keys that lead to it."""
+    """Count the tensors of each dictionary that has any, by the keys that lead to it."""
     counts, seen = {}, set()
     reached: list[tuple[tuple[str, ...], dict[Any, Any]]] = [((), tree)]
     for path, node in reached:  # grows
@@ -424,7 +423,7 @@ def _count_tensors(tree: dict[Any, Any]) -> dict[tuple[str, ...], int]:
 
 
 def _tensors(node: dict[Any, Any]) -> dict[str, _Tensor]:
-    """The tensors that a dictionary holds, or the parameters and buffers of a pickled module."""
+    """Collect the tensors of a dictionary, or the parameters and buffers of a pickled module."""
     found, seen, reached = {}, set(), [("", node)]
     for prefix, module in reached:  # grows
         if id(module) in seen:

@@ -37,7 +37,7 @@ _WHOLES = ([""], ["q", "k", "v"], ["q", "kv"], ["g", "x"])
 
 
 class Piece(NamedTuple):
-    """A source array, or one block's share of a stacked one, lying as its leaf does, in the file's dtype."""
+    """A source array, or one block's share of a stacked one, with the axes of its leaf, in the file's dtype."""
 
     key: str
     source_shape: tuple[int, ...]
@@ -67,7 +67,7 @@ class Translation:
     prefix: str = ""  # in front of the body's keys, removed
 
     def shape(self, path: str, rank: int) -> tuple[int, ...]:
-        """The shape of a leaf, its parts side by side along the last axis."""
+        """Return the shape of a leaf, its parts side by side along the last axis."""
         parts = list(self.leaves[path].values())
         first = parts[0].array.shape
         if len(first) != rank or not all(first):
@@ -76,7 +76,7 @@ class Translation:
 
     @property
     def periods(self) -> tuple[float, ...] | None:
-        """Those of rotary positions, if the file stores them."""
+        """The periods of rotary positions, if the file stores them."""
         pieces = self.leaves.get("rotary/periods")
         return tuple(map(float, pieces[""].array.reshape(-1).astype(np.float32))) if pieces else None
 
@@ -90,7 +90,7 @@ class Translation:
 
     @property
     def num_blocks(self) -> int:
-        """Raises InputError if their numbers leave gaps."""
+        """The number of blocks. Raises InputError if their numbers leave gaps."""
         blocks = {int(found[1]) for path in self.leaves if (found := re.match(r"blocks_(\d+)/", path))}
         if blocks != set(range(len(blocks))):
             raise InputError(
@@ -101,7 +101,7 @@ class Translation:
 
 @dataclass(frozen=True)
 class Converted:
-    """params: the parameter tree, float32. dropped: {key: reason}. remarks: warnings for the user."""
+    """A converted model. params: the tree, float32. dropped: {key: reason}. remarks: warnings for the user."""
 
     params: dict[str, Any]
     keys: tuple[MappedKey, ...]
@@ -110,9 +110,9 @@ class Converted:
 
 
 def translate(arrays: Arrays, num_classes: int | None = None) -> Translation:
-    """Find the layout and the meaning of every key. With 0 classes, what is outside the backbone is dropped.
+    """Find the layout and the meaning of every key. With 0 classes, keys outside the backbone are dropped.
 
-    Raises InputError naming the first key that is unknown or fills a leaf twice, or what the file is taken for.
+    Raises InputError that names the first key that is unknown or fills a leaf twice, or the unsupported family.
     """
     arrays, prefix, beside = find_body(arrays)
     names, dropped = image_tower(arrays)
@@ -246,7 +246,7 @@ def assemble(
 
 
 def _numbers(pieces: list[Piece]) -> np.ndarray:
-    """The pieces side by side along the last axis, contiguous float32."""
+    """Join the pieces along the last axis, contiguous float32."""
     for piece in pieces:
         if "float" not in piece.array.dtype.name:
             name = piece.array.dtype.name
@@ -266,10 +266,10 @@ def _numbers(pieces: list[Piece]) -> np.ndarray:
 def _positions(
     value: np.ndarray, grid: tuple[int, int], config: ViTConfig, convention: str
 ) -> tuple[np.ndarray, np.ndarray | None, str | None]:
-    """The position embedding on the model's grid; the class token's position, where that goes into the token; a remark.
+    """Return positions on the model's grid; the class token's, if it is added to the token; and a remark.
 
-    DINOv2 with registers has a position for the class token and none for the registers, which come after the sum: the
-    same as a class token with its position added to it, and no positions but those of the patches.
+    DINOv2 with registers has a position for the class token and none for the registers, which come after the sum. This
+    equals a class token with its position added to it, and positions of the patches only.
     """
     prefix = value.shape[1] - grid[0] * grid[1]
     head, patches, remark = value[:, :prefix], value[:, prefix:], None

@@ -16,7 +16,7 @@ _DCP = (
 )
 _QUANTISED = "quantised weights: dequantise them first (transformers: model.dequantize()), then save the state_dict"
 _PARAMETRISED = "remove the parametrisation first (torch.nn.utils.prune.remove, parametrize.remove_parametrizations)"
-# Pattern of a tensor's name -> what the file has, and the tool.
+# Pattern of a tensor's name -> the content of the file, and the tool.
 _NAMES = {
     r"\b(lora_([A-Z]|magnitude)\w*|base_layer|ia3_l|(hada|lokr)_w\d\w*|b?oft_\w+|vera_lambda_\w+)\b": (
         f"low-rank adapters beside the weights they change (LoRA and others): {_MERGE}"
@@ -36,7 +36,7 @@ _FILES = {
 
 
 def check_name(name: str) -> None:
-    """Raise InputError if a file of this name is a part of something."""
+    """Raise InputError if a file of this name is a part of a checkpoint."""
     for pattern, what in _FILES.items():
         if re.fullmatch(pattern, name):
             raise InputError(what)

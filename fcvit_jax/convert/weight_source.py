@@ -1,4 +1,4 @@
-"""Weights with all that is known of them: the file, the meaning of its keys, the JSON beside it, the model's name."""
+"""Weights with all facts about them: the file, the meaning of its keys, the JSON beside it, the model's name."""
 
 import hashlib
 import math
@@ -31,13 +31,13 @@ _NOT_SHOWN = ("num_heads", "gelu", "norm_eps", "rotary", "map_heads")
 
 
 def named_model(src: str, model: str | None) -> zoo.Model | None:
-    """The model that a user names, or that SRC names if it is a full name of the zoo."""
+    """Look up the model that a user names, or that SRC names if it is a full name of the zoo."""
     name = model or (src if "." in src and src in zoo.names() else None)
     return zoo.get(name) if name else None
 
 
 def open_weights(src: str, ema: bool, sha256: str | None, key: str | None = None) -> tuple[WeightFile, Sidecar | None]:
-    """Read the weights behind SRC; of a checkpoint of this library also what its meta.json says.
+    """Read the weights behind SRC, and the meta.json of a checkpoint of this library.
 
     ema, key: as in `read_weights`. Raises InputError if SRC cannot be found, downloaded or read, or has another sha256
     than `sha256` or its name says.
@@ -66,9 +66,10 @@ def open_weights(src: str, ema: bool, sha256: str | None, key: str | None = None
 
 
 def expected_sha256(name: str, local: bool) -> str | None:
-    """The start of a file's sha256, if its name ends in it, as torch.hub's do: `x-cd65a155.pth`.
+    """Return the start of a file's sha256, if its name ends in it, as torch.hub's do: `x-cd65a155.pth`.
 
-    Eight digits may be a step or a date: they count only in a name that the zoo has. So do those of a local file.
+    Eight decimal digits may be a step or a date, so they count only in a name that the zoo has; so do those of a local
+    file.
     """
     if not (found := re.search(r"-([0-9a-f]{8})(?:\.[A-Za-z]\w*)*$", name)):
         return None
@@ -120,7 +121,7 @@ class WeightSource:
         return cls(weights, translation, sidecar, model)
 
     def infer(self, asked: Mapping[str, Any]) -> tuple[ViTConfig, Grid | None]:
-        """The configuration, and the grid of the file's position embedding; `asked` as in `infer_config`."""
+        """Infer the configuration, and the grid of the file's position embedding; `asked` as in `infer_config`."""
         stated = {}
         if self.model:
             fields = vars(self.model.config)
@@ -146,7 +147,7 @@ class WeightSource:
     def preprocess(self, asked: str | None, config: ViTConfig) -> Preprocess:
         """Find the preprocessing: from `asked` (a preset), the model's name or the JSON beside the file, in this order.
 
-        Raises InputError if none says it, or says it for another image size.
+        Raises InputError if none states it, or states it for another image size.
         """
         if asked:
             return preset(asked, config.image_size)
@@ -176,7 +177,7 @@ class WeightSource:
         return names if isinstance(names, str) or (names and len(names) == num_classes) else None
 
     def assumptions(self, config: ViTConfig, num_heads: int | None) -> tuple[str, ...]:
-        """Warnings of what the conversion assumes, as neither the file nor a name nor JSON states it."""
+        """Warn of assumptions, for facts that neither the file nor a name nor JSON states."""
         kind, pixels = self.sidecar.kind, self.sidecar.preprocess
         cropped = kind == "huggingface" and pixels is not None and pixels.crop_mode == "center"
         assumed = not (self.model or kind or self.translation.num_heads or num_heads)
@@ -188,7 +189,7 @@ class WeightSource:
         return (*(remark for remark, holds in remarks.items() if holds), *self._assumed_grid(config))
 
     def _assumed_grid(self, config: ViTConfig) -> tuple[str, ...]:
-        """A warning if the grid of the position embedding is neither stated nor the only one of as many entries."""
+        """Warn if the grid of the position embedding is neither stated nor the only one with as many entries."""
         rows, columns = config.grid
         if rows == columns or "image_size" in self.sidecar.fields or "embed/pos_embed" not in self.translation.leaves:
             return ()
@@ -211,7 +212,7 @@ class WeightSource:
         digests = list(weights.files.values())
         return {
             "source": weights.path.name,
-            # For several files, the digest of their digests: one string that tells these weights from others.
+            # For several files, the digest of their digests: one string that identifies these weights.
             "sha256": digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest(),
             "files": weights.files,
             "from": self.sidecar.provenance,

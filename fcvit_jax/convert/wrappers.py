@@ -7,7 +7,7 @@ from typing import NamedTuple
 from fcvit_jax.convert.layouts import LAYOUTS, Arrays, Layout, before_tower, check_family
 from fcvit_jax.errors import InputError
 
-# What is never needed, inside or beside a body -> why.
+# Keys that are never needed, inside or beside a body -> why.
 _LEFTOVERS = {
     r"(^|\.)((dino|ibot)_head\.|head\.(mlp|last_layer)\.)": "the head of self-supervised training",
     r"(^|\.)n_averaged$": "the number of steps that were averaged",
@@ -23,10 +23,10 @@ class Head(NamedTuple):
 
 
 def find_body(arrays: Arrays) -> tuple[Arrays, str, Arrays]:
-    """The tensors of the ViT under the keys of its layout, the prefix that was removed, and all other tensors.
+    """Find the tensors of the ViT under the keys of its layout, the prefix that was removed, and all other tensors.
 
-    The kernel of the patch embedding, which every layout has under a name of its own, shows the prefix. Raises
-    InputError if there are several.
+    The kernel of the patch embedding, which has its own name in every layout, shows the prefix. Raises InputError if
+    there are several.
     """
     prefixes: dict[str, None] = {}
     for key, array in arrays.items():
@@ -42,7 +42,7 @@ def find_body(arrays: Arrays) -> tuple[Arrays, str, Arrays]:
     prefix = next(iter(prefixes))
     outer = before_tower(prefix)
     if any(key.startswith(outer) and not key.startswith(prefix) for key in arrays):
-        prefix = outer  # text towers and projections are the layout's business
+        prefix = outer  # the layout handles text towers and projections
     elif all(key.startswith(f"{prefix}trunk.") for key in arrays):
         prefix += "trunk."  # open_clip's tower around a timm model, alone
     body = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
@@ -54,15 +54,15 @@ def _is_patch_kernel(key: str) -> bool:
 
 
 def leftover(key: str) -> str | None:
-    """Why a key that no layout knows is dropped, if it is."""
+    """Return why a key that no layout knows is dropped, None if it is not."""
     return next((reason for pattern, reason in _LEFTOVERS.items() if re.search(pattern, key)), None)
 
 
 def find_head(unknown: Arrays, layout: Layout, width: int, num_classes: int | None) -> Head | None:
-    """The classifier among the keys that a layout does not know, by its shape: weight [c, width] and bias [c].
+    """Find the classifier among the keys that a layout does not know, by its shape: weight [c, width] and bias [c].
 
-    The weight may also be twice as wide (class token beside the patches' mean), and lies the other way round in Flax's
-    layouts. None if there is none. Raises InputError if there are several, and not one of `num_classes`.
+    The weight may also be twice as wide (class token beside the patches' mean), and is transposed in Flax's layouts.
+    None if there is none with `num_classes`. Raises InputError if there are several, or if they may be layers of one.
     """
     weight_name, flax = ("kernel", True) if "head/kernel" in layout.table else ("weight", False)
     heads, taken = {}, set()
@@ -88,7 +88,7 @@ def find_head(unknown: Arrays, layout: Layout, width: int, num_classes: int | No
 
 
 def outside(keys: Iterable[str], layout: Layout) -> set[str]:
-    """Those of the keys that a layout does not know, and that are in no module of the body."""
+    """Select the keys that a layout does not know, and that are in no module of the body."""
     known = {_module(key, layout) for key in keys if (found := layout.find(key)[0]) and "head" not in found[0]}
     return {key for key in keys if layout.find(key)[0] is None and _module(key, layout) not in known}
 

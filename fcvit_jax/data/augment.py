@@ -43,12 +43,12 @@ class RandomAffine:
         _check_order("augment.affine.scale", self.scale)
 
     def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """uint8 [height, width, 3] -> the same shape; bilinear."""
+        """Transform uint8 [height, width, 3] to the same shape; bilinear."""
         height, width = pixels.shape[:2]
         angle = math.radians(rng.uniform(-self.degrees, self.degrees))
         down, across = rng.uniform(-self.shift, self.shift, 2) * (height, width)
         shrink = 1 / rng.uniform(*self.scale)
-        # PIL takes the inverse map, from a pixel of the result to its source.
+        # PIL requires the inverse map, from a pixel of the result to its source.
         cos, sin = math.cos(angle) * shrink, math.sin(angle) * shrink
         x, y = width / 2, height / 2  # PIL takes pixel i from i + 0.5
         matrix = (
@@ -101,7 +101,7 @@ class Augment:
             image = Image.fromarray(preprocess(image))
         elif self.crop == "resize_crop":
             image = image.resize((width, height), resample, _covering_box(image.size, preprocess, rng))
-        else:  # cut before resizing, so that the filter sees nothing of what is outside
+        else:  # cropped before resizing, so that the filter sees nothing outside the box
             box = random_box(image.size, self.scale, self.ratio, rng) or _center_box(image.size, self.ratio)
             image = image.crop(box).resize((width, height), resample)
         if self.flip and rng.random() < self.flip:
@@ -142,7 +142,7 @@ def random_box(
 
 
 def _center_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int, int, int, int]:
-    """The largest central box whose width over height is within `ratio`: torchvision's fallback."""
+    """Find the largest central box whose width over height is within `ratio`: torchvision's fallback."""
     width, height = size
     w = min(width, max(1, round(height * ratio[1])))
     h = min(height, max(1, round(width / ratio[0])))
@@ -151,9 +151,9 @@ def _center_box(size: tuple[int, int], ratio: tuple[float, float]) -> tuple[int,
 
 
 def _covering_box(size: tuple[int, int], preprocess: Preprocess, rng: np.random.Generator) -> Box:
-    """A random crop of the image resized to cover `preprocess.resize_size`, in pixels of the image before resizing."""
+    """Draw a crop of the image resized to cover `preprocess.resize_size`, in pixels of the image before resizing."""
     (width, height), (to_height, to_width) = size, preprocess.image_size
-    # A crop_pct above 1 means a border: training has none.
+    # A crop_pct above 1 means a border, which training does not have.
     covered_height, covered_width = map(max, preprocess.resize_size, preprocess.image_size)
     shrink = min(width / covered_width, height / covered_height)
     w, h = min(width, to_width * shrink), min(height, to_height * shrink)
@@ -207,7 +207,7 @@ class RandAugment:
         resample: Image.Resampling = Image.Resampling.BICUBIC,
         fill: tuple[int, ...] = (128, 128, 128),
     ) -> Image.Image:
-        """RGB -> RGB of the same size; `fill` colours pixels from outside the image."""
+        """Transform RGB to RGB of the same size; `fill` colours pixels from outside the image."""
         if resample == Image.Resampling.LANCZOS:  # for resizing only
             resample = Image.Resampling.BICUBIC
         operations = list(rand_operations(self.increasing).values())
@@ -221,16 +221,16 @@ class RandAugment:
         return image
 
 
-# The arguments: an RGB image, the magnitude / 10 with a sign, PIL's `resample` and `fillcolor`.
+# Arguments: an RGB image, the magnitude / 10 with a sign, PIL's `resample` and `fillcolor`.
 Operation = Callable[[Image.Image, float, dict[str, Any]], Image.Image]
 
 
 @functools.cache
 def rand_operations(increasing: bool) -> dict[str, Operation]:
-    """RandAugment's operations by timm's names, without the suffix `Increasing` and without Cutout."""
+    """Make RandAugment's operations by timm's names, without the suffix `Increasing` and without Cutout."""
 
     def warp(matrix: Callable[[Image.Image, float], tuple[float, ...]]) -> Operation:
-        """matrix: the affine map, of image and level, from a pixel of the result to its source."""
+        """Make an affine operation. matrix: the map, by image and level, from a pixel of the result to its source."""
         affine = Image.Transform.AFFINE
         return lambda image, level, look: image.transform(image.size, affine, matrix(image, level), **look)
 

@@ -27,15 +27,15 @@ MOST_A_TASK = 16  # images per task of a thread: one task per image costs a tent
 
 
 class BadImage(InputError):
-    """An image that cannot be read or decoded, and is not to be skipped."""
+    """An image that cannot be read or decoded, and must not be skipped."""
 
 
 class Batch(NamedTuple):
-    """`b` rows of this process; where `mask` is False the row is padding: zeros, and an empty name.
+    """`b` rows of this process. A row whose `mask` is False is padding: zeros, and an empty name.
 
     An image without any label is masked too, but keeps its pixels and name. Rows of several labels are filled up with
-    -1. `skipped`: one message per bad image, whose row is padding. `oddities`: kinds of `preprocess.ODDITIES`, an entry
-    for each image that is of one.
+    -1. `skipped`: one message per bad image, whose row is padding. `oddities`: kinds of `preprocess.ODDITIES`, one
+    entry per odd image.
     """
 
     images: np.ndarray | jax.Array  # uint8 [b, height, width, 3]
@@ -66,7 +66,7 @@ def eval_batches(
     Args:
       batch_size: rows over all processes.
       start: the first batch to yield; past the last one, nothing is yielded.
-      limit: use only the first so many records.
+      limit: use only the first `limit` records.
       workers: decoding threads, by default one per core; use more if images arrive slowly over a network.
       on_bad: for an image that cannot be read or decoded, `stop` raises BadImage in place of the batch; `skip` leaves
         its row as padding and reports it in `Batch.skipped`.
@@ -100,7 +100,7 @@ def train_batches(
 ) -> Generator[Batch, None, None]:
     """Yield the batches of the given steps: a new permutation each epoch, whose incomplete last batch is dropped.
 
-    Batch k depends on k and the seed alone, so that a run can be resumed on another number of processes, each of which
+    Batch k depends on k and the seed alone, so that a run can be resumed on another number of processes. Each process
     yields its share of the rows. An image's augmentation depends on the seed, its epoch and its index.
 
     Args:
@@ -139,7 +139,7 @@ def batches_an_epoch(source: Source, batch_size: int) -> int:
 
 
 def _rows(batch_size: int, process_count: int, workers: int | None, on_bad: str) -> int:
-    """Rows of one process. Raises InputError if an argument is out of range."""
+    """Count the rows of one process. Raises InputError if an argument is out of range."""
     if on_bad not in ("stop", "skip"):
         raise InputError(f"on_bad: {on_bad!r} is neither stop nor skip")
     if batch_size < 1 or batch_size % process_count:
@@ -210,7 +210,7 @@ def _decode_ahead(
                 yield assemble(*pending.popleft())
         while pending:
             yield assemble(*pending.popleft())
-    finally:  # also when the caller breaks off: no thread outlives the loop
+    finally:  # even if the caller breaks off: no thread outlives the loop
         pool.shutdown(cancel_futures=True)
 
 

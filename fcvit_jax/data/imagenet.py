@@ -39,7 +39,7 @@ IMAGENET_R = (
 
 @functools.cache
 def synsets() -> tuple[str, ...]:
-    """The 1,000 WordNet ids, `n01440764` to `n15075141`, sorted: output i of a model means the i-th.
+    """Return the 1,000 WordNet ids, `n01440764` to `n15075141`, sorted: output i of a model means the i-th.
 
     Read from the list that TensorFlow Datasets carries, without importing it. Raises InputError if it is missing.
     """

@@ -24,8 +24,8 @@ class UnknownOrder(InputError):
 def match_head(source: Source, num_classes: int, class_names: ClassNames | None, where: str) -> Source:
     """Return the source with labels that index the head's outputs, and with the head's class names.
 
-    * Classes with the head's names are matched by name. Names of which the source has no image must be among its
-      empty folders.
+    * Classes with the head's names are matched by name. Names without an image in the source must be among its empty
+      folders.
     * An ImageNet head (1000 outputs without names, named by synsets or in words) takes classes named by synsets: all
       1,000 in any order, or some of them; then predictions are made among those alone (`scored`), as in ImageNet-A and
       ImageNet-R. Classes named `0` to `999` are in the head's order (ImageNet-V2).
@@ -69,7 +69,7 @@ def match_head(source: Source, num_classes: int, class_names: ClassNames | None,
 
 
 def class_order(source: Source, order: str) -> tuple[str, ...]:
-    """The classes of a source in one of `ORDERS`. Raises InputError for `numeric` if the names are no numbers."""
+    """Sort the classes of a source in one of `ORDERS`. Raises InputError for `numeric` if names are not numbers."""
     orders = _orders(source)
     if order not in orders:
         text = next(name for name in source.class_names if not _NUMBER.fullmatch(name))
@@ -81,7 +81,7 @@ def class_order(source: Source, order: str) -> tuple[str, ...]:
 
 
 def read_class_names(asked: str | Path | Sequence[str], num_classes: int) -> ClassNames:
-    """The names that a user states: a sequence of them, a text file with one a line, or one of `ORDERS`.
+    """Read the names that a user states: a sequence of them, a text file with one a line, or one of `ORDERS`.
 
     Raises InputError if there is not one for each class.
     """
@@ -142,7 +142,7 @@ def _in_imagenets_order(class_names: Sequence[str] | None) -> bool:
 
 
 def _relabelled(source: Source, table: list[int], class_names: Sequence[str], scored: list[int] | None) -> Source:
-    """Replace label i by `table[i]`. scored: the new labels among which is predicted, unless the source has its own."""
+    """Replace label i by `table[i]`. scored: the new labels to predict among, unless the source has its own."""
 
     def read(index: int) -> Record:
         record = source.read(index)
@@ -156,7 +156,7 @@ def _relabelled(source: Source, table: list[int], class_names: Sequence[str], sc
 
 
 def label_by_name(source: Source, class_names: Sequence[str], where: str) -> Source:
-    """Label classes by the outputs of their names. Raises InputError that names those of one side alone."""
+    """Label classes by the outputs of their names. Raises InputError that names classes of only one side."""
     if tuple(class_names) == source.class_names:
         return source
     if differing := class_differences(source, class_names):
@@ -172,7 +172,7 @@ def label_by_name(source: Source, class_names: Sequence[str], where: str) -> Sou
 
 
 def class_differences(source: Source, class_names: Sequence[str]) -> str:
-    """Which classes a data set or a head has alone, in words; empty if each class has one output."""
+    """Describe the classes that only a data set or only a head has; empty if each class has one output."""
     there, count = {*source.class_names, *source.empty}, Counter(class_names)
     sides = {
         "only the data set has": [name for name in source.class_names if not count[name]],
@@ -186,7 +186,7 @@ _NUMBER = re.compile(r"[+-]?\d+(\.\d+)?")
 
 
 def _orders(source: Source) -> dict[str, tuple[str, ...]]:
-    """The classes of a source in each of `ORDERS`; numeric only if all are numbers."""
+    """Sort the classes of a source in each of `ORDERS`; numeric only if all are numbers."""
 
     def natural(name: str) -> list[int | str]:  # timm's natural_key
         return [int(part) if place % 2 else part for place, part in enumerate(re.split(r"(\d+)", name.lower()))]
@@ -199,7 +199,7 @@ def _orders(source: Source) -> dict[str, tuple[str, ...]]:
 
 
 def _in_assumed_order(source: Source, where: str) -> Source:
-    """A source with as many classes as a head without names has outputs. Raises `UnknownOrder` if orders differ."""
+    """Match a source to a head without names and with as many outputs. Raises `UnknownOrder` if orders differ."""
     orders, count = _orders(source), len(source.class_names)
     several = len(set(orders.values())) > 1
     if not several and count != imagenet.NUM_CLASSES:

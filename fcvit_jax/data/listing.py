@@ -24,9 +24,9 @@ _WANTED = (
 )
 Image.init()  # without AVIF or JPEG 2000, Pillow has no decoder for them
 EXTENSIONS = tuple(each for each in _WANTED if Image.registered_extensions().get(each) in Image.OPEN)
-# What systems and NAS devices leave behind: copies and thumbnails of images, which belong to no class.
+# Folders of operating systems and NAS devices: copies and thumbnails of images, which belong to no class.
 JUNK = frozenset(("__MACOSX", "@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"))
-BESIDE = "beside the class folders"  # what an image is that is in none of them
+BESIDE = "beside the class folders"  # for images in none of them
 _SUFFIXES = frozenset(EXTENSIONS)
 INDEXED_FROM = 10_000  # images: fewer are listed in less than a second
 _VERSION = 1
@@ -36,7 +36,7 @@ class Names(Sequence[str]):
     """Many names in one string of bytes: 8 bytes each beside their own, instead of 60."""
 
     def __init__(self, joined: bytes):
-        """joined: the names as the file system has them, a NUL after each."""
+        """Take the names in the bytes of the file system, joined with a NUL after each."""
         self.joined = joined
         self._ends = np.flatnonzero(np.frombuffer(joined, np.uint8) == 0)
 
@@ -60,9 +60,9 @@ class Listing:
     """The images in class folders, at any depth.
 
     names: paths below the folder with forward slashes, class by class, sorted by name inside each. counts: images of
-    each class folder, in the order of `names`: numerically if all are integers, else by name. empty: folders without
-    images. left_out: how many files by suffix, and how many folders of `JUNK`. not_followed: links that lead to a
-    folder above, or to one that is listed already.
+    each class folder, in the order of `names`: numerically if all are integers, otherwise by name. empty: folders
+    without images. left_out: how many files by suffix, and how many folders of `JUNK`. not_followed: links to a folder
+    above, or to one that is listed already.
     """
 
     names: Names
@@ -102,13 +102,13 @@ def list_images(root: Path) -> Listing:
 
 
 def list_below(root: Path) -> Listing:
-    """List the images of a folder at any depth, those beside its folders too, as one class without a name."""
+    """List the images of a folder at any depth, even beside its folders, as one class without a name."""
     scan = _Scan(os.path.realpath(root))
     return scan.one_class()
 
 
 class _Scan:
-    """One pass over a folder: real folders first, then what links lead to, so that every folder is listed once.
+    """One pass over a folder: real folders first, then the targets of links, so that every folder is listed once.
 
     Only a link beside the class folders may lead to a folder that is listed already, as a class of another name.
     """
@@ -160,7 +160,7 @@ class _Scan:
         return Listing(names, counts, empty, dict(self.left_out), tuple(self.not_followed))
 
     def _walk(self, name: str, place: str, real: str, once: bool = True) -> list[str]:
-        """The images in a folder and its real folders, with `once` unless they are listed already.
+        """List the images in a folder and its real folders, with `once` unless they are listed already.
 
         real: the folder's real path.
         """
@@ -177,7 +177,7 @@ class _Scan:
         return found
 
     def _list(self, name: str, prefix: str) -> tuple[list[str], list[str]]:
-        """The images and the real folders in a folder, with the prefix; links to folders go to `_links`."""
+        """List the images and the real folders in a folder, with the prefix; put links to folders into `_links`."""
         images, folders, path = [], [], f"{self.root}/{prefix}"
         try:
             self.stamps[prefix] = _stamp(path)
@@ -211,7 +211,7 @@ def _some(names: Sequence[str], most: int = 5) -> str:
 
 
 def _stamp(path: str) -> tuple[int, int]:
-    """Return what changes with the entries of a folder: its time of modification, and its inode."""
+    """Return the values that change with the entries of a folder: its time of modification, and its inode."""
     status = os.stat(path)
     return status.st_mtime_ns, status.st_ino
 
@@ -222,7 +222,7 @@ def _cache() -> Path:
 
 
 def _read_index(index: Path, root: str) -> Listing | None:
-    """The listing that an index holds; None if it is missing, damaged or older than a change to any folder."""
+    """Read the listing in an index; None if it is missing, damaged or older than a change to any folder."""
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile):
         with index.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
             facts: Any = json.loads(arrays["facts"].tobytes())

@@ -32,7 +32,7 @@ IMAGES_PER_FILE, MOST_FILES = 1000, 256  # readers keep all files open: beyond t
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     parser = OneLineParser(prog="python -m fcvit_jax.data.prepare", description=__doc__)
     parser.add_argument("folder", metavar="FOLDER", help="holds one folder per class, images inside it at any depth")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for data sets; created if it does not exist")
@@ -74,7 +74,7 @@ def prepare(source: Source, out: Path, name: str, split: str, progress: bool = F
 
 
 def _check_target(target: Path, source: Source, split: str) -> Source:
-    """Check that the split may be added, before any long work; the source with the labels of an existing data set.
+    """Check that the split may be added, before any long work; return the source with an existing data set's labels.
 
     Raises InputError if it has other classes, or has the split.
     """
@@ -99,7 +99,7 @@ def _check_target(target: Path, source: Source, split: str) -> Source:
 
 
 def _class_names(source: Source) -> tuple[str, ...]:
-    """As they are written: TFDS takes UTF-8 alone."""
+    """Return the class names as they are written: TFDS takes UTF-8 alone."""
     return tuple(map(printable, source.class_names))
 
 
@@ -124,7 +124,7 @@ def _write(directory: Path, source: Source, name: str, split: str, progress: boo
     label = tfds.features.ClassLabel(names=_class_names(source))
     features = {"image": tfds.features.Image(), "label": label, "file_name": tfds.features.Text()}
     directory.mkdir(parents=True)
-    # Not one of TFDS's builders: they shuffle, for which they need TensorFlow beyond a gigabyte.
+    # Not one of TFDS's builders: they shuffle, and need TensorFlow for that beyond a gigabyte.
     identity = DatasetIdentity(name=name, version=tfds.core.Version(VERSION), data_dir=str(directory), module_name="")
     writer = SequentialWriter(
         tfds.core.DatasetInfo(builder=identity, features=tfds.features.FeaturesDict(features), disable_shuffling=True),

@@ -62,7 +62,7 @@ def open_prepared(spec: str, rest: str) -> Source:
             raise InputError(f"{spec}: {file_name} has {labels.size} labels; at most {most_labels} are expected")
         return Record(image, tuple(map(int, labels)) if several else int(labels[0]), file_name)
 
-    # TFDS names all 1,000 classes in these; prepared from their folders, they name their own 200.
+    # TFDS names all 1,000 classes in these; if prepared from their folders, they name only their own 200.
     variants = {"imagenet_a": imagenet.IMAGENET_A, "imagenet_r": imagenet.IMAGENET_R}
     scored = variants.get(builder.info.name) if len(class_names) == imagenet.NUM_CLASSES else None
     ordered = builder.info.disable_shuffling  # our own command keeps a folder's order; TFDS shuffles
@@ -76,7 +76,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _records(spec: str, builder: Any, split: str, directory: Path) -> TFRecords | Sequence[bytes]:
-    """The serialised examples of a split, from ArrayRecord if the data set has both formats. Raises InputError."""
+    """Open the serialised examples of a split, in ArrayRecord if the data set has both formats. Raises InputError."""
     from tensorflow_datasets.core.decode import DeserializeMethod
 
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
@@ -109,7 +109,7 @@ def _allow_open_files(count: int) -> None:
 
 
 def _prepared_directory(spec: str, name: str, data_dir: Path) -> Path:
-    """The folder of the data set's version, the newest unless `name` ends in `:version`. Raises InputError."""
+    """Find the folder of the data set's version, the newest unless `name` ends in `:version`. Raises InputError."""
     path, _, version = name.partition(":")
     root = data_dir / path
     found = {folder.parent.name: folder.parent for folder in root.glob("*/features.json")}
@@ -140,7 +140,7 @@ def _prepared_directory(spec: str, name: str, data_dir: Path) -> Path:
 
 
 def _feature(spec: str, features: Mapping[str, Any], kind: type, name: str) -> str:
-    """The feature called `name`, or the only one of that kind. Raises InputError if there are none or several."""
+    """Find the feature called `name`, or the only one of that kind. Raises InputError for none or several."""
     candidates = [key for key, feature in features.items() if isinstance(feature, kind)]
     if name in candidates:
         return name

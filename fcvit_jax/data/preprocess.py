@@ -40,7 +40,7 @@ _TURNS = {
 MAX_RESIZED_PIXELS = 2**26  # a strip one pixel wide would otherwise take all memory
 CROP_MODES = ("center", "squash", "border")
 OVERRIDES = ("crop_pct", "crop_mode", "interpolation", "mean", "std", "exif_transpose")
-# What `decode` notes in an image's `info["oddities"]`: a kind, and the warning for a number of images.
+# Kinds that `decode` notes in an image's `info["oddities"]` -> the warning for a number of images.
 ODDITIES = {
     "sixteen_bit": "{} of 16 bits a pixel scaled to 8 bits",
     "turned": "{} with an EXIF orientation read unturned, as timm does (preprocess field exif_transpose turns them)",
@@ -82,13 +82,13 @@ class Preprocess:
 
     @property
     def resize_size(self) -> tuple[int, int]:
-        """(height, width) the crop is taken from: `floor(image_size / crop_pct)`."""
+        """(height, width) from which the crop is taken: `floor(image_size / crop_pct)`."""
         height, width = self.image_size
         return max(1, math.floor(height / self.crop_pct)), max(1, math.floor(width / self.crop_pct))
 
     @property
     def oddities(self) -> dict[str, str]:
-        """Those of `ODDITIES` that a reader should know of with this preprocessing."""
+        """The kinds of `ODDITIES` that matter with this preprocessing."""
         return {kind: text for kind, text in ODDITIES.items() if kind != "turned" or not self.exif_transpose}
 
     def __call__(self, image: Image.Image) -> np.ndarray:
@@ -106,7 +106,7 @@ class Preprocess:
         return np.asarray(cropped)
 
     def upright(self, image: Image.Image) -> Image.Image:
-        """The image in RGB, turned as its EXIF orientation says if `exif_transpose` is on."""
+        """Convert the image to RGB, and turn it by its EXIF orientation if `exif_transpose` is on."""
         turn = _TURNS.get(_orientation(image)) if self.exif_transpose else None
         image = to_rgb(image)
         if turn is not None:
@@ -115,7 +115,7 @@ class Preprocess:
         return image
 
     def _resized(self, width: int, height: int) -> tuple[int, int]:
-        """(width, height) of the resized image. The long side is floored or rounded exactly as in timm."""
+        """Compute (width, height) of the resized image. The long side is floored or rounded exactly as in timm."""
         to_height, to_width = self.resize_size
         if self.crop_mode == "squash":
             return to_width, to_height
@@ -142,7 +142,7 @@ class Preprocess:
         return f"{self.interpolation} {'->'.join(sizes)} {self.crop_mode}, mean {mean} std {std}{turned}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all fields as JSON has them: tuples are lists. `exif_transpose` is left out where it is off."""
+        """Return all fields for JSON, with tuples as lists. `exif_transpose` is left out if it is off."""
         fields = dataclasses.asdict(self)
         if not self.exif_transpose:  # earlier versions do not know it
             del fields["exif_transpose"]
@@ -150,7 +150,7 @@ class Preprocess:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> "Preprocess":
-        """Inverse of `to_dict`. Raises InputError naming the fields that are unknown, missing or out of range."""
+        """Invert `to_dict`. Raises InputError that names fields that are unknown, missing or out of range."""
         known = {field.name for field in dataclasses.fields(cls)}
         if odd := sorted(known ^ {"exif_transpose", *fields}):
             raise InputError(f"preprocess: unknown or missing fields {', '.join(odd)}")
@@ -198,8 +198,8 @@ def preset(text: str, image_size: tuple[int, int]) -> Preprocess:
 def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
     """Decode a file's bytes, or pixels `[h, w, 3]` or `[h, w]`, to an RGB image; from any thread.
 
-    The image is not turned, but keeps its EXIF orientation; `info["oddities"]` names the kinds of `ODDITIES` that it is
-    of. Raises InputError, naming the image, if it cannot be decoded completely, or `to_rgb` refuses its values.
+    The image is not turned, but keeps its EXIF orientation; `info["oddities"]` lists its kinds of `ODDITIES`. Raises
+    InputError, naming the image, if it cannot be decoded completely, or `to_rgb` refuses its values.
     """
     try:
         if isinstance(data, np.ndarray):
@@ -208,7 +208,7 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
         with _WARNING_FILTERS, warnings.catch_warnings():
             warnings.filterwarnings("ignore", module=r"PIL\b")
             image = Image.open(io.BytesIO(data))
-            if image.format == "TIFF":  # parses tags, and warns of them, on loading too
+            if image.format == "TIFF":  # PIL parses its tags on loading too, and warns
                 image.load()
         image.load()
         orientation = _orientation(image)
@@ -227,9 +227,9 @@ def decode(data: bytes | np.ndarray, name: str) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert to RGB as PIL does, but take the high byte of 16-bit grey, which PIL clips, as it does of 16-bit colour.
+    """Convert to RGB as PIL does, but take the high byte of 16-bit grey, as of 16-bit colour; PIL would clip it.
 
-    Raises InputError for 32-bit integers and floating-point numbers, of which none is known to be white.
+    Raises InputError for 32-bit integers and floating-point numbers, where no value is known to be white.
     """
     if image.mode == "RGB":
         return image
@@ -249,7 +249,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    """How an image's EXIF or XMP data say that it is turned: 1 (not at all) to 8. PIL itself turns TIFF files."""
+    """Read from EXIF or XMP data how an image is turned: 1 (not at all) to 8. PIL itself turns TIFF files."""
     if "orientation" in image.info or not image.info.keys() & _TELL_ORIENTATION:
         return image.info.get("orientation", 1)
     with contextlib.suppress(Exception), _WARNING_FILTERS, warnings.catch_warnings():  # damaged data raise anything
@@ -264,5 +264,5 @@ def _offset(length: int, to: int) -> int:
 
 
 def _short(values: tuple[float, ...]) -> str:
-    """`(0.5, 0.5, 0.5)` -> `".5"`; three values that differ are joined by slashes."""
+    """Shorten `(0.5, 0.5, 0.5)` to `".5"`; join three values that differ by slashes."""
     return "/".join(f"{x:.4g}".removeprefix("0") or "0" for x in (values if len({*values}) > 1 else values[:1]))

@@ -24,8 +24,7 @@ class Source:
     """`size` records in a fixed order. Several threads may call `source[i]` at once.
 
     scored: the classes among which a prediction is made, such as the 200 of ImageNet-A; None: all.
-    empty: names of classes of which there is no record, beside `class_names`. remarks: what a reader should know, one
-    line each.
+    empty: names of classes without a record, beside `class_names`. remarks: notes for the user, one line each.
     """
 
     spec: str  # the text it was opened with
@@ -34,7 +33,7 @@ class Source:
     read: Callable[[int], Record] = dataclasses.field(repr=False)
     scored: tuple[int, ...] | None = None
     labels_per_image: int = 1  # the most that any image has; above 1, labels are tuples
-    ordered: bool = False  # by class: the first records are no random sample
+    ordered: bool = False  # by class: the first records are not a random sample
     empty: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
@@ -48,7 +47,7 @@ class Source:
 
 
 def sample(source: Source, limit: int | None) -> Source:
-    """Take `limit` records: the first, or of a source that is ordered by class as many evenly spread over all."""
+    """Take `limit` records: the first, or if a source is ordered by class, evenly spread ones."""
     size = len(source)
     if limit is None or limit >= size:
         return source

@@ -22,7 +22,7 @@ def open_source(spec: str) -> Source:
     """Open a data set by its spec.
 
     * `folder:PATH`: one folder per class, images inside it at any depth. Classes are sorted by name, or numerically if
-      all are integers. A folder without images is no class; hidden files are ignored; each file counts once.
+      all are integers. A folder without images is not a class; hidden files are ignored; each file counts once.
     * `digits:train`, `digits:test`: scikit-learn's hand-written digits, 8x8 pixels: 1,437, and 360, 36 of each class.
     * `tfds:NAME/SPLIT[@DATA_DIR]`: a data set that TensorFlow Datasets has prepared, as ArrayRecord or TFRecord. NAME
       may be `name/config` and end in `:version`; SPLIT may be a slice such as `test[:50%]`. Nothing is downloaded.
@@ -110,7 +110,7 @@ def read_record(root: Path, name: str, label: int) -> Record:
 def _open_digits(spec: str, split: str) -> Source:
     if split not in ("train", "test"):
         raise InputError(f"{spec}: no split {split!r}; there are digits:train and digits:test")
-    # The file of sklearn.datasets.load_digits, without an import of scikit-learn, which takes one to two seconds.
+    # The file of sklearn.datasets.load_digits, without importing scikit-learn, which takes one to two seconds.
     package: Any = importlib.util.find_spec("sklearn")
     rows = np.loadtxt(Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz", np.int64, delimiter=",")
     grey, labels = np.round(rows[:, :64].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8), rows[:, 64]  # 0 to 16

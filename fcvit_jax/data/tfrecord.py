@@ -21,8 +21,8 @@ _HEADER, _FOOTER = 12, 4  # bytes around a record's own
 class TFRecords:
     """The records of several files, or of parts of them, as one sequence; several threads may read it at once.
 
-    A file is indexed when its first record is read, by 8 bytes per record. Raises InputError, naming the file, if it is
-    damaged or holds an unexpected number of records.
+    A file is indexed when its first record is read, with 8 bytes per record. Raises InputError, naming the file, if it
+    is damaged or holds an unexpected number of records.
 
     parts: TFDS's file instructions: `filename`, `skip`, `take` and `examples_in_shard`.
     """
@@ -47,7 +47,7 @@ class TFRecords:
 
 
 def record_starts(path: str | os.PathLike, count: int) -> np.ndarray:
-    """int64 [count + 1]: the byte at which each record's header starts, then the file's size.
+    """Find the byte at which each record's header starts, then the file's size: int64 [count + 1].
 
     Raises InputError if the file is not exactly `count` records long.
     """

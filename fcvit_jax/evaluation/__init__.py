@@ -61,28 +61,28 @@ def evaluate(
     Every process of a run calls this; the first gets the rows, the others an empty list. Everything that can be checked
     is checked before the first compilation.
 
-    Of a checkpoint without a head, features are compared with the dense model's instead: the cosine, and the length of
-    the difference over the dense one's, of its output and of the patches' features. With `neighbours`, images are
-    classified by the nearest of these too.
+    Without a head, the checkpoint's features are compared with the dense model's instead, for its output and for the
+    patches: the cosine, and the length of the difference over the dense length. With `neighbours`, images are also
+    classified by the nearest of these.
 
     Args:
       checkpoint: a checkpoint directory, a `train_sam.py` working directory, `packaged:NAME`, or a loaded checkpoint.
       dataset: a data set's spec, as `open_source` takes it, or a source.
       schedules: names or explicit forms separated by commas (ranges such as `tome:0-16` too), a sequence of names or
-        `MergeSchedule`s, or a mapping from names of your own. A `?` after a name leaves it out where it does not fit
-        the model. Rows are compared with the schedule named `dense`.
-      workdir: write all files of `evaluate.py` there; an interrupted evaluation resumes after its last finished batch
-        when it is called again with the same arguments. None: write nothing.
+        `MergeSchedule`s, or a mapping from names of your own. A `?` after a name leaves it out if it does not fit the
+        model. Rows are compared with the schedule named `dense`.
+      workdir: write all files of `evaluate.py` there. Call again with the same arguments to resume an interrupted
+        evaluation after its last finished batch. None: write nothing.
       batch_size: images, over all devices.
       dtype: of the computation: float32, tf32 or bfloat16.
-      limit: evaluate so many images: the first, or of a folder, which is sorted by class, evenly spread ones.
+      limit: evaluate this many images: the first, or evenly spread ones of a folder, which is sorted by class.
       real_labels: ReaL's real.json: its labels replace those of ImageNet's validation images.
       save_logits: write logits_<schedule>.npz.
-      gallery: draw what the first images are merged to, under each schedule.
+      gallery: draw the merged regions of this many images under each schedule.
       throughput_blocks: timed blocks a schedule; 0 leaves images/s out.
-      workers: decoding threads; by default as many as cores.
+      workers: decoding threads; by default one per core.
       rules: merge rules, `tome,evit(fuse=true)`: every schedule that merges and names no rule runs under each of them.
-      on_bad: for an image that cannot be read, `stop`, or `skip` it and count it in `images_skipped`. May be changed
+      on_bad: for an image that cannot be read: `stop`, or `skip` it and count it in `images_skipped`. It may change
         when an interrupted evaluation is resumed.
       class_names: of the head, instead of the checkpoint's: a text file with one a line, a sequence, or, if the head
         has the data set's classes, in which order: "timm", "imagefolder" (torchvision's), "numeric" or "dataset".
@@ -124,7 +124,7 @@ def evaluate(
         print(f"warning: {line}")
     rows = result_rows(inputs, outcomes, steps, rates, times)
     if folder:
-        from fcvit_jax.evaluation.report import write_report  # a command too, which must not be imported before it runs
+        from fcvit_jax.evaluation.report import write_report  # a command too: not imported before it runs
 
         save_outcomes(folder / "outcomes.npz", list(inputs.schedules), outcomes)
         if inputs.judged:
@@ -142,7 +142,7 @@ def _collect_neighbours(
     times: Times,
     stack: contextlib.ExitStack,
 ) -> dict[str, Features]:
-    """The features of the neighbours under each schedule; their files last as long as the stack, or the run."""
+    """Compute the features of the neighbours under each schedule; their files last as long as the stack, or the run."""
     folder = workdir / NEIGHBOURS if workdir else Path(stack.enter_context(tempfile.TemporaryDirectory()))
     assert inputs.neighbours
     return collect_features(replace(inputs, source=inputs.neighbours), steps, folder, times)
@@ -155,7 +155,7 @@ def _classify_all(
     times: Times,
     galleries: Mapping[str, Features] | None = None,
 ) -> Outcomes | None:
-    """The pass over the data; returns the outcomes of all images, None to any process but the first.
+    """Pass over the data; return the outcomes of all images, None in any process but the first.
 
     galleries: features by schedule, among which to look for neighbours.
     """
@@ -192,7 +192,7 @@ def _classify_all(
 def _find_neighbours(
     inputs: EvaluationInputs, galleries: Mapping[str, Features], journal: Journal, outcomes: Outcomes | None
 ) -> Outcomes | None:
-    """Classify the images by their neighbours. Every process has some of these, and the first one the images."""
+    """Classify the images by their neighbours. Every process has some neighbours, and the first one the images."""
     mesh, classes = inputs.step_config.mesh, len(inputs.source.class_names)
     count = int(multihost_utils.broadcast_one_to_all(np.int32(len(outcomes.names) if outcomes else 0)))
     width = inputs.checkpoint.config.output_dim
@@ -209,7 +209,7 @@ def _find_neighbours(
 
 
 def _measure_speed(inputs: EvaluationInputs, steps: Mapping[str, CompiledStep], times: Times) -> dict[str, Rate]:
-    """Images/s on the first batch; {} if that is not wanted."""
+    """Measure images/s on the first batch; {} if it is turned off."""
     if not inputs.config.throughput_blocks:
         return {}
     with inputs.batches(limit=min(inputs.config.batch_size, inputs.num_records)) as batches:
@@ -219,7 +219,7 @@ def _measure_speed(inputs: EvaluationInputs, steps: Mapping[str, CompiledStep], 
 
 
 def _draw(inputs: EvaluationInputs, folder: Path) -> None:
-    """The gallery: what the first images are merged to."""
+    """Draw the gallery: the merged regions of the first images."""
     from fcvit_jax.evaluation.visualize import draw_gallery, first_images  # a command too
 
     checkpoint = inputs.checkpoint
@@ -227,6 +227,6 @@ def _draw(inputs: EvaluationInputs, folder: Path) -> None:
     places = np.linspace(0, len(merged) - 1, PANELS).round().astype(int) if merged else ()
     shown = {merged[place]: inputs.schedules[merged[place]] for place in places}
     images, names = first_images(inputs.source, checkpoint, inputs.config.gallery, inputs.config.on_bad)
-    # On one device of this process: the others may have no part in it.
+    # On one device of this process, since other processes do not take part.
     alone = replace(checkpoint, params=jax.tree.map(np.asarray, checkpoint.params))
     draw_gallery(alone, shown, images, names, folder, columns=4)

@@ -26,8 +26,8 @@ from fcvit_jax.models.vit import ViT, unit_rows
 class Outcome(NamedTuple):
     """The outcome of each row of one batch under one schedule.
 
-    rank: int32 [b], how many of the scored classes come before the right one (the first right one, of several): 0 is
-        correct, below 5 is among the first five. -1 is a row that does not count. Equal logits rank in class order.
+    rank: int32 [b], how many of the scored classes come before the right one, or the first right one: 0 is correct,
+        below 5 is among the first five. -1 is a row that does not count. Equal logits rank in class order.
     prediction: int32 [b], the scored class that comes first.
     finite: bool [b], false if a row that counts has a logit that is not finite.
     kl: float32 [b], `divergence` from dense; None if it is not computed.
@@ -41,8 +41,8 @@ class Outcome(NamedTuple):
     distances: Any = None
 
 
-# How far features are from the dense model's: the cosine of the two and the length of their difference over the dense
-# one's, of the output, and of the patches after unmerging (the mean cosine; the length over all patches together).
+# How far features are from the dense model's: the cosine of the two, and the length of their difference over the dense
+# length; for the output, and for the patches after unmerging (mean cosine; length over all patches together).
 DISTANCES = ("cosine", "distance", "patch_cosine", "patch_distance")
 
 
@@ -82,8 +82,8 @@ def feature_step(
 ) -> tuple[Outcome, Any]:
     """Compute the features of one batch, with a model that has no head; arguments as in `eval_step`.
 
-    Returns an outcome of rank 0 for rows that count, and the features, float32 [b, d]; with `patches` in a pair with
-    the features of all patches, unmerged, [b, p, d].
+    Returns an outcome of rank 0 for rows that count, and the features, float32 [b, d]. With `patches`, these are paired
+    with the features of all patches, unmerged, [b, p, d].
     """
     found: Any = model.apply({"params": params}, preprocess.normalize(images))
     features, out = found
@@ -93,7 +93,7 @@ def feature_step(
 
 
 def distances(dense: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`DISTANCES` of what `feature_step` returns with `patches`, float32 [b, 4]."""
+    """Compute `DISTANCES` from the pairs that `feature_step` returns with `patches`, float32 [b, 4]."""
 
     def compare(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:  # [b, rows, d]
         a, b = a.astype(jnp.float32), b.astype(jnp.float32)
@@ -105,13 +105,13 @@ def distances(dense: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Ar
 
 
 def divergence(scored: tuple[int, ...] | None, dense: jax.Array, logits: jax.Array) -> jax.Array:
-    """KL(dense || other) in nats, float32 [b], of the softmax over the scored outputs. Both logits: float32 [b, c]."""
+    """Compute KL(dense || other) in nats, float32 [b], of the softmax over scored outputs; logits: float32 [b, c]."""
     p, q = (jax.nn.log_softmax(_select(values, scored)[0]) for values in (dense, logits))
     return jnp.sum(jnp.exp(p) * (p - q), axis=1)
 
 
 def _select(logits: jax.Array, scored: tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:
-    """The logits of the scored outputs in ascending order, and the indices of these outputs."""
+    """Select the logits of the scored outputs in ascending order, and the indices of these outputs."""
     if scored is None:
         return logits, jnp.arange(logits.shape[1], dtype=jnp.int32)
     classes = jnp.asarray(sorted(scored), jnp.int32)
@@ -122,8 +122,8 @@ def _select(logits: jax.Array, scored: tuple[int, ...] | None) -> tuple[jax.Arra
 class StepConfig:
     """What steps are compiled for: batches of one size, their rows spread over the devices of the mesh.
 
-    dtype: a key of `compiling.PRECISIONS`. scored, labels_per_image: as in the `Source` of the images. patches: of a
-    model without a head, compute the features of the patches too.
+    dtype: a key of `compiling.PRECISIONS`. scored, labels_per_image: as in the `Source` of the images. patches: without
+    a head, compute the features of the patches too.
     """
 
     preprocess: Preprocess
@@ -182,7 +182,7 @@ def compile_step(model: ViT, params: Any, config: StepConfig) -> CompiledStep:
 def compile_steps(
     model: ViTConfig, schedules: Mapping[str, MergeSchedule], params: Any, config: StepConfig
 ) -> dict[str, CompiledStep]:
-    """`compile_step` for every schedule; on CPU two at a time: while XLA compiles one, another is traced."""
+    """Call `compile_step` for every schedule; on CPU two at a time: while XLA compiles one, another is traced."""
 
     def compiled(schedule: MergeSchedule) -> CompiledStep:
         return compile_step(ViT(model, schedule), params, config)
@@ -199,7 +199,7 @@ def compile_steps(
 def compile_comparison(model: ViTConfig, config: StepConfig) -> jax.stages.Compiled:
     """Compile how far a schedule is from dense: (output of dense, output) to fields of `Outcome`.
 
-    The program takes what steps return that were compiled for the same configuration: `divergence` of logits, or
+    The outputs are those of steps with the same configuration. The program computes `divergence` of logits, or
     `distances` of features, which need `patches`.
     """
 
@@ -226,13 +226,12 @@ def classify(
 ) -> Iterator[tuple[Batch, dict[str, Outcome], dict[str, jax.Array]]]:
     """Run every schedule on every batch: yields the batch, the outcomes on the host, and the logits on the device.
 
-    While one batch is computed, the one before it is handed out and the one after it is waited for: never more, or they
-    would pile up in the device's memory.
+    While one batch is computed, the previous one is handed out and the next one is waited for. More would pile up in
+    the device's memory.
 
     steps: compiled steps by schedule name, in the order they run. batches: on the device, all of the compiled shape.
-    compare: from `compile_comparison`; requires dense among the steps. Of features, those of patches are not yielded.
-    times: gets the
-    seconds that the host waits. Raises InputError if a model's logits are not finite.
+    compare: from `compile_comparison`; requires dense among the steps. Features of patches are not yielded.
+    times: gets the seconds that the host waits. Raises InputError if a model's logits are not finite.
     """
     times, waiting, computing, bad = times or Times(), iter(batches), None, None
     while True:
@@ -276,7 +275,7 @@ def _start(
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Counts over all images; the fractions divide once."""
+    """Counts over all images; fractions divide once."""
 
     correct: int
     correct5: int
@@ -284,7 +283,7 @@ class Accuracy:
 
     @classmethod
     def of(cls, rank: np.ndarray) -> "Accuracy":
-        """rank: int [n], as in `Outcome`. Raises InputError if no image counts."""
+        """Count ranks, int [n], as in `Outcome`. Raises InputError if no image counts."""
         rank = rank[rank >= 0]
         if not rank.size:
             raise InputError("no image was evaluated: the data set has none that can be read and has a label")

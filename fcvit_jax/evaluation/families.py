@@ -1,13 +1,13 @@
-"""Families of schedules: names that differ in the rate r alone share a line of a plot and a group of a table.
+"""Families of schedules: names that differ only in the rate r share a line of a plot and a group of a table.
 
-So do names that differ in the GMACs that end them, such as `diffrate_s_g2.9`, and those that a search has found for
-several budgets, `search:found:0.6` and `search:found:0.5`.
+So do names that differ in the GMACs at their end, such as `diffrate_s_g2.9`, and the schedules of a search for several
+budgets, `search:found:0.6` and `search:found:0.5`.
 """
 
 import re
 
-# A rule with its options, whose digits are no rate; the r of a stage in an explicit form; the r or the GMACs that end a
-# name.
+# A rule with its options, whose digits are not a rate; the r of a stage in an explicit form; the r or the GMACs at the
+# end of a name.
 _PARTS = re.compile(
     r"(?P<rule>@[^@,(]*(?:\((?:[^()]|\([^()]*\))*\))?)|(?P<stage>:r)(?P<r>\d+)|_r(?P<rate>\d+)(?=@|$)|_g\d+\.\d+$",
     re.ASCII,
@@ -31,7 +31,7 @@ def rate(schedule: str) -> int | None:
 
 
 def point_label(schedule: str) -> str | None:
-    """What tells a schedule from others of its family: `r=16`, or the budget of a search, `0.6`; None if unknown."""
+    """Label a schedule within its family: `r=16`, or the budget of a search, `0.6`; None if unknown."""
     if found := _SEARCHED.fullmatch(schedule):
         return found["budget"]
     return None if (r := rate(schedule)) is None else f"r={r}"

@@ -29,7 +29,7 @@ RESIDENT = 2**29  # bytes of all features, up to which the devices keep them
 class Chunk(NamedTuple):
     """Some rows of all processes, spread over the devices.
 
-    values: float32 [m, d]. labels: int32 [m], -1 for rows that do not count. held: bool [m], the rows held out.
+    values: float32 [m, d]. labels: int32 [m], -1 for rows that do not count. held: bool [m], the held-out rows.
     """
 
     values: jax.Array
@@ -48,7 +48,7 @@ class Features:
     labels: np.ndarray
 
     def all_labels(self) -> np.ndarray:
-        """The labels of all processes, [processes, n]."""
+        """Gather the labels of all processes, [processes, n]."""
         gathered = multihost_utils.process_allgather(self.labels) if jax.process_count() > 1 else self.labels
         return np.asarray(gathered).reshape(-1, len(self.labels))
 
@@ -83,7 +83,7 @@ class Chunks:
 def collect_features(
     inputs: EvaluationInputs, steps: Mapping[str, CompiledStep], folder: Path, times: Times | None = None
 ) -> dict[str, Features]:
-    """Compute the features of the images by schedule, or read those that the folder has; all processes call this.
+    """Compute the features of the images by schedule, or read them from the folder; all processes call this.
 
     steps: of a model without a head. An interrupted pass resumes after its last finished batch. Raises InputError as
     `classify` does, and if the folder cannot be written.

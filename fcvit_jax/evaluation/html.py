@@ -1,4 +1,4 @@
-"""One self-contained page of results: the trade-off to point at, the table to sort, classes, pictures, conditions.
+"""One self-contained page of results: an interactive trade-off, a sortable table, classes, pictures, conditions.
 
 `page.html`, beside this file, is its Jinja template: markup, style and script. The page includes every picture and
 plotly.js, and requests nothing from a server. plotly.js is the basic bundle, unchanged from the npm package
@@ -89,7 +89,7 @@ def _line(line: plot.Line, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _point(run: Run, row: ResultRow, runs: Sequence[Run]) -> dict[str, Any]:
-    """A row's numbers in the units of the axes, and the text that pointing at it shows: the row of the table."""
+    """Convert a row to the units of the axes, and to the text that hovering shows: the row of the table."""
     plain = "gmacs", "images_per_second", "speedup", "tokens_out", "kl", *DISTANCES
     point = {key: row.get(key) for key in plain}
     for key in ("top1", "top1_low", "top1_high", "top5", "agreement"):
@@ -102,7 +102,7 @@ def _point(run: Run, row: ResultRow, runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _published_lines(runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
-    """Thin lines of the published curves, in the colours of ours; the legend has one line per source."""
+    """Make thin lines of the published curves, in the colours of ours; the legend has one line per source."""
     colours = {line.family: line.colour for line in plot.lines(runs)}
     for label, curves in plot.published_curves(runs).items():
         for index, curve in enumerate(curves):
@@ -125,7 +125,7 @@ def _published_lines(runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
 
 
 def _classes(run: Run, runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
-    """The counts per class of a run that has dense among its schedules: losses are counted against dense."""
+    """List the counts per class of a run with dense among its schedules; losses are against dense."""
     if run.per_class and "dense" in run.per_class["correct"]:
         correct = dict(run.per_class["correct"])
         yield {
@@ -137,7 +137,7 @@ def _classes(run: Run, runs: Sequence[Run]) -> Iterable[dict[str, Any]]:
 
 
 def _conditions(runs: Sequence[Run]) -> Iterable[tuple[str, list[str]]]:
-    """The conditions of measurement: all fields of the rows but the measured, with the text for each run."""
+    """List the conditions: all fields of the rows except the measured ones, with the text for each run."""
     measured = {"schedule", "stages", "remarks", *MEASURED}
     for field in dict.fromkeys(key for run in runs for row in run.rows for key in row if key not in measured):
         texts = ["; ".join(dict.fromkeys(_in_words(row.get(field)) for row in run.rows)) for run in runs]
@@ -145,7 +145,7 @@ def _conditions(runs: Sequence[Run]) -> Iterable[tuple[str, list[str]]]:
 
 
 def _in_words(value: object) -> str:
-    """A JSON value in words."""
+    """Put a JSON value into words."""
     if isinstance(value, dict):
         return ", ".join(f"{key} {_in_words(inner)}" for key, inner in value.items())
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""What an evaluation reads: checkpoint, labelled images and merge schedules, opened and found to fit together."""
+"""The inputs of an evaluation: checkpoint, labelled images and merge schedules, opened and checked."""
 
 import contextlib
 import hashlib
@@ -56,9 +56,9 @@ class EvaluationInputs:
     """Everything that an evaluation reads.
 
     source: its labels index the head's outputs. neighbours: labelled images among which a model without a head looks
-    for the nearest; the source has their classes then. checkpoint_name: as it was given. files: sha256 of the
-    checkpoint's files, None for a checkpoint in memory. reported: top-1 that is published for these weights and images,
-    or None. remarks: what was assumed or left out, one line each.
+    for the nearest; the source then has their classes. checkpoint_name: as given. files: sha256 of the checkpoint's
+    files, None for a checkpoint in memory. reported: published top-1 of these weights and images, or None. remarks:
+    assumptions and omissions, one line each.
     """
 
     config: EvaluationConfig
@@ -87,7 +87,7 @@ class EvaluationInputs:
         return len(self.source)
 
     def batches(self, start: int = 0, limit: int | None = None) -> contextlib.closing[Generator[Batch, None, None]]:
-        """This process's share of the batches, on the devices, from batch `start` on."""
+        """Open this process's share of the batches, on the devices, from batch `start` on."""
         host = eval_batches(
             self.source,
             self.checkpoint.preprocess,
@@ -103,7 +103,7 @@ class EvaluationInputs:
 
     @property
     def fingerprint(self) -> dict[str, Any]:
-        """What decides the outcomes. The number of devices and processes does not, except for rounding."""
+        """Describe all that outcomes depend on; devices and processes only change rounding."""
         checkpoint, config = self.checkpoint, self.config
         weights = hashlib.sha256(json.dumps(self.files, sort_keys=True).encode())
         if self.files is None:
@@ -133,7 +133,7 @@ class EvaluationInputs:
 def open_inputs(
     checkpoint: str | Path | Checkpoint, dataset: str | Source, schedules: Schedules, config: EvaluationConfig
 ) -> EvaluationInputs:
-    """Open what an evaluation reads. Raises InputError if something does not exist or does not fit."""
+    """Open the inputs of an evaluation. Raises InputError if something does not exist or does not fit."""
     mesh = parallel.inference_mesh(config.batch_size)
     parallel.check_batch_size(config.batch_size, mesh)
     placing = parallel.replicated(mesh)
@@ -163,7 +163,7 @@ def open_inputs(
 
 
 def _match(source: Source, checkpoint: Checkpoint, config: EvaluationConfig) -> tuple[Source, Source | None]:
-    """The images with labels that index the head's outputs, or the classes of the neighbours; and these."""
+    """Relabel the images to index the head's outputs, or the classes of the neighbours; return these too."""
     model, where, given = checkpoint.config, str(checkpoint.path), config.neighbours
     if not model.headless:
         if given:
@@ -184,8 +184,8 @@ def _match(source: Source, checkpoint: Checkpoint, config: EvaluationConfig) -> 
 def reported_top1(source: Source, checkpoint: Checkpoint, limit: int | None = None) -> float | None:
     """Look up the top-1 that the zoo reports for these weights, if the source holds ImageNet's validation images.
 
-    source: as opened: its class names and size tell a folder of the 50,000, prepared or not, from another. If the
-    images are ordered by class, all must be evaluated; of those that TFDS has shuffled, some are a fair sample.
+    source: as opened: its class names and size identify a folder of the 50,000, prepared or not. If the images are
+    ordered by class, all must be evaluated. If TFDS has shuffled them, some are a fair sample.
     """
     name, config = checkpoint.meta.get("provenance", {}).get("model"), checkpoint.config
     if name not in zoo.names():

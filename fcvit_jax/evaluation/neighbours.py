@@ -18,9 +18,9 @@ BLOCK = 4096  # queries
 
 
 def vote(chunks: Iterable[Chunk], queries: np.ndarray, num_classes: int, mesh: Mesh, held: bool = False) -> np.ndarray:
-    """The votes of the K labelled features of highest cosine, each of weight exp(cosine / TEMPERATURE).
+    """Count the votes of the K labelled features of highest cosine, each with weight exp(cosine / TEMPERATURE).
 
-    queries: float32 [q, d], the same in every process, at most `BLOCK`. held: whether rows held out vote too. Returns
+    queries: float32 [q, d], the same in every process, at most `BLOCK`. held: whether held-out rows vote too. Returns
     float64 [q, c].
     """
     nearest, rows = _program(mesh, held), np.arange(len(queries))[:, None]
@@ -35,7 +35,7 @@ def vote(chunks: Iterable[Chunk], queries: np.ndarray, num_classes: int, mesh: M
 
 
 def rank_labels(votes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """How many classes come before the right one, or before the first right one of several; ties in class order.
+    """Count the classes that come before the right one, or before the first right one; ties in class order.
 
     votes: [n, c]. labels: int [n], or [n, k] padded with -1. Returns int32 [n].
     """
@@ -50,7 +50,7 @@ def rank_labels(votes: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 @functools.cache
 def _program(mesh: Mesh, held: bool) -> Any:
-    """(queries, best cosines, their labels, *chunk) -> the best cosines and labels with the chunk's among them."""
+    """Make (queries, best cosines, their labels, *chunk) -> the best cosines and labels, including the chunk's."""
 
     def merge(
         queries: jax.Array, best: jax.Array, known: jax.Array, values: jax.Array, labels: jax.Array, out: jax.Array

@@ -19,8 +19,8 @@ from fcvit_jax.data.preprocess import ODDITIES
 from fcvit_jax.evaluation.accuracy import Outcome
 from fcvit_jax.files import file_name, told_in_one_line, writable_directory, write_whole
 
-FOUND = ("skipped", *ODDITIES)  # what is counted of images beside their outcomes
-NAME_BYTES = 256  # that processes exchange of an image's name: the end of a longer one
+FOUND = ("skipped", *ODDITIES)  # kinds of images that are counted beside the outcomes
+NAME_BYTES = 256  # of an image's name that processes exchange: the end of a longer one
 
 
 class Outcomes(NamedTuple):
@@ -72,7 +72,7 @@ def concatenate(parts: Iterable[Outcomes]) -> Outcomes:
 
 
 def save_outcomes(path: Path, schedules: Sequence[str], outcomes: Outcomes) -> None:
-    """Write the arrays that hold something, but `found`, with `schedules`, str [s], as one .npz: whole or not."""
+    """Write all arrays that are not empty, except `found`, and `schedules`, str [s], as one .npz, atomically."""
     arrays = {name: array for name, array in outcomes._asdict().items() if array.size and name != "found"}
     write_whole(path, _npz(schedules=np.asarray(schedules), **arrays))
 
@@ -80,14 +80,14 @@ def save_outcomes(path: Path, schedules: Sequence[str], outcomes: Outcomes) -> N
 class Journal:
     """A folder with a file for each finished batch, so that the next run can resume after the last of them.
 
-    Each file names its run: files of another run, and what follows a damaged file, are ignored and later replaced.
+    Each file names its run. Files of another run, and all files after a damaged one, are ignored and later replaced.
 
     parts: the outcomes of the batches found in the folder, and of those appended since.
     differs: if the folder belongs to another run, which entries differ.
     """
 
     def __init__(self, folder: Path | None, run: Mapping[str, Any]):
-        """folder: None keeps the outcomes in memory alone. run: what decides the outcomes, as JSON-able values."""
+        """Open the folder; None keeps all in memory. run: what the outcomes depend on, as JSON-able values."""
         self.parts: list[Outcomes] = []
         self.differs: tuple[str, ...] = ()
         self._folder, self._run = folder, json.dumps(run)
@@ -127,12 +127,12 @@ class Journal:
         self.parts.append(outcomes)
 
     def forget_skips(self) -> None:
-        """Drop the first batch of which an image was skipped, and all after it."""
+        """Drop the first batch with a skipped image, and all after it."""
         skips = (index for index, part in enumerate(self.parts) if part.found[FOUND.index("skipped")])
         del self.parts[next(skips, len(self.parts)) :]
 
     def logits(self) -> Iterator[Sequence[np.ndarray]]:
-        """The logits that were appended, read batch by batch: float32 [rows, c] of each schedule."""
+        """Read the appended logits batch by batch: float32 [rows, c] of each schedule."""
         yield from map(self._logits, range(len(self.parts)))
 
     def _logits(self, batch: int) -> Sequence[np.ndarray]:
@@ -142,7 +142,7 @@ class Journal:
             return [arrays[name] for name in arrays if name.startswith("logits_")]
 
     def logits_between(self, start: int, stop: int) -> list[np.ndarray]:
-        """The logits of the images from one index to another: float32 [stop - start, c] of each schedule."""
+        """Read the logits of the images from one index to another: float32 [stop - start, c] of each schedule."""
         ends = np.cumsum([len(part.names) for part in self.parts])
         first, last = np.searchsorted(ends, (start, stop - 1), side="right")
         before = ends[first] - len(self.parts[first].names)
@@ -153,7 +153,7 @@ class Journal:
 def save_logits(
     directory: Path, schedules: Sequence[str], num_classes: int, journal: Journal, outcomes: Outcomes
 ) -> None:
-    """Write one file per schedule: `logits` float32 [n, c], `labels` and `names`; all of them whole, or none.
+    """Write one file per schedule: `logits` float32 [n, c], `labels` and `names`; all files or none.
 
     Raises InputError if they cannot be written.
     """

@@ -1,4 +1,4 @@
-"""The trade-off as a picture: top-1 against multiply-accumulates and against images a second."""
+"""The trade-off as a picture: top-1 over multiply-accumulates and over images a second."""
 
 import itertools
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from fcvit_jax.figures import COLOURS, GREY, HEIGHT, WIDTH, blank_figure, plain,
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_MARKERS = "osD^vPXh<"  # not as many as colours: no two of 72 families look alike
+_MARKERS = "osD^vPXh<"  # 9 markers and 8 colours: no two of 72 families look alike
 _DASHES = ("-", "-.", ":")
 _THIN: dict[str, Any] = dict(linewidth=0.9, linestyle="--", marker="x", markersize=4, alpha=0.65)  # published curves
-# What can be drawn over the cost, by the field of a row; the first that was measured is drawn unless another is chosen.
+# Fields of a row that can be drawn over the cost; by default the first that was measured.
 MEASURES = {
     "top1": "top-1 (%)",
     "cosine": "cosine of the features with dense's",
@@ -30,7 +30,7 @@ MEASURES = {
 
 
 class Line(NamedTuple):
-    """The rows of one family of schedules in one run. marker, dash: indices, so that colour alone need not tell.
+    """The rows of one family of schedules in one run. marker, dash: indices, in addition to colour.
 
     measure: the one of `MEASURES` that is drawn.
     """
@@ -45,16 +45,16 @@ class Line(NamedTuple):
     measure: str = "top1"
 
     def height(self, row: ResultRow) -> float:
-        """Where to draw a row."""
+        """Return the height at which to draw a row."""
         return row[self.measure] * (100 if "%" in MEASURES[self.measure] else 1)
 
     def rows_with(self, key: str) -> list[ResultRow]:
-        """The rows that have a field, in its order."""
+        """Return the rows that have a field, in its order."""
         return sorted((row for row in self.rows if row.get(key)), key=lambda row: row[key])
 
 
 def lines(runs: Sequence[Run], measure: str = "") -> list[Line]:
-    """The lines of a plot, dense models among them: a colour a family, of several runs a marker and dash each.
+    """Make the lines of a plot, with dense models: one colour per family, and one marker and dash per run.
 
     measure: one of `MEASURES`; by default the first that was measured. Raises InputError if it was not.
     """
@@ -77,7 +77,7 @@ def lines(runs: Sequence[Run], measure: str = "") -> list[Line]:
 
 
 def published_curves(runs: Sequence[Run]) -> dict[str, list[published.Curve]]:
-    """Published curves of the runs' weights by the legend's text; none unless the runs saw the images they are of."""
+    """Find published curves of the runs' weights, by the legend's text; none if the runs used other images."""
     seen = [row for run in runs for row in run.rows if row.get("reference_top1") is not None]
     curves: dict[str, list[published.Curve]] = {}
     for model in dict.fromkeys(row.get("model") for row in seen):
@@ -87,15 +87,16 @@ def published_curves(runs: Sequence[Run]) -> dict[str, list[published.Curve]]:
 
 
 def plot_pareto(runs: Sequence[Run], measure: str = "") -> bytes:
-    """The figure of `draw_pareto` as PNG."""
+    """Draw the figure of `draw_pareto` as PNG."""
     return png(draw_pareto(runs, measure))
 
 
 def draw_pareto(runs: Sequence[Run], measure: str = "") -> "Figure":
-    """Draw top-1 with its interval, or another measure, against GMACs and, where timed, against images/s.
+    """Draw top-1 with its interval, or another measure, over GMACs and, if timed, over images/s.
 
-    One line a family of schedules; published curves of the same weights thin behind them, over GMACs alone, since their
-    images/s are another machine's. At least one row must have been measured. measure: as `lines` takes it.
+    Each family of schedules is a line. Published curves of the same weights are thin lines behind them, over GMACs
+    alone, since their images/s are another machine's. At least one row must have been measured. measure: as `lines`
+    takes it.
     """
     from matplotlib.lines import Line2D
 
@@ -149,7 +150,7 @@ def draw_pareto(runs: Sequence[Run], measure: str = "") -> "Figure":
 
 
 def model_and_conditions(run: Run) -> tuple[str, str]:
-    """Which weights on which data; on how many images, in which precision and where."""
+    """Describe the weights and the data; and the number of images, the precision and the device."""
     row = run.rows[0]
     parts = [f"{row['num_images']:,} images"] if row.get("num_images") else []
     parts += [str(row[key]) for key in ("dtype", "device") if row.get(key)]

@@ -1,4 +1,4 @@
-"""Published accuracies of token merging without training: what others report, not what was measured here.
+"""Published accuracies of token merging without training, as others report them; nothing was measured here.
 
 `published.json`, beside this file, has every curve with its source and how it was read. Top-1 is over the 50,000
 ImageNet-1k validation images.
@@ -32,7 +32,7 @@ class Publication(NamedTuple):
 
 
 class Point(NamedTuple):
-    """One published result. top1: percent; gmacs: as plotted or printed in the source; None if it is not given there.
+    """One published result. top1: percent; gmacs: as plotted or printed in the source; None if not given there.
 
     family and r: the schedule's name in two parts; r is None if the rate is unknown, and 0 for `dense`.
     """
@@ -59,7 +59,7 @@ class Curve(NamedTuple):
     note: str | None
 
     def gmacs(self, point: Point) -> float | None:
-        """GMACs of one image: computed if the schedule is known, otherwise as in the source."""
+        """Return the GMACs of one image: computed if the schedule is known, otherwise as in the source."""
         if point.schedule is None:
             return point.gmacs
         config = zoo.get(self.model).config
@@ -67,7 +67,7 @@ class Curve(NamedTuple):
 
 
 def curves(model: str | None = None) -> tuple[Curve, ...]:
-    """All curves, or those of one set of weights by its name in the zoo; () if none are published.
+    """Return all curves, or those of one set of weights by its name in the zoo; () if none are published.
 
     The name of an architecture alone means the first of its weights in `published.json`.
     """
@@ -79,13 +79,13 @@ def curves(model: str | None = None) -> tuple[Curve, ...]:
 
 
 def points(model: str | None) -> dict[str, Point]:
-    """The points of one set of weights by schedule; if several sources have one, from the first in `published.json`."""
+    """Return the points of one set of weights by schedule; of several sources, the first in `published.json`."""
     found = [point for curve in curves(model or "") for point in curve.points]
     return {point.schedule: point for point in reversed(found) if point.schedule}
 
 
 def fields(model: str | None, schedule: str) -> dict[str, float | None]:
-    """The published fields of a result row: published_top1, a fraction like the row's own, and published_gmacs."""
+    """Return the published fields of a result row: published_top1, a fraction like the row's, and published_gmacs."""
     point = points(model).get(schedule)
     top1, gmacs = (point.top1, point.gmacs) if point else (None, None)
     return {"published_top1": None if top1 is None else round(top1 / 100, 6), "published_gmacs": gmacs}

@@ -42,12 +42,12 @@ def write_report(rows: Sequence[ResultRow], workdir: Path) -> None:
 
 
 def reports_in(workdir: Path) -> list[str]:
-    """The names of the `REPORTS` that exist in a working directory."""
+    """List the `REPORTS` that exist in a working directory."""
     return [name for name in REPORTS if (workdir / name).exists()]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     parser = OneLineParser(prog="python -m fcvit_jax.evaluation.report", description=__doc__)
     results = "a working directory of evaluate.py, or its results.jsonl"
     parser.add_argument("results", metavar="RESULTS", nargs="+", type=Path, help=results)
@@ -91,7 +91,7 @@ def _page(runs: Sequence[Run]) -> bytes:
 
 
 def _csv(runs: Sequence[Run]) -> bytes:
-    """One line a row, after the run's name if there are several; objects and lists as JSON."""
+    """Write one line per row, after the run's name if there are several runs; objects and lists as JSON."""
     rows = [{"run": run.name, **row} if len(runs) > 1 else row for run in runs for row in run.rows]
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")

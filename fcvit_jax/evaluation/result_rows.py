@@ -26,7 +26,7 @@ from fcvit_jax.models.schedule import MergeSchedule, Schedules, cross_rules, fit
 
 
 def cost_rows(checkpoint: str | Path | Checkpoint, schedules: Schedules, rules: str = "") -> list[ResultRow]:
-    """Compute what schedules cost, a row each: no data are read, and for a name of the zoo no weights either.
+    """Compute what schedules cost, one row each, without reading data; for a name of the zoo, without weights too.
 
     rules: as `evaluate` takes them.
     """
@@ -140,7 +140,7 @@ def class_table(outcomes: Outcomes, schedules: Iterable[str], class_names: tuple
 
 
 def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> ResultRow:
-    """The counts of the schedule in row `index` of the outcomes, and its differences from the one in row `dense`.
+    """Count for the schedule in row `index` of the outcomes, and compare it with the one in row `dense`.
 
     top1_low, top1_high: Wilson's interval at 95 %. gained, lost: images that are correct here but not there, and the
     reverse; mcnemar_p: how likely chance makes them so unequal. agreement: fraction of equal predictions; kl: mean
@@ -162,7 +162,7 @@ def _accuracy_fields(outcomes: Outcomes, index: int, dense: int | None) -> Resul
 
 
 def _distance_fields(outcomes: Outcomes, index: int) -> ResultRow:
-    """The mean of each of `DISTANCES` over the images, and its worst twentieth: the 5th or 95th percentile."""
+    """Compute the mean of each of `DISTANCES` over the images, and its worst twentieth: 5th or 95th percentile."""
     fields: ResultRow = {}
     for name, values in zip(DISTANCES, outcomes.distances[index].T, strict=False):
         worst = 5 if name.endswith("cosine") else 95

@@ -1,4 +1,4 @@
-"""Result rows, one a merge schedule with all its conditions, and the runs that they are read from.
+"""Result rows, one per merge schedule with all its conditions, and the runs that they are read from.
 
 Rows of earlier versions lack fields, and a field that was not measured is null: read them with `row.get`.
 """
@@ -17,7 +17,7 @@ from fcvit_jax.errors import InputError, printable
 
 ResultRow = dict[str, Any]
 
-# What was measured of a schedule; all other fields are the conditions of the measurement.
+# Measured fields; all other fields are the conditions of the measurement.
 MEASURED = (
     *("top1", "top1_low", "top1_high", "top5", "correct", "gained", "lost", "mcnemar_p", "agreement", "kl"),
     *("gmacs", "gmacs_executed", "tokens_out", "images_per_second", "images_per_second_spread", "speedup"),
@@ -45,11 +45,11 @@ class Run:
 
     @property
     def evaluated(self) -> bool:
-        """Whether any row has an accuracy or a distance of features, and not the cost alone."""
+        """Whether any row has an accuracy or a distance of features, beside the cost."""
         return any(row.get(key) is not None for row in self.rows for key in ("top1", "cosine"))
 
     def change(self, row: ResultRow) -> float | None:
-        """Points of top-1 gained over the dense model; None if either was not measured."""
+        """Compute the points of top-1 gained over the dense model; None if either was not measured."""
         before, after = (self.dense or {}).get("top1"), row.get("top1")
         return None if before is None or after is None else 100 * (after - before)
 
@@ -57,7 +57,7 @@ class Run:
 def read_run(path: Path, rows: Sequence[ResultRow] | None = None) -> Run:
     """Read a working directory of `evaluate.py`, or its results.jsonl, with the files beside it.
 
-    rows: the rows of the run, if they are known already. Raises InputError that names the file and the line.
+    rows: the rows of the run, if already known. Raises InputError that names the file and the line.
     """
     directory = path if path.is_dir() else path.parent
     if rows is None:
@@ -67,12 +67,12 @@ def read_run(path: Path, rows: Sequence[ResultRow] | None = None) -> Run:
 
 
 def titled(run: Run, text: str, runs: Sequence[Run]) -> str:
-    """The text, after the run's name if there are several runs."""
+    """Put the run's name before a text, if there are several runs."""
     return f"{run.name}: {text}" if len(runs) > 1 else text
 
 
 def differences(runs: Sequence[Run]) -> list[str]:
-    """List the conditions that differ between rows, a sentence each: such rows are no fair comparison."""
+    """List the conditions that differ between rows, one sentence each: such rows are not a fair comparison."""
     found: dict[str, dict[Any, dict[str, None]]] = {}  # the names of the runs, by condition and value
     for run in runs:
         for row in run.rows:
@@ -88,7 +88,7 @@ def differences(runs: Sequence[Run]) -> list[str]:
 
 
 def _conditions(row: ResultRow) -> dict[str, Any]:
-    """What comparable rows have in common; a value that is not known is None or empty."""
+    """Return the conditions that comparable rows share; an unknown value is None or empty."""
     timed = all(row.get(key) for key in ("images_per_second", "num_devices", "device", "batch_size", "dtype"))
     return {
         "preprocessing": row.get("preprocess"),

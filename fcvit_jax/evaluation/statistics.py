@@ -1,4 +1,4 @@
-"""How certain a count is: intervals and paired tests."""
+"""The certainty of counts: intervals and paired tests."""
 
 import itertools
 import math
@@ -23,10 +23,10 @@ def wilson(correct: int, n: int, confidence: float = 0.95) -> tuple[float, float
 
 
 def mcnemar(gained: int, lost: int) -> float:
-    """McNemar's exact test, two-sided: the probability that a fair coin splits the changed images this unevenly.
+    """Compute McNemar's exact test, two-sided: the probability that a fair coin splits changed images this unevenly.
 
     gained, lost: images that only the second of two models classifies correctly, and only the first. Images on which
-    both are right, or both wrong, say nothing about the difference. 1 if nothing changed.
+    both are right, or both wrong, carry no information. 1 if nothing changed.
     """
     n, fewer = gained + lost, min(gained, lost)
     tail = sum(itertools.accumulate(range(fewer), lambda ways, k: ways * (n - k) // (k + 1), initial=1))
@@ -34,14 +34,14 @@ def mcnemar(gained: int, lost: int) -> float:
 
 
 def sigmas(correct: int, n: int, expected: float) -> float:
-    """How many binomial standard errors `correct / n` lies above the expected fraction (0 < expected < 1)."""
+    """Count the binomial standard errors by which `correct / n` exceeds the expected fraction (0 < expected < 1)."""
     return (correct / n - expected) / math.sqrt(expected * (1 - expected) / n)
 
 
 def ratio_of_means(mine: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
     """Compute mean(mine) / mean(other), and the ends of its 95 % interval by a paired bootstrap over images.
 
-    mine, other: a number of each image, 0 or more, in one order. Two means of 0 are equal.
+    mine, other: a number per image, 0 or more, in the same order. Two means of 0 are equal.
     """
     pairs = np.stack([np.asarray(mine), np.asarray(other)], axis=1)
     generator, count = np.random.default_rng(seed), len(pairs)

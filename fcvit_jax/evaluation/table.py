@@ -9,11 +9,11 @@ from fcvit_jax.evaluation.families import family
 from fcvit_jax.evaluation.runs import ResultRow, Run, devices
 
 WIDTH = 100
-_NAME_WIDTH = 24  # longer names of schedules get a line of their own
+_NAME_WIDTH = 24  # longer names of schedules get their own line
 
 
 class Column(NamedTuple):
-    """value: what rows are sorted by; None if it was not measured. form: the text of a cell, from its value and row.
+    """A column. value: rows are sorted by it; None if not measured. form: the text of a cell, from value and row.
 
     wide: left out of the terminal's table to save room.
     """
@@ -29,7 +29,7 @@ class Column(NamedTuple):
 
 
 def columns(run: Run, runs: Sequence[Run] = ()) -> list[Column]:
-    """The columns after the schedule's name for which any row of the run, or of all `runs`, has a value."""
+    """List the columns after the schedule's name for which any row of the run, or of all `runs`, has a value."""
     measured = {
         column.title
         for other in runs or (run,)
@@ -92,7 +92,7 @@ def format_table(rows: Sequence[ResultRow]) -> str:
 
 
 def findings(run: Run) -> list[str]:
-    """Describe what is remarkable, a sentence each; a possible problem begins with "warning: "."""
+    """List remarkable findings, one sentence each; a possible problem begins with "warning: "."""
     found, dense = [], run.dense or {}
     if dense.get("reference_top1") is not None and dense.get("top1") is not None:
         apart = dense.get("reference_sigmas")
@@ -120,7 +120,7 @@ def findings(run: Run) -> list[str]:
 
 
 def meanings(run: Run, shown: Sequence[Column] = ()) -> list[str]:
-    """Explain columns, by default all of the run, a sentence each."""
+    """Explain columns, by default all of the run, one sentence each."""
     words = {
         "change": "points of top-1 against dense",
         "agree %": "predictions equal to dense's",
@@ -151,10 +151,10 @@ def differs(row: ResultRow) -> bool:
 
 
 def _align(table: Sequence[Column], rows: Sequence[ResultRow]) -> list[str]:
-    """Header, rule and rows; many rows are grouped by family."""
+    """Format header, rule and rows; many rows are grouped by family."""
     cells = [[column.title, *map(column.text, rows)] for column in table]
     for column in cells:
-        if any(cell.endswith("*") for cell in column):  # pad the others: digits below digits
+        if any(cell.endswith("*") for cell in column):  # pad the others to align the digits
             column[:] = [cell if cell.endswith("*") else f"{cell} " for cell in column]
     widths = [max(map(len, column)) for column in cells]
     names = ["schedule", *(row["schedule"] for row in rows)]

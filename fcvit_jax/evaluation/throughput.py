@@ -14,7 +14,7 @@ from fcvit_jax.evaluation.accuracy import CompiledStep
 
 
 class Rate(NamedTuple):
-    """images_per_second: the median over the blocks; spread: (fastest - slowest) / median."""
+    """A speed. images_per_second: the median over the blocks; spread: (fastest - slowest) / median."""
 
     images_per_second: float
     spread: float

@@ -21,6 +21,6 @@ class Times:
 
 
 def format_times(seconds: Mapping[str, float]) -> str:
-    """One line: `time: 12.3 s compiling (40%), 18.1 s computing (60%)`."""
+    """Format one line: `time: 12.3 s compiling (40%), 18.1 s computing (60%)`."""
     whole = sum(seconds.values()) or 1.0
     return "time: " + ", ".join(f"{took:.1f} s {name} ({took / whole:.0%})" for name, took in seconds.items())

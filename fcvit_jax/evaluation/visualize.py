@@ -2,14 +2,14 @@
 
   python -m fcvit_jax.evaluation.visualize                              the packaged model on digits, offline
   python -m fcvit_jax.evaluation.visualize --checkpoint DIR --images photos --schedules tome_r8,s2winc7_r16
-  python -m fcvit_jax.evaluation.visualize ... --stages                 how it comes about, layer by layer
+  python -m fcvit_jax.evaluation.visualize ... --stages                 the steps, layer by layer
 
 Writes one PNG an image, NNN_name.png: the image as the model sees it, resized and cropped, and beside it the tokens
 that each schedule leaves after the last layer. A token's patches are filled with the mean colour of their pixels and
-outlined in one colour, wherever they lie in the image; a patch that is still a token of its own is outlined in a shade
-of its own colour. Patches that a pruning rule has dropped are hatched in grey. With --stages, rows are schedules, and
-columns are the ends of the merging stages of any schedule, and the layers half-way to them. Prefix tokens (class,
-registers) never merge, and are not counted.
+outlined in one colour, wherever they lie in the image. A patch that has not merged is outlined in a shade of its own
+colour. Patches that a pruning rule has dropped are hatched in grey. With --stages, rows are schedules, and columns are
+the ends of the merging stages of any schedule, and the layers half-way to them. Prefix tokens (class, registers) never
+merge, and are not counted.
 """
 
 import contextlib
@@ -39,15 +39,15 @@ from fcvit_jax.files import file_name, local_path, writable_directory, write_who
 from fcvit_jax.models.schedule import Dense, MergeSchedule, fit_schedules
 from fcvit_jax.models.vit import ViT
 
-PANEL = 320  # pixels: smaller images are enlarged, by a whole number, to this at least
+PANEL = 320  # pixels: smaller images are enlarged, by a whole factor, to at least this
 MARGIN, LINE, FONT = 10, 19, 15  # pixels: around a panel, of a line of its caption, of the letters
 
 
 class Regions(NamedTuple):
-    """Which token each patch is in after a layer.
+    """The token of each patch after a layer.
 
     token: int32 [b, grid_h, grid_w], from 0 to the layer's patch tokens - 1, each of them used. pruned: bool [b,
-    grid_h, grid_w], true if a rule has dropped the patch: its content is in no token, whatever its `token` says.
+    grid_h, grid_w], true if a rule has dropped the patch: its content is in no token, and its `token` is a stand-in.
     """
 
     token: np.ndarray
@@ -68,7 +68,7 @@ def regions(checkpoint: Checkpoint, schedule: MergeSchedule, images: np.ndarray)
     images: uint8 [b, height, width, 3], as `checkpoint.preprocess` gives them. Raises InputError if they do not fit.
     """
     config = checkpoint.config
-    with jax.default_matmul_precision("highest"):  # as accuracy is measured: coarser keys merge other tokens
+    with jax.default_matmul_precision("highest"):  # as in evaluation: coarser keys merge other tokens
         compiled = _compiled(len(images), config.num_tokens)
         layers = compiled(ViT(config, schedule), checkpoint.preprocess, checkpoint.params, images)
     found = []
@@ -103,7 +103,7 @@ def draw_regions(image: np.ndarray, token: np.ndarray, pruned: np.ndarray, patch
 
 
 def fill(image: np.ndarray, regions: np.ndarray, patch_size: int) -> np.ndarray:
-    """The image, uint8 [h, w, 3], with every region in the mean colour of its pixels.
+    """Fill every region of an image, uint8 [h, w, 3], with the mean colour of its pixels.
 
     regions: int [grid_h, grid_w], any numbers from 0. Exact: integers are summed, divided once in float64, rounded.
     """
@@ -134,7 +134,7 @@ def outline(picture: np.ndarray, regions: np.ndarray, width: int = 1) -> np.ndar
 
 
 def _colours(index: np.ndarray) -> np.ndarray:
-    """A colour, uint8 [_, 3], for each number 0, 1, ...: hues a golden angle apart; bright, pale and dark in turn."""
+    """Choose colours, uint8 [_, 3], for numbers 0, 1, ...: hues a golden angle apart; bright, pale, dark in turn."""
     saturation, value = np.array([(0.85, 1.0), (0.4, 1.0), (0.95, 0.65)])[index % 3].T[..., None]
     place = (np.array([5, 3, 1]) + 6 * 0.618034 * index[:, None]) % 6
     return np.rint(255 * value * (1 - saturation * np.clip(np.minimum(place, 4 - place), 0, 1))).astype(np.uint8)
@@ -149,7 +149,7 @@ def first_images(
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Read the first images, uint8 [n, height, width, 3], as the model sees them, and their names.
 
-    Of a source that is ordered by class, as many spread over all classes. on_bad: as in `eval_batches`.
+    If a source is ordered by class, they are spread over all classes. on_bad: as in `eval_batches`.
     """
     source = sample(source, limit)
     with contextlib.closing(eval_batches(source, checkpoint.preprocess, len(source), on_bad=on_bad)) as batches:
@@ -201,7 +201,7 @@ def draw_gallery(
 def _panels(
     checkpoint: Checkpoint, title: str, schedule: MergeSchedule, image: np.ndarray, layers: Sequence[int], scale: int
 ) -> list[Panel]:
-    """Draw what a schedule leaves of an image after each of the layers."""
+    """Draw the regions of an image under a schedule after each of the layers."""
     found, panels = regions(checkpoint, schedule, image[None]), []
     for layer in layers:
         token, pruned = (array[0] for array in found[layer - 1])
@@ -212,7 +212,7 @@ def _panels(
 
 
 def stage_layers(schedules: Iterable[MergeSchedule], depth: int) -> list[int]:
-    """The layers, from 1, at which a merging stage of any schedule ends, the last layer, and those half-way between."""
+    """List the layers, from 1, that end a merging stage of any schedule, the last layer, and those half-way between."""
     ends = {0, depth}
     for schedule in schedules:
         reached = itertools.accumulate(stage.layers for stage in schedule.stages)
@@ -240,7 +240,7 @@ def draw_sheet(rows: Sequence[Sequence[Panel]]) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     parser = OneLineParser(prog="python -m fcvit_jax.evaluation.visualize", description=__doc__)
     for flag, metavar, default, what in (
         ("--checkpoint", "DIR", "packaged:digits", "a checkpoint, a train_sam.py working directory, or packaged:NAME"),
@@ -253,7 +253,7 @@ def main(argv: list[str] | None = None) -> None:
         text = f"{what}; default: {default}"
         parser.add_argument(flag, metavar=metavar, default=default, type=type(default), help=text)
     layout = parser.add_mutually_exclusive_group()
-    layout.add_argument("--stages", action="store_true", help="one row per schedule, with the layers on the way")
+    layout.add_argument("--stages", action="store_true", help="one row per schedule, with layers in between")
     layout.add_argument("--columns", metavar="N", type=int, help="panels in a row; default: all")
     args = parser.parse_args(argv)
     with one_line_errors():

@@ -1,4 +1,4 @@
-"""The files that an evaluation leaves in its working directory, those of an interrupted one included."""
+"""The files that an evaluation leaves in its working directory, even an interrupted one."""
 
 import shutil
 from pathlib import Path
@@ -23,7 +23,7 @@ def holds_accuracies(workdir: Path) -> bool:
 
 
 def clear(workdir: Path) -> None:
-    """Delete the results of an earlier run, and what a killed one has left half-written, but not `NEIGHBOURS`."""
+    """Delete the results of an earlier run, and half-written files of a killed one, but not `NEIGHBOURS`."""
     forget(workdir, JOURNAL)
     for name in map(Path, FINISHED):
         for stale in [*workdir.glob(str(name)), *workdir.glob(str(name.with_name(f".{name.name}.partial")))]:
@@ -34,7 +34,7 @@ def clear(workdir: Path) -> None:
 
 
 def forget(workdir: Path, *folders: str) -> None:
-    """Delete what an interrupted run needs to resume, or a part of it."""
+    """Delete the files from which an interrupted run would resume, or some of them."""
     for folder in folders or (JOURNAL, NEIGHBOURS):
         shutil.rmtree(workdir / folder, ignore_errors=True)
 

@@ -1,4 +1,4 @@
-"""How flat a minimum is, and whether it is flatter than another: `measure(checkpoint, dataset)`, `compare`."""
+"""The flatness of a minimum, and its comparison with another: `measure(checkpoint, dataset)`, `compare`."""
 
 from fcvit_jax.flatness.comparison import Comparison as Comparison
 from fcvit_jax.flatness.comparison import compare as compare

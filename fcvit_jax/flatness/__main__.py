@@ -1,17 +1,20 @@
-"""Measure how flat the minimum is that a checkpoint lies in, and whether it is flatter than another.
+"""Measure how flat the minimum of a checkpoint is, and whether it is flatter than another.
 
   python -m fcvit_jax.flatness                                       the packaged digits model, offline
   python -m fcvit_jax.flatness --checkpoint RUN --dataset folder:photos/train
   python -m fcvit_jax.flatness --checkpoint SAM_RUN --compare ADAMW_RUN --dataset folder:photos/train
 
 The loss is cross-entropy on images drawn from the data set (use the training set), without augmentation, in evaluation
-mode and float32. Measured are the eigenvalues at both ends of the Hessian's spectrum and its trace; how far the loss
-rises at worst within a radius (SAM's one step, and projected ascent) and on average under noise, each with plain
-perturbations and in proportion to |w|; Keskar's sharpness; the loss along a random line and over a random plane.
+mode and float32. The measures are:
+- the eigenvalues at both ends of the Hessian's spectrum, and its trace;
+- the largest rise of the loss within a radius (SAM's one step, and projected ascent), and the mean rise under noise,
+  each with plain perturbations and in proportion to |w|;
+- Keskar's sharpness;
+- the loss along a random line and over a random plane.
 
 --compare prints each ratio with its 95% interval, and a verdict: flatter, not flatter, or inconclusive; `compare` in
 fcvit_jax/flatness/comparison.py has the rule. Flat does not mean better: sharpness hardly predicts test accuracy (arXiv
-2302.07011). Nor does one number measure flatness: eigenvalue and trace vanish where the loss does.
+2302.07011). No single number measures flatness: eigenvalue and trace vanish with the loss.
 
 Writes flatness.json and flatness.png; with --compare also comparison.json, and flatness_other.json if it is measured.
 """
@@ -35,7 +38,7 @@ from fcvit_jax.settings import add_options
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line; see the module's docstring."""
+    """Run the command; see the module's docstring."""
     args = _parser().parse_args(argv)
     with one_line_errors():
         run(args)

@@ -17,7 +17,7 @@ from fcvit_jax.files import write_whole
 from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
 
 JUDGED = ("worst", "worst_adaptive", "average", "average_adaptive")
-FEWEST_BATCHES = 8  # a bootstrap over fewer is too sure of itself
+FEWEST_BATCHES = 8  # a bootstrap over fewer gives too narrow intervals
 REPLICATES = 2000
 TAILS = (0.025, 0.975)
 
@@ -39,7 +39,7 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """verdict: "flatter", "not flatter" or "inconclusive", said of the first report; reason: why, in one line."""
+    """verdict: "flatter", "not flatter" or "inconclusive", about the first report; reason: why, in one line."""
 
     ratios: tuple[Ratio, ...]
     paired: bool
@@ -58,7 +58,7 @@ def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float
     """Compare two reports, at the radii they have in common.
 
     The verdict counts four measures: the worst case and the average case, each with plain and with adaptive
-    perturbations. With plain ones alone larger weights look flatter; eigenvalue and trace vanish where the loss does.
+    perturbations. With plain ones alone, larger weights look flatter; eigenvalue and trace vanish with the loss.
 
     - "inconclusive" if the larger loss is more than 1 + loss_tolerance times the smaller, or with fewer than 8 batches.
     - "flatter": each of the four is lower at two radii or more, and none is higher at any.
@@ -88,7 +88,7 @@ def compare(report: FlatnessReport, other: FlatnessReport, loss_tolerance: float
 
 
 def check_comparable(config: FlatnessConfig, other: FlatnessConfig, loss_tolerance: float) -> None:
-    """Raises InputError if two reports measure different things (m, loss, ascent), or the tolerance is invalid."""
+    """Raise InputError if two reports measure different things (m, loss, ascent), or the tolerance is invalid."""
     if not 0 <= loss_tolerance < math.inf:
         raise InputError(f"loss_tolerance is {loss_tolerance}: it must be a number, 0 or more")
     for name in ("batch_size", "loss", "ascent_steps", "restarts"):
@@ -98,16 +98,16 @@ def check_comparable(config: FlatnessConfig, other: FlatnessConfig, loss_toleran
 
 
 def interval(samples: np.ndarray) -> tuple[float, float]:
-    """The 95% interval of the mean of [draws, batches]."""
+    """Compute the 95% interval of the mean of [draws, batches]."""
     low, high = np.quantile(_replicates(samples, 0), TAILS)
     return float(low), float(high)
 
 
 def _replicates(samples: np.ndarray, seed: int) -> np.ndarray:
-    """Means of [draws, batches] with both resampled. The same seed and shape: the same rows and columns."""
+    """Average [draws, batches] with both resampled; the same seed and shape give the same rows and columns."""
     generator = np.random.default_rng(seed)
     draws, batches = samples.shape
-    # The batches first, so that numbers of draws that differ do not undo the pairing.
+    # The batches first, so that different numbers of draws do not undo the pairing.
     columns = generator.multinomial(batches, np.full(batches, 1 / batches), REPLICATES)
     rows = generator.multinomial(draws, np.full(draws, 1 / draws), REPLICATES)
     return np.einsum("nd,db,nb->n", rows, samples, columns, optimize=True) / samples.size

@@ -22,7 +22,7 @@ def _radii(*default: float, help: str) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class FlatnessConfig:
-    """What is measured, and how. Radii and noise should let the loss rise from a little to about that of guessing."""
+    """What to measure, and how. Radii and noise should let the loss rise from a little to about that of guessing."""
 
     limit: int = setting(160, low=1, help="images, drawn at random with the seed; an incomplete batch is left out")
     batch_size: int = setting(16, low=1, help="m: sharpness is that of the loss of m images, averaged over batches")
@@ -56,7 +56,7 @@ class RadiusCurve:
 
 @dataclasses.dataclass(frozen=True)
 class FlatnessReport:
-    """What `measure` found; arrays are float64.
+    """The result of `measure`; arrays are float64.
 
     curves: "worst", "worst_adaptive" (the largest rise found), "one_step", "one_step_adaptive" (the rise at SAM's
       point), "keskar" (percent), "average", "average_adaptive".
@@ -88,7 +88,7 @@ class FlatnessReport:
 
     @classmethod
     def read(cls, path: Path) -> "FlatnessReport":
-        """Read such a file. Raises InputError for any other."""
+        """Read a report's file. Raises InputError for any other file."""
         try:
             fields = json.loads(path.read_text())
             if fields.pop("format") != FORMAT:

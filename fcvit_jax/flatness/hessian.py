@@ -30,7 +30,7 @@ class Eigenpair:
 
 
 def hessian_product(surface: LossSurface, vector: Params) -> tuple[Params, np.ndarray]:
-    """Hv, and v'H_b v of each batch, float64 [batches]. Memory: the parameters, v, Hv and two more like them."""
+    """Compute Hv, and v'H_b v of each batch, float64 [batches]. Memory: the parameters, v, Hv and two more of them."""
     total, samples = _times(0.0, vector), []
     for batch in surface.batches:
         total, curvature = _add_product(surface.loss_fn, surface.params, batch, vector, total)
@@ -39,10 +39,10 @@ def hessian_product(surface: LossSurface, vector: Params) -> tuple[Params, np.nd
 
 
 def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) -> tuple[Eigenpair, Eigenpair]:
-    """The largest and the smallest eigenvalue, by at most `steps` steps of Lanczos and a product more for each.
+    """Find the largest and the smallest eigenvalue, by at most `steps` steps of Lanczos and one more product for each.
 
-    Every new vector is orthogonalised against all before it, twice: in float32 the three-term recurrence alone finds an
-    end that has converged again and again. Memory: a copy of the parameters a step.
+    Every new vector is orthogonalised against all before it, twice: in float32 the three-term recurrence alone finds a
+    converged end again and again. Memory: one copy of the parameters per step.
     """
     basis, alphas, betas = [_unit(random_like(surface.params, key))], [], []
     while True:
@@ -53,9 +53,9 @@ def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) 
                 product = _orthogonal(product, vector)
         beta = float(_norm(product))
         values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
-        # The residual of each end, by its own size: any vector of the bulk near 0 would do by that of the largest.
+        # Each end's residual by its own size: by the size of the largest, any vector of the bulk near 0 would pass.
         found = beta * np.abs(vectors[-1, [0, -1]]) <= tolerance / 2 * np.abs(values[[0, -1]])
-        exhausted = beta <= 1e-6 * np.abs(values).max()  # the basis spans all that H makes of its first vector
+        exhausted = beta <= 1e-6 * np.abs(values).max()  # the basis spans the Krylov space of its first vector
         if len(basis) == steps or exhausted or found.all():
             break
         basis.append(_unit(product))
@@ -75,7 +75,7 @@ def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) 
 
 
 def trace_samples(surface: LossSurface, key: jax.Array, probes: int) -> np.ndarray:
-    """v'H_b v for random signs v, float64 [probes, batches]: the mean estimates the trace (Hutchinson 1989)."""
+    """Compute v'H_b v for random signs v, float64 [probes, batches]; the mean estimates the trace (Hutchinson 1989)."""
     keys = (jax.random.fold_in(key, probe) for probe in range(probes))
     signs = (random_like(surface.params, each, jax.random.rademacher) for each in keys)
     return np.stack([hessian_product(surface, vector)[1] for vector in signs])
@@ -98,4 +98,4 @@ def _add_product(
 
 _orthogonal, _unit, _norm = jax.jit(orthogonal, donate_argnums=0), jax.jit(unit), jax.jit(optax.tree.norm)
 _times = jax.jit(optax.tree.scale)  # (factor, tree)
-add_scaled = jax.jit(optax.tree.add_scale, donate_argnums=0)  # (tree, factor, other): the memory of `tree` is given up
+add_scaled = jax.jit(optax.tree.add_scale, donate_argnums=0)  # (tree, factor, other): donates `tree`

@@ -27,7 +27,7 @@ class LossSurface(NamedTuple):
 
 
 def filter_normalised(params: Params, key: jax.Array) -> Params:
-    """A random direction in which each filter is as long as that of the parameters (arXiv 1712.09913, section 4).
+    """Draw a random direction in which each filter is as long as the parameters' (arXiv 1712.09913, section 4).
 
     A filter makes one output: a kernel without its last axis. Leaves with another name do not move.
     """
@@ -44,7 +44,7 @@ def filter_normalised(params: Params, key: jax.Array) -> Params:
 
 
 def loss_slice(surface: LossSurface, first: Params, second: Params, points: Any) -> np.ndarray:
-    """The mean loss over the batches at w + a first + b second, for each (a, b) of `points`.
+    """Compute the mean loss over the batches at w + a first + b second, for each (a, b) of `points`.
 
     Returns float64 [points]. Memory: three copies of the parameters, and one for the point.
     """
@@ -56,5 +56,5 @@ def loss_slice(surface: LossSurface, first: Params, second: Params, points: Any)
 
 @partial(jax.jit, static_argnums=0)
 def loss_at(loss_fn: BatchLoss, params: Params, batch: Any, first: Params, second: Params, a: Any, b: Any) -> jax.Array:
-    """The loss of a batch at w + a first + b second."""
+    """Compute the loss of a batch at w + a first + b second."""
     return loss_fn(jax.tree.map(lambda w, x, y: w + a * x + b * y, params, first, second), batch)[0]

@@ -36,11 +36,11 @@ def measure(
     config: FlatnessConfig = FlatnessConfig(),  # noqa: B008  (it is frozen)
     schedule: MergeSchedule | str = "dense",
 ) -> FlatnessReport:
-    """Measure how flat the minimum is that a checkpoint's ViT lies in, on one device.
+    """Measure how flat the minimum of a checkpoint's ViT is, on one device.
 
-    checkpoint: opened, or what `load_checkpoint` takes. dataset: opened, or as text: the training set, or flatness
-    means little. schedule: the merging under which the loss is taken. Raises InputError if the data set does not fit
-    the model or holds less than a batch.
+    checkpoint: opened, or what `load_checkpoint` takes. dataset: opened, or as text; use the training set, otherwise
+    flatness means little. schedule: the merging under which the loss is taken. Raises InputError if the data set does
+    not fit the model or holds less than a batch.
     """
     name = str(checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint)
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load_checkpoint(checkpoint)
@@ -149,7 +149,7 @@ def measure_surface(
 
 @dataclasses.dataclass(frozen=True)
 class ClassificationLoss:
-    """Cross-entropy against the labels, and accuracy, of (images uint8 [b, height, width, 3], labels int32 [b]).
+    """Cross-entropy and accuracy of (images uint8 [b, height, width, 3], labels int32 [b]).
 
     In evaluation mode, without smoothing or mixing.
     """
@@ -160,7 +160,7 @@ class ClassificationLoss:
 
     def __call__(self, params: Params, batch: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         images, labels = batch
-        # Small differences of losses are the whole result: GPUs would round the products to TF32.
+        # The results are small differences of losses, which GPUs would lose by rounding products to TF32.
         with jax.default_matmul_precision("highest"):
             logits, _ = self.model.apply({"params": params}, self.preprocess.normalize(images))
         targets = jax.nn.one_hot(labels, logits.shape[-1])
@@ -169,7 +169,7 @@ class ClassificationLoss:
 
 
 def draw_batches(source: Source, preprocess: Preprocess, config: FlatnessConfig) -> tuple[list[Any], str]:
-    """Whole batches (images, labels), drawn from the data set with the seed, and the sha256 of their contents."""
+    """Draw whole batches (images, labels) from the data set with the seed; return the sha256 of their contents too."""
     count = min(config.limit, len(source)) // config.batch_size * config.batch_size
     if not count:
         raise InputError(

@@ -34,7 +34,7 @@ _STYLES = ({"color": COLOURS[0], "ls": "-"}, {"color": COLOURS[1], "ls": "--"}) 
 
 
 def present(workdir: Path, reports: Sequence[FlatnessReport], comparison: Comparison | None = None) -> str:
-    """Write flatness.png of one report or two, and comparison.json beside it; returns the text to print."""
+    """Write flatness.png of one report or two, and comparison.json beside it; return the text to print."""
     (workdir / "comparison.json").unlink(missing_ok=True)  # of an earlier run
     lines = [format_curves(reports[0])]
     if comparison:
@@ -46,7 +46,7 @@ def present(workdir: Path, reports: Sequence[FlatnessReport], comparison: Compar
 
 
 def format_curves(report: FlatnessReport) -> str:
-    """How much the loss rises at every radius, with 95% intervals."""
+    """Format how much the loss rises at every radius, with 95% intervals."""
     rows = [("rise of the loss", "radius", "value", "95% interval")]
     for name, curve in report.curves.items():
         for radius, samples in zip(curve.radii, curve.samples, strict=True):
@@ -58,7 +58,7 @@ def format_curves(report: FlatnessReport) -> str:
 
 
 def format_comparison(comparison: Comparison) -> str:
-    """Both values, their ratio and its interval, for each measure."""
+    """Format both values, their ratio and its interval, for each measure."""
     rows = [("rise of the loss", "radius", "first", "second", "ratio", "95% interval", "first is")]
     for row in comparison.ratios:
         title, radius = _TITLES.get(row.name, row.name), "" if math.isnan(row.radius) else f"{row.radius:g}"
@@ -90,7 +90,7 @@ def describe_report(report: FlatnessReport) -> str:
 
 
 def align(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of cells as a table: the first row is the head; the first column stands left, the others right."""
+    """Align rows of cells as a table: the first row is the head; the first column is left-aligned, others right."""
     first, *others = [max(map(len, column)) for column in zip(*rows, strict=True)]
     form = "  ".join([f"{{:<{first}}}", *(f"{{:>{width}}}" for width in others)])
     lines = [form.format(*row).rstrip() for row in rows]
@@ -98,7 +98,7 @@ def align(rows: Sequence[Sequence[str]]) -> str:
 
 
 def plot_flatness(reports: Sequence[FlatnessReport]) -> bytes:
-    """PNG of one report or two: sharpness over the radius with 95% intervals, the loss along a line, over a plane."""
+    """Plot one report or two as PNG: sharpness over the radius with 95% intervals, loss along a line, over a plane."""
     names = [_shorten(report.conditions.get("checkpoint", "parameters")) for report in reports]
     styled = [(report, style | {"label": name}) for report, style, name in zip(reports, _STYLES, names, strict=False)]
     figure = blank_figure(9, 11.5)
@@ -124,7 +124,7 @@ def plot_flatness(reports: Sequence[FlatnessReport]) -> bytes:
 
 
 def _shorten(name: str, longest: int = 36) -> str:
-    """The end of a long path: a legend wider than its axes would leave them no room."""
+    """Keep the end of a long path: a legend wider than its axes would leave them no room."""
     return name if len(name) <= longest else "…" + name[1 - longest :]
 
 
@@ -132,7 +132,7 @@ def _plot_curve(axes: Any, report: FlatnessReport, name: str, style: dict[str, A
     curve = report.curves[name]
     values = curve.samples.mean(axis=(1, 2))
     low, high = np.array([interval(samples) for samples in curve.samples]).T
-    shown = values > 0  # the rest has no logarithm
+    shown = values > 0  # others have no logarithm
     bars = np.maximum(np.stack([values - low, high - values]), 0.0)[:, shown]
     axes.errorbar(np.array(curve.radii)[shown], values[shown], bars, marker="o", capsize=3, **style)
     if name.startswith("worst"):

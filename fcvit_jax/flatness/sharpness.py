@@ -3,11 +3,11 @@
 The neighbourhood is a ball in u, and the parameters in it are w + T u, elementwise:
 
     PLAIN     T = 1,        Euclidean norm     the ball that SAM climbs in (arXiv 2010.01412)
-    ADAPTIVE  T = |w|,      Euclidean norm     does not see weights that are rescaled while the function stays the same
+    ADAPTIVE  T = |w|,      Euclidean norm     invariant to rescaled weights that leave the function unchanged
                                                (arXiv 2302.07011; ASAM, arXiv 2102.11600, with eta = 0)
     BOX       T = |w| + 1,  largest |u_i|      Keskar's (arXiv 1609.04836, metric 2.1)
 
-All of it is measured for every batch of m examples alone (m-sharpness, arXiv 2010.01412, section 4.1): results have an
+Everything is measured for each batch of m examples alone (m-sharpness, arXiv 2010.01412, section 4.1): results have an
 axis of batches.
 """
 
@@ -24,7 +24,7 @@ from fcvit_jax.trees import Params, random_like, unit
 
 
 class Ball(NamedTuple):
-    """T = slope |w| + offset; the norm of u is the largest |u_i| in a box, otherwise Euclidean."""
+    """A ball, T = slope |w| + offset; the norm of u is the largest |u_i| in a box, otherwise Euclidean."""
 
     slope: float
     offset: float
@@ -36,7 +36,7 @@ PLAIN, ADAPTIVE, BOX = Ball(0.0, 1.0, False), Ball(1.0, 0.0, False), Ball(1.0, 1
 
 @partial(jax.jit, static_argnums=0)
 def uphill(loss_fn: BatchLoss, params: Params, batch: Any, ball: Ball) -> tuple[jax.Array, jax.Array, Params]:
-    """Loss and accuracy of a batch at the parameters, and the gradient of the loss in u (in PLAIN: the gradient)."""
+    """Compute loss and accuracy of a batch at the parameters, and the gradient in u (in PLAIN: the gradient)."""
     (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
     return loss, accuracy, optax.tree.mul(_scale(params, ball), gradient)
 
@@ -45,19 +45,19 @@ class WorstCase(NamedTuple):
     """Rises of the loss, float64 [radii, batches]."""
 
     one_step: np.ndarray  # at SAM's own perturbation
-    found: np.ndarray  # the largest over all points of all ascents, the start counted: a lower bound of the maximum
+    found: np.ndarray  # the largest over all points of all ascents, starts included: a lower bound of the maximum
     losses: np.ndarray  # [batches], at the parameters
 
     @property
     def keskar_percent(self) -> np.ndarray:
-        """100 (max - L) / (1 + L), metric 2.1 of arXiv 1609.04836, [radii, batches]; of a worst case in BOX."""
+        """100 (max - L) / (1 + L), metric 2.1 of arXiv 1609.04836, [radii, batches]; for a worst case in BOX."""
         return 100.0 * self.found / (1.0 + self.losses[None])
 
 
 def worst_case(
     surface: LossSurface, ball: Ball, radii: tuple[float, ...], key: jax.Array, steps: int, restarts: int = 0
 ) -> WorstCase:
-    """The rise of each batch's loss within each radius, by projected ascent from SAM's point and from random ones.
+    """Find the rise of each batch's loss within each radius, by projected ascent from SAM's point and random ones.
 
     u_1 = radius d(T g(w)), u_k+1 = P(u_k + radius d(T g(w + T u_k))), with d(h) = h / ||h|| (in the box the signs of h)
     and P the projection on the ball. An ascent has `steps` points and costs steps - 1 gradients; with 1 it is SAM's.
@@ -78,7 +78,7 @@ def worst_case(
 
 
 def average_case(surface: LossSurface, ball: Ball, sigmas: tuple[float, ...], key: jax.Array, draws: int) -> np.ndarray:
-    """The mean rise under noise, (L(w + T z) + L(w - T z)) / 2 - L(w) with z ~ N(0, sigma^2), for each draw and batch.
+    """Compute the rise under noise z ~ N(0, sigma^2), (L(w + T z) + L(w - T z)) / 2 - L(w), for each draw and batch.
 
     Returns float64 [sigmas, draws, batches]. In pairs of opposite noise the gradient cancels. A draw is the same noise
     for all batches and, up to its size, all sigmas. Memory: three copies of the parameters.
@@ -99,7 +99,7 @@ def average_case(surface: LossSurface, ball: Ball, sigmas: tuple[float, ...], ke
 
 
 def resolution(surface: LossSurface, key: jax.Array) -> float:
-    """How much of a batch's rise is float32's rounding: rms over the batches, for noise of a unit in the last place."""
+    """Measure float32's rounding in a batch's rise: rms over the batches, for noise of a unit in the last place."""
     return float(np.sqrt(np.mean(average_case(surface, ADAPTIVE, (2.0**-23,), key, 1) ** 2)))
 
 
@@ -107,7 +107,7 @@ def resolution(surface: LossSurface, key: jax.Array) -> float:
 def _ascend(
     loss_fn: BatchLoss, params: Params, batch: Any, start: Params, ball: Ball, radius: Any, steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """The loss at the first point, in the direction of `start`, and the largest of all points."""
+    """Return the loss at the first point, in the direction of `start`, and the largest of all points."""
     scale = _scale(params, ball)
 
     def loss_of(u: Params) -> jax.Array:
@@ -135,12 +135,12 @@ def _scale(params: Params, ball: Ball) -> Params:
 
 
 def _steepest(tree: Params, box: Any) -> Params:
-    """The direction of length 1 in which a function of this gradient rises fastest; 0 if the gradient is 0."""
+    """Find the direction of length 1 in which a function of this gradient rises fastest; 0 for a zero gradient."""
     return jax.tree.map(lambda h, e: jnp.where(box, jnp.sign(h), e), tree, unit(tree))
 
 
 def _project(tree: Params, box: Any, radius: Any) -> Params:
-    """The nearest point of the ball."""
+    """Find the nearest point of the ball."""
     length = optax.tree.norm(tree)
     shrink = jnp.where(length > radius, radius / length, 1.0)
     return jax.tree.map(lambda x: jnp.where(box, jnp.clip(x, -radius, radius), shrink * x), tree)
