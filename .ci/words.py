@@ -31,7 +31,7 @@ MOST_LINES, MOST_WORDS, MEAN_WORDS = 130, 30, 16
 
 
 def hits(text: str) -> list[tuple[int, str, str]]:
-    """Line, phrase and remedy of each hit; a phrase may run over the end of a line."""
+    """Find line, phrase and remedy of each hit; a phrase may run over the end of a line."""
     found = []
     for phrase, remedy in PHRASES.items():
         spaced = re.sub(r" ", r"(?:\\s|#)+", phrase)
@@ -41,7 +41,7 @@ def hits(text: str) -> list[tuple[int, str, str]]:
 
 
 def sentences(markdown: str) -> list[str]:
-    """The sentences of a page's prose: no code, tables, headings, pictures or addresses of links."""
+    """Split a page's prose into sentences, without code, tables, headings, pictures and addresses of links."""
     prose = re.sub(r"^```.*?^```|^( {4}|\||#|<).*?$", "", markdown, flags=re.MULTILINE | re.DOTALL)
     prose = re.sub(r"\]\([^)]*\)", "]", prose)
     prose = re.sub(r"`[^`]*`", "code", prose)

@@ -80,7 +80,7 @@ class _SumsByOrder:
         return take_rows(values, self.staying), jnp.where(self.joins, take_rows(values, self.leaving)[:, None], 0.0)
 
     def add(self, values: jax.Array) -> jax.Array:
-        """Add up the values of each target: float32 [b, n] -> [b, t]."""
+        """Sum the values of each target: float32 [b, n] -> [b, t]."""
         own, joining = self._split(values)
         return own + joining.sum(axis=-1)
 

@@ -75,8 +75,8 @@ class Geometry(Protocol):
 class MergeSchedule:
     """Stages that together cover all layers of a model.
 
-    Raises InputError (a ValueError) for a stage with negative numbers or without a rule, and for a Local stage after a
-    Global one, which has lost the order of the grid.
+    Raises InputError (a ValueError) for a stage with negative numbers or without a rule. A Local stage after a Global
+    one, which loses the order of the grid, raises it too.
     """
 
     stages: tuple[Stage, ...]

@@ -99,7 +99,7 @@ def make_train_step(
 
     The keys of a step come from the run's key and the step's number, so that a resumed run draws the same.
 
-    If the loss or the gradient is not finite, the state is returned unchanged, with its step number, and "finite" is 0
+    If the loss or the gradient is not finite, the state is returned unchanged, even its step number. "finite" is then 0
     in this and all later steps. The other metrics, float32 scalars, are explained in docs/training.md.
     """
     targets_config, frozen = recipe.targets, recipe.frozen
