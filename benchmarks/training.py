@@ -60,7 +60,7 @@ METHODS = {
 
 
 class Contender:
-    """A training run with its own state; steps: the first step of a block that each compiled step serves -> it."""
+    """A training run with its own state. steps: compiled steps, by the first step of a block that they compute."""
 
     def __init__(self, model: ViT, preprocess: Preprocess, sam: SAMConfig, batch: Any):
         params = abstract_params(model.config)

@@ -53,7 +53,7 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class EvaluationInputs:
-    """Everything that an evaluation reads.
+    """All inputs of an evaluation.
 
     source: its labels index the head's outputs. neighbours: labelled images among which a model without a head looks
     for the nearest; the source then has their classes. checkpoint_name: as given. files: sha256 of the checkpoint's

@@ -39,7 +39,7 @@ class Ratio:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """verdict: "flatter", "not flatter" or "inconclusive", about the first report; reason: why, in one line."""
+    """A verdict on the first report: "flatter", "not flatter" or "inconclusive"; reason: why, in one line."""
 
     ratios: tuple[Ratio, ...]
     paired: bool

@@ -14,7 +14,7 @@ from jax.experimental.pallas import triton as plgpu
 from fcvit_jax.models.merging import Matching
 from fcvit_jax.models.rules import Attended, Layer, Nearest, match_tokens, split_tokens
 
-_MOST = 128  # tokens of a window that propose, or are proposed to
+_MOST = 128  # at most so many tokens of a window propose, or are proposed to
 
 
 def match(

@@ -133,9 +133,9 @@ class PiToMe(Rule):
 class DiffRate(Rule):
     """Prune the least attended tokens, merge the next with what they resemble: DiffRate, arXiv 2305.17997, section 3.
 
-    Tokens are sorted by the class token's attention, and the last r are removed. The last `prune` r of these, rounded,
-    are pruned; the others merge with the kept token of the highest cosine c of features. The merged token is the plain
-    mean, and gains c times their sizes, as in the official code. Cosines below 0 count as 0.
+    Tokens are sorted by the class token's attention, and the last r are removed. A share `prune` of these, rounded, the
+    very last, is pruned; the others merge with the kept token of the highest cosine c of features. The merged token is
+    the plain mean, and gains c times their sizes, as in the official code. Cosines below 0 count as 0.
 
     The paper learns the counts of every layer; `diffrate_s_g2.9` and the other names of `DIFFRATE_KEPT` are the
     published ones. Some of these layers remove more than half of their tokens, which `half=false` allows.

@@ -132,7 +132,7 @@ class ViT(nn.Module):
 
 
 class Merged(NamedTuple):
-    """What leaves a layer: tokens [b, n, d], their sizes, float32 [b, n], and the matching, if any merged.
+    """The output of a layer: tokens [b, n, d], their sizes, float32 [b, n], and the matching, if any merged.
 
     coordinates: float32 [b, n, 2], or [1, n, 2] before the first merge, if positions are rotary.
     """

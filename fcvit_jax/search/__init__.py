@@ -149,7 +149,7 @@ def _parse_rules(text: str) -> list[Rule]:
 
 
 def _check_budget(budget: Budget, rules: Sequence[Rule], checkpoint: Checkpoint, cost: Cost) -> None:
-    """Raise InputError for a budget that cannot be met, before anything is measured."""
+    """Raise InputError for a budget that cannot be met, or restricts nothing, as far as is known without timing."""
     model, dense = checkpoint.config, flops.gmacs(checkpoint.config)
     if budget.unit == "x" and budget.number < 1:
         raise InputError(f"budget {budget.text}: a speed-up below 1 restricts nothing; choose more")

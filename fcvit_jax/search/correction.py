@@ -25,7 +25,7 @@ _FOLDS = 4
 
 
 class LogitMap(NamedTuple):
-    """z -> z + (z - mean) @ left @ right + shift. mean, shift: float64 [c]; left: [c, k]; right: [k, c]."""
+    """A map z -> z + (z - mean) @ left @ right + shift. mean, shift: float64 [c]; left: [c, k]; right: [k, c]."""
 
     mean: np.ndarray
     left: np.ndarray

@@ -16,7 +16,7 @@ FEWEST = 32  # images; with fewer, a bootstrap mistakes chance for better too of
 
 @dataclass(frozen=True)
 class Judgement:
-    """A found schedule against a simple one, on the same images.
+    """The comparison of a found schedule with a simple one, on the same images.
 
     ratio: of the mean scores, found over simple, with its 95 % interval (paired bootstrap over images). better: beyond
     chance. reason: why, in words.

@@ -14,7 +14,7 @@ from fcvit_jax.models.schedule import MergeSchedule
 from fcvit_jax.search.candidates import Candidate, Cost
 from fcvit_jax.search.scores import Scorer
 
-_SHARE = 4  # each round has so many times fewer candidates, and more images
+_SHARE = 4  # a round keeps a fourth of the candidates, and scores them on four times the images
 _FEWEST = 3  # candidates that the last round scores
 STEPS = (0.4, 0.2)  # of the refinement, in slope and hump
 
@@ -45,7 +45,7 @@ def planned_batches(candidates: int, batches: int) -> int:
 
 @dataclass(frozen=True)
 class Choice:
-    """Chooses among candidates at one budget, on the first `batches` batches of a scorer."""
+    """The choice among candidates at one budget, on the first `batches` batches of a scorer."""
 
     scorer: Scorer
     batches: int

@@ -77,7 +77,7 @@ def _json_lines(path: Path) -> list[Any]:
 
 @dataclass(frozen=True, eq=False)  # hashed by identity
 class Scorer:
-    """Scores schedules on batches of images.
+    """A scorer of schedules on batches of images.
 
     batches: on the devices, padded; counts: how many images of each are real. params: cast to the dtype.
     """

@@ -16,7 +16,7 @@ from fcvit_jax.training.training_run import TrainingRun
 
 
 class Assessment:
-    """Measures the accuracy by schedule, in batches as large as training's micro-batches; compiles in `__init__`.
+    """A test of all schedules, in batches as large as training's micro-batches, compiled when it is created.
 
     notes: the run's; their "best", the best accuracy so far, is updated. stopping: returns whether a signal came.
     """

@@ -97,7 +97,7 @@ def learning_rate_schedule(config: OptimizerConfig, total_steps: int, warmup_ste
 
 
 def decay_mask(params: Any) -> Any:
-    """Mark the parameters that decay: all but norms, biases, tokens, position embeddings and LayerScale."""
+    """Mark the parameters that decay: only kernels, not tokens, position embeddings or LayerScale."""
     return _map_names(lambda path, _: path.rpartition("/")[2] == "kernel", params)
 
 

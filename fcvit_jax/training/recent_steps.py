@@ -103,7 +103,7 @@ class RecentSteps:
 
 
 class WaitingTime:
-    """Counts the seconds in which the devices had nothing to do because the next batch was not ready.
+    """The seconds in which the devices had nothing to do because the next batch was not ready.
 
     The host is one step ahead of the devices and may wait for a batch during a step. Only waiting after the end of that
     step counts, so a thread notes when each step ends.

@@ -162,7 +162,7 @@ def perturbation(
 
 
 def sam_value_and_grad(loss_fn: LossFn, cfg: SAMConfig, mask: Params | None = None) -> Callable[..., Any]:
-    """Make `jax.value_and_grad(loss_fn, has_aux=True)` with the gradient of SAM. Call it under jit.
+    """Make a function like `jax.value_and_grad(loss_fn, has_aux=True)`, with SAM's gradient. Call it under jit.
 
     loss_fn: (params, batch, key) -> (loss, aux); the loss is the mean over the rows of the batch. Weights of rows
         (padding, masks) must average to 1 over the *whole* batch: then mean(weight * loss of the row) is the same for
