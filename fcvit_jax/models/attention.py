@@ -56,7 +56,7 @@ class Attention(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling, [b, n, d] -> [b, d]: a learned probe attends to all, y + MLP(norm(y)). "MAP", arXiv 2106.04560.
+    """Attention pooling, [b, n, d] -> [b, d]: a learned probe attends, y + MLP(norm(y)). "MAP", arXiv 2106.04560.
 
     With `size`, float32 [b, n], its attention is proportional to that too.
     """
