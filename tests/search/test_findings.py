@@ -30,7 +30,7 @@ def test_chance_is_rarely_taken_for_better():
 def test_few_images_are_too_few_to_judge():
     judgement = judge([0.1] * (FEWEST - 1), [1.0] * (FEWEST - 1), seed=0)
     assert not judgement.better
-    assert "cannot tell" in judgement.reason
+    assert "too few to judge" in judgement.reason
     assert judge([0.1] * FEWEST, [1.0] * FEWEST, seed=0).better
 
 
