@@ -74,7 +74,7 @@ def check_room(directory: Path, tree: Any) -> None:
 
 
 @contextlib.contextmanager
-def told_in_one_line(path: Path) -> Iterator[None]:
+def one_line_file_errors(path: Path) -> Iterator[None]:
     """Raise InputError if the disk is full after all, or fails, while `path` is written."""
     try:
         yield
@@ -89,7 +89,7 @@ def told_in_one_line(path: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def staged(path: Path) -> Iterator[Path]:
     """Yield a directory beside `path` that replaces it if the block succeeds, and is deleted otherwise."""
-    with told_in_one_line(path):
+    with one_line_file_errors(path):
         staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.partial-", dir=path.parent))
         try:
             yield staging
@@ -112,7 +112,7 @@ def staged(path: Path) -> Iterator[Path]:
 def sweep(path: Path) -> None:
     """Remove what killed writers of `path` left beside it; restore an old directory that was not yet replaced."""
     random = "?" * 8  # as `mkdtemp` has it
-    with told_in_one_line(path):
+    with one_line_file_errors(path):
         for retired in path.parent.glob(f".{path.name}.old-{random}"):
             shutil.rmtree(retired) if path.exists() else os.replace(retired, path)
         for staging in path.parent.glob(f".{path.name}.partial-{random}"):
@@ -122,7 +122,7 @@ def sweep(path: Path) -> None:
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name, then rename it. Raises InputError if that fails."""
     partial = path.with_name(f".{path.name}.partial")
-    with told_in_one_line(path):
+    with one_line_file_errors(path):
         try:
             partial.write_bytes(content)
             os.replace(partial, path)

@@ -26,7 +26,7 @@ from fcvit_jax.errors import InputError
 # Smaller leaves are kept whole on every device: gathering them costs more than it saves.
 _SMALLEST_SHARDED = 2**16  # numbers
 
-_TOLD = "error: another process stopped: see its message"
+_PEER_STOPPED = "error: another process stopped: see its message"
 _FOREVER = 10 * 365 * 24 * 60 * 60.0  # seconds
 _EXCHANGE = re.compile("gloo|nccl|coordination|barrier|unavailable|deadline", re.IGNORECASE)
 
@@ -95,7 +95,7 @@ def ending_together() -> Iterator[None]:
     def listen(peer: int) -> None:
         meet(peer, here, _FOREVER)
         if ending.acquire(blocking=False):
-            print(_TOLD, file=sys.stderr)
+            print(_PEER_STOPPED, file=sys.stderr)
             leave(2)
 
     def tell() -> None:
@@ -123,7 +123,7 @@ def ending_together() -> Iterator[None]:
         ending.acquire()
         status = error.code if isinstance(error, SystemExit) else 1
         if isinstance(error, jax.errors.JaxRuntimeError) and _EXCHANGE.search(str(error)):
-            print(f"{_TOLD} ({str(error).splitlines()[0]})", file=sys.stderr)
+            print(f"{_PEER_STOPPED} ({str(error).splitlines()[0]})", file=sys.stderr)
             status = 2
         elif not isinstance(error, SystemExit):
             traceback.print_exc()
@@ -146,12 +146,12 @@ def stop_signal() -> Iterator[Callable[[], bool]]:
     if jax.process_count() > 1:
         numbers = itertools.count(1)
 
-        def asked() -> bool:
+        def requested() -> bool:
             if not came and multihost_utils.reached_preemption_sync_point(next(numbers)):
                 came.append(True)
             return bool(came)
 
-        yield asked
+        yield requested
     elif threading.current_thread() is not threading.main_thread():
         yield lambda: False
     else:

@@ -134,13 +134,10 @@ class WeightSource:
             if self.model and self.sidecar.kind == "timm":  # whose names of CLIP imply a GELU, and share their files
                 described.pop("gelu", None)
             stated["what config.json describes"] = described
-        if (
-            self.model
-            and self.model.config.learned_positions is False
-            and self.translation.layout.config_json == "timm"
-        ):
-            # timm pools DINOv3 by the patches' mean, beside a class token: no key shows it.
-            stated = {"its name": {"pool": self.model.config.pool}} | stated
+        if self.model and not self.model.config.learned_positions:
+            # No leaf shows the image size, and no key that timm pools DINOv3 by the mean of its patches.
+            unseen = ("image_size", "pool") if self.translation.layout.config_json == "timm" else ("image_size",)
+            stated = {"its name": {name: getattr(self.model.config, name) for name in unseen}} | stated
         with naming(self.weights.path):
             return infer_config(self.translation, stated, asked)
 

@@ -25,7 +25,7 @@ from fcvit_jax.data.labels import label_by_name
 from fcvit_jax.data.records import Source
 from fcvit_jax.data.sources import open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors, printable
-from fcvit_jax.files import local_path, told_in_one_line, writable_directory
+from fcvit_jax.files import local_path, one_line_file_errors, writable_directory
 
 VERSION, FEATURES = "1.0.0", {"image", "label", "file_name"}
 IMAGES_PER_FILE, MOST_FILES = 1000, 256  # readers keep all files open: beyond that, files grow
@@ -63,7 +63,7 @@ def prepare(source: Source, out: Path, name: str, split: str, progress: bool = F
     target = out / name / VERSION
     source = _check_target(target, source, split)
     writable_directory(out)
-    with told_in_one_line(out), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as staging:
+    with one_line_file_errors(out), tempfile.TemporaryDirectory(prefix=f".{name}-", dir=out) as staging:
         _write(Path(staging) / name / VERSION, source, name, split, progress)
         spec = f"tfds:{name}/{split}@"
         written = open_source(f"{spec}{staging}")

@@ -20,7 +20,7 @@ from fcvit_jax import parallel
 from fcvit_jax.evaluation.accuracy import CompiledStep, classify
 from fcvit_jax.evaluation.inputs import EvaluationInputs
 from fcvit_jax.evaluation.times import Times
-from fcvit_jax.files import file_name, told_in_one_line, writable_directory, write_whole
+from fcvit_jax.files import file_name, one_line_file_errors, writable_directory, write_whole
 
 CHUNK = 2**24  # bytes of features that each device gets at a time
 RESIDENT = 2**29  # bytes of all features, up to which the devices keep them
@@ -104,7 +104,7 @@ def collect_features(
         )
         print(f"{folder}: features, {how}", flush=True)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(told_in_one_line(folder))
+        stack.enter_context(one_line_file_errors(folder))
         files = {name: stack.enter_context(path.open("r+b" if finished else "wb")) for name, path in paths.items()}
         for name, file in files.items():
             shape, kind = shapes[name], "<f4" if name else "<i4"

@@ -17,7 +17,7 @@ from jax.experimental import multihost_utils
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.data.preprocess import ODDITIES
 from fcvit_jax.evaluation.accuracy import Outcome
-from fcvit_jax.files import file_name, told_in_one_line, writable_directory, write_whole
+from fcvit_jax.files import file_name, one_line_file_errors, writable_directory, write_whole
 
 FOUND = ("skipped", *ODDITIES)  # kinds of images that are counted beside the outcomes
 NAME_BYTES = 256  # of an image's name that processes exchange: the end of a longer one
@@ -160,7 +160,7 @@ def save_logits(
     targets = [directory / f"logits_{file_name(name)}.npz" for name in schedules]
     partials = [target.with_name(f".{target.name}.partial") for target in targets]
     header = {"descr": "<f4", "fortran_order": False, "shape": (len(outcomes.names), num_classes)}
-    with told_in_one_line(directory), contextlib.ExitStack() as leftovers:
+    with one_line_file_errors(directory), contextlib.ExitStack() as leftovers:
         for partial in partials:
             leftovers.callback(partial.unlink, missing_ok=True)
         with contextlib.ExitStack() as opened:

@@ -6,6 +6,7 @@ Shape letters: b batch, n tokens in, t tokens out, d width, p patches.
 """
 
 import dataclasses
+import operator
 from typing import Literal
 
 import jax
@@ -52,71 +53,93 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     if gain is None and matching.weight is not None:
         gain = jnp.where(weight > 0, size, 0.0)
     by_order = x.dtype == jnp.float32 and matching.order is not None
-    sums = _SumsByOrder(matching) if by_order else _SumsByProduct(matching)
-    merged, total, alone = sums.mean(x, weight)
+    groups = _GroupsByOrder(matching) if by_order else _GroupsByProduct(matching)
+    members, weights = groups.members(x), groups.members(weight)
+    merged, total, alone = groups.mean(members, weights)
     scale = total if matching.summed else None
     if matching.keep_norm:
-        norms = _norms(x)
-        largest = matching.keep_norm == "max"
-        wanted = sums.largest(jnp.where(weight > 0, norms, 0.0)) if largest else sums.add(weight * norms) / total
+        norms = jax.tree.map(_norms, members)
+        if matching.keep_norm == "max":
+            wanted = groups.largest(jax.tree.map(lambda w, norm: jnp.where(w > 0, norm, 0.0), weights, norms))
+        else:
+            wanted = groups.add(jax.tree.map(operator.mul, weights, norms)) / total
         scale = wanted / _norms(merged)
     if scale is not None:
         merged = (merged.astype(jnp.float32) * jnp.where(alone, 1.0, scale)[..., None]).astype(x.dtype)
-    return merged, total if gain is None else sums.add(gain)
+    own, gained = (size, total) if gain is None else (gain, groups.add(groups.members(gain)))
+    return groups.place(x, merged), groups.place(own, gained)
 
 
-class _SumsByOrder:
-    """Sums over the tokens of each target: those that stay are gathered, and those that are merged away added."""
+Members = tuple[jax.Array, ...]  # values of tokens, as the two classes below arrange them
+
+
+class _GroupsByOrder:
+    """One group for each token that is merged away: its target, and all that merge into that. g groups.
+
+    They are few, and equal where tokens have one target. Tokens of no group are copied.
+    """
 
     def __init__(self, matching: Matching):
         order, self.count = matching.order, matching.tokens_out
         assert order is not None
         self.staying, self.leaving = order[:, : self.count], order[:, self.count :]
-        goals = take_rows(matching.target, self.leaving)
-        self.joins = goals[:, None] == np.arange(self.count)[None, :, None]
+        self.goals = take_rows(matching.target, self.leaving)
+        self.targets = take_rows(self.staying, self.goals)
+        self.together = self.goals[:, :, None] == self.goals[:, None]
 
-    def _split(self, values: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Split [b, n] into [b, t] of the tokens that stay, and [b, t, n - t] of those merged into each."""
-        return take_rows(values, self.staying), jnp.where(self.joins, take_rows(values, self.leaving)[:, None], 0.0)
+    def members(self, values: jax.Array) -> Members:
+        """Split [b, n, ...] into those of the targets, and of the tokens that are merged away: [b, g, ...] both."""
+        return take_rows(values, self.targets), take_rows(values, self.leaving)
 
-    def add(self, values: jax.Array) -> jax.Array:
-        """Sum the values of each target: float32 [b, n] -> [b, t]."""
-        own, joining = self._split(values)
-        return own + joining.sum(axis=-1)
+    def add(self, values: Members) -> jax.Array:
+        """Add float32 values of the members: [b, g]."""
+        return values[0] + jnp.where(self.together, values[1][:, None], 0.0).sum(axis=-1)
 
-    def largest(self, values: jax.Array) -> jax.Array:
-        """Find the largest value of each target: float32 [b, n], none below 0, -> [b, t]."""
-        own, joining = self._split(values)
-        return jnp.maximum(own, joining.max(axis=-1))
+    def largest(self, values: Members) -> jax.Array:
+        """Find the largest of float32 values, none below 0: [b, g]."""
+        return jnp.maximum(values[0], jnp.where(self.together, values[1][:, None], 0.0).max(axis=-1))
 
-    def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return the weighted means [b, t, d], the sums of weights, and which targets have one member: [b, t] each."""
-        kept, gone = take_rows(x, self.staying), take_rows(x, self.leaving)
-        own, joining = self._split(weight)
+    def mean(self, x: Members, weight: Members) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return weighted means, [b, g, d], the sums of the weights, and where nothing of weight joins: [b, g]."""
+        joining = jnp.where(self.together, weight[1][:, None], 0.0)
         added = joining.sum(axis=-1)
-        sums = jnp.einsum("btr,brd->btd", joining, gone, precision=jax.lax.Precision.HIGHEST)
-        total = own + added
-        return kept + (sums - kept * added[..., None]) / total[..., None], total, added == 0
+        total = weight[0] + added
+        sums = jnp.einsum("bgr,brd->bgd", joining, x[1], precision=jax.lax.Precision.HIGHEST)
+        return x[0] + (sums - x[0] * added[..., None]) / total[..., None], total, added == 0
+
+    def place(self, values: jax.Array, merged: jax.Array) -> jax.Array:
+        """Bring the tokens' own values, [b, n, ...], and the groups', [b, g, ...], into the order of the output."""
+        numbers = np.arange(self.leaving.shape[1], dtype=np.int32)
+        joins = self.goals[:, None] == np.arange(self.count)[None, :, None]
+        group = jnp.where(joins, numbers, -1).max(axis=-1)  # any of the equal ones
+        joined = (group >= 0).reshape(*group.shape, *(1,) * (values.ndim - 2))
+        return jnp.where(joined, take_rows(merged, jnp.maximum(group, 0)), take_rows(values, self.staying))
 
 
-class _SumsByProduct:
-    """The same sums by one product with the weights, in the dtype of x: matrix units are faster than a gather."""
+class _GroupsByProduct:
+    """A group for each token of the output, by one product with all: matrix units are faster than a gather."""
 
     def __init__(self, matching: Matching):
         self.here = matching.target[:, None, :] == np.arange(matching.tokens_out)[None, :, None]
 
-    def add(self, values: jax.Array) -> jax.Array:
-        return jnp.where(self.here, values[:, None, :], 0.0).sum(axis=-1)
+    def members(self, values: jax.Array) -> Members:
+        return (values,)
 
-    def largest(self, values: jax.Array) -> jax.Array:
-        return jnp.where(self.here, values[:, None, :], 0.0).max(axis=-1)
+    def add(self, values: Members) -> jax.Array:
+        return jnp.where(self.here, values[0][:, None], 0.0).sum(axis=-1)
 
-    def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        into = jnp.where(self.here, weight[:, None, :], 0.0)
+    def largest(self, values: Members) -> jax.Array:
+        return jnp.where(self.here, values[0][:, None], 0.0).max(axis=-1)
+
+    def mean(self, x: Members, weight: Members) -> tuple[jax.Array, jax.Array, jax.Array]:
+        into = jnp.where(self.here, weight[0][:, None], 0.0)
         total = into.sum(axis=-1)
         share = into / jnp.where(total > 0, total, 1.0)[..., None]
-        merged = einsum("btn,bnd->btd", share.astype(x.dtype), x)
+        merged = einsum("btn,bnd->btd", share.astype(x[0].dtype), x[0])
         return merged, total, into.max(axis=-1) == total
+
+    def place(self, values: jax.Array, merged: jax.Array) -> jax.Array:
+        return merged
 
 
 def _norms(x: jax.Array) -> jax.Array:

@@ -90,11 +90,11 @@ class ToMe(Rule):
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
         ((_, metric),) = self.metrics(attended, x)
-        return match_tokens(metric, layer, prefix)
+        return match_tokens(metric[:, 0], layer, prefix)
 
     def metrics(self, attended: Attended, x: jax.Array) -> "Metrics":
         """Return what tokens are compared by: the keys."""
-        return ((1.0, mean_over_heads(attended.keys(self.turned))),)
+        return ((1.0, mean_over_heads(attended.keys(self.turned))[:, None]),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,8 +134,9 @@ class Nearest(Rule):
 
     def metrics(self, attended: Attended, x: jax.Array) -> "Metrics":
         """Return what tokens are compared by: keys and features."""
-        keys = (all_heads if self.heads == "all" else mean_over_heads)(attended.keys(self.turned))
-        return ((1.0, keys), (self.features, x)) if self.features else ((1.0, keys),)
+        keys = attended.keys(self.turned)
+        keys = keys if self.heads == "all" else mean_over_heads(keys)[:, None]
+        return ((1.0, keys), (self.features, x[:, None])) if self.features else ((1.0, keys),)
 
     def cost(self, similarity: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
         """Return the cost of pairs by their similarity and the `weights` of both tokens, float32 of one shape."""
@@ -224,11 +225,6 @@ def mean_over_heads(x: jax.Array) -> jax.Array:
     return functools.reduce(operator.add, (x[:, head] for head in range(x.shape[1]))) / x.shape[1]
 
 
-def all_heads(x: jax.Array) -> jax.Array:
-    """[b, h, n, w] -> [b, n, h w]: the heads side by side."""
-    return x.transpose(0, 2, 1, 3).reshape(x.shape[0], x.shape[2], -1)
-
-
 def class_attention(attended: Attended, layer: "Layer", prefix: int) -> jax.Array:
     """Return the class token's attention to each token, the mean over heads: float32 [b, n], constant to gradients.
 
@@ -249,11 +245,11 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     `removed` above 0; its windows are matched separately. prefix: how many leading tokens never merge; they count in
     the alternation of global matching, and not in that of windows.
     """
-    pairs = propose_pairs(((1.0, metric),), layer, prefix)
+    pairs = propose_pairs(((1.0, metric[:, None]),), layer, prefix)
     return merge_ranked(pairs, rank_pairs(pairs.similarity), layer)
 
 
-Metrics = tuple[tuple[float, jax.Array], ...]  # weights, and what tokens are compared by: [b, n, k] each
+Metrics = tuple[tuple[float, jax.Array], ...]  # weights, and what is compared: [b, h, n, w], the heads side by side
 
 
 class Pairs(NamedTuple):
@@ -304,9 +300,10 @@ def compare(metrics: Metrics, a: np.ndarray, b: np.ndarray) -> jax.Array:
     total, similarities = sum(weight for weight, _ in metrics), []
     for weight, metric in metrics:
         metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-        squares = jnp.sum(metric * metric, axis=-1) * (total / weight)
-        metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
-        tokens = _pick(metric, a), _pick(metric, b)
+        squares = jnp.sum(metric * metric, axis=-1).sum(axis=1) * (total / weight)
+        scale = in_one_axis(lambda x: jax.lax.rsqrt(jnp.maximum(x, 1e-30)), squares)
+        scaled = (metric * scale[:, None, :, None]).transpose(0, 2, 1, 3).reshape(*squares.shape, -1)
+        tokens = _pick(scaled, a), _pick(scaled, b)
         similarities.append(jnp.einsum("bvik,bvjk->bvij", *tokens, precision=jax.lax.Precision.HIGHEST))
     return functools.reduce(operator.add, similarities)
 

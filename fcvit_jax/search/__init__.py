@@ -156,8 +156,7 @@ def _check_budget(budget: Budget, rules: Sequence[Rule], checkpoint: Checkpoint,
     if not budget.timed:
         limit = budget.number * (1 if budget.unit else dense)
         cheapest = min(cost(Candidate(rule).at(2.0 * model.num_patches, model)) for rule in rules)
-        unit = "GMACs" if budget.unit else f"GMACs, {cheapest / dense:.3f} of which is the least"
-        check_reachable(limit, cheapest, dense, budget.text, unit if budget.unit else "GMACs")
+        check_reachable(limit, cheapest, dense, budget.text, "GMACs")
 
 
 def _draw(source: Source, checkpoint: Checkpoint, config: SearchConfig, count: int, mesh: Any) -> tuple[tuple, str]:
@@ -191,7 +190,7 @@ def _fingerprint(checkpoint: Checkpoint, config: SearchConfig, budgets: list[str
 def _open_memory(folder: Path | None, run: Mapping[str, Any]) -> Memory:
     memory = Memory(folder and folder / MEMORY, run)
     if memory.known:
-        print(f"{folder}: resuming the interrupted search after {len(memory.known):,} batches")
+        print(f"{folder}: resuming the interrupted search after {len(memory.known):,} measurements")
     elif memory.differs:
         print(f"{folder}: the interrupted search there differs in {', '.join(memory.differs)}; starting over")
     return memory

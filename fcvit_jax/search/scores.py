@@ -19,7 +19,7 @@ from fcvit_jax.checkpoint import Checkpoint
 from fcvit_jax.data.batches import Batch
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import CompiledStep, StepConfig, compile_step, divergence
-from fcvit_jax.files import told_in_one_line
+from fcvit_jax.files import one_line_file_errors
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.rules import Rule
 from fcvit_jax.models.schedule import MergeSchedule
@@ -48,18 +48,18 @@ class Memory:
             self.differs = tuple(sorted(key for key in there | dict(run) if there.get(key) != run.get(key)))
         if self.differs or not lines:
             if path:
-                with told_in_one_line(path):
+                with one_line_file_errors(path):
                     path.write_text(json.dumps(run) + "\n")
         else:
             self.known = {key: values for line in lines[1:] for key, values in line.items()}
             if path and not path.read_bytes().endswith(b"\n"):  # killed while it was written
-                with told_in_one_line(path):
+                with one_line_file_errors(path):
                     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
     def keep(self, key: str, values: Iterable[float]) -> list[float]:
         self.known[key] = list(map(float, values))
         if self._path:
-            with told_in_one_line(self._path), self._path.open("a") as file:
+            with one_line_file_errors(self._path), self._path.open("a") as file:
                 file.write(json.dumps({key: self.known[key]}) + "\n")
         return self.known[key]
 

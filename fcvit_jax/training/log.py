@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from fcvit_jax.files import told_in_one_line
+from fcvit_jax.files import one_line_file_errors
 
 
 class Log:
@@ -16,7 +16,7 @@ class Log:
 
     def __init__(self, directory: Path, from_step: int, tensorboard: bool):
         self._path = directory / "metrics.jsonl"
-        with told_in_one_line(self._path):
+        with one_line_file_errors(self._path):
             self._file = self._path.open("ab")
             self._file.truncate(_kept(self._path.read_bytes(), from_step))
         self._events: Any = None
@@ -29,7 +29,7 @@ class Log:
                 self._events = SummaryWriter(str(directory / "events"), purge_step=from_step + 1)
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        with told_in_one_line(self._path):
+        with one_line_file_errors(self._path):
             self._file.write(json.dumps({"step": step, **row}).encode() + b"\n")
             self._file.flush()
         if self._events:

@@ -15,7 +15,7 @@ from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.data.batches import BadImage, Batch, device_batches, train_batches
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import Accuracy
-from fcvit_jax.files import local_path, sweep, told_in_one_line, writable_directory
+from fcvit_jax.files import local_path, sweep, one_line_file_errors, writable_directory
 from fcvit_jax.training.assessment import Assessment
 from fcvit_jax.training.log import Log
 from fcvit_jax.training.recent_steps import RecentSteps
@@ -172,7 +172,7 @@ def give_up(run: TrainingRun, state: TrainState, at: int, names: tuple[str, ...]
     """Make the error for a step that was not finite; each process writes the names of its images to a file."""
     names = tuple(filter(None, names))  # padding has none
     file = run.workdir / ("not_finite.txt" if jax.process_count() == 1 else f"not_finite_{jax.process_index()}.txt")
-    with told_in_one_line(file):
+    with one_line_file_errors(file):
         file.write_text("".join(f"{name}\n" for name in names), errors="surrogateescape")
     finite = jax.jit(lambda tree: jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all())
     kept = "the parameters before it are not finite either"

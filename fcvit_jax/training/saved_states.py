@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from fcvit_jax.checkpoint import file_sha256
 from fcvit_jax.errors import InputError
-from fcvit_jax.files import check_room, told_in_one_line, utf8_path, write_whole
+from fcvit_jax.files import check_room, one_line_file_errors, utf8_path, write_whole
 
 DIGESTS = "sha256.json"  # of a state's files, in its directory: Orbax does not notice all damage
 
@@ -64,7 +64,7 @@ class SavedStates:
         args = self._args.Composite(state=self._args.StandardSave(state), notes=self._args.JsonSave(dict(notes)))
         self.wait()  # for the previous state, which needs room too
         check_room(self._directory, state)
-        with told_in_one_line(self._directory):
+        with one_line_file_errors(self._directory):
             self._manager.save(step, args=args)
 
     def restore(self, abstract: Any) -> Any:
@@ -86,14 +86,14 @@ class SavedStates:
 
     def wait(self) -> None:
         """Wait until the states are on disk. Raises InputError if the disk is full."""
-        with told_in_one_line(self._directory):
+        with one_line_file_errors(self._directory):
             self._manager.wait_until_finished()
             if jax.process_index() == 0 and (latest := self.latest()) is not None:
                 _write_digests(self._directory / str(latest))
 
     def close(self) -> None:
         """Wait, and release the directory. Raises InputError if the disk is full."""
-        with self._opened, told_in_one_line(self._directory):
+        with self._opened, one_line_file_errors(self._directory):
             self._manager.close()
 
 

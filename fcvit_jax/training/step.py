@@ -132,7 +132,6 @@ def make_train_step(
         # A low decay at first, so that the initial parameters are forgotten quickly.
         decay = jnp.minimum(recipe.ema_decay, (1.0 + state.step) / (10.0 + state.step))
         ema = optax.incremental_update(params, state.ema, 1.0 - decay) if recipe.ema_decay else state.ema
-        # Computed before the update, which can then happen in place.
         finite = state.finite & jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
 
         metrics = {

@@ -277,6 +277,7 @@ def test_each_part_of_nearest_changes_the_pairs():
     assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1]) == {4: 5}
     assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.1, 0.1, 0.3, 0.2, 0.1]) == {2: 3}
     # The pair with similar features, whose weight is half of the keys'.
+    keys = [[0, 300, 100, 109, 200, 210, 20]]
     assert pairs(rule, keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {4: 5}
     assert pairs(rule, keys, layer, features=[0, 0, 45, 45, 0, 90, 0]) == {2: 3}
     assert pairs(dataclasses.replace(rule, features=0.0), keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {2: 3}

@@ -84,7 +84,7 @@ def test_killed_and_resumed_it_finds_the_same(found, digits, tmp_path, monkeypat
     path = tmp_path / MEMORY
     path.write_text(path.read_text() + '{"half a li')
     again = fc.search(digits, "digits:train", "0.5,0.7", workdir=tmp_path, **SMALL)
-    assert "resuming the interrupted search after 9 batches" in capsys.readouterr().out
+    assert "resuming the interrupted search after 9 measurements" in capsys.readouterr().out
     assert again == report
     assert not path.exists()
 
