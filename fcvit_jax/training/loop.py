@@ -15,7 +15,7 @@ from fcvit_jax.compiling import PRECISIONS
 from fcvit_jax.data.batches import BadImage, Batch, device_batches, train_batches
 from fcvit_jax.errors import InputError
 from fcvit_jax.evaluation.accuracy import Accuracy
-from fcvit_jax.files import local_path, sweep, one_line_file_errors, writable_directory
+from fcvit_jax.files import local_path, one_line_file_errors, sweep, writable_directory
 from fcvit_jax.training.assessment import Assessment
 from fcvit_jax.training.log import Log
 from fcvit_jax.training.recent_steps import RecentSteps
