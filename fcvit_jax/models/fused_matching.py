@@ -48,7 +48,6 @@ def match(
             return match_tokens(mean, layer, prefix)
         return rule(attended, x, size, layer, prefix)
     weights = [] if nearest is None else [nearest.weights(attended, size, layer, prefix)]
-    apart = nearest is not None and nearest.heads == "all"
     share = nearest.features if nearest else 0.0
     features = [x.reshape(b, n, h, k)] if share else []
 
@@ -61,7 +60,6 @@ def match(
             width=k,
             removed=layer.removed,
             prefix=prefix,
-            apart=apart,
             share=share,
             exact=interpret,
         ),
@@ -89,12 +87,12 @@ def match(
 
 def _match(
     rows_a_ref, rows_b_ref, k_ref, *refs,
-    counts: tuple[int, int], width: int, removed: int, prefix: int, apart: bool, share: float, exact: bool
+    counts: tuple[int, int], width: int, removed: int, prefix: int, share: float, exact: bool
 ) -> None:  # fmt: skip
     """Match one window of one image.
 
-    apart: compare the keys of all heads, not their mean. share: weight of the cosine of the features. refs: features,
-    if these are compared; weights, if pairs have a cost; and two outputs.
+    share: weight of the cosine of the features. refs: features, if these are compared; weights, if pairs have a cost;
+    and two outputs.
     """
     *refs, target_ref, order_ref = refs
     x_ref, weight_ref = refs[: bool(share)], refs[bool(share) :]
@@ -138,7 +136,7 @@ def _match(
         total = jax.lax.fori_loop(0, heads, lambda head, sums: sums + part(k_ref, rows, there, head), first) / heads
         return total * inverse_norm((total * total).sum(axis=1))[:, None]
 
-    similarity = cosine(k_ref) if apart else products(directions(rows_a, there_a), directions(rows_b, there_b))
+    similarity = products(directions(rows_a, there_a), directions(rows_b, there_b))
     for ref in x_ref:
         similarity = (similarity + share * cosine(ref)) / (1.0 + share)
     # NaNs rank below any cosine, and padding below NaNs, so that every token has a place of its own.

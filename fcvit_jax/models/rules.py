@@ -90,11 +90,11 @@ class ToMe(Rule):
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
         ((_, metric),) = self.metrics(attended, x)
-        return match_tokens(metric[:, 0], layer, prefix)
+        return match_tokens(metric, layer, prefix)
 
     def metrics(self, attended: Attended, x: jax.Array) -> "Metrics":
         """Return what tokens are compared by: the keys."""
-        return ((1.0, mean_over_heads(attended.keys(self.turned))[:, None]),)
+        return ((1.0, mean_over_heads(attended.keys(self.turned))),)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,6 @@ class Nearest(Rule):
     It has Token Merging's shapes and one matching a layer. Each option is one change from Token Merging; docs/rules.md
     has what each is worth.
 
-    heads: compare the keys of all heads side by side ("all"), or their mean ("mean").
     features: weight of the cosine of the tokens' features beside that of their keys, which has weight 1.
     checkerboard: split the grid of the first merging layer by row + column, so that all neighbours can merge.
     size, attention: a pair is ranked by its cost, (1 - similarity) w_i w_j, with w = s^size c^attention of a token's
@@ -114,8 +113,7 @@ class Nearest(Rule):
     turned: compare keys as rotary positions have turned them, as in `ToMe`.
     """
 
-    heads: str = setting("all", choices=("all", "mean"))
-    features: float = setting(0.5, low=0)
+    features: float = setting(1.0, low=0)
     checkerboard: bool = True
     size: float = setting(0.25, low=0)
     attention: float = setting(0.15, low=0)
@@ -134,19 +132,17 @@ class Nearest(Rule):
 
     def metrics(self, attended: Attended, x: jax.Array) -> "Metrics":
         """Return what tokens are compared by: keys and features."""
-        keys = attended.keys(self.turned)
-        keys = keys if self.heads == "all" else mean_over_heads(keys)[:, None]
-        return ((1.0, keys), (self.features, x[:, None])) if self.features else ((1.0, keys),)
+        keys = 1.0, mean_over_heads(attended.keys(self.turned))
+        return (keys, (self.features, x)) if self.features else (keys,)
 
     def cost(self, similarity: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
         """Return the cost of pairs by their similarity and the `weights` of both tokens, float32 of one shape."""
         return (1.0 - similarity) * own * other
 
     def macs(self, layer: "Layer", config: ViTConfig) -> int:
-        """Count those of the other heads' and the features' similarities, and of the class token's attention."""
+        """Count those of the features' similarities, and of the class token's attention."""
         a, b = split_tokens(layer, config.num_prefix_tokens, self.checkerboard)
-        beside = (config.num_heads - 1 if self.heads == "all" else 0) + (config.num_heads if self.features else 0)
-        similarity = beside * (config.embed_dim // config.num_heads) * a.size * b.shape[1]
+        similarity = config.embed_dim * a.size * b.shape[1] if self.features else 0
         return similarity + (layer.tokens_in * config.embed_dim if self.attention else 0)
 
 
@@ -245,11 +241,11 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     `removed` above 0; its windows are matched separately. prefix: how many leading tokens never merge; they count in
     the alternation of global matching, and not in that of windows.
     """
-    pairs = propose_pairs(((1.0, metric[:, None]),), layer, prefix)
+    pairs = propose_pairs(((1.0, metric),), layer, prefix)
     return merge_ranked(pairs, rank_pairs(pairs.similarity), layer)
 
 
-Metrics = tuple[tuple[float, jax.Array], ...]  # weights, and what is compared: [b, h, n, w], the heads side by side
+Metrics = tuple[tuple[float, jax.Array], ...]  # weights, and what tokens are compared by: [b, n, k] each
 
 
 class Pairs(NamedTuple):
@@ -300,10 +296,9 @@ def compare(metrics: Metrics, a: np.ndarray, b: np.ndarray) -> jax.Array:
     total, similarities = sum(weight for weight, _ in metrics), []
     for weight, metric in metrics:
         metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-        squares = jnp.sum(metric * metric, axis=-1).sum(axis=1) * (total / weight)
-        scale = in_one_axis(lambda x: jax.lax.rsqrt(jnp.maximum(x, 1e-30)), squares)
-        scaled = (metric * scale[:, None, :, None]).transpose(0, 2, 1, 3).reshape(*squares.shape, -1)
-        tokens = _pick(scaled, a), _pick(scaled, b)
+        squares = jnp.sum(metric * metric, axis=-1) * (total / weight)
+        metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
+        tokens = _pick(metric, a), _pick(metric, b)
         similarities.append(jnp.einsum("bvik,bvjk->bvij", *tokens, precision=jax.lax.Precision.HIGHEST))
     return functools.reduce(operator.add, similarities)
 
