@@ -58,7 +58,7 @@ def test_triton_attention_equals_float64(tokens, width, proportional):
         (Layer(300, 250, 50), 1, 8),  # too many for one program
     ],
 )
-@pytest.mark.parametrize("rule", [ToMe(), Nearest(), Nearest(heads="mean", checkerboard=False, keep_norm=False)])
+@pytest.mark.parametrize("rule", [ToMe(), Nearest(), Nearest(features=0.0, checkerboard=False, keep_norm=False)])
 def test_triton_matches_as_xla(layer, prefix, width, rule):
     patches = (layer.tokens_in - prefix) // (layer.windows or 1)
     layer = layer._replace(rule=rule, grid=(2, patches // 2) if patches % 2 == 0 else (1, patches))

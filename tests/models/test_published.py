@@ -77,8 +77,8 @@ def place(request):
 class Window(NamedTuple):
     """The patch tokens of one window in float64.
 
-    key: mean over heads. keys: side by side. seen: attention of the class token, or of the mean query. parity: of the
-    position of its first token. even: the cells, row by row, that are A in a checkerboard; all others are B.
+    key: mean over heads. seen: attention of the class token, or of the mean query. parity: of the position of its
+    first token. even: the cells, row by row, that are A in a checkerboard; all others are B.
     """
 
     x: np.ndarray
@@ -86,7 +86,6 @@ class Window(NamedTuple):
     key: np.ndarray
     attention: np.ndarray
     score: np.ndarray
-    keys: np.ndarray
     seen: np.ndarray
     parity: int
     even: np.ndarray
@@ -103,7 +102,7 @@ def windows_of(tokens: Tokens, image: int, layer: Layer, prefix: int) -> list[Wi
     seen = np.exp(np.einsum("hw,hnw->hn", q.mean(axis=1), k) / WIDTH**0.5 + np.log(size))
     seen = attention if prefix and layer.class_token else (seen / seen.sum(axis=1, keepdims=True)).mean(axis=0)
     parts = [part[prefix:][order] for part in parts] + [(score / score.sum())[order]]
-    parts += [part[prefix:][order] for part in (k.transpose(1, 0, 2).reshape(len(size), -1), seen)]
+    parts.append(seen[prefix:][order])
     split = zip(*(np.split(part, layer.windows or 1) for part in parts), strict=True)
     parity = 0 if layer.windows else prefix % 2
     rows, columns = layer.grid or (1, len(order) // (layer.windows or 1))
@@ -190,7 +189,7 @@ def ppt(window, r, rule, depth):
 
 def nearest(window, r, rule, depth):
     a, b = np.flatnonzero(window.even), np.flatnonzero(~window.even)
-    similar = (cosine(window.keys[a], window.keys[b]) + 0.5 * cosine(window.x[a], window.x[b])) / 1.5
+    similar = (cosine(window.key[a], window.key[b]) + cosine(window.x[a], window.x[b])) / 2
     best = b[similar.argmax(axis=1)]
     weight = window.size**0.25 * window.seen**0.15
     cost = (1 - similar.max(axis=1)) * weight[a] * weight[best]
@@ -260,10 +259,8 @@ def test_each_part_of_nearest_changes_the_pairs():
         return {int(i): int(order[matching.target[0, i]]) for i in order[layer.tokens_out :]}
 
     rule, layer = Nearest(), Layer(7, 6, 1)  # A: 2, 4, 6; B: 1, 3, 5
-    # Two heads. The mean keys of 2 and 3 are alike, their keys opposite; those of 4 and 5 are alike in both.
-    keys = [[0, 90, 0, 180, 30, 35, 250], [0, 90, 180, 0, 200, 205, 290]]
-    assert pairs(rule, keys, layer) == {4: 5}
-    assert pairs(dataclasses.replace(rule, heads="mean"), [[0, 90, 0, 20, 30, 200, 250]] * 2, layer) == {4: 3}
+    # Two heads: their mean counts. It is alike for 2 and 3, whose keys differ; the first head is alike for 4 and 5.
+    assert pairs(rule, [[0, 90, 0, 60, 30, 30, 250], [0, 90, 60, 0, 200, 330, 290]], layer) == {2: 3}
     # A 2x3 grid: tokens 1 and 4, one above the other, are alike. In the sequence both 2 and 4 are A, and 1 is B.
     keys, grid = [[0, 10, 100, 190, 10, 280, 325]], layer._replace(grid=(2, 3))
     assert pairs(rule, keys, grid) == {1: 4}
@@ -276,14 +273,14 @@ def test_each_part_of_nearest_changes_the_pairs():
     assert pairs(rule, keys, layer, size=[1, 1, 2, 2, 4, 4, 1]) == {2: 3}
     assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1]) == {4: 5}
     assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.1, 0.1, 0.3, 0.2, 0.1]) == {2: 3}
-    # The pair with similar features, whose weight is half of the keys'.
+    # The pair with similar features, whose weight is that of the keys.
     keys = [[0, 300, 100, 109, 200, 210, 20]]
     assert pairs(rule, keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {4: 5}
     assert pairs(rule, keys, layer, features=[0, 0, 45, 45, 0, 90, 0]) == {2: 3}
     assert pairs(dataclasses.replace(rule, features=0.0), keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {2: 3}
     keys = [[0, 300, 100, 140, 200, 220, 20]]  # 1 - cosine: 0.234 and 0.060
-    assert pairs(rule, keys, layer, features=[0, 0, 0, 0, 0, 45, 300]) == {4: 5}  # 0.234 and 0.060 + 0.293 / 2
-    assert pairs(rule, keys, layer, features=[0, 0, 0, 0, 0, 55, 300]) == {2: 3}  # 0.234 and 0.060 + 0.426 / 2
+    assert pairs(rule, keys, layer, features=[0, 0, 0, 0, 0, 30, 300]) == {4: 5}  # 0.234 and 0.060 + 0.134
+    assert pairs(rule, keys, layer, features=[0, 0, 0, 0, 0, 38, 300]) == {2: 3}  # 0.234 and 0.060 + 0.212
 
 
 @pytest.mark.parametrize("name", [*RULES][::2])
@@ -408,8 +405,8 @@ def test_one_device_equals_eight(digits):
 def test_macs_beyond_token_mergings():
     config = dataclasses.replace(fc.zoo.get("vit_small_patch16_224").config)
     layer = Layer(197, 181, 16)
-    assert Nearest().macs(layer, config) == 98**2 * (320 + 384) + 197 * 384
-    assert Nearest(heads="mean", features=0.0, attention=0.0).macs(layer, config) == 0
+    assert Nearest().macs(layer, config) == 98**2 * 384 + 197 * 384
+    assert Nearest(features=0.0, attention=0.0).macs(layer, config) == 0
     assert ToFu().macs(layer, config) == Random().macs(layer, config) == 0
     assert EViT().macs(layer, config) == PPT().macs(layer, config) == 197 * 384
     assert PiToMe().macs(layer, config) == (196**2 - 98**2) * 64

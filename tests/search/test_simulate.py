@@ -85,7 +85,7 @@ def test_every_kind_of_schedule_equals_the_real_model(name, rule):
 @pytest.mark.parametrize(
     "rule",
     [
-        Nearest(heads="mean", checkerboard=False),
+        Nearest(features=0.5, checkerboard=False),
         Nearest(size=0, attention=0, keep_norm=False),
         Nearest(size=1.0, attention=1.0),
     ],
