@@ -288,10 +288,11 @@ def test_a_dinov3_as_large_as_vit_l_converts_within_three_times_its_size(tmp_pat
         "import sys; from fcvit_jax.convert.__main__ import main; main(sys.argv[1:]); "
         "print(open('/proc/self/status').read())"
     )
-    flags = ["--model", "vit_large_patch16_dinov3.lvd1689m", "--image_size", "256"]
+    flags = ["--model", "vit_large_patch16_dinov3.lvd1689m"]
     command = [sys.executable, "-c", program, str(source), str(tmp_path / "out"), *flags]
     done = subprocess.run(command, capture_output=True, text=True)
     shutil.rmtree(tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "at 256x256" in done.stdout  # no leaf shows the size: it is the name's
     (peak,) = re.findall(r"VmHWM:\s*(\d+) kB", done.stdout)
     assert int(peak) * 1024 < 3 * size
