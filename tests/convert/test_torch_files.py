@@ -245,6 +245,9 @@ def test_one_of_several_dictionaries_is_chosen_by_its_key(tmp_path, torch):
     assert int(read_weights(path, key="scores").arrays["best"]) == 5
     dino = save(torch, fill(torch, {"student": {"s": 1}, "teacher": {"t": 2}}), tmp_path / "dino.pth")
     assert list(read_weights(dino, key="student").arrays) == ["s"]
+    same = fill(torch, {"a": 1})
+    path = save(torch, {"one": same, "two": same}, tmp_path / "same.pth")
+    assert [read_weights(path, key=key).wrapper for key in (None, "one", "two")] == ["one", "one", "two"]
 
 
 def test_the_beginning_of_names_may_be_the_key(tmp_path, torch):
