@@ -93,10 +93,14 @@ def windows_fit(config: ViTConfig) -> bool:
     return all(cells % windows == 0 for cells, windows in zip(config.grid, WINDOWS, strict=True))
 
 
+def plain_candidates(rule: Rule) -> list[Candidate]:
+    """List candidates of a constant, a rising and a humped rate."""
+    return [Candidate(rule, slope=slope, hump=hump) for slope, hump in ((0.0, 0.0), (0.8, 0.0), (0.0, 0.8))]
+
+
 def draw_candidates(count: int, rules: Sequence[Rule], config: ViTConfig, seed: Sequence[int]) -> list[Candidate]:
     """Draw candidates without repetition; the first are a constant, a rising and a humped rate for each rule."""
-    start = [(0.0, 0.0), (0.8, 0.0), (0.0, 0.8)]
-    found = dict.fromkeys(Candidate(rule, slope=slope, hump=hump) for slope, hump in start for rule in rules)
+    found = dict.fromkeys(each for plain in zip(*map(plain_candidates, rules), strict=True) for each in plain)
     generator = np.random.default_rng(seed)
     deepest = min(4, config.depth - 1)
     while len(found) < count:

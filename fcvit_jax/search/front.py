@@ -22,6 +22,7 @@ from fcvit_jax.search.candidates import (
     Candidate,
     Cost,
     draw_candidates,
+    plain_candidates,
     simple_families,
     simple_within,
 )
@@ -69,7 +70,9 @@ class Front:
             for number, budget in enumerate(self.budgets):
                 cost, limit = self._limit(budget)
                 drawn = draw_candidates(many, self.rules, model, (self.config.seed, number))
-                trials = Choice(self.scorer, self.half, cost, limit, bar)(drawn, best)
+                trials = Choice(self.scorer, self.half, cost, limit, bar)(
+                    drawn, [*best, *plain_candidates(self.rules[0])]
+                )
                 best.append(trials[0].candidate)
                 rows += [self._row(trial, budget) for trial in trials]
                 outcome, costs = self._judge(budget, trials[0], cost, limit)

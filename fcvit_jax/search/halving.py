@@ -21,12 +21,19 @@ STEPS = (0.4, 0.2)  # of the refinement, in slope and hump
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate at a budget: its schedule, and its mean score on the first `images` images that choose."""
+    """A candidate at a budget: its schedule, and its scores on the first images that choose."""
 
     candidate: Candidate
     schedule: MergeSchedule
-    score: float
-    images: int
+    scores: np.ndarray
+
+    @property
+    def score(self) -> float:
+        return float(self.scores.mean())
+
+    @property
+    def images(self) -> int:
+        return len(self.scores)
 
 
 def rounds(candidates: int, batches: int) -> list[tuple[int, int]]:
@@ -40,7 +47,8 @@ def rounds(candidates: int, batches: int) -> list[tuple[int, int]]:
 
 def planned_batches(candidates: int, batches: int) -> int:
     """Estimate how many batches `Choice` computes, for a progress bar."""
-    return sum(count * seen for count, seen in rounds(candidates, batches)) + 10 * len(STEPS) * batches // 2
+    others = 3 * batches
+    return sum(count * seen for count, seen in rounds(candidates, batches)) + others + 10 * len(STEPS) * batches // 2
 
 
 @dataclass(frozen=True)
@@ -54,27 +62,29 @@ class Choice:
     bar: tqdm
 
     def __call__(self, candidates: Sequence[Candidate], others: Sequence[Candidate] = ()) -> list[Trial]:
-        """Return all trials; the best on all images that choose comes first.
+        """Return all trials; the chosen one, which was scored on all images that choose, comes first.
 
-        others: the best of other budgets, which enter the last round.
+        others: more candidates, which enter the last round. The simplest candidate is chosen that the best is not ahead
+        of by more than one standard error of the paired difference (Breiman et al. 1984, section 3.4.3).
         """
         trials: dict[MergeSchedule, Trial] = {}
         left = list(candidates)
         for index, (count, batches) in enumerate(plan := rounds(len(left), self.batches)):
             left = left[:count] + (list(others) if index == len(plan) - 1 else [])
             found = list(self._try(left, batches, trials))
-            left = [trial.candidate for trial in sorted(found, key=lambda trial: trial.score)]
-        best = min(found, key=lambda trial: trial.score)
+            left = [trial.candidate for trial in sorted(found, key=_score)]
+        best = min(found, key=_score)
         some = max(1, self.batches // 2)
         for step in STEPS:
             here = best
             near = list(self._try(here.candidate.neighbours(self.scorer.config, step), some, trials))
-            near.sort(key=lambda trial: trial.score)
+            near.sort(key=_score)
             for trial in self._try([trial.candidate for trial in near[:2]], self.batches, trials):
-                best = min(best, trial, key=lambda trial: trial.score)
-        complete = [trial for trial in trials.values() if trial.images == best.images]
+                best = min(best, trial, key=_score)
+        complete = sorted((trial for trial in trials.values() if trial.images == best.images), key=_score)
         rest = [trial for trial in trials.values() if trial.images != best.images]
-        return sorted(complete, key=lambda trial: trial.score) + rest
+        chosen = min((trial for trial in complete if _as_good(trial, complete[0])), key=_complexity)
+        return [chosen, *(trial for trial in complete if trial is not chosen), *rest]
 
     def _try(
         self, candidates: Sequence[Candidate] | Iterator[Candidate], batches: int, trials: dict[MergeSchedule, Trial]
@@ -90,7 +100,23 @@ class Choice:
             for batch in range(batches):
                 scores += self.scorer(schedule, batch)
                 self.bar.update(1)
-            trial = Trial(candidate, schedule, float(np.mean(scores)), len(scores))
+            trial = Trial(candidate, schedule, np.asarray(scores))
             if schedule not in trials or trials[schedule].images < trial.images:
                 trials[schedule] = trial
             yield trial
+
+
+def _score(trial: Trial) -> float:
+    return trial.score
+
+
+def _complexity(trial: Trial) -> int:
+    """Count the parameters that are not those of a constant rate in every layer, globally."""
+    candidate = trial.candidate
+    return sum(map(bool, (candidate.dense, candidate.switch, candidate.slope, candidate.hump)))
+
+
+def _as_good(trial: Trial, best: Trial) -> bool:
+    """Whether the best is ahead by one standard error at most."""
+    behind = trial.scores - best.scores
+    return behind.mean() <= behind.std() / len(behind) ** 0.5
