@@ -74,12 +74,12 @@ def row_major(carried: jax.Array, size: jax.Array, matching: Matching) -> jax.Ar
     return everywhere(carried, size)[:, : matching.tokens_out]
 
 
-def unit_vectors(config: fc.ViTConfig) -> np.ndarray:
+def unit_vectors(config: fc.ViTConfig) -> jax.Array:
     """Compute the cosine and sine of every angle of a token, in the places of the pair that it turns: [1, n, w]."""
     assert config.rotary
     first = join(jnp.ones(config.head_dim // 2), jnp.zeros(config.head_dim // 2), config.rotary)
     pairs = jnp.broadcast_to(first, (1, 1, config.num_tokens, config.head_dim))
-    return np.asarray(rotate(pairs, jnp.asarray(grid_coordinates(config)), config.rotary))[:, 0]
+    return rotate(pairs, jnp.asarray(grid_coordinates(config)), config.rotary)[:, 0]
 
 
 def split(x: jax.Array, rotary: Rotary) -> tuple[jax.Array, jax.Array]:

@@ -1,6 +1,7 @@
 """benchmarks/inference.py on a tiny checkpoint: its sums, its checks, and Token Merging in PyTorch."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import re
@@ -19,6 +20,7 @@ from fcvit_jax.checkpoint import abstract_params
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import file_name
+from fcvit_jax.models.config import Rotary
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))  # so that scripts can import each other
@@ -255,3 +257,19 @@ def test_rules_are_compared_with_the_first(tmp_path):
         assert (softmax(dense, axis=1) * logs).sum(axis=1).mean() == pytest.approx(result["kl"], rel=1e-3)
     assert float(table[1]["ratio"]) == pytest.approx(float(table[1]["KL"]) / float(table[0]["KL"]), rel=1e-3)
     assert rules.ratio_of_means(np.arange(9.0) * 3, np.arange(9.0)) == pytest.approx((3, 3, 3))
+
+
+def test_positions_of_merged_tokens_are_compared(tmp_path):
+    """Without merging all choices are the dense model; with it they differ."""
+    config = dataclasses.replace(TINY, num_classes=10, learned_positions=False, rotary=Rotary())
+    fc.save_checkpoint(
+        tmp_path / "rotary", config, contenders.random_params(config), preset("timm/augreg", config.image_size)
+    )
+    flags = ["--schedules", "tome_r0,tome_r6", "--limit", "6", "--out", str(tmp_path / "positions.md")]
+    importlib.import_module("positions").main([str(tmp_path / "rotary"), "digits:test", *flags])
+    rows = [line.split(" | ") for line in (tmp_path / "positions.md").read_text().splitlines()[2:]]
+    assert [row[1] for row in rows] == ["mean", "stays", "angles", "directions", "row-major"] * 2
+    values = [float(row[2]) for row in rows]
+    assert max(values[:5]) < 1e-9
+    assert len(set(values[5:])) == 5
+    assert min(values[5:]) > 1e-6
