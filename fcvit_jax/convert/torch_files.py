@@ -392,7 +392,8 @@ def _find_state(tree: dict[Any, Any], wanted: Wanted) -> tuple[str, ...]:
         named = [path for path in counts if wanted.key in (".".join(path), *path[-1:])]
         if len(named) == 1:
             return named[0]
-        if not named and wanted.key in tree and _tensors(tree[wanted.key]):  # the same dictionary stands under another key too
+        # The same dictionary may stand under another key too.
+        if not named and wanted.key in tree and _tensors(tree[wanted.key]):
             return (wanted.key,)
     if wanted.ema:
         averaged += [path for path in live if "teacher" in path]  # DINO's: the live one is the student
