@@ -111,7 +111,7 @@ class Program:
                     places.append([(row + rotary.offset) / rows * down, (column + rotary.offset) / columns * across])
         return np.array(places)
 
-    def __call__(self, image, stages, carry="mean", metric="before", apart=False):
+    def __call__(self, image, stages, carry="mean", metric="before"):
         config, at, heads = self.config, self.at, self.config.num_heads
         side, width, prefix = config.patch_size, config.embed_dim, config.num_prefix_tokens
         rows, columns = config.grid
@@ -138,8 +138,7 @@ class Program:
             y = self.linear(f"{block}/attn/proj", self.norm(f"{block}/attn/norm", y) if config.attn_norm else y)
             x = x + y * at.get(f"{block}/ls1", 1.0)
             if kind != "dense":
-                keys = k if metric == "before" else turned
-                keys = keys.swapaxes(0, 1).reshape(len(x), -1) if apart else keys.mean(0)
+                keys = (k if metric == "before" else turned).mean(0)
                 keys = keys / np.linalg.norm(keys, axis=1, keepdims=True)
                 if kind == "local" and groups is None:
                     groups = [
@@ -215,20 +214,19 @@ def test_logits_are_those_of_the_program_in_float64(family, kind):
 
 @pytest.mark.parametrize("family", CONFIGS)
 @pytest.mark.parametrize(
-    ("rule", "apart"),
+    "rule",
     [
-        ("tome(turned=true)", False),
-        ("nearest(turned=true,features=0.0,checkerboard=false,size=0.0,attention=0.0,keep_norm=false)", True),
+        "tome(turned=true)",
+        "nearest(turned=true,features=0.0,checkerboard=false,size=0.0,attention=0.0,keep_norm=false)",
     ],
 )
-def test_keys_may_be_compared_after_their_rotation(family, rule, apart):
+def test_keys_may_be_compared_after_their_rotation(family, rule):
     config = CONFIGS[family]
     params, images = random_params(config), draw(config)
     program, stages = Program(config, params), [("dense", 0, None), *[("local", 4, (2, 2))] * 2, ("global", 4, None)]
     text = f"dense:1,local:2:r4:w2x2@{rule},global:1:r4@{rule}"
     expected, before = (
-        np.array([program(image, stages, metric=metric, apart=apart) for image in images])
-        for metric in ("after", "before")
+        np.array([program(image, stages, metric=metric) for image in images]) for metric in ("after", "before")
     )
     found = np.asarray(logits_of(config, fc.MergeSchedule.parse(text, 4), params, images))
     np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
