@@ -6,7 +6,6 @@ Shape letters: b batch, n tokens in, t tokens out, d width, p patches.
 """
 
 import dataclasses
-import operator
 from typing import Literal
 
 import jax
@@ -58,19 +57,16 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     merged, total, alone = groups.mean(members, weights)
     scale = total if matching.summed else None
     if matching.keep_norm:
-        norms = jax.tree.map(_norms, members)
+        norms = _norms(members)
         if matching.keep_norm == "max":
-            wanted = groups.largest(jax.tree.map(lambda w, norm: jnp.where(w > 0, norm, 0.0), weights, norms))
+            wanted = groups.largest(jnp.where(weights > 0, norms, 0.0))
         else:
-            wanted = groups.add(jax.tree.map(operator.mul, weights, norms)) / total
+            wanted = groups.add(weights * norms) / total
         scale = wanted / _norms(merged)
     if scale is not None:
         merged = (merged.astype(jnp.float32) * jnp.where(alone, 1.0, scale)[..., None]).astype(x.dtype)
     own, gained = (size, total) if gain is None else (gain, groups.add(groups.members(gain)))
     return groups.place(x, merged), groups.place(own, gained)
-
-
-Members = tuple[jax.Array, ...]  # values of tokens, as the two classes below arrange them
 
 
 class _GroupsByOrder:
@@ -84,28 +80,31 @@ class _GroupsByOrder:
         assert order is not None
         self.staying, self.leaving = order[:, : self.count], order[:, self.count :]
         self.goals = take_rows(matching.target, self.leaving)
-        self.targets = take_rows(self.staying, self.goals)
         self.together = self.goals[:, :, None] == self.goals[:, None]
 
-    def members(self, values: jax.Array) -> Members:
-        """Split [b, n, ...] into those of the targets, and of the tokens that are merged away: [b, g, ...] both."""
-        return take_rows(values, self.targets), take_rows(values, self.leaving)
+    def members(self, values: jax.Array) -> jax.Array:
+        """Take of [b, n, ...] those of the targets, then those of the tokens that are merged away: [b, 2 g, ...]."""
+        targets = take_rows(self.staying, self.goals)
+        return take_rows(values, jnp.concatenate([targets, self.leaving], axis=1))
 
-    def add(self, values: Members) -> jax.Array:
-        """Add float32 values of the members: [b, g]."""
-        return values[0] + jnp.where(self.together, values[1][:, None], 0.0).sum(axis=-1)
+    def add(self, values: jax.Array) -> jax.Array:
+        """Add float32 values of the members, [b, 2 g]: [b, g]."""
+        own, joining = jnp.split(values, 2, axis=1)
+        return own + jnp.where(self.together, joining[:, None], 0.0).sum(axis=-1)
 
-    def largest(self, values: Members) -> jax.Array:
-        """Find the largest of float32 values, none below 0: [b, g]."""
-        return jnp.maximum(values[0], jnp.where(self.together, values[1][:, None], 0.0).max(axis=-1))
+    def largest(self, values: jax.Array) -> jax.Array:
+        """Find the largest of float32 values of the members, [b, 2 g], none below 0: [b, g]."""
+        own, joining = jnp.split(values, 2, axis=1)
+        return jnp.maximum(own, jnp.where(self.together, joining[:, None], 0.0).max(axis=-1))
 
-    def mean(self, x: Members, weight: Members) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Return weighted means, [b, g, d], the sums of the weights, and where nothing of weight joins: [b, g]."""
-        joining = jnp.where(self.together, weight[1][:, None], 0.0)
-        added = joining.sum(axis=-1)
-        total = weight[0] + added
-        sums = jnp.einsum("bgr,brd->bgd", joining, x[1], precision=jax.lax.Precision.HIGHEST)
-        return x[0] + (sums - x[0] * added[..., None]) / total[..., None], total, added == 0
+    def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return weighted means of the members, [b, g, d]; the sums of the weights, [b, g]; where nothing joins."""
+        (own, joining), (own_weight, weight) = jnp.split(x, 2, axis=1), jnp.split(weight, 2, axis=1)
+        weight = jnp.where(self.together, weight[:, None], 0.0)
+        added = weight.sum(axis=-1)
+        total = own_weight + added
+        sums = jnp.einsum("bgr,brd->bgd", weight, joining, precision=jax.lax.Precision.HIGHEST)
+        return own + (sums - own * added[..., None]) / total[..., None], total, added == 0
 
     def place(self, values: jax.Array, merged: jax.Array) -> jax.Array:
         """Bring the tokens' own values, [b, n, ...], and the groups', [b, g, ...], into the order of the output."""
@@ -122,20 +121,20 @@ class _GroupsByProduct:
     def __init__(self, matching: Matching):
         self.here = matching.target[:, None, :] == np.arange(matching.tokens_out)[None, :, None]
 
-    def members(self, values: jax.Array) -> Members:
-        return (values,)
+    def members(self, values: jax.Array) -> jax.Array:
+        return values
 
-    def add(self, values: Members) -> jax.Array:
-        return jnp.where(self.here, values[0][:, None], 0.0).sum(axis=-1)
+    def add(self, values: jax.Array) -> jax.Array:
+        return jnp.where(self.here, values[:, None], 0.0).sum(axis=-1)
 
-    def largest(self, values: Members) -> jax.Array:
-        return jnp.where(self.here, values[0][:, None], 0.0).max(axis=-1)
+    def largest(self, values: jax.Array) -> jax.Array:
+        return jnp.where(self.here, values[:, None], 0.0).max(axis=-1)
 
-    def mean(self, x: Members, weight: Members) -> tuple[jax.Array, jax.Array, jax.Array]:
-        into = jnp.where(self.here, weight[0][:, None], 0.0)
+    def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        into = jnp.where(self.here, weight[:, None], 0.0)
         total = into.sum(axis=-1)
         share = into / jnp.where(total > 0, total, 1.0)[..., None]
-        merged = einsum("btn,bnd->btd", share.astype(x[0].dtype), x[0])
+        merged = einsum("btn,bnd->btd", share.astype(x.dtype), x)
         return merged, total, into.max(axis=-1) == total
 
     def place(self, values: jax.Array, merged: jax.Array) -> jax.Array:

@@ -464,7 +464,7 @@ def test_fine_tuning_replaces_the_head_and_resamples(tmp_path, capsys, devices):
         ({"seed": -1}, "seed is -1: it must be a whole number, 0 or more"),
         ({"on_bad": "ignore"}, "on_bad is 'ignore': choose one of stop, skip"),
         ({"augment.flip": 50.0}, "augment.flip is 50.0: it must be a number from 0 to 1"),
-        ({"image_size": 32}, "image_size is 32: it resamples a checkpoint, and there is none"),
+        ({"image_size": 32}, "image_size is 32: it resamples a checkpoint, and none is given"),
         ({"schedules": "local:2:r4:w3x3"}, "4x4 grid does not divide into 3x3 windows"),
     ],
 )
