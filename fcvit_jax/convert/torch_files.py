@@ -392,9 +392,11 @@ def _find_state(tree: dict[Any, Any], wanted: Wanted) -> tuple[str, ...]:
         named = [path for path in counts if wanted.key in (".".join(path), *path[-1:])]
         if len(named) == 1:
             return named[0]
-        # The same dictionary may stand under another key too.
-        if not named and wanted.key in tree and _tensors(tree[wanted.key]):
-            return (wanted.key,)
+        path, node = tuple(wanted.key.split(".")), tree
+        for key in path:
+            node = node.get(key, {}) if isinstance(node, dict) else {}
+        if not named and _tensors(node):  # a dictionary that stands at several places is counted at the first
+            return path
     if wanted.ema:
         averaged += [path for path in live if "teacher" in path]  # DINO's: the live one is the student
         if not averaged:

@@ -76,16 +76,19 @@ class _GroupsByOrder:
     """
 
     def __init__(self, matching: Matching):
-        order, self.count = matching.order, matching.tokens_out
+        order, count = matching.order, matching.tokens_out
         assert order is not None
-        self.staying, self.leaving = order[:, : self.count], order[:, self.count :]
-        self.goals = take_rows(matching.target, self.leaving)
-        self.together = self.goals[:, :, None] == self.goals[:, None]
+        self.staying, leaving = order[:, :count], order[:, count:]
+        goals = take_rows(matching.target, leaving)
+        self.merging = jnp.concatenate([take_rows(self.staying, goals), leaving], axis=1)
+        self.together = goals[:, :, None] == goals[:, None]
+        # The group of each token of the output, any of the equal ones; -1 if it has none.
+        joins = goals[:, None] == np.arange(count)[None, :, None]
+        self.group = jnp.where(joins, np.arange(leaving.shape[1], dtype=np.int32), -1).max(axis=-1, initial=-1)
 
     def members(self, values: jax.Array) -> jax.Array:
         """Take of [b, n, ...] those of the targets, then those of the tokens that are merged away: [b, 2 g, ...]."""
-        targets = take_rows(self.staying, self.goals)
-        return take_rows(values, jnp.concatenate([targets, self.leaving], axis=1))
+        return take_rows(values, self.merging)
 
     def add(self, values: jax.Array) -> jax.Array:
         """Add float32 values of the members, [b, 2 g]: [b, g]."""
@@ -95,7 +98,7 @@ class _GroupsByOrder:
     def largest(self, values: jax.Array) -> jax.Array:
         """Find the largest of float32 values of the members, [b, 2 g], none below 0: [b, g]."""
         own, joining = jnp.split(values, 2, axis=1)
-        return jnp.maximum(own, jnp.where(self.together, joining[:, None], 0.0).max(axis=-1))
+        return jnp.maximum(own, jnp.where(self.together, joining[:, None], 0.0).max(axis=-1, initial=0.0))
 
     def mean(self, x: jax.Array, weight: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return weighted means of the members, [b, g, d]; the sums of the weights, [b, g]; where nothing joins."""
@@ -108,11 +111,8 @@ class _GroupsByOrder:
 
     def place(self, values: jax.Array, merged: jax.Array) -> jax.Array:
         """Bring the tokens' own values, [b, n, ...], and the groups', [b, g, ...], into the order of the output."""
-        numbers = np.arange(self.leaving.shape[1], dtype=np.int32)
-        joins = self.goals[:, None] == np.arange(self.count)[None, :, None]
-        group = jnp.where(joins, numbers, -1).max(axis=-1)  # any of the equal ones
-        joined = (group >= 0).reshape(*group.shape, *(1,) * (values.ndim - 2))
-        return jnp.where(joined, take_rows(merged, jnp.maximum(group, 0)), take_rows(values, self.staying))
+        joined = (self.group >= 0).reshape(*self.group.shape, *(1,) * (values.ndim - 2))
+        return jnp.where(joined, take_rows(merged, jnp.maximum(self.group, 0)), take_rows(values, self.staying))
 
 
 class _GroupsByProduct:

@@ -64,15 +64,14 @@ class Front:
     def report(self, conditions: Mapping[str, Any]) -> SearchReport:
         """Choose at every budget, then judge."""
         many, model = math.ceil(self.config.candidates / len(self.budgets)), self.scorer.config
-        total = len(self.budgets) * planned_batches(many, self.half)
+        plain = plain_candidates(self.rules[0])
+        total = len(self.budgets) * planned_batches(many, len(plain), self.half)
         found, rows, best, placed = [], [], [], {}
         with parallel.progress(desc="searching", total=total, unit="batch") as bar:
             for number, budget in enumerate(self.budgets):
                 cost, limit = self._limit(budget)
                 drawn = draw_candidates(many, self.rules, model, (self.config.seed, number))
-                trials = Choice(self.scorer, self.half, cost, limit, bar)(
-                    drawn, [*best, *plain_candidates(self.rules[0])]
-                )
+                trials = Choice(self.scorer, self.half, cost, limit, bar)(drawn, [*best, *plain])
                 best.append(trials[0].candidate)
                 rows += [self._row(trial, budget) for trial in trials]
                 outcome, costs = self._judge(budget, trials[0], cost, limit)

@@ -6,6 +6,7 @@ pairs.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 
 import numpy as np
 from tqdm import tqdm
@@ -17,6 +18,7 @@ from fcvit_jax.search.scores import Scorer
 _SHARE = 4  # a round keeps a fourth of the candidates, and scores them on four times the images
 _FEWEST = 3  # candidates that the last round scores
 STEPS = (0.4, 0.2)  # of the refinement, in slope and hump
+_BY_SCORE = attrgetter("score")
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,10 @@ def rounds(candidates: int, batches: int) -> list[tuple[int, int]]:
     return [*found, (candidates, batches)]
 
 
-def planned_batches(candidates: int, batches: int) -> int:
+def planned_batches(candidates: int, others: int, batches: int) -> int:
     """Estimate how many batches `Choice` computes, for a progress bar."""
-    others = 3 * batches
-    return sum(count * seen for count, seen in rounds(candidates, batches)) + others + 10 * len(STEPS) * batches // 2
+    halving = sum(count * seen for count, seen in rounds(candidates, batches)) + others * batches
+    return halving + 10 * len(STEPS) * batches // 2
 
 
 @dataclass(frozen=True)
@@ -64,24 +66,24 @@ class Choice:
     def __call__(self, candidates: Sequence[Candidate], others: Sequence[Candidate] = ()) -> list[Trial]:
         """Return all trials; the chosen one, which was scored on all images that choose, comes first.
 
-        others: more candidates, which enter the last round. The simplest candidate is chosen that the best is not ahead
-        of by more than one standard error of the paired difference (Breiman et al. 1984, section 3.4.3).
+        others: more candidates, which enter the last round. Chosen is the candidate with the fewest parameters among
+        those within one standard error of the best, that of the paired difference (Breiman et al. 1984, 3.4.3).
         """
         trials: dict[MergeSchedule, Trial] = {}
         left = list(candidates)
         for index, (count, batches) in enumerate(plan := rounds(len(left), self.batches)):
             left = left[:count] + (list(others) if index == len(plan) - 1 else [])
             found = list(self._try(left, batches, trials))
-            left = [trial.candidate for trial in sorted(found, key=_score)]
-        best = min(found, key=_score)
+            left = [trial.candidate for trial in sorted(found, key=_BY_SCORE)]
+        best = min(found, key=_BY_SCORE)
         some = max(1, self.batches // 2)
         for step in STEPS:
             here = best
             near = list(self._try(here.candidate.neighbours(self.scorer.config, step), some, trials))
-            near.sort(key=_score)
+            near.sort(key=_BY_SCORE)
             for trial in self._try([trial.candidate for trial in near[:2]], self.batches, trials):
-                best = min(best, trial, key=_score)
-        complete = sorted((trial for trial in trials.values() if trial.images == best.images), key=_score)
+                best = min(best, trial, key=_BY_SCORE)
+        complete = sorted((trial for trial in trials.values() if trial.images == best.images), key=_BY_SCORE)
         rest = [trial for trial in trials.values() if trial.images != best.images]
         chosen = min((trial for trial in complete if _as_good(trial, complete[0])), key=_complexity)
         return [chosen, *(trial for trial in complete if trial is not chosen), *rest]
@@ -106,10 +108,6 @@ class Choice:
             yield trial
 
 
-def _score(trial: Trial) -> float:
-    return trial.score
-
-
 def _complexity(trial: Trial) -> int:
     """Count the parameters that are not those of a constant rate in every layer, globally."""
     candidate = trial.candidate
@@ -117,6 +115,6 @@ def _complexity(trial: Trial) -> int:
 
 
 def _as_good(trial: Trial, best: Trial) -> bool:
-    """Whether the best is ahead by one standard error at most."""
+    """Return whether the best is ahead by one standard error at most."""
     behind = trial.scores - best.scores
     return behind.mean() <= behind.std() / len(behind) ** 0.5

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -123,6 +125,16 @@ def test_a_token_that_nothing_is_merged_into_keeps_its_value_bit_for_bit(dtype):
         assert len(alone) >= 17
         np.testing.assert_array_equal(merged[image, alone], x[image, keep[alone]])
         np.testing.assert_array_equal(sizes[image, alone], size[image, keep[alone]])
+
+
+@pytest.mark.parametrize("keep_norm", [False, True, "max"])
+def test_where_nothing_merges_tokens_and_sizes_are_unchanged(keep_norm):
+    x, size = jax.random.normal(jax.random.key(5), (2, 7, 4)), jnp.arange(1.0, 15.0).reshape(2, 7)
+    nothing = replace(match_tokens(x, Layer(7, 7, 0), 1), keep_norm=keep_norm)
+    merged, new_size = merge_tokens(x, size, nothing)
+    assert nothing.order is not None
+    np.testing.assert_array_equal(merged, np.take_along_axis(np.asarray(x), np.asarray(nothing.order)[..., None], 1))
+    np.testing.assert_array_equal(new_size, np.take_along_axis(np.asarray(size), np.asarray(nothing.order), 1))
 
 
 def test_bfloat16_merges_as_its_float32_copy():

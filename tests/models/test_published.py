@@ -243,46 +243,6 @@ def test_properties_of_every_matching(name, place):
         assert (np.asarray(weight == 0).sum(axis=1) == dropped).all()
 
 
-def test_each_part_of_nearest_changes_the_pairs():
-    def pairs(rule, keys, layer, size=None, seen=None, features=None):
-        """Return which tokens move where. keys, features: degrees, [h, n] and [n]. seen: attention, apart from keys."""
-        angles = np.deg2rad(np.asarray(keys, np.float32))
-        k = jnp.asarray(np.stack([np.cos(angles), np.sin(angles), 0 * angles], -1))[None]
-        if seen is not None:  # a third dimension of the class token alone, too small to change a cosine
-            k = k.at[..., 2].set(1e-3 * jnp.log(jnp.asarray(seen)))
-        q = jnp.zeros_like(k).at[..., 2].set(1e3 * 3**0.5)
-        size = jnp.ones(k.shape[0:1] + k.shape[2:3]) if size is None else jnp.asarray([size], jnp.float32)
-        x = np.deg2rad(np.zeros(k.shape[2]) if features is None else features)
-        x = jnp.stack([jnp.cos(x), jnp.sin(x)], -1)[None]
-        matching = rule(Attended(k[:, 0], q, k, k, None), x, size, layer, 1)
-        order = np.asarray(matching.order)[0]
-        return {int(i): int(order[matching.target[0, i]]) for i in order[layer.tokens_out :]}
-
-    rule, layer = Nearest(), Layer(7, 6, 1)  # A: 2, 4, 6; B: 1, 3, 5
-    # Two heads: their mean counts. It is alike for 2 and 3, whose keys differ; the first head is alike for 4 and 5.
-    assert pairs(rule, [[0, 90, 0, 60, 30, 30, 250], [0, 90, 60, 0, 200, 330, 290]], layer) == {2: 3}
-    # A 2x3 grid: tokens 1 and 4, one above the other, are alike. In the sequence both 2 and 4 are A, and 1 is B.
-    keys, grid = [[0, 10, 100, 190, 10, 280, 325]], layer._replace(grid=(2, 3))
-    assert pairs(rule, keys, grid) == {1: 4}
-    keys = [[0, 10, 100, 190, 60, 100, 325]]  # 2 and 5: on the board 5 is A, in the sequence 2
-    assert pairs(rule, keys, grid) == {5: 2}
-    assert pairs(dataclasses.replace(rule, checkerboard=False), keys, grid) == {2: 5}
-    # Two pairs of the same angle, 2 -> 3 and 4 -> 5: the smaller merges, then the less attended.
-    keys = [[0, 300, 100, 110, 200, 210, 20]]
-    assert pairs(rule, keys, layer, size=[1, 1, 4, 4, 2, 2, 1]) == {4: 5}
-    assert pairs(rule, keys, layer, size=[1, 1, 2, 2, 4, 4, 1]) == {2: 3}
-    assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.3, 0.2, 0.1, 0.1, 0.1]) == {4: 5}
-    assert pairs(rule, keys, layer, seen=[0.1, 0.1, 0.1, 0.1, 0.3, 0.2, 0.1]) == {2: 3}
-    # The pair with similar features, whose weight is that of the keys.
-    keys = [[0, 300, 100, 109, 200, 210, 20]]
-    assert pairs(rule, keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {4: 5}
-    assert pairs(rule, keys, layer, features=[0, 0, 45, 45, 0, 90, 0]) == {2: 3}
-    assert pairs(dataclasses.replace(rule, features=0.0), keys, layer, features=[0, 0, 0, 90, 45, 45, 0]) == {2: 3}
-    keys = [[0, 300, 100, 140, 200, 220, 20]]  # 1 - cosine: 0.234 and 0.060
-    assert pairs(rule, keys, layer, features=[0, 0, 0, 0, 0, 30, 300]) == {4: 5}  # 0.234 and 0.060 + 0.134
-    assert pairs(rule, keys, layer, features=[0, 0, 0, 0, 0, 38, 300]) == {2: 3}  # 0.234 and 0.060 + 0.212
-
-
 @pytest.mark.parametrize("name", [*RULES][::2])
 def test_no_image_influences_another_and_bfloat16_is_finite(name):
     (layer, prefix), rule = PLACES["windows"], RULES[name]
