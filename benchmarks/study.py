@@ -45,10 +45,10 @@ from fcvit_jax.checkpoint import load_checkpoint, versions  # noqa: E402
 from fcvit_jax.compiling import PRECISIONS  # noqa: E402
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors  # noqa: E402
 from fcvit_jax.evaluation import evaluate  # noqa: E402
-from fcvit_jax.flags import keep_programs  # noqa: E402
 from fcvit_jax.flatness import FlatnessConfig, FlatnessReport, compare, measure  # noqa: E402
 from fcvit_jax.flatness.hessian import standard_error  # noqa: E402
 from fcvit_jax.flatness.measurement import ClassificationLoss, draw_batches  # noqa: E402
+from fcvit_jax.program_cache import keep_programs  # noqa: E402
 from fcvit_jax.training import TrainConfig, train  # noqa: E402
 from fcvit_jax.training.loop import training_batches  # noqa: E402
 from fcvit_jax.training.step import StepInputs, make_train_step, phases  # noqa: E402

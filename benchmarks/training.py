@@ -37,11 +37,11 @@ from fcvit_jax.data.batches import device_batches, train_batches
 from fcvit_jax.data.preprocess import Preprocess
 from fcvit_jax.data.sources import Source, open_source
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
-from fcvit_jax.flags import keep_programs
 from fcvit_jax.models import zoo
 from fcvit_jax.models.flops import gmacs
 from fcvit_jax.models.schedule import parse_schedules
 from fcvit_jax.models.vit import ViT
+from fcvit_jax.program_cache import keep_programs
 from fcvit_jax.training.optimizer import OptimizerConfig, make_optimizer
 from fcvit_jax.training.recent_steps import WaitingTime
 from fcvit_jax.training.sam import SAMConfig, rho_schedule

@@ -1,11 +1,10 @@
-"""What the two scripts share: flags, the cache of compiled programs, and one-line errors about flags."""
+"""What the two scripts share: flags, and one-line errors about them."""
 
 import contextlib
 import functools
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,11 @@ from ml_collections import config_flags
 
 from fcvit_jax import parallel
 from fcvit_jax.allocator import keep_freed_memory
-from fcvit_jax.errors import InputError, one_line_errors
+from fcvit_jax.errors import one_line_errors
 from fcvit_jax.files import local_path
+from fcvit_jax.program_cache import keep_programs
 
 flags.disclaim_key_flags()  # --help lists them as the script's own
-_CPU = Path("/proc/cpuinfo")
 _CACHE = (
     "Where to keep compiled programs for the next run; empty: nowhere. Default: $JAX_COMPILATION_CACHE_DIR, or "
     "fcvit_jax/jax in $XDG_CACHE_HOME or ~/.cache."
@@ -62,37 +61,6 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, sh
     finally:
         with one_line_errors():
             pass  # --help may have been printed to a closed pipe
-
-
-def keep_programs(folder: str | None) -> None:
-    """Make JAX keep compiled programs in a folder, and reuse them. Nothing is kept if the folder cannot be written.
-
-    folder: None for the default, "" for none.
-    """
-    options: Any = jax.config
-    if folder is None:
-        folder = options.jax_compilation_cache_dir or _default_cache()
-    # JAX opens a bucket itself.
-    options.update("jax_compilation_cache_dir", folder if "://" in str(folder) else None)
-    if not folder:
-        return
-    with contextlib.suppress(OSError, RuntimeError, InputError):  # a read-only home, or none at all
-        place = local_path(folder)
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place):
-            options.update("jax_compilation_cache_dir", str(place))
-    options.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    options.update("jax_persistent_cache_min_entry_size_bytes", -1)
-
-
-def _default_cache() -> str:
-    if jax.default_backend() == "cpu":
-        # Intel CPUs with AVX-512 but no AMX: XLA rejects what it compiled on the same CPU (openxla/xla, issue 44565).
-        with contextlib.suppress(OSError):
-            cpu = _CPU.read_text()
-            if "GenuineIntel" in cpu and "avx512f" in cpu and "amx_tile" not in cpu:
-                return ""
-    return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fcvit_jax", "jax")
 
 
 def _parse(argv: list[str]) -> list[str]:

@@ -1,7 +1,6 @@
 """Trees of parameters as vectors, all leaves together, for SAM and the measures of flatness."""
 
 import zlib
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,14 +33,14 @@ def orthogonal(tree: Params, other: Params) -> Params:
     return optax.tree.sub(tree, optax.tree.scale(dot(tree, along), along))
 
 
-def random_like(params: Params, key: jax.Array, sampler: Callable[..., jax.Array] = jax.random.normal) -> Params:
-    """Draw a float32 tree of the parameters' shapes with `sampler(key, shape, dtype)`.
+def random_like(params: Params, key: jax.Array) -> Params:
+    """Draw a float32 tree of the parameters' shapes from the standard normal distribution.
 
     A leaf's key comes from its path, so that neither the order of the tree nor its other leaves matter.
     """
 
     def draw(path: Any, leaf: Any) -> jax.Array:
-        drawn = sampler(jax.random.fold_in(key, zlib.crc32(leaf_name(path).encode())), leaf.shape, jnp.float32)
+        drawn = jax.random.normal(jax.random.fold_in(key, zlib.crc32(leaf_name(path).encode())), leaf.shape)
         # On the leaf's devices: another placement would compile programs again.
         placed = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed
         return jax.device_put(drawn, leaf.sharding) if placed else drawn

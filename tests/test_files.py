@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 import fcvit_jax as fc
-from fcvit_jax import flags
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import local_path, utf8_path
 
@@ -50,17 +49,6 @@ def test_a_bucket_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=r"gs://bucket/.* is an address"):
             call()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_jax_opens_the_bucket_of_its_programs_itself(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    before = jax.config.jax_compilation_cache_dir  # pyright: ignore[reportAttributeAccessIssue]
-    try:
-        flags.keep_programs("gs://bucket/programs")
-        assert jax.config.jax_compilation_cache_dir == "gs://bucket/programs"  # pyright: ignore[reportAttributeAccessIssue]
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -34,6 +34,7 @@ from fcvit_jax.flatness.flatness_report import FlatnessConfig, FlatnessReport
 from fcvit_jax.flatness.measurement import measure
 from fcvit_jax.flatness.presentation import FILES, present
 from fcvit_jax.models.schedule import MergeSchedule
+from fcvit_jax.program_cache import keep_programs
 from fcvit_jax.settings import add_options
 
 
@@ -46,6 +47,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Check everything that can be checked beforehand, then measure, compare, write and print."""
+    keep_programs(None)
     config = FlatnessConfig(**{field.name: getattr(args, field.name) for field in dataclasses.fields(FlatnessConfig)})
     source, names, others = open_source(args.dataset), [args.checkpoint], []
     if args.compare and args.compare.endswith(".json"):

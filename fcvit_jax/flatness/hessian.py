@@ -10,11 +10,12 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
 from fcvit_jax.flatness.loss_surface import BatchLoss, LossSurface
-from fcvit_jax.trees import Params, dot, orthogonal, random_like, unit
+from fcvit_jax.trees import Params, dot, random_like, unit
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +51,7 @@ def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) 
         alphas.append(float(samples.mean()))
         for _ in range(2):
             for vector in basis:
-                product = _orthogonal(product, vector)
+                product = add_scaled(product, -_dot(product, vector), vector)
         beta = float(_norm(product))
         values, vectors = np.linalg.eigh(np.diag(alphas) + np.diag(betas, 1) + np.diag(betas, -1))
         # Each end's residual by its own size: by the size of the largest, any vector of the bulk near 0 would pass.
@@ -76,8 +77,8 @@ def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) 
 
 def trace_samples(surface: LossSurface, key: jax.Array, probes: int) -> np.ndarray:
     """Compute v'H_b v for random signs v, float64 [probes, batches]; the mean estimates the trace (Hutchinson 1989)."""
-    keys = (jax.random.fold_in(key, probe) for probe in range(probes))
-    signs = (random_like(surface.params, each, jax.random.rademacher) for each in keys)
+    noise = (random_like(surface.params, jax.random.fold_in(key, probe)) for probe in range(probes))
+    signs = (jax.tree.map(lambda x: jnp.copysign(1.0, x), tree) for tree in noise)
     return np.stack([hessian_product(surface, vector)[1] for vector in signs])
 
 
@@ -96,6 +97,6 @@ def _add_product(
     return optax.tree.add(total, product), dot(vector, product)
 
 
-_orthogonal, _unit, _norm = jax.jit(orthogonal, donate_argnums=0), jax.jit(unit), jax.jit(optax.tree.norm)
+_dot, _unit, _norm = jax.jit(dot), jax.jit(unit), jax.jit(optax.tree.norm)
 _times = jax.jit(optax.tree.scale)  # (factor, tree)
 add_scaled = jax.jit(optax.tree.add_scale, donate_argnums=0)  # (tree, factor, other): donates `tree`

@@ -84,14 +84,14 @@ def measure_surface(
     watched = _Watched(surface.batches)
     surface = surface._replace(batches=watched)
 
-    losses, accuracies, gradient = [], [], optax.tree.zeros_like(params)
+    losses, accuracies, centre, gradient = [], [], optax.tree.zeros_like(params), optax.tree.zeros_like(params)
     for batch in watched:
-        loss, accuracy, part = uphill(loss_fn, params, batch, PLAIN)
+        loss, accuracy, part = uphill(loss_fn, params, batch, centre, PLAIN)
         losses.append(float(loss))
         accuracies.append(float(accuracy))
         gradient = add_scaled(gradient, 1 / len(watched), part)
     gradient_norm = float(optax.tree.norm(gradient))
-    del gradient, part
+    del gradient, part, centre
     _check_finite("the loss at the parameters", losses)
     _check_finite("the gradient", gradient_norm)
 

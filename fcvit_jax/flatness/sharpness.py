@@ -35,10 +35,14 @@ PLAIN, ADAPTIVE, BOX = Ball(0.0, 1.0, False), Ball(1.0, 0.0, False), Ball(1.0, 1
 
 
 @partial(jax.jit, static_argnums=0)
-def uphill(loss_fn: BatchLoss, params: Params, batch: Any, ball: Ball) -> tuple[jax.Array, jax.Array, Params]:
-    """Compute loss and accuracy of a batch at the parameters, and the gradient in u (in PLAIN: the gradient)."""
-    (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(params, batch)
-    return loss, accuracy, optax.tree.mul(_scale(params, ball), gradient)
+def uphill(
+    loss_fn: BatchLoss, params: Params, batch: Any, u: Params, ball: Ball
+) -> tuple[jax.Array, jax.Array, Params]:
+    """Compute loss and accuracy of a batch at w + T u, and the gradient in u (in PLAIN, at u = 0: the gradient)."""
+    scale = _scale(params, ball)
+    point = jax.tree.map(lambda w, t, x: w + t * x, params, scale, u)
+    (loss, accuracy), gradient = jax.value_and_grad(loss_fn, has_aux=True)(point, batch)
+    return loss, accuracy, optax.tree.mul(scale, gradient)
 
 
 class WorstCase(NamedTuple):
@@ -64,12 +68,15 @@ def worst_case(
     restarts: further ascents, from random points of the ball's surface. Memory: about six copies of the parameters.
     """
     loss_fn, params, batches = surface
-    one_step, found, losses = [], [], []
+    centre, one_step, found, losses = optax.tree.zeros_like(params), [], [], []
     for index, batch in enumerate(batches):
-        loss, _, gradient = uphill(loss_fn, params, batch, ball)
+        loss, _, gradient = uphill(loss_fn, params, batch, centre, ball)
         keys = (jax.random.fold_in(jax.random.fold_in(key, index), restart) for restart in range(restarts))
         starts = [gradient, *(random_like(params, each) for each in keys)]
-        points = [[_ascend(loss_fn, params, batch, start, ball, radius, steps) for start in starts] for radius in radii]
+        points = [
+            [_ascend(surface, batch, _step(centre, start, ball, radius), ball, radius, steps) for start in starts]
+            for radius in radii
+        ]
         rises = np.array(jax.device_get(points), np.float64) - float(loss)  # [radii, starts, (first, largest)]
         one_step.append(rises[:, 0, 0])
         found.append(np.maximum(rises[:, :, 1].max(axis=1), 0.0))
@@ -103,25 +110,25 @@ def resolution(surface: LossSurface, key: jax.Array) -> float:
     return float(np.sqrt(np.mean(average_case(surface, ADAPTIVE, (2.0**-23,), key, 1) ** 2)))
 
 
-@partial(jax.jit, static_argnums=(0, 6))
 def _ascend(
-    loss_fn: BatchLoss, params: Params, batch: Any, start: Params, ball: Ball, radius: Any, steps: int
+    surface: LossSurface, batch: Any, u: Params, ball: Ball, radius: float, steps: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Return the loss at the first point, in the direction of `start`, and the largest of all points."""
-    scale = _scale(params, ball)
+    """Return a batch's loss at the first point, u, and the largest of `steps` points."""
+    loss_fn, params, _ = surface
+    losses = []
+    for _ in range(steps - 1):
+        loss, _, gradient = uphill(loss_fn, params, batch, u, ball)
+        u = _step(u, gradient, ball, radius)
+        losses.append(loss)
+    last = _scaled(params, u, ball)
+    losses.append(loss_at(loss_fn, params, batch, last, last, np.float32(1), np.float32(0)))
+    return losses[0], jnp.stack(losses).max()
 
-    def loss_of(u: Params) -> jax.Array:
-        return loss_fn(jax.tree.map(lambda w, t, x: w + t * x, params, scale, u), batch)[0]
 
-    def climb(u: Params, _: None) -> tuple[Params, jax.Array]:
-        loss, gradient = jax.value_and_grad(loss_of)(u)
-        ahead = _steepest(gradient, ball.box)
-        return _project(optax.tree.add_scale(u, radius, ahead), ball.box, radius), loss
-
-    u = optax.tree.scale(radius, _steepest(start, ball.box))
-    u, losses = jax.lax.scan(climb, u, length=steps - 1)
-    losses = jnp.append(losses, loss_of(u))
-    return losses[0], losses.max()
+@jax.jit
+def _step(u: Params, gradient: Params, ball: Ball, radius: Any) -> Params:
+    """P(u + radius d(gradient))."""
+    return _project(optax.tree.add_scale(u, radius, _steepest(gradient, ball.box)), ball.box, radius)
 
 
 @partial(jax.jit, donate_argnums=1)

@@ -18,6 +18,7 @@ from fcvit_jax import parallel
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.probe import ProbeConfig, probe, zero_shot
+from fcvit_jax.program_cache import keep_programs
 from fcvit_jax.settings import add_options
 
 
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         parallel.start_processes(args.pop("distributed"))
     with parallel.ending_together(), one_line_errors():
+        keep_programs(None)
         checkpoint, dataset, classes, out = (args.pop(name) for name in ("checkpoint", "dataset", "classes", "out"))
         if classes:
             if dataset:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import OneLineParser, one_line_errors
+from fcvit_jax.program_cache import keep_programs
 from fcvit_jax.search import SearchConfig, search
 from fcvit_jax.search.budgets import FORMS
 from fcvit_jax.search.findings import FILES
@@ -29,6 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command; see the module's docstring."""
     args = _parser().parse_args(argv)
     with one_line_errors():
+        keep_programs(None)
         report = search(**vars(args))
         print(report)
         print(f"\nwritten into {args.workdir}: {', '.join(FILES)}")

@@ -188,9 +188,6 @@ def test_random_leaves_depend_on_their_path_alone():
     for name in ("a", "b"):
         np.testing.assert_array_equal(one[name]["kernel"], two[name]["kernel"])
     assert abs(np.corrcoef(one["a"]["kernel"], one["b"]["kernel"])[0, 1]) < 0.5
-    signs = random_like({"a": shape}, KEY, jax.random.rademacher)["a"]
-    assert signs.dtype == jnp.float32
-    assert set(np.asarray(signs).tolist()) == {-1.0, 1.0}
 
 
 def test_other_parameters_of_an_equal_loss_compile_nothing_new():

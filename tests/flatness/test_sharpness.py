@@ -201,8 +201,8 @@ def test_radii_and_balls_share_one_compilation():
     params, batches = relu_problem()
     worst_case(LossSurface(relu_loss, params, batches), PLAIN, (0.1,), KEY, 4)
     average_case(LossSurface(relu_loss, params, batches), PLAIN, (0.1,), KEY, 1)
-    before = [compiled(f) for f in (sharpness.uphill, sharpness._ascend, sharpness.loss_at)]
+    before = [compiled(f) for f in (sharpness.uphill, sharpness._step, sharpness.loss_at)]
     for ball in (PLAIN, ADAPTIVE, BOX):
         worst_case(LossSurface(relu_loss, params, batches), ball, (0.2, 0.3), KEY, 4, restarts=1)
         average_case(LossSurface(relu_loss, params, batches), ball, (0.2, 0.3), KEY, 2)
-    assert [compiled(f) for f in (sharpness.uphill, sharpness._ascend, sharpness.loss_at)] == before
+    assert [compiled(f) for f in (sharpness.uphill, sharpness._step, sharpness.loss_at)] == before
