@@ -228,6 +228,13 @@ def settled(arrays: Any) -> Any:
     return jax.block_until_ready(arrays) if jax.default_backend() == "cpu" and jax.device_count() > 1 else arrays
 
 
+def whole(array: Any) -> np.ndarray:
+    """Return all rows of an array on the host of every process; all of them call it together."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return np.asarray(array)
+
+
 def sum_over_processes(count: int) -> int:
     """Add up the counts of all processes; all of them call it together."""
     return int(np.sum(multihost_utils.process_allgather(np.int32(count)))) if jax.process_count() > 1 else count

@@ -24,6 +24,7 @@ import evaluate
 import fcvit_jax as fc
 from configs import eval_digits
 from fcvit_jax import evaluation, parallel
+from fcvit_jax.checkpoint import without_head
 from fcvit_jax.data import imagenet
 from fcvit_jax.data.preprocess import preset
 from fcvit_jax.data.sources import Record, Source
@@ -665,6 +666,28 @@ def test_one_device_eight_devices_and_two_processes_count_the_same(checkpoint, f
 
 
 OTHER = "error: another process stopped: see its message"
+
+
+@pytest.mark.slow
+def test_two_processes_vote_as_one(tmp_path):
+    whole = fc.load_checkpoint("packaged:digits")
+    config, params = without_head(whole.config, whole.params)
+    backbone = fc.save_checkpoint(tmp_path / "backbone", config, params, whole.preprocess)
+    fields: Any = dict(dataset="digits:test", neighbours="digits:train", schedules="tome_r12,dense", limit=50)
+    fields |= dict(batch_size=8, throughput_blocks=0, save_logits=True)
+    both = start_two(tmp_path / "two", (1, 1), checkpoint=backbone, **fields)
+    alone = fc.evaluate(backbone, workdir=tmp_path / "one", **fields)
+    for process in both:
+        finish(process)
+    rows = [json.loads(line) for line in (tmp_path / "two" / "results.jsonl").read_text().splitlines()]
+    assert [row["num_processes"] for row in rows] == [2, 2]
+    for row, one in zip(rows, alone, strict=True):
+        assert (row["correct"], row["num_images"], row["neighbours"]) == (one["correct"], 50, one["neighbours"])
+        assert row["cosine"] == pytest.approx(one["cosine"], abs=1e-6)
+        assert row["patch_cosine"] == pytest.approx(one["patch_cosine"], abs=1e-6)
+    np.testing.assert_array_equal(outcomes(tmp_path / "two")["prediction"], outcomes(tmp_path / "one")["prediction"])
+    features, wanted = (np.load(tmp_path / where / "logits_tome_r12.npz")["logits"] for where in ("two", "one"))
+    np.testing.assert_allclose(features, wanted, atol=1e-5)
 
 
 def complaints(processes):

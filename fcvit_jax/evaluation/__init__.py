@@ -174,9 +174,11 @@ def _classify_all(
         stack.enter_context(bar)
         for batch, outcomes, logits in classify(steps, inputs.params, batches, compare, times):
             with times("on the host"):
-                part, saved = collect(batch, outcomes), steps if keeps else ()
+                part = collect(batch, outcomes)
+                saved = [parallel.whole(logits[name]) for name in steps] if keeps else []
+                counts = parallel.whole(batch.mask)
                 if first:
-                    journal.append(part, [np.asarray(logits[name])[np.asarray(batch.mask)] for name in saved])
+                    journal.append(part, [rows[counts] for rows in saved])
             for why in batch.skipped:
                 bar.write(f"skipped: {why}")
             bar.update(min(size, total - bar.n))

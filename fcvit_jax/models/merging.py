@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.compiling import einsum
+from fcvit_jax.compiling import einsum, in_one_axis
 
 
 @jax.tree_util.register_dataclass
@@ -57,12 +57,12 @@ def merge_tokens(x: jax.Array, size: jax.Array, matching: Matching) -> tuple[jax
     merged, total, alone = groups.mean(members, weights)
     scale = total if matching.summed else None
     if matching.keep_norm:
-        norms = _norms(members)
+        lengths = groups.members(norms(x))  # not those of `members`: a rule that compares features needs all
         if matching.keep_norm == "max":
-            wanted = groups.largest(jnp.where(weights > 0, norms, 0.0))
+            wanted = groups.largest(jnp.where(weights > 0, lengths, 0.0))
         else:
-            wanted = groups.add(weights * norms) / total
-        scale = wanted / _norms(merged)
+            wanted = groups.add(weights * lengths) / total
+        scale = wanted / norms(merged)
     if scale is not None:
         merged = (merged.astype(jnp.float32) * jnp.where(alone, 1.0, scale)[..., None]).astype(x.dtype)
     own, gained = (size, total) if gain is None else (gain, groups.add(groups.members(gain)))
@@ -141,9 +141,10 @@ class _GroupsByProduct:
         return merged
 
 
-def _norms(x: jax.Array) -> jax.Array:
-    """Compute Euclidean norms, float32 [b, n]; the gradient at zero is zero."""
-    return jnp.sqrt(jnp.maximum(jnp.square(x.astype(jnp.float32)).sum(axis=-1), 1e-30))
+def norms(x: jax.Array) -> jax.Array:
+    """Compute Euclidean norms, float32 [b, n], of tokens [b, n, d]; the gradient at zero is zero."""
+    squares = jnp.square(x.astype(jnp.float32)).sum(axis=-1)
+    return in_one_axis(lambda squares: jnp.sqrt(jnp.maximum(squares, 1e-30)), squares)
 
 
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:

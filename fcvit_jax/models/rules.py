@@ -20,10 +20,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.compiling import in_one_axis
 from fcvit_jax.errors import InputError
 from fcvit_jax.models.config import ViTConfig
-from fcvit_jax.models.merging import Matching
+from fcvit_jax.models.merging import Matching, norms
 from fcvit_jax.settings import check_settings, setting
 
 
@@ -89,12 +88,12 @@ class ToMe(Rule):
     turned: bool = False
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
-        ((_, metric),) = self.metrics(attended, x)
-        return match_tokens(metric, layer, prefix)
+        pairs = propose_pairs(self.directions(attended, x), layer, prefix)
+        return merge_ranked(pairs, rank_pairs(pairs.similarity), layer)
 
-    def metrics(self, attended: Attended, x: jax.Array) -> "Metrics":
-        """Return what tokens are compared by: the keys."""
-        return ((1.0, mean_over_heads(attended.keys(self.turned))),)
+    def directions(self, attended: Attended, x: jax.Array) -> jax.Array:
+        """Return the keys, of length 1, float32 [b, n, w]: products are what tokens are compared by."""
+        return directions(mean_over_heads(attended.keys(self.turned)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Nearest(Rule):
     turned: bool = False
 
     def __call__(self, attended: Attended, x: jax.Array, size: jax.Array, layer: "Layer", prefix: int) -> Matching:
-        pairs = propose_pairs(self.metrics(attended, x), layer, prefix, self.checkerboard)
+        pairs = propose_pairs(self.directions(attended, x), layer, prefix, self.checkerboard)
         cost = self.cost(pairs.similarity, *pairs.take(self.weights(attended, size, layer, prefix)))
         matching = merge_ranked(pairs, rank_pairs(-cost), layer)
         return dataclasses.replace(matching, keep_norm=self.keep_norm)
@@ -130,10 +129,13 @@ class Nearest(Rule):
         """Weigh tokens in the cost of a pair: float32 [b, n]."""
         return jax.lax.stop_gradient(size**self.size * class_attention(attended, layer, prefix) ** self.attention)
 
-    def metrics(self, attended: Attended, x: jax.Array) -> "Metrics":
-        """Return what tokens are compared by: keys and features."""
-        keys = 1.0, mean_over_heads(attended.keys(self.turned))
-        return (keys, (self.features, x)) if self.features else (keys,)
+    def directions(self, attended: Attended, x: jax.Array) -> jax.Array:
+        """Return keys and features side by side, float32 [b, n, w + d]: products are the weighted mean of cosines."""
+        keys = directions(mean_over_heads(attended.keys(self.turned)))
+        if not self.features:
+            return keys
+        share = self.features / (1.0 + self.features)
+        return jnp.concatenate([keys * (1.0 - share) ** 0.5, directions(x) * share**0.5], axis=-1)
 
     def cost(self, similarity: jax.Array, own: jax.Array, other: jax.Array) -> jax.Array:
         """Return the cost of pairs by their similarity and the `weights` of both tokens, float32 of one shape."""
@@ -229,9 +231,10 @@ def class_attention(attended: Attended, layer: "Layer", prefix: int) -> jax.Arra
     q, k = (jax.lax.stop_gradient(part).astype(jnp.float32) for part in attended.turned or (attended.q, attended.k))
     query = q[:, :, :1] if prefix and layer.class_token else q.mean(axis=2, keepdims=True)
     logits = (query * k).sum(axis=-1) * q.shape[-1] ** -0.5
+    weights = jnp.exp(logits - logits.max(axis=-1, keepdims=True))
     if attended.size is not None:
-        logits += jnp.log(attended.size)[:, None]
-    return jax.nn.softmax(logits).mean(axis=1)
+        weights *= attended.size[:, None]
+    return (weights / weights.sum(axis=-1, keepdims=True)).mean(axis=1)
 
 
 def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
@@ -241,11 +244,8 @@ def match_tokens(metric: jax.Array, layer: Layer, prefix: int) -> Matching:
     `removed` above 0; its windows are matched separately. prefix: how many leading tokens never merge; they count in
     the alternation of global matching, and not in that of windows.
     """
-    pairs = propose_pairs(((1.0, metric),), layer, prefix)
+    pairs = propose_pairs(directions(metric), layer, prefix)
     return merge_ranked(pairs, rank_pairs(pairs.similarity), layer)
-
-
-Metrics = tuple[tuple[float, jax.Array], ...]  # weights, and what tokens are compared by: [b, n, k] each
 
 
 class Pairs(NamedTuple):
@@ -277,30 +277,30 @@ class Pairs(NamedTuple):
         return jnp.concatenate(list(parts), axis=1)[:, np.argsort(np.concatenate(sequence))]
 
 
-def propose_pairs(metrics: Metrics, layer: Layer, prefix: int, checkerboard: bool = False) -> Pairs:
-    """Split the tokens of every window into A and B, and propose pairs by their similarity, see `compare`.
+def directions(metric: jax.Array) -> jax.Array:
+    """Scale the metric of each token, [b, n, k], to length 1, float32: products are cosines, constant to gradients."""
+    metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
+    return metric / norms(metric)[:, :, None]
+
+
+def propose_pairs(metric: jax.Array, layer: Layer, prefix: int, checkerboard: bool = False) -> Pairs:
+    """Split the tokens of every window into A and B, and propose pairs by similarity, see `compare`.
 
     Even positions are A, odd ones B. With `checkerboard`, if the tokens still lie on their grid, A are the cells whose
     row and column add up to an even number: all four neighbours of a token are then in the other set.
     """
     a, b = split_tokens(layer, prefix, checkerboard)
-    similarity = compare(metrics, a, b)
+    similarity = compare(metric, a, b)
     return Pairs(a, b, jnp.argmax(similarity, axis=-1).astype(jnp.int32), jnp.max(similarity, axis=-1), prefix)
 
 
-def compare(metrics: Metrics, a: np.ndarray, b: np.ndarray) -> jax.Array:
-    """Return the similarity of the tokens at positions a, [v, i], and b, [v, j]: float32 [b, v, i, j].
+def compare(metric: jax.Array, a: np.ndarray, b: np.ndarray) -> jax.Array:
+    """Compute the inner products of the tokens at positions a, [v, i], and b, [v, j], of a float32 metric, [b, n, k].
 
-    It is the cosine, or the weighted mean of several, and constant to gradients.
+    Returns float32 [b, v, i, j].
     """
-    total, similarities = sum(weight for weight, _ in metrics), []
-    for weight, metric in metrics:
-        metric = jax.lax.stop_gradient(metric).astype(jnp.float32)
-        squares = jnp.sum(metric * metric, axis=-1) * (total / weight)
-        metric /= in_one_axis(lambda x: jnp.sqrt(jnp.maximum(x, 1e-30)), squares)[:, :, None]
-        tokens = _pick(metric, a), _pick(metric, b)
-        similarities.append(jnp.einsum("bvik,bvjk->bvij", *tokens, precision=jax.lax.Precision.HIGHEST))
-    return functools.reduce(operator.add, similarities)
+    tokens = _pick(metric, a), _pick(metric, b)
+    return jnp.einsum("bvik,bvjk->bvij", *tokens, precision=jax.lax.Precision.HIGHEST)
 
 
 def _pick(x: jax.Array, positions: np.ndarray) -> jax.Array:

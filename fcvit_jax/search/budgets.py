@@ -19,7 +19,7 @@ from fcvit_jax.models import flops
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.rules import Layer, Rule
 from fcvit_jax.models.schedule import MergeSchedule
-from fcvit_jax.models.vit import Block
+from fcvit_jax.models.vit import Block, Merged
 
 FORMS = "0.6 (of the dense GMACs), 2.8G (GMACs), 1.7x (speed-up here) or 900/s (images/s here)"
 _COUNTS = 6  # numbers of tokens at which a layer is timed
@@ -105,7 +105,8 @@ def measure_layers(
     bar = parallel.progress(counts, desc="timing layers", unit="size")
     for count in bar:
         x = jax.random.normal(key, (batch_size, count, config.embed_dim), jnp.float32).astype(compute)
-        size = jnp.ones((batch_size, count), jnp.float32)
+        coordinates = jnp.zeros((1, count, 2), jnp.float32) if config.rotary else None
+        before = Merged(x, jnp.ones((batch_size, count), jnp.float32), coordinates=coordinates)
         removed = max(1, (count - prefix) // 8)
         for rule in (None, *rules):
             layer = Layer(count, count, index=1, depth=config.depth)
@@ -114,13 +115,13 @@ def measure_layers(
                 layer = layer._replace(tokens_out=count - removed, removed=removed, rule=rule)
             block = Block(config, compute, 0.0, 0.0)
 
-            def apply(params: Any, x: Any, size: Any, block: Block = block, layer: Layer = layer) -> Any:
-                return block.apply({"params": params}, x, size, layer, False)[:2]  # pyright: ignore[reportIndexIssue]
+            def apply(params: Any, before: Merged, block: Block = block, layer: Layer = layer) -> Any:
+                return block.apply({"params": params}, before, layer, False)[:2]  # pyright: ignore[reportIndexIssue]
 
             program = jax.jit(apply, compiler_options=compiling.options(batch_size, count, compute))
             with jax.default_matmul_precision(precision):
-                compiled = program.lower(params["blocks_0"], x, size).compile()
-            calls[rule and str(rule), count] = functools.partial(compiled, params["blocks_0"], x, size), removed
+                compiled = program.lower(params["blocks_0"], before).compile()
+            calls[rule and str(rule), count] = functools.partial(compiled, params["blocks_0"], before), removed
     found: dict[Any, list[float]] = {name: [] for name in calls}
     repeats = {name: max(1, round(_SECONDS / _seconds(call, 2))) for name, (call, _) in calls.items()}
     for _ in range(_BLOCKS):

@@ -23,19 +23,12 @@ _BY_SCORE = attrgetter("score")
 
 @dataclass(frozen=True)
 class Trial:
-    """A candidate at a budget: its schedule, and its scores on the first images that choose."""
+    """A candidate at a budget: its schedule, and its mean score over the first `images` images that choose."""
 
     candidate: Candidate
     schedule: MergeSchedule
-    scores: np.ndarray
-
-    @property
-    def score(self) -> float:
-        return float(self.scores.mean())
-
-    @property
-    def images(self) -> int:
-        return len(self.scores)
+    score: float
+    images: int
 
 
 def rounds(candidates: int, batches: int) -> list[tuple[int, int]]:
@@ -64,10 +57,9 @@ class Choice:
     bar: tqdm
 
     def __call__(self, candidates: Sequence[Candidate], others: Sequence[Candidate] = ()) -> list[Trial]:
-        """Return all trials; the chosen one, which was scored on all images that choose, comes first.
+        """Return all trials: first those that were scored on all images that choose, the best of them ahead.
 
-        others: more candidates, which enter the last round. Chosen is the candidate with the fewest parameters among
-        those within one standard error of the best, that of the paired difference (Breiman et al. 1984, 3.4.3).
+        others: more candidates, which enter the last round.
         """
         trials: dict[MergeSchedule, Trial] = {}
         left = list(candidates)
@@ -84,9 +76,7 @@ class Choice:
             for trial in self._try([trial.candidate for trial in near[:2]], self.batches, trials):
                 best = min(best, trial, key=_BY_SCORE)
         complete = sorted((trial for trial in trials.values() if trial.images == best.images), key=_BY_SCORE)
-        rest = [trial for trial in trials.values() if trial.images != best.images]
-        chosen = min((trial for trial in complete if _as_good(trial, complete[0])), key=_complexity)
-        return [chosen, *(trial for trial in complete if trial is not chosen), *rest]
+        return [*complete, *(trial for trial in trials.values() if trial.images != best.images)]
 
     def _try(
         self, candidates: Sequence[Candidate] | Iterator[Candidate], batches: int, trials: dict[MergeSchedule, Trial]
@@ -102,19 +92,7 @@ class Choice:
             for batch in range(batches):
                 scores += self.scorer(schedule, batch)
                 self.bar.update(1)
-            trial = Trial(candidate, schedule, np.asarray(scores))
+            trial = Trial(candidate, schedule, float(np.mean(scores)), len(scores))
             if schedule not in trials or trials[schedule].images < trial.images:
                 trials[schedule] = trial
             yield trial
-
-
-def _complexity(trial: Trial) -> int:
-    """Count the parameters that are not those of a constant rate in every layer, globally."""
-    candidate = trial.candidate
-    return sum(map(bool, (candidate.dense, candidate.switch, candidate.slope, candidate.hump)))
-
-
-def _as_good(trial: Trial, best: Trial) -> bool:
-    """Return whether the best is ahead by one standard error at most."""
-    behind = trial.scores - best.scores
-    return behind.mean() <= behind.std() / len(behind) ** 0.5

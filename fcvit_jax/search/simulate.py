@@ -163,7 +163,7 @@ def _merge(rule: Rule, config: ViTConfig, attended: Attended, tokens: Tokens, la
 
     assert isinstance(rule, ToMe | Nearest)
     everything = np.arange(config.num_tokens)[None]
-    similarity = compare(rule.metrics(attended, x), everything, everything)[:, 0]
+    similarity = compare(rule.directions(attended, x), everything, everything)[:, 0]
     near = window[:, :, None] == window[:, None, :]
     similarity = jnp.where(near & in_a[:, :, None] & in_b[:, None, :], similarity, -jnp.inf)
     closest = similarity.max(axis=2)

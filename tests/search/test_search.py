@@ -114,6 +114,13 @@ def test_eight_images_are_too_few_and_the_simple_schedule_is_written_into_the_ch
     assert (row["schedule"], row["stages"]) == ("recommended", report.recommended["0.6"])
 
 
+def test_layers_are_timed_for_a_speed(digits, monkeypatch):
+    monkeypatch.setattr(Front, "_speeds", lambda self, schedules: dict.fromkeys(["dense", *schedules], 7.0))
+    report = fc.search(digits, "digits:train", "1x", limit=16, candidates=1, rules="nearest", batch_size=8)
+    (each,) = report.found
+    assert (each.images_per_second, each.speedup) == (7.0, 1.0)
+
+
 def test_a_speed_is_measured(digits, monkeypatch):
     """On a machine whose time is the GMACs, a speed budget finds the same as the share."""
     images = {}
