@@ -36,7 +36,7 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, sh
     with _one_line():
         fields = "The experiment; --config.FIELD=VALUE overrides one of its fields."
         config_flag = config_flags.DEFINE_config_file("config", str(config), fields, lock_config=True)
-    place = "Where to write the results; results of an earlier run are deleted."
+    place = "Where to write the results; rerun the same command to resume."
     workdir_flag = flags.DEFINE_string("workdir", workdir, place)
     flags.DEFINE_string("compile_cache", None, _CACHE)
     where = "Join other processes: auto (Slurm, Kubernetes, TPU), or HOST:PORT,COUNT,INDEX."

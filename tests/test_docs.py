@@ -14,6 +14,7 @@ from huggingface_hub import constants
 import fcvit_jax as fc
 from fcvit_jax.convert.__main__ import main
 from fcvit_jax.convert.pytorch import write_safetensors
+from fcvit_jax.data.preprocess import PRESETS, preset
 from fcvit_jax.models.config import Rotary
 from states import in_layout
 
@@ -240,3 +241,8 @@ def test_the_python_example_runs_as_written(home, capsys):
     assert names["larger"].config.image_size == (384, 384)
     assert names["path"].name == "deit_s.safetensors"
     assert "layout: timm" in capsys.readouterr().out
+
+
+def test_the_table_of_presets_is_true():
+    told = re.findall(r"^\| `(\w+/[\w-]+)` \| (.*) \|$", DOCS.read_text(), re.MULTILINE)
+    assert told == [(name, str(preset(name, (224, 224)))) for name in PRESETS]

@@ -153,10 +153,12 @@ class WeightSource:
             origin, known = self.model.name, self.model.preprocess
         if not known:
             name = self.model.name if self.model else ""
-            tag = next((tagged for tagged in zoo.names() if name and tagged.startswith(f"{name}.")), None)
+            tags = (tagged for tagged in zoo.names() if name and tagged.startswith(f"{name}."))
+            tag = next((tag for tag in tags if zoo.get(tag).config.image_size == config.image_size), None)
             raise InputError(
                 f"{self.weights.path}: the normalisation cannot be inferred from the file (timm's ViT and DeiT have "
-                f"the same keys): pass {f'--model {tag} or ' if tag else ''}--preprocess {'|'.join(PRESETS)}"
+                f"the same keys): pass {f'--model {tag} or ' if tag else ''}--preprocess {'|'.join(PRESETS)} "
+                "(docs/conversion.md has their values; fields can follow, as in timm/dinov2,crop_pct=0.875)"
             )
         if known.image_size != config.image_size:
             height, width = known.image_size

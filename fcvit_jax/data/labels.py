@@ -205,7 +205,7 @@ def _in_assumed_order(source: Source, where: str) -> Source:
     if not several and count != imagenet.NUM_CLASSES:
         remark = (
             f"the head of {where} has no class names: its {count} outputs are assumed to be the classes of "
-            f"{source.spec} in sorted order"
+            f"{source.spec} in sorted order; state them with class_names"
         )
         return dataclasses.replace(source, remarks=(*source.remarks, remark))
     if orders["dataset"] in [order for name, order in orders.items() if name != "dataset"]:

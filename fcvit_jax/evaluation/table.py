@@ -101,10 +101,10 @@ def findings(run: Run) -> list[str]:
         found.append(f"warning: {text} (pixels: {dense.get('preprocess')})." if abs(apart or 0) > 3 else f"{text}.")
     # The cheapest and the fastest schedule that lose at most a point of top-1.
     merged = [row for row in run.rows if row["schedule"] != "dense" and row.get("gmacs")]
-    if near := [row for row in merged if (change := run.change(row)) is not None and change >= -1]:
+    if near := [row for row in merged if (change := run.change(row)) is not None and change >= -1 - 1e-9]:
         least = min(near, key=lambda row: row["gmacs"])
         saved = dense["gmacs"] / least["gmacs"]
-        text = f"Within a point of dense: {least['schedule']} has the fewest GMACs ({saved:.2f}x fewer)"
+        text = f"Within a point of dense on these images: {least['schedule']} has the fewest GMACs ({saved:.2f}x fewer)"
         if timed := [row for row in near if row.get("speedup")]:
             fastest = max(timed, key=lambda row: row["speedup"])
             name = "it" if fastest is least else fastest["schedule"]

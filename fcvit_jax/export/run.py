@@ -155,7 +155,8 @@ def classify(paths, program):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="+", metavar="IMAGE", help="a picture, or .npy of uint8 [n, height, width, 3]")
-    parser.add_argument("--program", choices=tuple(META["programs"]), help="by default the first of these")
+    programs, named = tuple(META["programs"]), "by default the first of these; @ may stand for -"
+    parser.add_argument("--program", type=lambda text: text.replace("@", "-"), choices=programs, help=named)
     args = parser.parse_args()
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes

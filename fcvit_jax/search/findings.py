@@ -34,7 +34,7 @@ def judge(found: Sequence[float], simple: Sequence[float], seed: int) -> Judgeme
     count, (ratio, low, high) = len(found), ratio_of_means(found, simple, seed)
     within = f"{ratio:.2f} of it, 95 % interval {low:.2f} to {high:.2f}"
     if count < FEWEST:
-        reason = f"{count} images are too few to judge: give at least {2 * FEWEST}"
+        reason = f"{count} images are too few to judge, so a simple schedule is taken: give at least {2 * FEWEST}"
         return Judgement(ratio, low, high, False, reason)
     better = high < 1
     reason = f"better: {within}" if better else f"not better beyond chance: {within}"

@@ -24,7 +24,7 @@ class Log:
             try:
                 from tensorboardX import SummaryWriter
             except ImportError:
-                print('no events for TensorBoard: pip install "fcvit-jax[tensorboard]", or tensorboard=false')
+                print("no events for TensorBoard: pip install tensorboardX, or tensorboard=false")
             else:
                 self._events = SummaryWriter(str(directory / "events"), purge_step=from_step + 1)
 

@@ -111,6 +111,8 @@ def loop(
         def due(interval: int) -> bool:
             return done % interval == 0 or done == run.steps
 
+        if done:
+            recent.tell(f"resuming after step {done:,} of {run.steps:,}")
         if done and due(config.eval_every):
             with recent.paused():
                 accuracy = assess(state, recent, done)

@@ -75,6 +75,9 @@ class RecentSteps:
         if (skipped := self.skipped()) is not None:
             means["skipped"] = float(skipped)
         self.write(done, means)
+        if self._log and self._bar.disable:  # no terminal: a line in its log
+            speed = f"{means['images_per_second']:.3g} images/s"
+            self.tell(f"step {done:,} of {self._bar.total:,}: loss {means['loss']:.3f}, {speed}")
         self._bar.set_postfix(
             loss=f"{means['loss']:.3f}",
             gap=f"{means['gap']:.3f}",

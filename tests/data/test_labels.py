@@ -110,7 +110,8 @@ def test_a_head_of_the_same_names_keeps_the_labels():
     source = match_head(source_of(*"abc"), 3, None, "dir")  # nothing contradicts it
     assert labels_of(source) == [0, 1, 2]
     assert source.remarks == (
-        "the head of dir has no class names: its 3 outputs are assumed to be the classes of set:x in sorted order",
+        "the head of dir has no class names: its 3 outputs are assumed to be the classes of set:x in sorted order; "
+        "state them with class_names",
     )
 
 

@@ -258,7 +258,7 @@ def test_events_that_cannot_be_written_are_reported(tmp_path, monkeypatch, capsy
         log.write(1, {"loss": 1.0})
         log.close()
     (told,) = capsys.readouterr().out.splitlines()
-    assert told == 'no events for TensorBoard: pip install "fcvit-jax[tensorboard]", or tensorboard=false'
+    assert told == "no events for TensorBoard: pip install tensorboardX, or tensorboard=false"
 
 
 def test_events_are_written_for_tensorboard(tmp_path):
