@@ -98,8 +98,6 @@ def evaluate(
     config = EvaluationConfig(*numbers, rules, on_bad, names, neighbours)
     if workdir is None and (save_logits or gallery):
         raise InputError("save_logits and gallery write files: pass a workdir")
-    if save_logits and jax.process_count() > 1:
-        raise InputError("save_logits works in a single process only: leave it out")
     inputs, times = open_inputs(checkpoint, dataset, schedules, config), Times()
     for line in inputs.remarks if jax.process_index() == 0 else ():
         print(f"warning: {line}", flush=True)
