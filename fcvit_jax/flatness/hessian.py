@@ -35,8 +35,8 @@ def hessian_product(surface: LossSurface, vector: Params) -> tuple[Params, np.nd
     total, samples = _times(0.0, vector), []
     for batch in surface.batches:
         total, curvature = _add_product(surface.loss_fn, surface.params, batch, vector, total)
-        samples.append(float(curvature))
-    return _times(1 / len(samples), total), np.array(samples)
+        samples.append(curvature)
+    return _times(1 / len(samples), total), np.array(jax.device_get(samples), np.float64)
 
 
 def lanczos(surface: LossSurface, key: jax.Array, steps: int, tolerance: float) -> tuple[Eigenpair, Eigenpair]:

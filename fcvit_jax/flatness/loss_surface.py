@@ -50,8 +50,8 @@ def loss_slice(surface: LossSurface, first: Params, second: Params, points: Any)
     """
     loss_fn, params, batches = surface
     pairs = np.asarray(points, np.float32)
-    losses = [[float(loss_at(loss_fn, params, batch, first, second, *pair)) for pair in pairs] for batch in batches]
-    return np.mean(losses, axis=0)
+    losses = [[loss_at(loss_fn, params, batch, first, second, *pair) for pair in pairs] for batch in batches]
+    return np.mean(jax.device_get(losses), axis=0, dtype=np.float64)
 
 
 @partial(jax.jit, static_argnums=0)

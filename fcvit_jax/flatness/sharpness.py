@@ -97,10 +97,10 @@ def average_case(surface: LossSurface, ball: Ball, sigmas: tuple[float, ...], ke
         sizes = sigmas if draw else (0.0, *sigmas)  # the loss at the parameters, once
         signed = np.array([(size, -size) for size in sizes], np.float32)
         around = [
-            [[float(loss_at(loss_fn, params, batch, noise, noise, size, zero)) for size in pair] for pair in signed]
+            [[loss_at(loss_fn, params, batch, noise, noise, size, zero) for size in pair] for pair in signed]
             for batch in batches
         ]
-        levels.append(np.mean(around, axis=2).T)
+        levels.append(np.mean(jax.device_get(around), axis=2, dtype=np.float64).T)
     centre, levels[0] = levels[0][0], levels[0][1:]
     return np.stack(levels, axis=1) - centre[None, None]
 
