@@ -22,25 +22,31 @@ def test_the_library_example_runs_as_written():
     assert [row["schedule"] for row in names["rows"]] == ["dense", "tome_r16@nearest"]
 
 
-def test_the_example_of_an_own_model_merges_as_scheduled():
+def own_model(schedule):
+    """Run the example under a schedule: tokens before [2, 17, 8], and after three layers, and their sizes."""
     tokens = np.random.default_rng(0).normal(size=(2, 17, 8)).astype(np.float32)
 
     def attention(x, log_size):
         assert log_size.shape == x.shape[:2]
-        return 0 * x, jnp.stack([x, x], axis=1)
+        heads = jnp.stack([x, x], axis=1)
+        return 0 * x, heads, heads, heads
 
     model = SimpleNamespace(depth=3, grid=(4, 4), num_prefix_tokens=1)
     block = SimpleNamespace(attention=attention, mlp=jnp.zeros_like)
-    schedule = fc.MergeSchedule.parse("tome_r4", 3)
-    names: dict[str, Any] = dict(fc=fc, jnp=jnp, model=model, schedule=schedule, blocks=[block] * 3)
-    names |= dict(images=tokens, embed=jnp.asarray, batch=2, tokens=17)
+    names: dict[str, Any] = dict(fc=fc, jnp=jnp, model=model, blocks=[block] * 3)
+    names |= dict(schedule=fc.MergeSchedule.parse(schedule, 3), images=tokens, embed=jnp.asarray, batch=2, tokens=17)
     exec(OWN_MODEL, names)
-    x, size = names["x"], names["size"]
+    return tokens, names["x"], names["size"]
+
+
+def test_the_example_of_an_own_model_merges_as_scheduled():
+    tokens, x, size = own_model("tome_r4")
     assert x.shape == (2, 17 - 3 * 4, 8)
     np.testing.assert_allclose(size.sum(axis=1), 17)
-    np.testing.assert_allclose(
-        (x * size[..., None]).sum(axis=1), tokens.sum(axis=1), atol=1e-5
-    )  # merging keeps the sum
+    # Merging keeps the sum.
+    np.testing.assert_allclose((x * size[..., None]).sum(axis=1), tokens.sum(axis=1), atol=1e-5)
+    _, nearest, _ = own_model("tome_r4@nearest")
+    assert np.abs(nearest - x).max() > 0.1  # the schedule's rule decides
 
 
 def test_the_gmacs_of_the_schedules_are_those_computed():
