@@ -51,7 +51,7 @@ def loss_slice(surface: LossSurface, first: Params, second: Params, points: Any)
     loss_fn, params, batches = surface
     pairs = np.asarray(points, np.float32)
     losses = [[loss_at(loss_fn, params, batch, first, second, *pair) for pair in pairs] for batch in batches]
-    return np.mean(jax.device_get(losses), axis=0, dtype=np.float64)
+    return np.array(jax.device_get(losses), np.float64).mean(axis=0)
 
 
 @partial(jax.jit, static_argnums=0)
