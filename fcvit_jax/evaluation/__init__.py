@@ -172,11 +172,12 @@ def _classify_all(
         stack.enter_context(bar)
         for batch, outcomes, logits in classify(steps, inputs.params, batches, compare, times):
             with times("on the host"):
-                part = collect(batch, outcomes)
-                saved = [parallel.whole(logits[name]) for name in steps] if keeps else []
-                counts = parallel.whole(batch.mask)
+                part, kept = collect(batch, outcomes), []
+                if keeps:
+                    counts, *rows = (parallel.whole(array) for array in (batch.mask, *map(logits.get, steps)))
+                    kept = [each[counts] for each in rows]
                 if first:
-                    journal.append(part, [rows[counts] for rows in saved])
+                    journal.append(part, kept)
             for why in batch.skipped:
                 bar.write(f"skipped: {why}")
             bar.update(min(size, total - bar.n))

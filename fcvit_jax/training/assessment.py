@@ -61,7 +61,7 @@ class Assessment:
             row["test/skipped"] = float(parallel.sum_over_processes(self.skipped))
         recent.write(done, row)
         tested = ", ".join(f"{name} {each.top1:.2%}" for name, each in accuracies.items())
-        recent.tell(f"step {done:,} of {run.steps:,}: test top-1 {tested}")
+        recent.announce(f"step {done:,} of {run.steps:,}: test top-1 {tested}")
         if accuracy.top1 > self.notes["best"]:
             self.notes["best"] = accuracy.top1
             run.write_checkpoint("best", state.weights, done, accuracy)

@@ -111,8 +111,8 @@ def loop(
         def due(interval: int) -> bool:
             return done % interval == 0 or done == run.steps
 
-        if done:
-            recent.tell(f"resuming after step {done:,} of {run.steps:,}")
+        if 0 < done < run.steps:
+            recent.announce(f"resuming after step {done:,} of {run.steps:,}")
         if done and due(config.eval_every):
             with recent.paused():
                 accuracy = assess(state, recent, done)
@@ -125,7 +125,7 @@ def loop(
             if done in ahead:
                 compiled = ahead.pop(done)
                 if done and done == run.recipe.sam.start:
-                    recent.tell(f"SAM starts after step {done:,}")
+                    recent.announce(f"SAM starts after step {done:,}")
             state, metrics = parallel.settled(compiled(state, StepInputs(*batch[:3])))
             done += 1
             recent.add(batch, metrics)

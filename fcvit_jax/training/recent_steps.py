@@ -75,9 +75,9 @@ class RecentSteps:
         if (skipped := self.skipped()) is not None:
             means["skipped"] = float(skipped)
         self.write(done, means)
-        if self._log and self._bar.disable:  # no terminal: a line in its log
+        if self._bar.disable:  # no terminal
             speed = f"{means['images_per_second']:.3g} images/s"
-            self.tell(f"step {done:,} of {self._bar.total:,}: loss {means['loss']:.3f}, {speed}")
+            self.announce(f"step {done:,} of {self._bar.total:,}: loss {means['loss']:.3f}, {speed}")
         self._bar.set_postfix(
             loss=f"{means['loss']:.3f}",
             gap=f"{means['gap']:.3f}",
@@ -93,6 +93,11 @@ class RecentSteps:
     def tell(self, line: str) -> None:
         """Print a line above the bar."""
         self._bar.write(line)
+
+    def announce(self, line: str) -> None:
+        """Print a line about the whole run above the bar of the first process."""
+        if self._log:
+            self.tell(line)
 
     def skipped(self) -> int | None:
         """Count the images that all processes have skipped; None if none may be. All processes call it together."""

@@ -171,6 +171,7 @@ def test_a_bad_file_is_one_line_and_leaves_nothing(name, says, inspect, tmp_path
         (("--model", "vit_smal_patch16_224"), "the nearest names are vit_small_patch16_224"),
         (("--model", "deit_small_patch16_224.fb_in1k"), "not a deit_small_patch16_224.fb_in1k: patch_size is 8"),
         (("--num_heads", "2"), "the normalisation cannot be inferred from the file"),
+        (("--num_heads", "2"), "fields can follow, as in timm/dinov2,crop_pct=0.875"),
         (("--preprocess", "timm/deit"), "pass --model or --num_heads"),
         (("--num_heads", "2", "--preprocess", "timm/dait"), "did you mean timm/deit"),
         (("--num_heads", "3", "--preprocess", "timm/deit"), "128 does not divide into 3 heads"),

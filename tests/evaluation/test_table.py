@@ -77,6 +77,13 @@ def test_findings(make_run, changes, expected):
     assert sum(expected in told for told in findings(make_run(**changes))) == 1
 
 
+def test_a_whole_point_below_dense_is_within_a_point(make_run):
+    run = make_run()
+    for row in run.rows:
+        row["top1"] = 0.84 if row["schedule"] == "dense" else 0.83  # apart by 1.0000000000000009 points
+    assert any(told.startswith(NEAR) for told in findings(run))
+
+
 def test_rules_are_groups_of_their_own(make_rows):
     dense, one, *_ = make_rows()
     merged = [{**one, "schedule": f"tome_r{r}{rule}"} for rule in ("", "@nearest") for r in range(6)]

@@ -247,6 +247,18 @@ def test_pixels_are_those_of_the_library_bit_for_bit(mode, interpolation, script
                 np.testing.assert_array_equal(script.pixels(image), preprocess(image))
 
 
+def test_the_script_takes_the_text_of_a_schedule_as_a_program(exported, script, tmp_path, monkeypatch, capsys):
+    programs = script.META["programs"]
+    monkeypatch.setitem(programs, "tome_r5-tome_b4", programs["tome_r5_b4"])
+    np.save(tmp_path / "b.npy", some_images(1))
+    told = []
+    for name in ("tome_r5_b4", "tome_r5@tome_b4"):
+        monkeypatch.setattr(sys, "argv", ["run.py", str(tmp_path / "b.npy"), "--program", name])
+        script.main()
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1] != ""
+
+
 def test_the_script_classifies_pictures_and_arrays(checkpoint, exported, script, tmp_path, monkeypatch, capsys):
     images = some_images(5)
     Image.fromarray(images[0]).resize((90, 60)).convert("L").save(tmp_path / "a.png")

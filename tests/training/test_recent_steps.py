@@ -100,6 +100,16 @@ def test_skipped_images_are_reported_and_counted(tmp_path, capsys):
         assert steps.skipped() is None
 
 
+def test_only_the_first_process_announces_what_the_run_does(tmp_path, capsys):
+    with opened(tmp_path) as first:
+        first.announce("resuming")
+    with contextlib.closing(RecentSteps(None, 8, 100, 0)) as other:
+        other.announce("resuming")
+        other.add(batch("a"), metrics())
+        other.log(1)
+    assert capsys.readouterr().out == "resuming\n"
+
+
 def test_counts_of_processes_are_added_up(monkeypatch):
     assert parallel.sum_over_processes(3) == 3
     monkeypatch.setattr(jax, "process_count", lambda: 2)
