@@ -87,8 +87,8 @@ def _one_line() -> Iterator[None]:
         text = " ".join(str(error).replace("\\n", " ").split()).strip("\"'")
         if hint := re.search(r'Did you mean "(.+?)" instead of "(.+?)"', text):
             text = f"no field {hint[2]!r}; did you mean {hint[1]!r}?"
-        elif isinstance(error, AttributeError) and text.isidentifier():
-            text = f"no field {text!r}"
+        elif text.isidentifier():
+            text = f"no field {text!r}; the fields are in the configuration's file"
         elif isinstance(error, OSError):
             text = text.rpartition("path]: ")[2]
         print(f"error: --config: {text}", file=sys.stderr)

@@ -45,7 +45,14 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAX_NUM_CPU_DEVICES", "2")))
 jax.config.update("jax_default_matmul_precision", "highest")
 
-LONG = ("test_train.py", "test_end_to_end.py", "test_evaluate.py", "test_html.py", "test_browser.py")
+LONG = (
+    "test_train.py",
+    "test_resumed.py",
+    "test_end_to_end.py",
+    "test_processes.py",
+    "test_html.py",
+    "test_browser.py",
+)
 # The tests that get the marker `slow`, by file; all of a file if none is named. A bracket starts a parametrisation.
 SLOW: dict[str, tuple[str, ...]] = {
     "test_allocator.py": (),
@@ -62,14 +69,6 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_the_embedded_default",
         "test_real_photos_under_five_schedules",
         "test_training_ends_in_a_checkpoint_that_evaluates",
-    ),
-    "test_evaluate.py": (
-        "test_the_others_notice_that_a_process_was_killed",
-        "test_how_processes_find_each_other_is_reported_in_one_line",
-        "test_killed_at_any_moment_on_any_devices_it_ends_in_the_same_outcomes",
-        "test_memory_does_not_grow_by_pixels",
-        "test_one_device_eight_devices_and_two_processes_count_the_same",
-        "test_if_one_process_fails_the_others_end_at_once_with_one_line_each",
     ),
     "convert/test_fuzz.py": (),
     "convert/test_backbones.py": (
@@ -103,6 +102,8 @@ SLOW: dict[str, tuple[str, ...]] = {
     ),
     "evaluation/test_accuracy.py": ("test_every_image_counts_once_on_any_number_of_devices[8-8",),
     "evaluation/test_browser.py": (),
+    "evaluation/test_evaluate.py": ("test_memory_does_not_grow_by_pixels",),
+    "evaluation/test_processes.py": (),
     "export/test_export.py": ("test_a_batch_may_be_spread_over_devices", "test_the_documentation_runs_as_written"),
     "models/test_attention.py": ("test_many_keys_attend_by_some_heads_at_a_time",),
     "models/test_flops.py": ("test_every_layer_agrees_with_xla",),
@@ -174,20 +175,22 @@ SLOW: dict[str, tuple[str, ...]] = {
         "test_remat_changes_nothing",
         "test_training_learns_in_one_compilation",
     ),
-    "training/test_train.py": (
+    "training/test_resumed.py": (
         "test_a_run_from_a_checkpoint_starts_where_that_ended_on_several_devices",
+        "test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for",
+        "test_killed_at_any_moment_it_ends_in_the_same_parameters",
+        "test_killed_before_at_and_after_the_start_of_sam_it_ends_in_the_same_parameters",
+        "test_sigterm_saves_and_loses_no_step",
+        "test_two_processes_equal_one",
+    ),
+    "training/test_train.py": (
         "test_a_full_disk_ends_a_run_in_one_line",
         "test_a_loss_that_is_not_finite_stops_with_the_images",
         "test_a_run_in_a_notebook",
         "test_fine_tuning_replaces_the_head_and_resamples",
         "test_a_run_that_an_unreadable_image_ended_resumes_without_it",
-        "test_a_signal_during_an_evaluation_loses_no_step_and_the_evaluation_is_made_up_for",
         "test_flatness_is_measured_at_the_end_if_configured",
-        "test_killed_at_any_moment_it_ends_in_the_same_parameters",
-        "test_killed_before_at_and_after_the_start_of_sam_it_ends_in_the_same_parameters",
         "test_sharded_leaves_are_trained_to_the_same",
-        "test_sigterm_saves_and_loses_no_step",
-        "test_two_processes_equal_one",
         "test_unreadable_images_stop_it_or_are_skipped_and_counted_through_a_restart",
     ),
 }

@@ -47,8 +47,13 @@ def test_none_and_the_home_directory_may_be_typed(script, tmp_path):
 
 
 def test_a_field_that_does_not_exist_is_one_line(script):
-    done = script("--config.inner.rat=none")
-    assert (done.returncode, done.stderr) == (2, "error: --config: no field 'rat'; did you mean 'rate'?\n")
+    for field, told in (
+        ("inner.rat=none", "no field 'rat'; did you mean 'rate'?"),
+        ("inner.colour=3", "no field 'colour'; the fields are in the configuration's file"),
+        ("outer.rate=3", "no field 'outer'; the fields are in the configuration's file"),
+    ):
+        done = script(f"--config.{field}")
+        assert (done.returncode, done.stderr) == (2, f"error: --config: {told}\n")
 
 
 def test_a_bucket_as_working_directory_is_one_line(script, tmp_path):

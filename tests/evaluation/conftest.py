@@ -1,8 +1,15 @@
 import json
+from typing import Any
 
+import jax
+import numpy as np
 import pytest
+from PIL import Image
 
+import fcvit_jax as fc
+from fcvit_jax import evaluation
 from fcvit_jax.evaluation.runs import Run
+from thirteen_images import CLASSES, CONFIG, PIXELS, PREPROCESS, RNG, SCHEDULES
 
 CONDITIONS = {
     "num_images": 1000,
@@ -74,3 +81,34 @@ def write_run(make_rows):
         return directory
 
     return write
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    params = jax.jit(fc.ViT(CONFIG).init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
+    leaves, tree = jax.tree.flatten(params)
+    noisy = [np.asarray(leaf) + RNG.normal(0, 0.3, leaf.shape).astype(np.float32) for leaf in leaves]
+    path = tmp_path_factory.mktemp("weights") / "checkpoint"
+    provenance = {"model": "vit_tiny_patch16_224", "sha256": "ab12"}
+    return fc.save_checkpoint(
+        path, CONFIG, tree.unflatten(noisy), PREPROCESS, class_names=CLASSES, provenance=provenance
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Thirteen images of noise in seven classes; in the order of the folder, image i has the pixels `PIXELS[i]`."""
+    path = tmp_path_factory.mktemp("photos")
+    for index, pixels in enumerate(PIXELS):
+        (path / CLASSES[index // 2]).mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(path / CLASSES[index // 2] / f"{index:02d}.png")
+    return path
+
+
+@pytest.fixture
+def run(checkpoint, folder):
+    def run(workdir, **changes):
+        fields: Any = {"dataset": f"folder:{folder}", "schedules": ",".join(SCHEDULES), "batch_size": 8}
+        return evaluation.evaluate(checkpoint, workdir=workdir, **({"throughput_blocks": 0} | fields | changes))
+
+    return run

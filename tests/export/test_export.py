@@ -378,7 +378,11 @@ def test_the_script_reports_a_bad_image_in_one_line(script, tmp_path, monkeypatc
 
 def test_the_script_ends_quietly_if_its_output_is_not_read(exported, tmp_path):
     np.save(tmp_path / "many.npy", some_images(4))
-    command = [sys.executable, str(exported / "run.py"), *[str(tmp_path / "many.npy")] * 300]
+    command = [
+        sys.executable,
+        str(exported / "run.py"),
+        *[str(tmp_path / "many.npy")] * 1000,
+    ]  # their output exceeds a pipe
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
