@@ -101,12 +101,14 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> str:
 
 
 def mean(values: Sequence[float], form: str) -> str:
-    """Format the mean and the half width of the 95 % interval over the seeds."""
-    middle, count = float(np.mean(values)), len(values)
-    if count < 2:
-        return format(middle, form)
-    half = float(stats.t.ppf(0.975, count - 1) * np.std(values, ddof=1) / np.sqrt(count))
-    return f"{middle:{form}} ± {half:{form.lstrip('+')}}"
+    """Format the mean and the half width of its interval."""
+    middle = format(float(np.mean(values)), form)
+    return f"{middle} ± {half_width(values):{form.lstrip('+')}}" if len(values) > 1 else middle
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Compute half of the width of the 95 % interval of the mean over the seeds."""
+    return float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
 # The values of a run that are compared. merged: over all schedules but dense.
@@ -203,6 +205,15 @@ def paired(rows: Rows) -> str:
 
 def log_divergence(row: dict[str, Any]) -> float:
     return float(np.log(divergence(row)))
+
+
+def ratio(logarithms: Sequence[float]) -> str:
+    """Format the geometric mean of ratios and its 95 % interval over the seeds."""
+    middle = float(np.mean(logarithms))
+    if len(logarithms) < 2 or np.ptp(logarithms) < 1e-9:
+        return f"{np.exp(middle):.2f}"
+    half = half_width(logarithms)
+    return f"{np.exp(middle):.2f} ({np.exp(middle - half):.2f} to {np.exp(middle + half):.2f})"
 
 
 def difference(values: Sequence[float]) -> str:
@@ -314,15 +325,15 @@ def choice(rows: Rows, costs: Rows) -> str:
         if arm not in arms:
             continue
         both = pairs(rows, arm)
-        kl = np.exp(np.mean([log_divergence(a) - log_divergence(b) for a, b in both]))
-        sharpness = np.exp(np.mean([log_measures(a)[sharpest] - log_measures(b)[sharpest] for a, b in both]))
+        kl = [log_divergence(a) - log_divergence(b) for a, b in both]
+        sharpness = [log_measures(a)[sharpest] - log_measures(b)[sharpest] for a, b in both]
         body.append(
             [
                 TITLES[arm],
                 next((f"{row['ratio']:.2f} ± {row['half']:.2f}" for row in costs if row["method"] == method), ""),
                 f"{np.mean([a['gradients'] / b['gradients'] for a, b in both]):.2f}",
-                f"{sharpness:.2f}",
-                f"{kl:.2f}",
+                ratio(sharpness),
+                ratio(kl),
                 f"{np.mean([dense(row) for row in arms[arm]]):.1f}",
                 f"{np.mean([merged(row) for row in arms[arm]]):.1f}",
             ]
