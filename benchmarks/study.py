@@ -245,18 +245,17 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def run(args: argparse.Namespace) -> dict[str, Any]:
-    setting, place = SETTINGS[args.setting], args.workdir / args.setting
+    setting = SETTINGS[args.setting]
     config = setting.config(args)
     config.seed = args.seed
     config.update_from_flattened_dict(ARMS[args.arm](config, setting))
     config.schedules, config.eval_every, config.tensorboard = "dense", NEVER, False  # tested once, at the end
-    workdir, twin = place / f"{args.arm}_{args.seed}", place / f"adamw_{args.seed}" / "flatness.json"
-    if args.arm != "adamw" and not twin.exists():
-        raise InputError(f"{twin} does not exist: run the arm adamw of this seed first, for the comparison")
+    workdir, base = args.workdir / args.setting / f"{args.arm}_{args.seed}", stored(args, "adamw")
+    if args.arm != "adamw" and not (base and "report" in base):
+        raise InputError(f"{args.rows} has no report of adamw {args.seed}: run that arm first, for the comparison")
     began, fit = time.perf_counter(), None
     if setting.fit:
         config.epochs = setting.fit.epochs * setting.fit.most
-        base = stored(args, "adamw")
         fit = train_until(
             TrainConfig.from_dict(config.to_dict()), workdir, setting.fit, base["fit"]["loss"] if base else None
         )
@@ -267,10 +266,9 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
     evaluated = evaluate(workdir, config.test, setting.schedules, workdir=workdir / "evaluation", throughput_blocks=0)
     checkpoint = load_checkpoint(workdir)
     report = measure(checkpoint, config.train, setting.flatness)
-    report.write(workdir / "flatness.json")
-    comparison = compare(report, FlatnessReport.read(twin)) if args.arm != "adamw" else None
+    comparison = compare(report, FlatnessReport.from_dict(base["report"])) if base else None
     steps = checkpoint.meta["provenance"]["steps"]
-    return {
+    row = {
         "setting": args.setting,
         "arm": args.arm,
         "seed": args.seed,
@@ -286,6 +284,8 @@ def run(args: argparse.Namespace) -> dict[str, Any]:
         "versions": versions(),
         "date": date.today().isoformat(),
     }
+    # AdamW's report is stored whole: the other arms of the seed are compared with it.
+    return row if base else row | {"report": report.to_dict()}
 
 
 def train_until(config: TrainConfig, workdir: Path, fit: Fit, target: float | None) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The measures of a minimum's flatness, and their report, stored as JSON."""
 
+import copy
 import dataclasses
 import json
 from pathlib import Path
@@ -80,28 +81,36 @@ class FlatnessReport:
     def loss(self) -> float:
         return float(self.losses.mean())
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return what `from_dict` takes, of JSON's types."""
+        fields = {"format": FORMAT, **dataclasses.asdict(self)}
+        return json.loads(json.dumps(fields, default=np.ndarray.tolist, allow_nan=False))
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> "FlatnessReport":
+        """Make a report from what `to_dict` returns. Raises ValueError, KeyError, TypeError or AttributeError."""
+        fields = copy.deepcopy(fields)
+        if fields.pop("format") != FORMAT:
+            raise ValueError("another format")
+        for name in ("losses", "accuracies", "trace", "line", "plane"):
+            fields[name] = None if fields[name] is None else np.array(fields[name])
+        pairs, curves = fields["eigenvalues"], fields["curves"]
+        for each in (*pairs.values(), *curves.values()):
+            each["samples"] = np.array(each["samples"])
+        fields["eigenvalues"] = {name: Eigenpair(**pair) for name, pair in pairs.items()}
+        fields["curves"] = {name: RadiusCurve(tuple(x["radii"]), x["samples"]) for name, x in curves.items()}
+        fields["config"].pop("eigen", None)  # of earlier versions
+        return cls(**fields | {"config": FlatnessConfig(**fields["config"])})
+
     def write(self, path: Path) -> None:
         """Write it as JSON."""
-        fields = {"format": FORMAT, **dataclasses.asdict(self)}
-        text = json.dumps(fields, default=np.ndarray.tolist, allow_nan=False)
-        write_whole(path, f"{text}\n".encode())
+        write_whole(path, f"{json.dumps(self.to_dict())}\n".encode())
 
     @classmethod
     def read(cls, path: Path) -> "FlatnessReport":
         """Read a report's file. Raises InputError for any other file."""
         try:
-            fields = json.loads(path.read_text())
-            if fields.pop("format") != FORMAT:
-                raise ValueError("another format")
-            for name in ("losses", "accuracies", "trace", "line", "plane"):
-                fields[name] = None if fields[name] is None else np.array(fields[name])
-            pairs, curves = fields["eigenvalues"], fields["curves"]
-            for each in (*pairs.values(), *curves.values()):
-                each["samples"] = np.array(each["samples"])
-            fields["eigenvalues"] = {name: Eigenpair(**pair) for name, pair in pairs.items()}
-            fields["curves"] = {name: RadiusCurve(tuple(x["radii"]), x["samples"]) for name, x in curves.items()}
-            fields["config"].pop("eigen", None)  # of earlier versions
-            return cls(**fields | {"config": FlatnessConfig(**fields["config"])})
+            return cls.from_dict(json.loads(path.read_text()))
         except OSError as error:
             raise InputError(f"{path} cannot be read: {error.strerror}") from None
         except (ValueError, KeyError, TypeError, AttributeError) as error:
