@@ -100,7 +100,8 @@ class FlatnessReport:
         fields["eigenvalues"] = {name: Eigenpair(**pair) for name, pair in pairs.items()}
         fields["curves"] = {name: RadiusCurve(tuple(x["radii"]), x["samples"]) for name, x in curves.items()}
         fields["config"].pop("eigen", None)  # of earlier versions
-        return cls(**fields | {"config": FlatnessConfig(**fields["config"])})
+        fields["config"] = FlatnessConfig(**fields["config"])
+        return cls(**fields)
 
     def write(self, path: Path) -> None:
         """Write it as JSON."""
