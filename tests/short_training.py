@@ -54,7 +54,6 @@ def train(config, workdir):
 
 def start(workdir, *more, devices=1, **changes):
     fields = TINY | {name.replace("__", "."): value for name, value in changes.items()}
-    quickly = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     return subprocess.Popen(
         [
             sys.executable,
@@ -64,7 +63,7 @@ def start(workdir, *more, devices=1, **changes):
             *more,
         ],
         cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)} | quickly,
+        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},  # conftest.py sets the rest
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

@@ -83,7 +83,7 @@ def write_run(make_rows):
     return write
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory):
     params = jax.jit(fc.ViT(CONFIG).init)(jax.random.key(0), np.zeros((1, 16, 16, 3), np.float32))["params"]
     leaves, tree = jax.tree.flatten(params)
@@ -95,7 +95,7 @@ def checkpoint(tmp_path_factory):
     )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def folder(tmp_path_factory):
     """Thirteen images of noise in seven classes; in the order of the folder, image i has the pixels `PIXELS[i]`."""
     path = tmp_path_factory.mktemp("photos")

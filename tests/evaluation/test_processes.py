@@ -101,7 +101,6 @@ def test_one_device_eight_devices_and_two_processes_count_the_same(checkpoint, f
 OTHER = "error: another process stopped: see its message"
 
 
-@pytest.mark.slow
 def test_two_processes_vote_as_one(tmp_path):
     whole = fc.load_checkpoint("packaged:digits")
     config, params = without_head(whole.config, whole.params)

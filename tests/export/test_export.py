@@ -378,11 +378,8 @@ def test_the_script_reports_a_bad_image_in_one_line(script, tmp_path, monkeypatc
 
 def test_the_script_ends_quietly_if_its_output_is_not_read(exported, tmp_path):
     np.save(tmp_path / "many.npy", some_images(4))
-    command = [
-        sys.executable,
-        str(exported / "run.py"),
-        *[str(tmp_path / "many.npy")] * 1000,
-    ]  # their output exceeds a pipe
+    many = [str(tmp_path / "many.npy")] * 1000  # their output is more than a pipe holds
+    command = [sys.executable, str(exported / "run.py"), *many]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout
         assert process.stderr
