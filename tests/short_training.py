@@ -1,11 +1,7 @@
 """A run of train_sam.py that takes seconds: in this process, or as a process of its own."""
 
 import json
-import os
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,10 +9,11 @@ import numpy as np
 from PIL import Image
 
 import fcvit_jax as fc
+import processes
 from configs import digits_sam
 from fcvit_jax.training import TrainConfig, loop
+from processes import start_python
 
-ROOT = Path(__file__).parents[1]
 TINY = {
     "model.embed_dim": 16,
     "model.depth": 2,
@@ -53,27 +50,15 @@ def train(config, workdir):
 
 
 def start(workdir, *more, devices=1, **changes):
+    """Start train_sam.py as a process."""
     fields = TINY | {name.replace("__", "."): value for name, value in changes.items()}
-    return subprocess.Popen(
-        [
-            sys.executable,
-            "train_sam.py",
-            f"--workdir={workdir}",
-            *(f"--config.{name}={value}" for name, value in fields.items()),
-            *more,
-        ],
-        cwd=ROOT,
-        env=os.environ | {"JAX_NUM_CPU_DEVICES": str(devices)},  # conftest.py sets the rest
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    return start_python("train_sam.py", f"--workdir={workdir}", *flags, *more, devices=devices)
 
 
 def finish(process):
-    output, _ = process.communicate(timeout=600)
-    assert process.returncode == 0, output
-    return output
+    """Return all that a process printed, once it has succeeded."""
+    return "".join(processes.finish(process))
 
 
 def params(workdir):

@@ -1,7 +1,6 @@
 """How several processes end, and how a CPU becomes two devices, tested in separate processes."""
 
 import os
-import socket
 import subprocess
 import sys
 import textwrap
@@ -10,15 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from processes import places, start_python
+
 ROOT = Path(__file__).parents[1]
 TOLD = "error: another process stopped: see its message\n"
 
 
 def start_all(body, count=2):
     """Start processes that run the body, with `index` and `exchange()`, inside `ending_together`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     program = textwrap.dedent("""
         import _thread, os, signal, sys, threading, time
         import numpy as np
@@ -32,17 +30,7 @@ def start_all(body, count=2):
         exchange()
         with parallel.ending_together(), one_line_errors():
     """) + textwrap.indent(textwrap.dedent(body), "    ")
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "PYTHONPATH": str(ROOT)}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-c", program, f"127.0.0.1:{port},{count},{index}"],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(count)
-    ]
+    return [start_python("-c", program, place) for place in places(count)]
 
 
 def ends(processes):

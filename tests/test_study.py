@@ -1,4 +1,4 @@
-"""The tables of benchmarks/study_report.py, on rows made by hand; the pages made from the stored rows; and the training
+"""The tables and plots of the study, on rows made by hand; the pages made from the stored rows; and the training
 of benchmarks/study.py that ends at a loss."""
 
 import importlib
@@ -15,7 +15,7 @@ from fcvit_jax.training import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
-report, study = importlib.import_module("study_report"), importlib.import_module("study")
+report, study, tables, plots = map(importlib.import_module, ("study_report", "study", "study_tables", "study_plots"))
 
 
 def row(arm, seed, top1, kl, worst, verdict=None):
@@ -25,7 +25,7 @@ def row(arm, seed, top1, kl, worst, verdict=None):
             ("dense", "tome_r8", "tome_r16"), (4.0, 3.0, 2.0), top1, (0.0, *kl), strict=True
         )
     ]
-    curves = {name: {"0.1": worst} for name in report.MEASURES}
+    curves = {name: {"0.1": worst} for name in tables.MEASURES}
     return {
         "setting": "digits",
         "arm": arm,
@@ -58,20 +58,20 @@ def cells(table):
 
 def test_means_have_students_interval_over_the_seeds():
     # 12.706 is t at 97.5 % with one degree of freedom; the standard error of 90 and 92 is 1.
-    assert report.mean([90.0, 92.0], ".3f") == "91.000 ± 12.706"
-    assert report.mean([90.0], ".1f") == "90.0"
+    assert tables.mean([90.0, 92.0], ".3f") == "91.000 ± 12.706"
+    assert tables.mean([90.0], ".1f") == "90.0"
 
 
 def test_tables_have_a_column_per_arm_and_a_line_per_schedule():
-    head, _, *body = cells(report.TABLES["accuracy"](ROWS))
+    head, _, *body = cells(tables.TABLES["accuracy"](ROWS))
     assert head == ["schedule", "GMACs", "AdamW", "SAM"]
     assert [line[:2] for line in body] == [["`dense`", "4"], ["`tome_r8`", "3"], ["`tome_r16`", "2"]]
     assert body[2][2].startswith("82.00 ± ")
-    assert cells(report.TABLES["drop"](ROWS))[4][2].startswith("+9.00 ± ")  # of 10 and 8 points
+    assert cells(tables.TABLES["drop"](ROWS))[4][2].startswith("+9.00 ± ")  # of 10 and 8 points
 
 
 def test_differences_are_taken_seed_by_seed():
-    (_, _, line) = cells(report.TABLES["paired"](ROWS))
+    (_, _, line) = cells(tables.TABLES["paired"](ROWS))
     assert line[:3] == ["SAM less AdamW", "2", "+1.00 ± 0.00"]
     assert line[3].startswith("+4.50 ± ")  # merged: 88 less 84, 91 less 86
     assert line[4].startswith("-3.50 ± ")  # the drop: 3 less 6, 2 less 6
@@ -79,10 +79,10 @@ def test_differences_are_taken_seed_by_seed():
 
 
 def test_verdicts_are_counted_and_measures_ranked():
-    body = cells(report.TABLES["flatness"](ROWS))
+    body = cells(tables.TABLES["flatness"](ROWS))
     assert body[-1] == ["verdict against AdamW, seed by seed", "-", "1 flatter, 1 inconclusive"]
     assert next(line for line in body if line[0] == "largest eigenvalue")[1].startswith("45 ± ")
-    ranked = {line[0]: line[1:] for line in cells(report.TABLES["relation"](ROWS))[2:]}
+    ranked = {line[0]: line[1:] for line in cells(tables.TABLES["relation"](ROWS))[2:]}
     assert ranked["worst case, radius 0.1"][0].startswith("+0.74 ")  # drops 6, 6, 3, 2 over 4, 5, 1, 2
 
 
@@ -109,7 +109,7 @@ FITTED = [
 
 
 def test_arms_at_equal_fit_are_shown_beside_the_adamw_of_their_seed():
-    _, _, adamw, sam, late = cells(report.TABLES["fit"](FITTED))
+    _, _, adamw, sam, late = cells(tables.TABLES["fit"](FITTED))
     assert adamw[:2] + adamw[5:] == ["AdamW", "0.05", "", "", "0, 1"]
     assert sam[2].startswith("200 ± ")
     assert sam[3].startswith("4.00 ± ")  # 300 / 100 and 500 / 100 gradients
@@ -118,12 +118,12 @@ def test_arms_at_equal_fit_are_shown_beside_the_adamw_of_their_seed():
 
 
 def test_differences_from_adamw_a_line_a_schedule_and_the_share_of_the_way_to_sam():
-    head, _, *body = cells(report.TABLES["paired_top1"](FITTED))
+    head, _, *body = cells(tables.TABLES["paired_top1"](FITTED))
     assert head == ["top-1, points", "SAM", "SAM, last 25 %"]
     assert body[2] == ["`tome_r16`", "+6.00 ± 0.00", "+8.00"]  # 86 less 80, 90 less 84; 88 less 80
-    body = cells(report.TABLES["paired_kl"](FITTED))[2:]
+    body = cells(tables.TABLES["paired_kl"](FITTED))[2:]
     assert body[0] == ["`tome_r8`", f"{np.log(0.5):+.2f} ± 0.00", f"{np.log(0.5):+.2f}"]
-    lines = {line[0]: line[1:] for line in cells(report.TABLES["halfway"](FITTED))[2:]}
+    lines = {line[0]: line[1:] for line in cells(tables.TABLES["halfway"](FITTED))[2:]}
     assert lines["worst case, radius 0.1"] == ["0.25", "0.50"]  # seed 0, which all have: 4, 1 and 2.5
 
 
@@ -133,7 +133,7 @@ def test_costs_and_gains_of_each_method():
         {"method": name, "ratio": 1.0 + i, "half": 0.1 * i}
         for i, name in enumerate(("AdamW", "MSAM", "SAM-last-25%", "SAM"))
     ]
-    table = report.choice([*FITTED, *(fitted(each, 0.2, 0.2, 90, 90) for each in others)], costs)
+    table = tables.choice([*FITTED, *(fitted(each, 0.2, 0.2, 90, 90) for each in others)], costs)
     _, _, *body = cells(table)
     assert [line[0] for line in body] == ["AdamW", "MSAM", "SAM, last 25 %", "SAM", "ASAM"]
     assert body[0][1:5] == ["1.00 ± 0.00", "1.00", "1.00", "1.00"]
@@ -164,17 +164,17 @@ def test_the_ablation_has_a_line_per_rate_and_a_column_per_family():
         for family in ("tome", "s2dfe")
         for r in (8, 16)
     ]
-    head, _, *body = cells(report.ABLATIONS["prefix"](rows))
+    head, _, *body = cells(tables.ABLATIONS["prefix"](rows))
     assert head == ["r", "`tome`", "`s1dfe`", "`s2dfe`", "`s3dfe`", "`s4dfe`"]
     assert body == [["8", "308 at 4.00", "", "308 at 4.00", "", ""], ["16", "316 at 3.00", "", "316 at 3.00", "", ""]]
 
 
 def test_the_plots_are_pictures():
-    assert report.plot(report.select(ROWS, "digits")).startswith(b"\x89PNG")
+    assert plots.plot(tables.select(ROWS, "digits")).startswith(b"\x89PNG")
     bounds = {"top1": 0.8, "top1_low": 0.7, "top1_high": 0.9}
     names = ("dense", "tome_r4", "tome_r8", "s2dfe_r8")
     ablation = [{"schedule": name, "gmacs": 4.0 - i, "kl": 0.1 * i, **bounds} for i, name in enumerate(names)]
-    assert report.plot_ablation(ablation).startswith(b"\x89PNG")
+    assert plots.plot_ablation(ablation).startswith(b"\x89PNG")
 
 
 def test_the_pages_match_the_stored_rows():

@@ -1,15 +1,9 @@
 """Evaluations on several devices and processes, which count the same and end together."""
 
 import json
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,48 +13,22 @@ import fcvit_jax as fc
 from fcvit_jax import parallel
 from fcvit_jax.checkpoint import without_head
 from fcvit_jax.errors import InputError
+from processes import finish, places, start_python
 from thirteen_images import SCHEDULES
 
-ROOT = Path(__file__).parents[2]
 
-
-def start(workdir, *more: Any, devices: Any = 1, cache: Any = None, **fields: Any):
+def start(workdir, *more: Any, devices: int = 1, cache: Any = None, **fields: Any):
     """Start evaluate.py as a process."""
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "PYTHONFAULTHANDLER": "1",
-    }
-    command = [sys.executable, str(ROOT / "evaluate.py"), f"--workdir={workdir}", *more]
-    command += [f"--compile_cache={cache}"] if cache else []
-    return subprocess.Popen(
-        [*command, *(f"--config.{name}={value}" for name, value in fields.items())],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = ["evaluate.py", f"--workdir={workdir}", *more, *([f"--compile_cache={cache}"] if cache else [])]
+    return start_python(*command, *(f"--config.{name}={value}" for name, value in fields.items()), devices=devices)
 
 
 def start_two(workdir, devices=(2, 2), **fields: Any):
     """Start two processes, by default of two devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     return [
-        start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=devices[index], **fields)
-        for index in (0, 1)
+        start(workdir, f"--distributed={place}", devices=number, **fields)
+        for place, number in zip(places(), devices, strict=True)
     ]
-
-
-def finish(process):
-    try:
-        output, errors = process.communicate(timeout=600)
-    except subprocess.TimeoutExpired:  # a process that hangs prints where
-        process.send_signal(signal.SIGABRT)
-        pytest.fail(process.communicate()[1])
-    assert process.returncode == 0, errors
-    return output, errors
 
 
 def outcomes(workdir):

@@ -5,7 +5,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from typing import Any
@@ -19,6 +18,7 @@ import train_sam
 from fcvit_jax import parallel
 from fcvit_jax.training import assessment
 from fcvit_jax.training.recent_steps import RecentSteps
+from processes import places
 from short_training import assert_same, finish, params, photos, rows, start, states_in, tiny, train, wait_for
 
 
@@ -204,10 +204,7 @@ def test_other_data_than_those_of_the_run_are_refused(tmp_path, devices, stop_at
 
 def start_pair(workdir, **changes):
     """Start two processes with two devices each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    return [start(workdir, f"--distributed=127.0.0.1:{port},2,{index}", devices=2, **changes) for index in (0, 1)]
+    return [start(workdir, f"--distributed={place}", devices=2, **changes) for place in places()]
 
 
 def test_two_processes_equal_one(whole, tmp_path):
