@@ -115,7 +115,7 @@ def digits_fit(args: argparse.Namespace) -> Any:
 
 
 def clothing_fit(args: argparse.Namespace) -> Any:
-    return at_constant_rate(clothing(args), 0.95, 3e-5)
+    return at_constant_rate(clothing(args), 0.95, 5e-5)
 
 
 def at_constant_rate(config: Any, ema_decay: float, learning_rate: float) -> Any:
@@ -169,9 +169,14 @@ SETTINGS["digits_fit"] = dataclasses.replace(
 SETTINGS["clothing_fit"] = dataclasses.replace(
     SETTINGS["clothing"],
     config=clothing_fit,
+    rho=0.002,
+    adaptive_rho=0.02,
     schedules="dense,tome_r2,tome_r4,tome_r6,tome_r2@nearest,tome_r4@nearest,tome_r6@nearest",
+    flatness=dataclasses.replace(
+        SETTINGS["clothing"].flatness, rho=(0.05,), adaptive_rho=(0.5,), sigma=(0.005,), adaptive_sigma=(0.1,)
+    ),
     arms=FIT_ARMS,
-    fit=Fit(epochs=1, most=4, every=16, images=256),
+    fit=Fit(epochs=0.5, most=4, every=8, images=256),
 )
 
 
