@@ -133,6 +133,8 @@ def classify(paths, program):
         why = first_line(error)
         raise ValueError(f"JAX does not start, set JAX_PLATFORMS=cpu or check the driver ({why})") from None
     size, names = META["programs"][program]["batch_size"], list(images)
+    if len(META["programs"]) > 1:
+        print(f"program {program}, of {', '.join(META['programs'])}", file=sys.stderr)
     try:
         run = load(program)
     except RuntimeError:  # from JAX, such as a missing platform

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fcvit_jax.evaluation.families import family
 from fcvit_jax.evaluation.statistics import ratio_of_means
 from fcvit_jax.figures import COLOURS, WIDTH, blank_figure, plain, png
 from fcvit_jax.files import write_whole
@@ -59,8 +60,8 @@ class Found:
     """The outcome at one budget.
 
     recommended: `schedule` if it is better than the best simple family beyond chance, otherwise that family's. score,
-    simple_score: of both on the judging images. families: name of a simple schedule -> its score. gmacs, speedup: of
-    the recommended one; the speed-up is measured for speed budgets alone.
+    simple_score: of both on the judging images. families: name of a simple schedule -> its score. costs: GMACs, by the
+    same names and "found". gmacs, speedup: of the recommended one; the speed-up is measured for speed budgets alone.
     """
 
     budget: str
@@ -71,10 +72,16 @@ class Found:
     simple_score: float
     families: Mapping[str, float]
     judgement: Judgement
+    costs: Mapping[str, float]
     gmacs: float
     share: float
     speedup: float | None = None
     images_per_second: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The name of the recommended schedule in `costs`."""
+        return "found" if self.recommended == self.schedule else self.simple
 
 
 @dataclass(frozen=True)
@@ -122,13 +129,16 @@ class SearchReport:
 
 def _table(report: SearchReport) -> list[str]:
     rows = [("budget", "schedule", "GMACs", "of dense", report.measure, "speed-up")]
+    dense = report.conditions["dense_gmacs"]
     for each in report.found:
-        speed = "-" if each.speedup is None else f"{each.speedup:.2f}x"
-        chosen = "found" if each.recommended == each.schedule else each.simple
-        score = each.score if chosen == "found" else each.simple_score
-        rows.append((each.budget, f"{chosen} *", f"{each.gmacs:.3g}", f"{each.share:.2f}", f"{score:.4g}", speed))
-        others = dict(each.families) if chosen == "found" else {"found": each.score} | dict(each.families)
-        rows += [("", name, "", "", f"{score:.4g}", "") for name, score in others.items() if name != chosen]
+        chosen, scores = each.name, {"found": each.score} | dict(each.families)
+        for name in (chosen, *(name for name in scores if name != chosen)):
+            gmacs = each.costs[name]
+            cells = f"{gmacs:.3g}", f"{gmacs / dense:.2f}", f"{scores[name]:.4g}"
+            if name == chosen:
+                rows.append((each.budget, f"{name} *", *cells, f"{each.speedup:.2f}x" if each.speedup else "-"))
+            else:
+                rows.append(("", name, *cells, ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     return [lines[0], "-" * max(map(len, lines)), *lines[1:], "* recommended"]
@@ -145,16 +155,16 @@ def plot_search(report: SearchReport) -> bytes:
     ):
         x, y = [row["gmacs"] for row in rows], [max(row["score"], 1e-9) for row in rows]
         axes.scatter(x, y, s=14, color=COLOURS[5] if alpha < 0.5 else COLOURS[0], alpha=alpha, label=label, linewidth=0)
-    families = report.conditions["families"]
-    for index, name in enumerate(families):
+    for index, name in enumerate(dict.fromkeys(family(text) for each in report.found for text in each.families)):
         points = [
-            (families[name][each.budget], each.families) for each in report.found if each.budget in families[name]
+            (each.costs[text], max(score, 1e-9))
+            for each in report.found
+            for text, score in each.families.items()
+            if family(text) == name
         ]
-        x, y = [gmacs for (_, gmacs), _ in points], [max(scores[text], 1e-9) for (text, _), scores in points]
-        axes.plot(x, y, marker="s^v"[index % 3], color=COLOURS[1], linestyle="--", alpha=0.8, label=name)
+        axes.plot(*zip(*points, strict=True), f"{'s^v'[index % 3]}--", color=COLOURS[1], alpha=0.8, label=name)
     judged = [
-        (each.gmacs, max(each.score if each.recommended == each.schedule else each.simple_score, 1e-9))
-        for each in report.found
+        (each.gmacs, max(each.score if each.name == "found" else each.simple_score, 1e-9)) for each in report.found
     ]
     axes.plot(*zip(*judged, strict=True), "k*", markersize=12, label="recommended, on the images that judge")
     axes.set_yscale("log")

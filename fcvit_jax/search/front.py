@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -66,7 +65,7 @@ class Front:
         many, model = math.ceil(self.config.candidates / len(self.budgets)), self.scorer.config
         plain = plain_candidates(self.rules[0])
         total = len(self.budgets) * planned_batches(many, len(plain), self.half)
-        found, rows, best, placed = [], [], [], {}
+        found, rows, best = [], [], []
         with parallel.progress(desc="searching", total=total, unit="batch") as bar:
             for number, budget in enumerate(self.budgets):
                 cost, limit = self._limit(budget)
@@ -74,12 +73,9 @@ class Front:
                 trials = Choice(self.scorer, self.half, cost, limit, bar)(drawn, [*best, *plain])
                 best.append(trials[0].candidate)
                 rows += [self._row(trial, budget) for trial in trials]
-                outcome, costs = self._judge(budget, trials[0], cost, limit)
-                found.append(outcome)
-                for family, gmacs in costs.items():
-                    placed.setdefault(family, {})[budget.text] = gmacs
+                found.append(self._judge(budget, trials[0], cost, limit))
         measure = "1 - cosine" if model.headless else "KL"
-        return SearchReport({**conditions, "families": placed}, measure, tuple(found), tuple(rows))
+        return SearchReport(conditions, measure, tuple(found), tuple(rows))
 
     def _row(self, trial: Trial, budget: Budget) -> dict[str, Any]:
         candidate = dataclasses.asdict(trial.candidate) | {"rule": str(trial.candidate.rule)}
@@ -135,17 +131,16 @@ class Front:
             known = self.scorer.memory.keep(key, [timed[name].images_per_second for name in named])
         return dict(zip(named, known, strict=True))
 
-    def _judge(self, budget: Budget, trial: Trial, cost: Cost, limit: float) -> tuple[Found, dict[str, Any]]:
+    def _judge(self, budget: Budget, trial: Trial, cost: Cost, limit: float) -> Found:
         """Judge a choice by real programs, on the images that did not choose."""
-        model = self.scorer.config
         named, speeds = self._contenders(budget, trial.candidate, cost, limit)
         scores = {name: self._scores(schedule) for name, schedule in named.items()}
         means = {name: float(np.mean(values)) for name, values in scores.items()}
         simple = min((name for name in named if name != "found"), key=lambda name: means[name])
         judgement = judge(scores["found"], scores[simple], self.config.seed)
         chosen = "found" if judgement.better else simple
-        dense, gmacs = flops.gmacs(model), self.gmacs(named[chosen])
-        found = Found(
+        costs = {name: self.gmacs(schedule) for name, schedule in named.items()}
+        return Found(
             budget=budget.text,
             recommended=str(named[chosen]),
             schedule=str(named["found"]),
@@ -154,13 +149,12 @@ class Front:
             simple_score=means[simple],
             families={name: mean for name, mean in means.items() if name != "found"},
             judgement=judgement,
-            gmacs=gmacs,
-            share=gmacs / dense,
+            costs=costs,
+            gmacs=costs[chosen],
+            share=costs[chosen] / flops.gmacs(self.scorer.config),
             speedup=speeds.get(chosen),
             images_per_second=speeds[chosen] * self._speeds({})["dense"] if speeds else None,
         )
-        costs = {re.sub(r"_r\d+$", "", name): (name, self.gmacs(named[name])) for name in named if name != "found"}
-        return found, costs
 
     def _scores(self, schedule: MergeSchedule) -> list[float]:
         last = len(self.scorer.batches)

@@ -266,7 +266,9 @@ def test_the_script_classifies_pictures_and_arrays(checkpoint, exported, script,
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["run.py", "a.png", "b.npy", "--program", "tome_r5_b4"])
     script.main()
-    lines = capsys.readouterr().out.splitlines()
+    told = capsys.readouterr()
+    assert told.err == f"program tome_r5_b4, of {', '.join(script.META['programs'])}\n"
+    lines = told.out.splitlines()
     assert [line.split(":")[0] for line in lines] == ["a.png", *(f"b.npy[{row}]" for row in range(5))]
     with Image.open("a.png") as picture:
         batch = np.stack([checkpoint.preprocess(picture), *images])

@@ -40,6 +40,8 @@ def test_it_keeps_the_budget_and_reports_every_candidate(found, digits):
         for text in (each.recommended, each.schedule):
             assert flops.gmacs(digits.config, MergeSchedule.parse(text, 6)) <= share * dense
         assert each.simple_score == min(each.families.values())
+        assert each.costs["found"] == flops.gmacs(digits.config, parse(each.schedule))
+        assert all(each.costs[name] == flops.gmacs(digits.config, parse(name)) for name in each.families)
         assert each.recommended == (each.schedule if each.judgement.better else str(parse(each.simple)))
     written = json.loads((workdir / "search.json").read_text())
     assert written["recommended"] == report.recommended
