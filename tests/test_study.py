@@ -140,19 +140,22 @@ def test_costs_and_gains_of_each_method():
     assert body[2] == ["SAM, last 25 %", "3.00 ± 0.20", "1.45", "0.62", "0.85", "90.0", "89.0"]  # 2.5 / 4, 0.17 / 0.2
 
 
-@pytest.mark.parametrize(("target", "steps"), [(None, 22), (100.0, 4), (0.0, 44)])
-def test_training_ends_at_the_first_measurement_that_fits(target, steps, tmp_path):
+# SAM that starts at step 10 takes at least AdamW's 22 steps.
+@pytest.mark.parametrize(
+    ("start", "target", "steps"), [(10.0, None, 22), (0.0, 100.0, 4), (10.0, 100.0, 24), (10.0, 0.0, 44)]
+)
+def test_training_ends_at_the_first_measurement_that_fits(start, target, steps, tmp_path):
     config = digits_sam.get_config()
     size = {"model.embed_dim": 16, "model.depth": 1, "model.mlp_dim": 32, "model.image_size": (16, 16)}
     config.update_from_flattened_dict(
-        size | {"epochs": 1.0, "warmup_epochs": 0.25, "ema_decay": 0.9, "sam.start": 10.0}
+        size | {"epochs": 1.0, "warmup_epochs": 0.25, "ema_decay": 0.9, "sam.start": start}
     )
     fit = study.Fit(epochs=0.5, most=2, every=4, images=64)
     with jax.numpy_dtype_promotion("standard"):  # as for users
         found = study.train_until(TrainConfig.from_dict(config.to_dict()), tmp_path, fit, target)
     checkpoint = fc.load_checkpoint(tmp_path)
     assert checkpoint.meta["provenance"]["steps"] == steps
-    assert found["gradients"] == steps + max(steps - 10, 0)
+    assert found["gradients"] == steps + max(steps - start, 0)
     assert [step for step, _ in found["losses"]] == [*range(4, steps, 4), steps]
     assert found["losses"][-1][1] == pytest.approx(found["loss"], abs=1e-5)
     assert 1 < found["loss"] < 3
