@@ -17,7 +17,7 @@ from processes import finish, places, start_python
 from thirteen_images import SCHEDULES
 
 
-def start(workdir, *more: Any, devices: int = 1, cache: Any = None, **fields: Any):
+def start(workdir, *more: Any, devices: Any = 1, cache: Any = None, **fields: Any):
     """Start evaluate.py as a process."""
     command = ["evaluate.py", f"--workdir={workdir}", *more, *([f"--compile_cache={cache}"] if cache else [])]
     return start_python(*command, *(f"--config.{name}={value}" for name, value in fields.items()), devices=devices)
