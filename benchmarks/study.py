@@ -55,6 +55,7 @@ from fcvit_jax.training.step import StepInputs, make_train_step, phases  # noqa:
 from fcvit_jax.training.training_run import open_run  # noqa: E402
 
 ROWS = ROOT / "docs" / "flatness_and_compression" / "runs.jsonl"
+DEFAULTS = {"checkpoint": "clothing", "photos": "photos", "workdir": Path("workdir/study")}
 NEVER = 10**9  # steps
 KEPT = ("schedule", "stages", "gmacs", "correct", "num_images", "top1", "gained", "lost", "agreement", "kl")
 
@@ -222,7 +223,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def one(args: argparse.Namespace) -> None:
     """Make one row, and append it."""
-    row = run(args)
+    row = with_default_names(run(args), args)
     args.rows.parent.mkdir(exist_ok=True)
     with args.rows.open("a") as file:
         file.write(json.dumps(row) + "\n")
@@ -232,6 +233,19 @@ def one(args: argparse.Namespace) -> None:
         f"{row['flatness']['loss']:.4g} after {row['steps']} steps; written into {args.rows.name}",
         flush=True,
     )
+
+
+def with_default_names(value: Any, args: argparse.Namespace) -> Any:
+    """Name the photos, the checkpoint and the working directory as by default, wherever they lie on this machine."""
+    if isinstance(value, dict):
+        return {key: with_default_names(each, args) for key, each in value.items()}
+    if isinstance(value, str):
+        for name in ("photos", "checkpoint", "workdir"):
+            here, default = str(getattr(args, name)), str(DEFAULTS[name])
+            path = value.removeprefix("folder:")
+            if path == here or path.startswith(f"{here}/"):
+                return value.replace(here, default, 1)
+    return value
 
 
 def title(args: argparse.Namespace) -> str:
@@ -353,9 +367,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("setting", choices=SETTINGS)
     parser.add_argument("arm", choices=(*ARMS, "all"))
     parser.add_argument("seed", type=int, help="of the run; with the arm all, the number of seeds")
-    parser.add_argument("--checkpoint", default="clothing", help="clothing: where to start (default: clothing)")
-    parser.add_argument("--photos", default="photos", help="clothing: holds train/ and test/ (default: photos)")
-    parser.add_argument("--workdir", type=Path, default=Path("workdir/study"), help="default: workdir/study")
+    parser.add_argument(
+        "--checkpoint", default=DEFAULTS["checkpoint"], help="clothing: where to start (default: clothing)"
+    )
+    parser.add_argument(
+        "--photos", default=DEFAULTS["photos"], help="clothing: holds train/ and test/ (default: photos)"
+    )
+    parser.add_argument("--workdir", type=Path, default=DEFAULTS["workdir"], help="default: workdir/study")
     parser.add_argument("--rows", type=Path, default=ROWS, help=f"where rows are stored (default: {ROWS.name} of docs)")
     return parser
 

@@ -12,7 +12,6 @@ import fcvit_jax as fc
 import processes
 from configs import digits_sam
 from fcvit_jax.training import TrainConfig, loop
-from processes import start_python
 
 TINY = {
     "model.embed_dim": 16,
@@ -53,7 +52,7 @@ def start(workdir, *more, devices=1, **changes):
     """Start train_sam.py as a process."""
     fields = TINY | {name.replace("__", "."): value for name, value in changes.items()}
     flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    return start_python("train_sam.py", f"--workdir={workdir}", *flags, *more, devices=devices)
+    return processes.start_python("train_sam.py", f"--workdir={workdir}", *flags, *more, devices=devices)
 
 
 def finish(process):

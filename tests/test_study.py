@@ -161,6 +161,22 @@ def test_training_ends_at_the_first_measurement_that_fits(start, target, steps, 
     assert 1 < found["loss"] < 3
 
 
+def test_rows_do_not_tell_where_files_lie():
+    args = study._parser().parse_args(
+        ["clothing", "sam", "0", "--photos", "/a/p", "--checkpoint", "/a/c", "--workdir", "/a/w"]
+    )
+    row = {
+        "config": {"train": "folder:/a/p/train", "checkpoint": "/a/c"},
+        "report": "/a/w/clothing/x",
+        "other": "/a/pq",
+    }
+    assert study.with_default_names(row, args) == {
+        "config": {"train": "folder:photos/train", "checkpoint": "clothing"},
+        "report": "workdir/study/clothing/x",
+        "other": "/a/pq",
+    }
+
+
 def test_the_ablation_has_a_line_per_rate_and_a_column_per_family():
     rows = [
         {"schedule": f"{family}_r{r}", "correct": 300 + r, "gmacs": 5 - r / 8}
