@@ -133,8 +133,6 @@ def classify(paths, program):
         why = first_line(error)
         raise ValueError(f"JAX does not start, set JAX_PLATFORMS=cpu or check the driver ({why})") from None
     size, names = META["programs"][program]["batch_size"], list(images)
-    if len(META["programs"]) > 1:
-        print(f"program {program}, of {', '.join(META['programs'])}", file=sys.stderr)
     try:
         run = load(program)
     except RuntimeError:  # from JAX, such as a missing platform
@@ -163,7 +161,9 @@ def main():
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files may hold any bytes
     try:
-        classify(args.images, args.program or next(iter(META["programs"])))
+        classify(args.images, args.program or programs[0])
+        if not args.program and len(programs) > 1:
+            print(f"program {programs[0]} ran; --program chooses among {', '.join(programs)}", file=sys.stderr)
     except BrokenPipeError:  # the reader of the output, such as head, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
