@@ -75,6 +75,7 @@ class Contender:
     max_difference: float
     compile_seconds: float | None
     bytes: int | None
+    devices: int = 1
 
 
 def random_params(config: ViTConfig) -> dict[str, Any]:
@@ -113,7 +114,9 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
         memory = call.memory_analysis()
         used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         used -= memory.alias_size_in_bytes
-        yield Contender(OURS[case.kernels], name, repeat(call, params, images), executed, difference, seconds, used)
+        count = case.devices
+        label = OURS[case.kernels] + (f", {count} devices" if count > 1 else "")
+        yield Contender(label, name, repeat(call, params, images), executed, difference, seconds, used, count)
 
 
 def compile_program(

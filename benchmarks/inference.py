@@ -25,6 +25,7 @@ With --peer timm, "timm" is timm's own forward for dense schedules, and Token Me
     cut       GMACs of the dense model over GMACs
     of cut    /dense over cut: 1 if all saved GMACs become time
     of exec   the same, for the GMACs executed
+    /first    images/s over those on the first number of --devices; --json has a 95 % interval from 6 blocks on
     /timm     images/s over the fastest timm's under the same schedule
     peak      2 x multiply-accumulates that are executed a second, over FLOP/s of the best matmul in this run
     MiB       arguments, outputs and buffers of the compiled program; for PyTorch, its peak on the GPU
@@ -32,7 +33,8 @@ With --peer timm, "timm" is timm's own forward for dense schedules, and Token Me
     max diff  the largest difference of a logit from float32's, in standard deviations of the logits
 
 With --devices 2 our model is spread over two GPUs. It is compared with the matmul of both, but not with PyTorch, which
-computes on one. A CPU runs as two devices, each with a part of the work of the cores.
+computes on one. A CPU runs as two devices, each with a part of the work of the cores. --devices 1,2 compares both where
+the batch divides.
 
 On Linux, glibc would map fresh memory for every buffer above 32 MiB, which slows both sides on CPU. The benchmark makes
 it keep freed memory, as the library's programs do, unless MALLOC_... variables are set.
@@ -52,7 +54,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, cycle
 from math import ceil, gcd, prod
 from pathlib import Path
 from typing import Any
@@ -77,13 +79,13 @@ from tqdm import tqdm
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import load_checkpoint, versions
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
+from fcvit_jax.figures import COLOURS
 from fcvit_jax.files import writable_directory
 from fcvit_jax.models import flops, zoo
 from fcvit_jax.models.schedule import parse_schedules
 from fcvit_jax.parallel import data_mesh
 
 CHECKED = 8  # images at least
-COLOURS = {"fcvit_jax": "#0072b2", "fcvit_jax triton": "#56b4e9", "timm": "#e69f00", "timm compiled": "#d55e00"}
 COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # title -> (field of a row, how it is written)
     "images/s": ("images_per_second", "{:.1f}".format),
     "spread": ("spread", "{:.1%}".format),
@@ -96,6 +98,7 @@ COLUMNS: dict[str, tuple[str, Callable[[float], str]]] = {  # title -> (field of
     "cut": ("gmacs_cut", "{:.2f}x".format),
     "of cut": ("of_cut", "{:.2f}".format),
     "of exec": ("of_executed_cut", "{:.2f}".format),
+    "/first": ("over_first", "{:.3f}".format),
     "/timm": ("over_timm", "{:.2f}x".format),
     "max diff": ("max_difference", "{:.1e}".format),
 }
@@ -106,9 +109,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse(argv)
     keep_freed_memory()
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # leaves memory of a GPU to PyTorch
-    if args.devices > 1:
+    if max(args.devices) > 1:
         with suppress(RuntimeError):  # JAX has created its devices already
-            jax.config.update("jax_num_cpu_devices", args.devices)
+            jax.config.update("jax_num_cpu_devices", max(args.devices))
     rows: list[dict[str, Any]] = []
     with one_line_errors():
         check_options(args)
@@ -129,7 +132,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     def sizes(text: str) -> list[int]:
         if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of batch sizes: write 8,32")
+            raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers: write 8,32")
         return [int(size) for size in text.split(",")]
 
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -141,8 +144,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(PRECISIONS)}")
     told = "of our model: xla, or triton (bfloat16 on NVIDIA GPUs); xla,triton compares them"
     parser.add_argument("--kernels", type=words, default=["xla"], help=told)
-    told = "devices that our model is spread over; a CPU is split into as many"
-    parser.add_argument("--devices", type=int, default=1, metavar="N", help=told)
+    told = "devices that our model is spread over, one or several numbers; a CPU is split into as many (default: 1)"
+    parser.add_argument("--devices", type=sizes, default=[1], metavar="N[,N]", help=told)
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each contender")
     parser.add_argument("--block_seconds", type=float, default=2.0, help="a block is as many calls as fill this time")
     parser.add_argument("--peer", choices=["timm"], help="time PyTorch too; needs the parity extra")
@@ -166,10 +169,10 @@ def check_options(args: argparse.Namespace) -> None:
         raise InputError(f"--kernels: {odd[0]!r} is none of {', '.join(OURS)}")
     if "triton" in args.kernels and ("bfloat16" not in args.dtypes or jax.default_backend() != "gpu"):
         raise InputError("--kernels: triton requires an NVIDIA GPU and --dtypes bfloat16: leave it out")
-    if not 1 <= args.devices <= jax.device_count():
-        raise InputError(f"--devices: {args.devices} is not from 1 to {jax.device_count()}, the devices available")
-    if odd := [size for size in args.batch_sizes if size % args.devices]:
-        raise InputError(f"--batch_sizes: {odd[0]} images do not spread evenly over {args.devices} devices")
+    if (most := max(args.devices)) > jax.device_count():
+        raise InputError(f"--devices: {most} is not from 1 to {jax.device_count()}, the devices available")
+    if odd := [size for size in args.batch_sizes if all(size % count for count in args.devices)]:
+        raise InputError(f"--batch_sizes: {odd[0]} images do not spread evenly over {args.devices[0]} devices")
     if args.blocks < 1 or args.block_seconds <= 0:
         raise InputError("--blocks and --block_seconds: both must be positive")
     if args.checkpoint and args.image_size is not None:
@@ -214,13 +217,14 @@ def draw_cases(args: argparse.Namespace) -> Iterator[Case]:
                     programs[which] = compile_program(config, schedule, "float32", params, few[0], one)
                 references[key] = compute_logits(programs[which], params, few)
             for dtype in args.dtypes:
-                yield Case(name, config, params, schedules, batches, references, dtype, args.devices)
+                yield Case(name, config, params, schedules, batches, references, dtype)
 
 
 def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Build, check and time the contenders of a case; a row each, with all conditions."""
     kernels = args.kernels if case.dtype == "bfloat16" else ["xla"]
-    ours = (prepare_ours(replace(case, kernels=kind)) for kind in kernels)
+    counts = [count for count in args.devices if case.batch_size % count == 0]
+    ours = (prepare_ours(replace(case, kernels=kind, devices=count)) for kind in kernels for count in counts)
     prepared = chain(*ours, prepare_timm(case, args.compile, args.peer_schedules) if args.peer else ())
     contenders = list(tqdm(prepared, f"{case}: compiling and checking", unit=" contenders", leave=False))
     matmuls = prepare_matmuls(case)
@@ -237,7 +241,6 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         "image_size": case.config.image_size,
         "batch_size": case.batch_size,
         "dtype": case.dtype,
-        "devices": case.devices,
         "weights": args.checkpoint or "random",
         "blocks": args.blocks,
         "block_seconds": args.block_seconds,
@@ -245,7 +248,6 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         "matmul_shape": best,
         **describe_machine(args.peer),
     }
-    cards = 1 if jax.default_backend() == "cpu" else case.devices  # the matmul runs on one
     medians = [statistics.median(rates) * case.batch_size for rates in calls_per_second]
     rates = {(c.name, c.schedule): rate for c, rate in zip(contenders, medians, strict=False)}
     executed = {(c.name, c.schedule): c.executed_gmacs for c in contenders}
@@ -256,12 +258,17 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         cut = flops.gmacs(case.config) / flops.gmacs(case.config, schedule)
         dense = rates.get((contender.name, "dense"))
         cut_executed = executed.get((contender.name, "dense"), 0.0) / contender.executed_gmacs
-        ours, key = not contender.name.startswith("timm"), contender.schedule
+        cards = 1 if jax.default_backend() == "cpu" else contender.devices  # the matmul runs on one
+        key = contender.schedule
         timm = [rates[each] for each in rates if each[0].startswith("timm") and each[1] == key] if cards == 1 else []
-        peak = flops_per_second[best] * (cards if ours else 1)
+        kind = (contender.name.partition(",")[0], key)  # on any number of devices
+        first = next(i for i, each in enumerate(contenders) if (each.name.partition(",")[0], each.schedule) == kind)
+        over_first, interval = compare_blocks(blocks, calls_per_second[first])
+        peak = flops_per_second[best] * (1 if contender.name.startswith("timm") else cards)
         rows.append(
             {
                 "contender": contender.name,
+                "devices": contender.devices,
                 "schedule": contender.schedule,
                 "stages": str(schedule),
                 "images_per_second": rate,
@@ -275,6 +282,8 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
                 "gmacs_cut": cut,
                 "of_cut": rate / dense / cut if dense else None,
                 "of_executed_cut": rate / dense / cut_executed if dense else None,
+                "over_first": over_first if contender is not contenders[first] else None,
+                "over_first_interval": interval if contender is not contenders[first] else None,
                 "over_timm": rate / max(timm) if timm else None,
                 "max_difference": contender.max_difference,
                 **conditions,
@@ -307,6 +316,15 @@ def time_blocks(
             found.append(calls / seconds(run, calls))
             on_block()
     return rates
+
+
+def compare_blocks(rates: Sequence[float], others: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Compute the median ratio of alternating blocks, and its 95 % interval by ranks; None of fewer than 6 blocks."""
+    from scipy.stats import quantile_test
+
+    ratios = np.divide(rates, others)
+    low, high = quantile_test(ratios).confidence_interval()
+    return float(np.median(ratios)), None if np.isnan(low + high) else (float(low), float(high))
 
 
 def describe_machine(peer: str | None) -> dict[str, Any]:
@@ -342,8 +360,7 @@ def print_table(case: Case, rows: Sequence[Mapping[str, Any]]) -> None:
     row = rows[0]
     m, k, n = row["matmul_shape"]
     malloc = "malloc default" if row["malloc"] == "default" else "malloc set"
-    devices = f" as {row['devices']} devices" if row["devices"] > 1 else ""
-    print(f"{case}: {row['device']}{devices}, {row['cores']} cores, {malloc}")
+    print(f"{case}: {row['device']}, {row['cores']} cores, {malloc}")
     print(f"matmul: {row['matmul_gflops']:.0f} GFLOP/s, [{m}, {k}] x [{k}, {n}]")
     wide = max(len(row["schedule"]) for row in rows) + 2
     first = max(len(row["contender"]) for row in rows) + 2
@@ -367,13 +384,14 @@ def plot(rows: Sequence[Mapping[str, Any]]) -> bytes:
     figure = Figure(figsize=(6 * across, 3.6 * down + 0.6), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(down, across, squeeze=False).flatten()
-    names = [name for name in COLOURS if any(row["contender"] == name for row in rows)]
+    names = list(dict.fromkeys(row["contender"] for row in rows))
+    colours = dict(zip(names, cycle(COLOURS)))
     for axes, (title, members) in zip(grid, panels.items(), strict=False):
         schedules = list(dict.fromkeys(row["schedule"] for row in members))
         for row in members:
             place = schedules.index(row["schedule"]) + (names.index(row["contender"]) + 0.5) / (len(names) + 0.5)
             name = row["contender"]
-            bars = axes.bar(place, row["images_per_second"], 0.9 / (len(names) + 0.5), color=COLOURS[name], label=name)
+            bars = axes.bar(place, row["images_per_second"], 0.9 / (len(names) + 0.5), color=colours[name], label=name)
             if row["over_dense"] and row["schedule"] != "dense":
                 axes.bar_label(bars, [f"{row['over_dense']:.2f}x"], fontsize=7)
         middle = len(names) / 2 / (len(names) + 0.5)

@@ -92,12 +92,25 @@ def test_every_contender_gets_a_row_with_its_conditions(run, tmp_path, capsys):
 
 
 def test_a_batch_is_spread_over_devices(run):
-    rows = run("--devices", "2", "--schedules", "dense,tome_r3")
-    alone = run("--schedules", "dense,tome_r3")
-    assert [row["devices"] for row in rows + alone] == [2, 2, 1, 1]
-    for spread, whole in zip(rows, alone, strict=True):
+    rows = run("--devices", "1,2", "--schedules", "dense,tome_r3", "--blocks", "6")
+    assert [(row["contender"], row["schedule"], row["devices"]) for row in rows] == [
+        ("fcvit_jax", "dense", 1),
+        ("fcvit_jax", "tome_r3", 1),
+        ("fcvit_jax, 2 devices", "dense", 2),
+        ("fcvit_jax, 2 devices", "tome_r3", 2),
+    ]
+    for whole, spread in zip(rows[:2], rows[2:], strict=True):
+        low, high = spread["over_first_interval"]
+        assert low <= spread["over_first"] <= high
+        assert whole["over_first"] is whole["over_first_interval"] is None
         assert spread["gmacs_executed"] == whole["gmacs_executed"]
         assert spread["memory_bytes"] < whole["memory_bytes"]  # of each device
+
+
+def test_blocks_are_compared_one_with_its_neighbour():
+    rates = [2.0, 4.0, 6.0, 8.0, 10.0, 13.0]
+    assert inference.compare_blocks(rates, [1.0, 2.0, 3.0, 4.0, 5.0, 6.0]) == (2.0, (2.0, 13 / 6))
+    assert inference.compare_blocks(rates[:5], [1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, None)
 
 
 def test_a_wrong_peer_is_not_timed_even_if_rounding_would_hide_it(run, monkeypatch, capsys):
@@ -146,7 +159,7 @@ def test_models_that_torch_cannot_compile_are_reported_and_left_out(run, monkeyp
         ("--blocks 0", "error: --blocks and --block_seconds: both must be positive"),
         ("--models vit", "error: unknown model 'vit'"),
         ("--image_size 0", "error: image_size is (0, 0): it must be 2 whole numbers, 1 or more"),
-        ("--batch_sizes x", "error: argument --batch_sizes: 'x' is not a list of batch sizes: write 8,32"),
+        ("--batch_sizes x", "error: argument --batch_sizes: 'x' is not a list of positive numbers: write 8,32"),
     ],
 )
 def test_options_that_cannot_work_are_a_one_line_error(flags, message, capsys):
