@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,13 @@ from tqdm import tqdm
 from fcvit_jax import compiling, parallel
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
-from fcvit_jax.models import attention, merging, published, rules, zoo
+from fcvit_jax.models import attention, published, rules, zoo
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import parse_schedules
 
 
 def _softmax_first(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
     return attention._attend_by_softmax(q, k, v, bias)
-
-
-def _plainly(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    return function(x)
 
 
 def _mean(x: jax.Array) -> jax.Array:
@@ -53,7 +49,6 @@ CHOICES: dict[str, Sequence[tuple[Any, str, Any]]] = {
     "Eigen's products": [(compiling, "_PRODUCTS", {})],
     "softmax divided after its product": [(attention, "_attend_and_divide", _softmax_first)],
     "many keys attended in parts": [(attention, "_attend_and_divide", attention._attend_at_once)],
-    "functions in one axis": [(module, "in_one_axis", _plainly) for module in (attention, merging)],
     "the mean over heads as a sum": [(module, "mean_over_heads", _mean) for module in (rules, published)],
 }
 

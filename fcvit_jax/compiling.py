@@ -1,11 +1,12 @@
 """How programs are compiled: precisions, XLA's options, batches in parts, and bfloat16 on CPU.
 
-docs/tuning_notes.md has the gain of each choice, measured on two cores of an Intel Xeon.
+benchmarks/tuning.py measures what each choice gains on a CPU; docs/tuning_notes.md has the numbers of two machines.
 """
 
 import functools
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ def computation(dtype: str) -> tuple[Any, str]:
 
 _LOOPS = {"xla_cpu_use_fusion_emitters": False}
 _PRODUCTS = {"xla_cpu_experimental_ynn_fusion_type": "LIBRARY_FUSION_TYPE_REDUCE"}
+_CPU = Path("/proc/cpuinfo")
 _LIBRARY = {"xla_gpu_enable_triton_gemm": False}
 _TOKENS = 3200  # fits 16 images of 197 tokens, 3,152
 
@@ -42,8 +44,9 @@ def options(images: int, tokens: int, dtype: Any) -> dict[str, Any] | None:
     images: computed on a device in one call. tokens: of an image, before merging. dtype: of the computation. Returns
     None if no option applies: on other devices, if XLA_FLAGS sets the option, or if this XLA does not know it.
 
-    - CPU: XLA's older emitter of fused loops. Merged models compile in half the time, dense ones in 1.5 times the time.
-    - CPU, float32, from 768 tokens in a call and up to 600 an image: Eigen's matrix products instead of YNNPACK's.
+    - CPU: XLA's older emitter of fused loops. Merged models compile in two thirds of the time, dense ones in 1.6 times.
+    - Intel CPU, float32, from 768 tokens in a call and up to 600 an image: Eigen's matrix products instead of
+      YNNPACK's. They gained 2 to 9 % of a whole dense model on a Xeon, and lost 5 % on an EPYC.
     - GPU, from 1,024 tokens in a call: matrix products by NVIDIA's library alone. XLA otherwise compiles and times
       programs of its own for every product, in two to eight times the compile time, for no gain at this size.
     """
@@ -51,11 +54,17 @@ def options(images: int, tokens: int, dtype: Any) -> dict[str, Any] | None:
     wanted: dict[str, Any] = {}
     if backend == "cpu":
         wanted |= _LOOPS
-        if dtype == jnp.float32 and images * tokens >= 768 and tokens <= 600:
+        if "GenuineIntel" in cpu_info() and dtype == jnp.float32 and images * tokens >= 768 and tokens <= 600:
             wanted |= _PRODUCTS
     elif backend == "gpu" and images * tokens >= 1024:
         wanted |= _LIBRARY
     return {name: value for name, value in wanted.items() if _accepted(name, value)} or None
+
+
+@functools.cache
+def cpu_info() -> str:
+    """Read what Linux tells of the CPU; "" elsewhere."""
+    return _CPU.read_text() if _CPU.exists() else ""
 
 
 @functools.cache
@@ -113,15 +122,6 @@ def part_size(images: int, tokens: int, devices: Sequence[Any]) -> int:
 def largest_divisor(number: int, most: int) -> int:
     """Find the largest divisor of a positive number that is at most `most`, or 1."""
     return max(size for size in range(1, max(1, min(number, most)) + 1) if number % size == 0)
-
-
-def in_one_axis(function: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
-    """Compute an elementwise function of a small array with all elements in one axis.
-
-    XLA:CPU unrolls loops over a short last axis, so that the logarithms of sizes would take three times as long to
-    compile. The barrier keeps it from undoing the reshape.
-    """
-    return function(jax.lax.optimization_barrier(x.reshape(-1))).reshape(x.shape)
 
 
 def einsum(

@@ -3,15 +3,13 @@
 import contextlib
 import os
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import jax
 
+from fcvit_jax.compiling import cpu_info
 from fcvit_jax.errors import InputError
 from fcvit_jax.files import local_path
-
-_CPU = Path("/proc/cpuinfo")
 
 
 def keep_programs(folder: str | None) -> None:
@@ -38,8 +36,7 @@ def keep_programs(folder: str | None) -> None:
 def _default_cache() -> str:
     if jax.default_backend() == "cpu":
         # Intel CPUs with AVX-512 but no AMX: XLA rejects what it compiled on the same CPU (openxla/xla, issue 44565).
-        with contextlib.suppress(OSError):
-            cpu = _CPU.read_text()
-            if "GenuineIntel" in cpu and "avx512f" in cpu and "amx_tile" not in cpu:
-                return ""
+        cpu = cpu_info()
+        if "GenuineIntel" in cpu and "avx512f" in cpu and "amx_tile" not in cpu:
+            return ""
     return os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "fcvit_jax", "jax")

@@ -20,6 +20,7 @@ def fresh():
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_a_program_compiles_with_the_options_and_computes_the_same(dtype, monkeypatch):
     monkeypatch.delenv("XLA_FLAGS", raising=False)
+    monkeypatch.setattr(compiling, "cpu_info", lambda: "vendor_id : GenuineIntel")
     wanted = compiling.options(8, 197, dtype)
     names = {"cpu": {"xla_cpu_use_fusion_emitters"}, "gpu": {"xla_gpu_enable_triton_gemm"}}[jax.default_backend()]
     if dtype == jnp.float32 and jax.default_backend() == "cpu":
@@ -38,6 +39,7 @@ def test_options_depend_on_backend_size_and_dtype(monkeypatch):
     assert compiling.options(1, 197, jnp.bfloat16) is None
     assert compiling.options(8, 197, jnp.bfloat16) == {"xla_gpu_enable_triton_gemm": False}
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    monkeypatch.setattr(compiling, "cpu_info", lambda: "vendor_id : GenuineIntel")
     loops, products = {"xla_cpu_use_fusion_emitters": False}, "xla_cpu_experimental_ynn_fusion_type"
     for images, tokens, dtype in [(1, 197, jnp.float32), (2, 785, jnp.float32), (8, 197, jnp.bfloat16)]:
         assert compiling.options(images, tokens, dtype) == loops
@@ -45,12 +47,16 @@ def test_options_depend_on_backend_size_and_dtype(monkeypatch):
         found = compiling.options(images, tokens, jnp.float32)
         assert found is not None
         assert set(found) == {*loops, products}
+    for info in ("vendor_id : AuthenticAMD", ""):
+        monkeypatch.setattr(compiling, "cpu_info", lambda info=info: info)
+        assert compiling.options(8, 197, jnp.float32) == loops
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     assert compiling.options(8, 197, jnp.float32) is None
 
 
 def test_xla_flags_decide(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=true --xla_gpu_enable_triton_gemm=true")
+    monkeypatch.setattr(compiling, "cpu_info", lambda: "vendor_id : GenuineIntel")
     found = compiling.options(8, 197, jnp.float32)
     if jax.default_backend() == "cpu":
         assert found is not None

@@ -29,16 +29,14 @@ def jax_cache():
 )
 def test_programs_are_kept_if_xla_accepts_them_again(vendor, instructions, kept, jax_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(program_cache, "_CPU", tmp_path / "cpuinfo")
-    (tmp_path / "cpuinfo").write_text(f"vendor_id : {vendor}\nflags : {instructions}")
+    monkeypatch.setattr(program_cache, "cpu_info", lambda: f"vendor_id : {vendor}\nflags : {instructions}")
     program_cache.keep_programs(None)
     assert bool(jax_cache()) == (kept or jax.default_backend() != "cpu")
 
 
 def test_compiled_programs_are_kept_where_they_can_be(jax_cache, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(program_cache, "_CPU", tmp_path / "cpuinfo")
-    (tmp_path / "cpuinfo").write_text("")
+    monkeypatch.setattr(program_cache, "cpu_info", lambda: "")
     program_cache.keep_programs(None)
     assert jax_cache() == str(tmp_path / "cache" / "fcvit_jax" / "jax")
     assert (tmp_path / "cache" / "fcvit_jax" / "jax").stat().st_mode & 0o777 == 0o700

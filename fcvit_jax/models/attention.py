@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from fcvit_jax.compiling import in_one_axis, largest_divisor
+from fcvit_jax.compiling import largest_divisor
 from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.layers import MLP, LayerNorm, Linear
 from fcvit_jax.models.positions import rotate
@@ -96,7 +96,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, size: jax.Array | None) -> 
     q: [b, h, q, w]; k, v: [b, h, n, w]; size: float32 [b, n], or None for ones. Returns [b, h, q, w] in the dtype of q.
     """
     q *= jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    bias = None if size is None else in_one_axis(jnp.log, size)[:, None, None, :]
+    bias = None if size is None else jnp.log(size)[:, None, None, :]
     if q.dtype == jnp.float32:
         y = _attend_and_divide(q, k, v, bias)
     else:

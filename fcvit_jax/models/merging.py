@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcvit_jax.compiling import einsum, in_one_axis
+from fcvit_jax.compiling import einsum
 
 
 @jax.tree_util.register_dataclass
@@ -144,7 +144,7 @@ class _GroupsByProduct:
 def norms(x: jax.Array) -> jax.Array:
     """Compute Euclidean norms, float32 [b, n], of tokens [b, n, d]; the gradient at zero is zero."""
     squares = jnp.square(x.astype(jnp.float32)).sum(axis=-1)
-    return in_one_axis(lambda squares: jnp.sqrt(jnp.maximum(squares, 1e-30)), squares)
+    return jnp.sqrt(jnp.maximum(squares, 1e-30))
 
 
 def take_rows(x: jax.Array, index: jax.Array) -> jax.Array:
