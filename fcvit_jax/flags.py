@@ -30,7 +30,7 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, sh
     """Parse the command line and call `main` with the configuration (a `ConfigDict`) and the working directory.
 
     config: the default of --config, a file with a `get_config()`. workdir: the default of --workdir.
-    share_cpu: call `parallel.share_cpu`.
+    share_cpu: call `parallel.share_cpu` with the configuration's batch size.
     """
     keep_freed_memory()
     with _one_line():
@@ -51,7 +51,7 @@ def run_script(main: Callable[[Any, Path], None], config: Path, workdir: str, sh
         with one_line_errors():
             parallel.start_processes(flags.FLAGS.distributed)
             if share_cpu:
-                parallel.share_cpu()
+                parallel.share_cpu(config_flag.value.get("batch_size", 0))
         with parallel.ending_together(), one_line_errors():
             keep_programs(flags.FLAGS.compile_cache)
             main(config_flag.value, local_path(workdir_flag.value))

@@ -90,22 +90,23 @@ def test_nothing_but_an_exit_at_once_ends_a_process_that_waits_in_an_exchange():
 
 
 @pytest.mark.parametrize(
-    ("environment", "before", "devices"),
+    ("environment", "before", "size", "devices"),
     [
-        ({}, "", [1, 2, 1, 2]),
-        ({}, "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", [1, 1, 1, 1]),
-        ({}, "jax.devices()", [1, 1, 1, 1]),
-        ({"JAX_NUM_CPU_DEVICES": "3"}, "", [1, 2, 3, 2]),
-        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, "", [1, 1, 1, 1]),
+        ({}, "", 8, [1, 2, 1, 2]),
+        ({}, "", 1, [1, 1, 1, 1]),
+        ({}, "import os; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})", 8, [1, 1, 1, 1]),
+        ({}, "jax.devices()", 8, [1, 1, 1, 1]),
+        ({"JAX_NUM_CPU_DEVICES": "3"}, "", 8, [1, 2, 3, 2]),
+        ({"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}, "", 8, [1, 1, 1, 1]),
     ],
-    ids=["two cores", "one core", "devices made", "chosen", "chosen by a flag"],
+    ids=["two cores", "odd batch", "one core", "devices made", "chosen", "chosen by a flag"],
 )
-def test_a_cpu_is_taken_as_two_devices_unless_something_else_was_chosen(environment, before, devices):
+def test_a_cpu_is_taken_as_two_devices_unless_something_else_was_chosen(environment, before, size, devices):
     program = f"""
 import jax
 from fcvit_jax import parallel
 {before}
-parallel.share_cpu()
+parallel.share_cpu({size})
 print([parallel.inference_mesh(batch_size).size for batch_size in (1, 2, 3, 8)])
 """
     if len(os.sched_getaffinity(0)) < 2 and not environment and not before:

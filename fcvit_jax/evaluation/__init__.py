@@ -93,7 +93,7 @@ def evaluate(
       InputError: in one line, if an argument does not fit or an image cannot be read.
     """
     names: Any = str(class_names) if isinstance(class_names, str | Path) else tuple(class_names)
-    parallel.share_cpu()
+    parallel.share_cpu(batch_size)
     numbers = batch_size, dtype, limit, real_labels, save_logits, gallery, throughput_blocks, workers
     config = EvaluationConfig(*numbers, rules, on_bad, names, neighbours)
     if workdir is None and (save_logits or gallery):

@@ -25,7 +25,7 @@ def measure_throughput(
     params: Any,
     batch: Batch,
     blocks: int = 5,
-    block_seconds: float = 0.1,
+    block_seconds: float = 0.05,
 ) -> dict[str, Rate]:
     """Time every schedule on one batch that lies on the device.
 
