@@ -130,22 +130,17 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     def words(text: str) -> list[str]:
         return [word.strip() for word in text.split(",")]
 
-    def sizes(text: str) -> list[int]:
-        if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers: write 8,32")
-        return [int(size) for size in text.split(",")]
-
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", type=words, default=["vit_small_patch16_224"], help="named as timm names them")
     parser.add_argument("--image_size", type=int, help="pixels a side, if not those of the name")
     parser.add_argument("--checkpoint", metavar="DIR", help="time this checkpoint instead of --models")
     parser.add_argument("--schedules", default="dense,tome_r13,s2dfe_r18,s2winc7_r16")
-    parser.add_argument("--batch_sizes", type=sizes, default=[32])
+    parser.add_argument("--batch_sizes", type=positive_numbers, default=[32])
     parser.add_argument("--dtypes", type=words, default=["float32"], help=f"of {', '.join(PRECISIONS)}")
     told = "of our model: xla, or triton (bfloat16 on NVIDIA GPUs); xla,triton compares them"
     parser.add_argument("--kernels", type=words, default=["xla"], help=told)
     told = "devices that our model is spread over, one or several numbers; a CPU is split into as many (default: 1)"
-    parser.add_argument("--devices", type=sizes, default=[1], metavar="N[,N]", help=told)
+    parser.add_argument("--devices", type=positive_numbers, default=[1], metavar="N[,N]", help=told)
     parser.add_argument("--blocks", type=int, default=7, help="timed blocks of each contender")
     parser.add_argument("--block_seconds", type=float, default=2.0, help="a block is as many calls as fill this time")
     parser.add_argument("--peer", choices=["timm"], help="time PyTorch too; needs the parity extra")
@@ -157,6 +152,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, a JSON object a line")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw images/s there, as PNG")
     return parser.parse_args(argv)
+
+
+def positive_numbers(text: str) -> list[int]:
+    """Read a list such as 8,32, for `argparse`."""
+    if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of positive numbers: write 8,32")
+    return [int(number) for number in text.split(",")]
 
 
 def check_options(args: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import itertools
 import json
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from contenders import compile_program, random_params, repeat
-from inference import compare_blocks, describe_machine, time_blocks, write
+from inference import compare_blocks, describe_machine, positive_numbers, time_blocks, write
 from tqdm import tqdm
 
 from fcvit_jax import compiling, parallel
@@ -59,8 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", default="vit_small_patch16_224", help="named as timm names them")
     parser.add_argument("--image_size", type=int, help="pixels a side, if not those of the name")
     parser.add_argument("--schedules", default="dense,tome_r13")
-    parser.add_argument("--batch_sizes", default="8,32")
-    parser.add_argument("--devices", default="1,2", help="numbers of devices that the CPU is split into")
+    parser.add_argument("--batch_sizes", type=positive_numbers, default=[8, 32])
+    told = "numbers of devices that the CPU is split into (default: 1,2)"
+    parser.add_argument("--devices", type=positive_numbers, default=[1, 2], help=told)
     parser.add_argument("--choices", default=",".join(CHOICES), help="which to leave out in turn (default: all)")
     parser.add_argument("--blocks", type=int, default=11, help="timed blocks of each program")
     parser.add_argument("--block_seconds", type=float, default=0.7, help="a block is as many calls as fill this time")
@@ -69,15 +70,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     keep_freed_memory()
     rows = []
     with one_line_errors():
-        batch_sizes, devices = (
-            whole_numbers("--batch_sizes", args.batch_sizes),
-            whole_numbers("--devices", args.devices),
-        )
         choices = args.choices.split(",")
         if odd := set(choices) - set(CHOICES):
             raise InputError(f"--choices: {odd.pop()!r} is none of {', '.join(CHOICES)}")
-        jax.config.update("jax_num_cpu_devices", max(devices))
-        for model, batch_size, count in itertools.product(args.models.split(","), batch_sizes, devices):
+        if all(size % count for size in args.batch_sizes for count in args.devices):
+            raise InputError("--batch_sizes: none of them spreads evenly over a number of --devices")
+        with suppress(RuntimeError):  # JAX has created its devices already
+            jax.config.update("jax_num_cpu_devices", max(args.devices))
+        cases = itertools.product(args.models.split(","), args.batch_sizes, args.devices)
+        for model, batch_size, count in cases:
             config = zoo.get(model).config
             if args.image_size:
                 config = dataclasses.replace(config, image_size=(args.image_size,) * 2)
@@ -87,13 +88,6 @@ def main(argv: Sequence[str] | None = None) -> None:
                 rows += found
             if args.json:
                 write(args.json, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def whole_numbers(option: str, text: str) -> list[int]:
-    """Read a list such as 8,32. Raises InputError."""
-    if not all(word.isdecimal() and int(word) for word in text.split(",")):
-        raise InputError(f"{option}: {text!r} is not a list of positive numbers: write 8,32")
-    return [int(word) for word in text.split(",")]
 
 
 def measure(

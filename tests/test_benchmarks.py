@@ -113,6 +113,22 @@ def test_blocks_are_compared_one_with_its_neighbour():
     assert inference.compare_blocks(rates[:5], [1.0, 2.0, 3.0, 4.0, 5.0]) == (2.0, None)
 
 
+def test_what_a_choice_gains_is_measured_against_the_model_with_all_of_them(tmp_path, capsys):
+    tuning = importlib.import_module("tuning")
+    named = "the older emitter of loops,softmax divided after its product"
+    model = "--models=vit_tiny_patch16_224", "--image_size=32", "--schedules=dense,tome_r1"
+    quick = "--batch_sizes=2", "--devices=1", "--blocks=6", "--block_seconds=0.001", f"--json={tmp_path}/rows.jsonl"
+    tuning.main([*model, *quick, "--choices", named])
+    rows = [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    expected = [(name, choice) for name in ("dense", "tome_r1") for choice in (None, *named.split(","))]
+    assert [(row["schedule"], row["without"]) for row in rows] == expected
+    for row in rows:
+        low, high = row["time_ratio_interval"]
+        assert low <= row["time_ratio"] <= high
+        assert row["without"] or (low == high == row["compile_ratio"] == 1)
+    assert "without softmax divided after its product" in capsys.readouterr().out
+
+
 def test_a_wrong_peer_is_not_timed_even_if_rounding_would_hide_it(run, monkeypatch, capsys):
     peer = pytest.importorskip("pytorch_tome")
     attend = peer.attend
@@ -228,7 +244,7 @@ def test_token_merging_in_pytorch_equals_the_oracle(extra):
 
 
 def test_the_commands_of_the_page_are_valid_and_the_one_for_gpus_is_in_the_help():
-    assert len(COMMANDS) == 5
+    assert len(COMMANDS) == 7
     for command in COMMANDS:
         args = inference.parse(command)
         for model in args.models:
