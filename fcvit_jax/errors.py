@@ -76,10 +76,9 @@ class OneLineParser(argparse.ArgumentParser):
     def __init__(self, **options: Any):
         super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter, **options})
 
-    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        with one_line_errors():
-            pass  # --help may have been printed to a closed pipe
-        super().exit(status, message)
+    def print_help(self, file: Any = None) -> None:
+        with one_line_errors():  # it may be printed to a closed pipe
+            super().print_help(file)
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see --help)\n")
