@@ -250,7 +250,8 @@ def test_the_commands_of_the_page_are_valid_and_the_one_for_gpus_is_in_the_help(
         for model in args.models:
             config = fc.zoo.get(model).config
             assert inference.parse_schedules(args.schedules, config.depth)
-    (told,) = re.findall(r"( {4}python benchmarks/inference\.py --models vit_small_patch16_224,vit_base.*?gpu\.png)", DOCS, flags=re.DOTALL)
+    command = r"( {4}python benchmarks/inference\.py --models vit_small_patch16_224,vit_base.*?gpu\.png)"
+    (told,) = re.findall(command, DOCS, flags=re.DOTALL)
     assert told in str(inference.__doc__)
 
 

@@ -25,8 +25,9 @@ def test_a_program_compiles_with_the_options_and_computes_the_same(dtype, monkey
     names = {"cpu": {"xla_cpu_use_fusion_emitters"}, "gpu": {"xla_gpu_enable_triton_gemm"}}[jax.default_backend()]
     if dtype == jnp.float32 and jax.default_backend() == "cpu":
         names |= {"xla_cpu_experimental_ynn_fusion_type"}
-    assert wanted is not None
-    assert set(wanted) == names
+    if jax.__version_info__ >= (0, 11):
+        names -= {"xla_cpu_use_fusion_emitters"}  # this XLA has one emitter only
+    assert set(wanted or {}) == names
     x = jax.random.normal(jax.random.key(0), (64, 64), dtype)
     lowered = jax.jit(lambda x: jnp.exp(x @ x / 8) + 1).lower(x)
     found, expected = (np.asarray(lowered.compile(each)(x), np.float32) for each in (wanted, None))
