@@ -77,6 +77,10 @@ class Contender:
     bytes: int | None
     devices: int = 1
 
+    @property
+    def label(self) -> str:
+        return self.name + (f", {self.devices} devices" if self.devices > 1 else "")
+
 
 def random_params(config: ViTConfig) -> dict[str, Any]:
     """Draw parameters of a trained model's magnitude: kernels keep the variance, scales are about 1, others small."""
@@ -114,9 +118,8 @@ def prepare_ours(case: Case) -> Iterator[Contender]:
         memory = call.memory_analysis()
         used = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         used -= memory.alias_size_in_bytes
-        count = case.devices
-        label = OURS[case.kernels] + (f", {count} devices" if count > 1 else "")
-        yield Contender(label, name, repeat(call, params, images), executed, difference, seconds, used, count)
+        run = repeat(call, params, images)
+        yield Contender(OURS[case.kernels], name, run, executed, difference, seconds, used, case.devices)
 
 
 def compile_program(

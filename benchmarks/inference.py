@@ -78,6 +78,7 @@ from tqdm import tqdm
 
 from fcvit_jax.allocator import keep_freed_memory
 from fcvit_jax.checkpoint import load_checkpoint, versions
+from fcvit_jax.compiling import cpu_info
 from fcvit_jax.errors import InputError, OneLineParser, one_line_errors
 from fcvit_jax.figures import COLOURS
 from fcvit_jax.files import writable_directory
@@ -251,25 +252,25 @@ def compare(case: Case, args: argparse.Namespace) -> list[dict[str, Any]]:
         **describe_machine(args.peer),
     }
     medians = [statistics.median(rates) * case.batch_size for rates in calls_per_second]
-    rates = {(c.name, c.schedule): rate for c, rate in zip(contenders, medians, strict=False)}
-    executed = {(c.name, c.schedule): c.executed_gmacs for c in contenders}
+    rates = {(c.label, c.schedule): rate for c, rate in zip(contenders, medians, strict=False)}
+    executed = {(c.label, c.schedule): c.executed_gmacs for c in contenders}
     rows = []
     for contender, blocks in zip(contenders, calls_per_second, strict=False):
         schedule = case.schedules[contender.schedule]
-        rate = rates[contender.name, contender.schedule]
+        rate = rates[contender.label, contender.schedule]
         cut = flops.gmacs(case.config) / flops.gmacs(case.config, schedule)
-        dense = rates.get((contender.name, "dense"))
-        cut_executed = executed.get((contender.name, "dense"), 0.0) / contender.executed_gmacs
+        dense = rates.get((contender.label, "dense"))
+        cut_executed = executed.get((contender.label, "dense"), 0.0) / contender.executed_gmacs
         cards = 1 if jax.default_backend() == "cpu" else contender.devices  # the matmul runs on one
         key = contender.schedule
         timm = [rates[each] for each in rates if each[0].startswith("timm") and each[1] == key] if cards == 1 else []
-        kind = (contender.name.partition(",")[0], key)  # on any number of devices
-        first = next(i for i, each in enumerate(contenders) if (each.name.partition(",")[0], each.schedule) == kind)
+        kinds = [(each.name, each.schedule) for each in contenders]  # on any number of devices
+        first = kinds.index((contender.name, key))
         over_first, interval = compare_blocks(blocks, calls_per_second[first])
-        peak = flops_per_second[best] * (1 if contender.name.startswith("timm") else cards)
+        peak = flops_per_second[best] * cards
         rows.append(
             {
-                "contender": contender.name,
+                "contender": contender.label,
                 "devices": contender.devices,
                 "schedule": contender.schedule,
                 "stages": str(schedule),
@@ -337,9 +338,8 @@ def describe_machine(peer: str | None) -> dict[str, Any]:
     name = device.device_kind
     if device.platform == "cpu":
         name = platform.processor() or platform.machine()
-        with suppress(OSError):
-            found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-            name = found[1] if found else name
+        found = re.search(r"model name\s*: (.*)", cpu_info())
+        name = found[1] if found else name
     malloc = {key: value for key, value in os.environ.items() if re.match("MALLOC_|GLIBC_TUNABLES$|LD_PRELOAD$", key)}
     kept = "keeps freed memory in the main thread's heap" if keep_freed_memory() else "default"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -34,20 +34,23 @@ from fcvit_jax.models.config import ViTConfig
 from fcvit_jax.models.schedule import parse_schedules
 
 
-def _softmax_first(q: jax.Array, k: jax.Array, v: jax.Array, bias: jax.Array | None) -> jax.Array:
-    return attention._attend_by_softmax(q, k, v, bias)
-
-
 def _mean(x: jax.Array) -> jax.Array:
     return x.astype(jnp.float32).mean(axis=1)
+
+
+CPU = compiling.cpu_info()
+
+
+def _another_cpu() -> str:
+    return "" if "GenuineIntel" in CPU else "GenuineIntel"
 
 
 # The choice -> what to replace to be without it: (module, name, value).
 CHOICES: dict[str, Sequence[tuple[Any, str, Any]]] = {
     "parts of a batch": [(compiling, "part_size", lambda images, tokens, devices: images)],
     "the older emitter of loops": [(compiling, "_LOOPS", {})],
-    "Eigen's products": [(compiling, "_PRODUCTS", {})],
-    "softmax divided after its product": [(attention, "_attend_and_divide", _softmax_first)],
+    "this CPU's library of products": [(compiling, "cpu_info", _another_cpu)],
+    "softmax divided after its product": [(attention, "_attend_and_divide", attention._attend_by_softmax)],
     "many keys attended in parts": [(attention, "_attend_and_divide", attention._attend_at_once)],
     "the mean over heads as a sum": [(module, "mean_over_heads", _mean) for module in (rules, published)],
 }

@@ -3,6 +3,7 @@
 benchmarks/tuning.py measures what each choice gains on a CPU; docs/tuning_notes.md has the numbers of two machines.
 """
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -64,7 +65,9 @@ def options(images: int, tokens: int, dtype: Any) -> dict[str, Any] | None:
 @functools.cache
 def cpu_info() -> str:
     """Read what Linux tells of the CPU; "" elsewhere."""
-    return _CPU.read_text() if _CPU.exists() else ""
+    with contextlib.suppress(OSError):
+        return _CPU.read_text()
+    return ""
 
 
 @functools.cache
